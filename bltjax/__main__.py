@@ -1,0 +1,63 @@
+"""python -m bltjax VERB: the verbs and their help; a program is imported only when asked for."""
+
+import argparse
+import importlib
+import logging
+import sys
+
+# What each verb does; its program has add_arguments(parser) and main(args, overrides).
+VERBS = {
+    "train": "train a byte LM or a BLT; the same command resumes it",
+    "entropies": "score a corpus with a byte LM and write records to train a BLT on",
+    "calibrate": "find the threshold that gives a mean patch length",
+    "evaluate": "bits per byte of a run on any text, beside gzip and xz",
+    "generate": "continue a text",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bltjax",
+        description="The Byte Latent Transformer in JAX.",
+        epilog="python -m bltjax VERB --help tells a verb's options. Settings of a config are"
+        " overridden as --config.optimizer.lr=1e-3.",
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for verb, purpose in VERBS.items():
+        # No abbreviations: --config.x must never be read as some longer option's beginning.
+        sub = verbs.add_parser(verb, help=purpose, description=purpose, allow_abbrev=False)
+        if verb == chosen:
+            program = importlib.import_module(f"bltjax.{verb}")
+            program.add_arguments(sub)
+    args, rest = parser.parse_known_args(argv)
+    overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
+    unknown = [word for word in rest if not word.startswith("--config.")]
+    if unknown:
+        parser.error(f"{args.verb} has no option {unknown[0]!r}; see {args.verb} --help")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("bltjax").setLevel(logging.INFO)
+    try:
+        program.main(args, overrides)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if args.debug:
+            raise
+        print(f"bltjax {args.verb}: {describe(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"bltjax {args.verb}: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+    return 0
+
+
+def describe(error: Exception) -> str:
+    """An error's message, for OSError with the file that it is about."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror.lower()}"
+    return str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

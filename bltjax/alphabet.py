@@ -1,0 +1,49 @@
+"""Bytes and ids: 256 bytes after four specials (spec of the released models).
+
+    id   0    1    2    3    4 ........ 259
+         BOE  BOS  EOS  BPE  0x00 ... 0xFF
+
+BOE fills rows and is never text; BOS opens a document and EOS closes it; BPE delimits tokens in
+BPE patching. Text is UTF-8 without normalisation; what is not UTF-8 is still bytes, and trains.
+"""
+
+import codecs
+
+import numpy as np
+
+BOE, BOS, EOS, BPE = 0, 1, 2, 3
+OFFSET = 4  # id of byte 0x00
+VOCABULARY = 256 + OFFSET
+
+
+def as_bytes(text: str | bytes) -> bytes:
+    """UTF-8 of a str; lone surrogates, which have none, are dropped as the reference drops them."""
+    return text.encode("utf-8", errors="ignore") if isinstance(text, str) else bytes(text)
+
+
+def encode(text: str | bytes, *, bos: bool = True, eos: bool = True) -> np.ndarray:
+    """Ids of a text as int32 [bos + bytes + eos]."""
+    body = np.frombuffer(as_bytes(text), np.uint8).astype(np.int32) + OFFSET
+    return np.concatenate([[BOS] * bos, body, [EOS] * eos]).astype(np.int32)
+
+
+def decode(ids, *, cut_at_eos: bool = False) -> bytes:
+    """Bytes of a sequence of ids; specials vanish.
+
+    Raises:
+      ValueError: for an id of 260 or more, which is no byte.
+    """
+    ids = np.asarray(ids, np.int64)
+    if ids.size and ids.max() >= VOCABULARY:
+        raise ValueError(f"id {ids.max()} is not below the alphabet's size, {VOCABULARY}")
+    if cut_at_eos and (ids == EOS).any():
+        ids = ids[: int(np.argmax(ids == EOS))]
+    return (ids[ids >= OFFSET] - OFFSET).astype(np.uint8).tobytes()
+
+
+def text_stream():
+    """An incremental UTF-8 decoder: `.decode(piece)` returns only whole characters.
+
+    Bytes that can never become a character show as U+FFFD; `.decode(b"", True)` ends the stream.
+    """
+    return codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -1,0 +1,30 @@
+"""What is known, when a program is compiled, of the ranges that it will see.
+
+The ranges themselves are data; their pattern is a promise about them that lets an implementation
+choose static shapes. Each of BLT's attentions keeps one of three:
+
+    Sliding(span)    query i sees at most `span` keys and none after key i + (T - Q)
+    Pooling(slots)   each run of `slots` queries shares a range; ranges of different runs are
+                     disjoint and ascending: every key is seen by one run, or by none
+    Reading(slots)   a range is empty or exactly `slots` keys, aligned to a multiple of `slots`
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sliding:
+    span: int
+
+
+@dataclass(frozen=True)
+class Pooling:
+    slots: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    slots: int
+
+
+Pattern = Sliding | Pooling | Reading

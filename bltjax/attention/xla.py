@@ -1,0 +1,136 @@
+"""Range attention in plain XLA operations, linear in N for every pattern but the latent's own.
+
+Sliding   queries in blocks; each block sees its own keys and those of the blocks that the
+          span reaches back into: [blocks, b, span + b] scores. A span as long as the row is
+          simply dense.
+Pooling   the other way about: each *key* finds its run of queries; the softmax over a patch's
+          bytes is a segment maximum and two segment sums with sorted ids.
+Reading   each query gathers its few keys and takes a tiny softmax.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from bltjax.attention.dense import dense, masked_softmax
+from bltjax.attention.pattern import Pattern, Pooling, Sliding
+
+
+def xla(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern):
+    if isinstance(pattern, Sliding):
+        return sliding(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.span)
+    if isinstance(pattern, Pooling):
+        return pooling(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.slots)
+    return reading(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.slots)
+
+
+def block_length(span: int) -> int:
+    """Short blocks see fewer keys in vain, long ones copy keys less often: 64 was best at 64."""
+    return max(32, 1 << max(0, span.bit_length() - 1))
+
+
+def sliding(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, span: int):
+    rows, queries, heads, channels = q_BQHC.shape
+    keys, shared = k_BTJC.shape[1:3]
+    block = block_length(span)
+    if span + block >= keys:
+        return dense(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ)
+    blocks = -(-queries // block)
+    reach = -(-(span - 1) // block)  # blocks before its own that a block's queries may see
+    # Key i + (T - Q) is the newest that query i sees. Keys are laid out so that it falls into
+    # block `reach` of query block 0: `front` zeros before key 0 (or keys cut, if nobody sees them).
+    front = reach * block - (keys - queries)
+    back = blocks * block - queries
+
+    def tiles(x_BTJC, before):
+        """[B, J, blocks, block, C]: heads first, so that every product below is a plain batch."""
+        x = x_BTJC if before >= 0 else x_BTJC[:, -before:]
+        x = jnp.pad(x, ((0, 0), (max(before, 0), back), (0, 0), (0, 0)))
+        return jnp.swapaxes(x, 1, 2).reshape(rows, x.shape[2], -1, block, channels)
+
+    def windows(x_BTJC):
+        x = tiles(x_BTJC, front)
+        return jnp.concatenate([x[:, :, i : i + blocks] for i in range(reach + 1)], axis=3)
+
+    q = tiles(q_BQHC, 0).reshape(rows, shared, heads // shared, blocks, block, channels)
+    scores = jnp.einsum(
+        "bjinqc,bjntc->bjinqt",
+        q * jnp.asarray(channels**-0.5, q.dtype),
+        windows(k_BTJC),
+        preferred_element_type=jnp.float32,
+    )
+    base_n1 = jnp.arange(blocks)[:, None] * block - front
+    key_1n1t = (base_n1 + jnp.arange((reach + 1) * block)[None])[None, :, None]
+    start = jnp.pad(start_BQ, ((0, 0), (0, back))).reshape(rows, blocks, block, 1)
+    end = jnp.pad(end_BQ, ((0, 0), (0, back))).reshape(rows, blocks, block, 1)
+    seen = (start <= key_1n1t) & (key_1n1t < end)
+    scores = jnp.where(seen[:, None, None], scores, -1e30)
+    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    # An empty range has all scores equal, so its weights are wrong but finite; it is zeroed here.
+    scale = jnp.where(end > start, 1.0, 0.0)[:, None, None] / weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("bjinqt,bjntc->bjinqc", weights.astype(v_BTJC.dtype), windows(v_BTJC))
+    out = (out * scale).astype(v_BTJC.dtype).reshape(rows, heads, blocks * block, channels)
+    return jnp.swapaxes(out, 1, 2)[:, :queries]
+
+
+def pooling(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, slots: int):
+    rows, queries, heads, channels = q_BQHC.shape
+    keys, shared = k_BTJC.shape[1:3]
+    runs = queries // slots
+    start_BP, end_BP = start_BQ[:, ::slots], end_BQ[:, ::slots]
+    # The run of key t is the number of ranges that end at or before t.
+    ended_BT = jax.vmap(lambda end_P: jnp.bincount(end_P, length=keys + 1))(end_BP)[:, :keys]
+    run_BT = jnp.cumsum(ended_BT, axis=1, dtype=jnp.int32)
+    seen_BT = run_BT < runs
+    start_BT = jnp.take_along_axis(start_BP, jnp.minimum(run_BT, runs - 1), axis=1)
+    seen_BT &= start_BT <= jnp.arange(keys)[None]
+
+    row_B1 = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    # One run more than there are takes the keys that nobody sees; ids stay sorted either way,
+    # because such a key is counted with the run that follows it.
+    ids = (row_B1 * (runs + 1) + run_BT).reshape(-1)
+
+    def segments(reduce, values):
+        return reduce(values, ids, num_segments=rows * (runs + 1), indices_are_sorted=True)
+
+    def of_run(values_per_run):
+        return values_per_run.at[ids].get(indices_are_sorted=True, mode="promise_in_bounds")
+
+    q = q_BQHC.reshape(rows, runs, slots * heads * channels)
+    q = jnp.pad(q, ((0, 0), (0, 1), (0, 0))).reshape(rows * (runs + 1), slots, shared, -1, channels)
+    k = k_BTJC.reshape(rows * keys, shared, channels)
+    v = v_BTJC.reshape(rows * keys, shared, channels)
+    seen = seen_BT.reshape(-1, 1, 1, 1)
+    scores = jnp.einsum("nsjic,njc->nsji", of_run(q), k, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen, scores * channels**-0.5, -1e30)
+    top = jax.lax.stop_gradient(segments(jax.ops.segment_max, scores))
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, scores - of_run(top), 0.0)), 0.0)
+    total = segments(jax.ops.segment_sum, weights)
+    summed = segments(
+        jax.ops.segment_sum, jnp.einsum("nsji,njc->nsjic", weights, v.astype(jnp.float32))
+    )
+    out = summed / jnp.where(total > 0, total, 1)[..., None]
+    out = out.reshape(rows, runs + 1, slots, heads, channels)[:, :runs]
+    return out.reshape(q_BQHC.shape).astype(v_BTJC.dtype)
+
+
+def reading(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, slots: int):
+    rows, queries, _, channels = q_BQHC.shape
+    groups, shared = k_BTJC.shape[1] // slots, k_BTJC.shape[2]
+    group_BQ = jnp.clip(start_BQ // slots, 0, groups - 1)
+    # Sorted flat ids make the backward pass a sorted scatter.
+    ids = (jnp.arange(rows, dtype=jnp.int32)[:, None] * groups + group_BQ).reshape(-1)
+
+    def gathered(x_BTJC):
+        x = x_BTJC.reshape(rows * groups, slots, shared, channels)
+        x = x.at[ids].get(indices_are_sorted=True, mode="promise_in_bounds")
+        return x.reshape(rows, queries, slots, shared, channels)
+
+    q = q_BQHC.reshape(rows, queries, shared, -1, channels)
+    scores = jnp.einsum(
+        "bqjic,bqsjc->bqjis", q, gathered(k_BTJC), preferred_element_type=jnp.float32
+    )
+    seen_BQ = end_BQ > start_BQ
+    probs = masked_softmax(scores * channels**-0.5, seen_BQ[:, :, None, None, None])
+    out = jnp.einsum("bqjis,bqsjc->bqjic", probs.astype(v_BTJC.dtype), gathered(v_BTJC))
+    return out.reshape(q_BQHC.shape)

@@ -1,0 +1,92 @@
+"""Finds the threshold that gives a target mean patch length, by bisection on scored records.
+
+The mean counts what a row counts, every position of a document (BOS, bytes, EOS) over every patch,
+so N / P of a row should equal it.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from bltjax.config import PatchingConfig
+from bltjax.data.packing import cut
+from bltjax.data.records import Document, RecordDocuments
+
+SAMPLE_BYTES = 4 << 20
+
+
+def sample_documents(records: RecordDocuments, sample_bytes: int, seed: int) -> list[Document]:
+    """Random documents of about `sample_bytes` together, the same for the same seed."""
+    sample, held = [], 0
+    for index in np.random.default_rng(seed).permutation(len(records)):
+        sample.append(records[int(index)])
+        held += len(sample[-1].text)
+        if held >= sample_bytes:
+            break
+    return sample
+
+
+def mean_patch_bytes(documents: list[Document], patching: PatchingConfig) -> float:
+    positions = patches = 0
+    for document in documents:
+        _, starts_N1 = cut(document, patching)
+        positions += len(starts_N1) - 1
+        patches += int(starts_N1[:-1].sum())
+    return positions / patches
+
+
+def calibrate(
+    documents: list[Document], patching: PatchingConfig, target: float, *, rounds: int = 24
+) -> tuple[float, list[tuple[float, float]]]:
+    """The threshold in nats, and the (threshold, mean) pairs tried.
+
+    Raises:
+      ValueError: if no threshold reaches the target, with the means that can be had.
+    """
+    tried: list[tuple[float, float]] = []
+
+    def mean_at(threshold: float) -> float:
+        mean = mean_patch_bytes(documents, dataclasses.replace(patching, threshold=threshold))
+        tried.append((threshold, mean))
+        return mean
+
+    low, high = (-6.0, 6.0) if patching.monotonic else (0.0, 6.0)  # ln 260 is 5.56
+    least, most = mean_at(low), mean_at(high)
+    if not least <= target <= most:
+        raise ValueError(
+            f"no threshold gives a mean of {target} bytes: on this sample it lies between"
+            f" {least:.2f} and {most:.2f}"
+        )
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        mean = mean_at(middle)
+        if abs(mean / target - 1) < 1e-3:
+            return middle, tried
+        low, high = (middle, high) if mean < target else (low, middle)
+    return (low + high) / 2, tried
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--records", required=True, type=Path, help="folder written by entropies")
+    parser.add_argument("--mean", type=float, default=4.5, help="target mean patch length in bytes")
+    parser.add_argument("--monotonic", action="store_true", help="threshold on the entropy's rise")
+    parser.add_argument("--sample_bytes", type=int, default=SAMPLE_BYTES, help="text to look at")
+    parser.add_argument("--seed", type=int, default=0, help="which documents are sampled")
+    parser.add_argument("--out", type=Path, help="also write the threshold to this file")
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError("calibrate takes no --config settings")
+    documents = sample_documents(RecordDocuments(args.records), args.sample_bytes, args.seed)
+    patching = PatchingConfig(monotonic=args.monotonic)
+    threshold, tried = calibrate(documents, patching, args.mean)
+    print(f"{len(documents)} documents of {args.records}")
+    print("threshold (nats)   mean patch (bytes)")
+    for value, mean in sorted(tried):
+        print(f"{value:16.6f}   {mean:18.3f}{'   <-' if value == threshold else ''}")
+    print(f"train a BLT with --config.patching.threshold={threshold:.6f}")
+    if args.out:
+        args.out.write_text(f"{threshold:.6f}\n")

@@ -1,0 +1,158 @@
+"""Work directories: what a run leaves behind, and how it is found again.
+
+WORKDIR/
+  config.json                the resolved config; a run with another config is refused
+  metrics.jsonl              one line per report; TensorBoard events beside it
+  checkpoints/STEP/          written whole or not at all, by Orbax
+    params/  opt/            arrays
+    progress/                JSON: step, data streams, held-out bits per byte
+  byte_lm/                   BLT in entropy mode: the byte LM that placed its patches, as a
+                             work directory of its own, so that the two travel together
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+
+from bltjax.config import RunConfig, differences, from_dict, to_dict
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and writes: a pytree of arrays."""
+
+    step: jax.Array
+    params: Any
+    opt: Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file under its name either whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def claim_workdir(workdir: Path, config: RunConfig) -> None:
+    """Creates the directory and its config.json, or checks that the config is the one in it.
+
+    Raises:
+      ValueError: with the differing settings, if the directory belongs to another config.
+      OSError: if it cannot be written.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    if not path.exists():
+        write_text(path, json.dumps(to_dict(config), indent=1) + "\n")
+        return
+    lines = differences(json.loads(path.read_text()), to_dict(config))
+    if lines:
+        raise ValueError(
+            f"{workdir} holds a run with another config (its value -> yours):\n  "
+            + "\n  ".join(lines)
+            + "\nGive the same settings to resume it, or another --workdir to start afresh."
+        )
+
+
+def read_config(workdir: Path) -> RunConfig:
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{workdir} is not a work directory of a training run: no {path.name} in it"
+        )
+    try:
+        return from_dict(RunConfig, json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        (workdir / "checkpoints").absolute(),
+        item_names=("params", "opt", "progress"),
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=config.checkpoint.keep, enable_async_checkpointing=True
+        ),
+    )
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, progress: dict) -> None:
+    """Starts writing the state and its progress; arrays are copied first, so training may go on."""
+    manager.save(
+        int(progress["step"]),
+        args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            opt=ocp.args.StandardSave(state.opt),
+            progress=ocp.args.JsonSave(progress),
+        ),
+    )
+
+
+def restore(manager: ocp.CheckpointManager, state: TrainState) -> tuple[TrainState, dict]:
+    """The newest checkpoint, on the shardings of `state` (arrays or shapes), and its progress."""
+    step = manager.latest_step()
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(state.params),
+            opt=ocp.args.StandardRestore(state.opt),
+            progress=ocp.args.JsonRestore(),
+        ),
+    )
+    step = jax.device_put(np.int32(step), state.step.sharding)
+    return TrainState(step, restored["params"], restored["opt"]), restored["progress"]
+
+
+def load_params(workdir: Path) -> tuple[RunConfig, dict, int]:
+    """Config, parameters (on the default device) and step of a run's newest checkpoint.
+
+    Raises:
+      ValueError: if the directory holds no run, or no checkpoint yet.
+    """
+    config = read_config(workdir)
+    folder = workdir / "checkpoints"
+    steps = sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit() and p.is_dir())
+    if not steps:
+        raise ValueError(f"{workdir} has no checkpoint yet; run the training command to its end")
+    with quiet(), ocp.StandardCheckpointer() as checkpointer:
+        path = (folder / str(steps[-1]) / "params").absolute()
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = checkpointer.metadata(path).item_metadata
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), dict(shapes)
+        )
+        return config, checkpointer.restore(path, target), steps[-1]
+
+
+def save_params(workdir: Path, config: RunConfig, params, step: int) -> None:
+    """A work directory with parameters alone, which `load_params` reads."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        path = (workdir / "checkpoints" / str(step) / "params").absolute()
+        checkpointer.save(path, params, force=True)
+    write_text(workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without absl's warnings: that one item of a checkpoint has no metadata of its own is fine."""
+    level = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    yield
+    absl_logging.set_verbosity(level)
+
+
+def identity(params) -> str:
+    """A checksum of parameters, by which data remembers the model that scored it."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()[:16]

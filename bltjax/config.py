@@ -1,0 +1,401 @@
+"""Every number that a run depends on, as frozen dataclasses that check themselves.
+
+A file in configs/ builds a ConfigDict and the command line overrides it; `from_dict` turns it into
+a `RunConfig` once, at the edge, and nothing past that line holds a mutable or optional-by-accident
+value. Checks that need two numbers stand in `__post_init__`, before any device is touched.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import typing
+from ast import literal_eval
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+# Hash tables are stored padded to a multiple of this many rows whatever the mesh, so that a
+# checkpoint fits every mesh whose axes divide it. The padding is never addressed.
+TABLE_ROW_MULTIPLE = 512
+# One prime per hash function, from the released models (spec 4).
+HASH_PRIMES = (
+    1000000007, 5915587277, 1500450271, 3267000013, 5754853343, 4093082899,
+    9576890767, 3628273133, 2860486313, 5463458053, 3367900313,
+)  # fmt: skip
+
+
+def divides(small_name: str, small: int, large_name: str, large: int) -> None:
+    """Raises ValueError with the rule and both numbers unless small divides large."""
+    if small < 1 or large % small:
+        raise ValueError(f"{small_name} ({small}) must divide {large_name} ({large})")
+
+
+def positive(config, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)}, not > 0")
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, not one of {', '.join(choices)}")
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """'; did you mean X?', or the list of what there is when nothing is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteLMConfig:
+    """The small byte language model whose entropies place the patches (paper 2.3, 4.2)."""
+
+    layers: int = 14
+    width: int = 768  # E
+    heads: int = 12  # G
+    hidden: int = 2048  # F
+    window: int = 512  # bytes a position sees, itself included
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        positive(self, "layers", "width", "heads", "hidden", "window")
+        divides("byte_lm.heads", self.heads, "byte_lm.width", self.width)
+        divides("2", 2, "byte_lm channels per head", self.width // self.heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class HashConfig:
+    """Hashed n-gram embeddings: one table per (function, size), summed onto the byte embedding."""
+
+    sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
+    functions: int = 1
+    rows: int = 500002  # M, as addressed
+    crosses_documents: bool = False  # the reference's windows do; ours stop at a document's start
+
+    def __post_init__(self):
+        if self.sizes and not 2 <= min(self.sizes) <= max(self.sizes) <= 16:
+            raise ValueError(f"hash.sizes {self.sizes} must lie in 2 ... 16")
+        if not 0 < self.functions <= len(HASH_PRIMES):
+            raise ValueError(f"hash.functions ({self.functions}) must be 1 ... {len(HASH_PRIMES)}")
+        if not 0 < self.rows <= 2**24:
+            raise ValueError(f"hash.rows ({self.rows}) must be 1 ... 2^24 = {2**24}")
+
+    @property
+    def tables(self) -> int:
+        return len(self.sizes) * self.functions
+
+    @property
+    def stored_rows(self) -> int:
+        return -(-self.rows // TABLE_ROW_MULTIPLE) * TABLE_ROW_MULTIPLE
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalConfig:
+    """The two byte stacks; they share width, heads and window (the decoder starts from the
+    encoder's states)."""
+
+    encoder_layers: int = 1
+    decoder_layers: int = 9
+    width: int = 1024  # E
+    heads: int = 16  # G
+    hidden: int = 2816  # F
+    window: int = 512
+    rope_theta: float = 5e5
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        positive(self, "encoder_layers", "decoder_layers", "width", "heads", "hidden", "window")
+        divides("local.heads", self.heads, "local.width", self.width)
+        divides("2", 2, "local channels per head", self.width // self.heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossConfig:
+    """The cross-attentions between bytes and patches."""
+
+    slots: int = 2  # K
+    heads: int = 16
+    encoder: str = "last"  # none, last, all: after which encoder layers
+    decoder: str = "all"  # none, first, all: before which decoder layers
+
+    def __post_init__(self):
+        positive(self, "slots", "heads")
+        one_of("cross.encoder", self.encoder, ("none", "last", "all"))
+        one_of("cross.decoder", self.decoder, ("none", "first", "all"))
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """The latent transformer, which runs once per patch."""
+
+    layers: int = 25
+    width: int = 2048  # D
+    heads: int = 16  # H
+    key_value_heads: int = 16  # J
+    hidden: int = 5632  # F
+    rope_theta: float = 5e5
+    norm_eps: float = 1e-5
+    remat: bool = True
+
+    def __post_init__(self):
+        positive(self, "layers", "width", "heads", "key_value_heads", "hidden")
+        divides("latent.heads", self.heads, "latent.width", self.width)
+        divides("latent.key_value_heads", self.key_value_heads, "latent.heads", self.heads)
+        divides("2", 2, "latent channels per head", self.width // self.heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class BLTConfig:
+    local: LocalConfig = LocalConfig()
+    cross: CrossConfig = CrossConfig()
+    latent: LatentConfig = LatentConfig()
+    hash: HashConfig = HashConfig()
+
+    def __post_init__(self):
+        divides("cross.heads", self.cross.heads, "local.width", self.local.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchingConfig:
+    """Where patches begin (paper 2.3; spec 2).
+
+    mode: entropy, space, static or byte. In entropy mode, `monotonic` compares the rise of the
+    entropy with `threshold`; otherwise a patch begins where the entropy exceeds `threshold` and,
+    if `threshold_add` is given, has also risen by more than that.
+    """
+
+    mode: str = "entropy"
+    threshold: float = 1.335442066192627  # nats; the released models' value
+    threshold_add: float | None = None
+    monotonic: bool = False
+    patch_bytes: int = 4  # static mode
+    max_patch_bytes: int | None = None
+
+    def __post_init__(self):
+        one_of("patching.mode", self.mode, ("entropy", "space", "static", "byte"))
+        positive(self, "patch_bytes")
+        if self.max_patch_bytes is not None:
+            positive(self, "max_patch_bytes")
+        if self.monotonic and self.threshold_add is not None:
+            raise ValueError("patching.monotonic and patching.threshold_add exclude each other")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of documents: text files, JSONL, or a folder of scored records."""
+
+    path: str
+    weight: float = 1.0  # share of bytes in the mixture
+    field: str = "text"  # JSONL: the key of the text
+    split_bytes: int = 0  # text files: 0, a file is a document; else cut at blank lines after this
+
+    def __post_init__(self):
+        if not self.path:
+            raise ValueError("a data source has an empty path; give a file, a glob or a folder")
+        positive(self, "weight")
+        if self.split_bytes < 0:
+            raise ValueError(f"split_bytes is {self.split_bytes}, not >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    train: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
+    held_out: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
+    rows: int = 8  # B, over all processes
+    row_bytes: int = 1024  # N
+    row_patches: int = 228  # P
+    look_ahead: int = 32  # documents the packer chooses among
+    prefetch: int = 4  # batches
+    skip_bad: bool = False  # count broken JSONL lines instead of stopping
+
+    def __post_init__(self):
+        positive(self, "rows", "row_bytes", "row_patches", "look_ahead", "prefetch")
+        if self.row_bytes < 2 or self.row_patches < 2:
+            raise ValueError(
+                f"a row needs 2 bytes and 2 patches at least (the first two positions each open"
+                f" one); row_bytes is {self.row_bytes}, row_patches {self.row_patches}"
+            )
+        if self.row_patches > self.row_bytes:
+            raise ValueError(
+                f"row_patches ({self.row_patches}) must not exceed row_bytes ({self.row_bytes})"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine, the paper's recipe (4.6)."""
+
+    steps: int = 1000
+    lr: float = 4e-4
+    warmup_steps: int = 100
+    final_lr_ratio: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices; not on norms, byte embeddings, hash tables
+    clip: float = 1.0
+    accumulate: int = 1  # micro-batches per step
+
+    def __post_init__(self):
+        positive(self, "steps", "lr", "clip", "accumulate")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.warmup_steps}) must lie in 0 ... optimizer.steps"
+                f" ({self.steps})"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 100  # steps
+    keep: int = 2
+
+    def __post_init__(self):
+        positive(self, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis; -1 (one axis at most) takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            raise ValueError(f"mesh sizes {sizes} must be >= 1, with at most one -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One training run. Exactly one of `byte_lm` and `blt` is the model that it trains."""
+
+    byte_lm: ByteLMConfig | None = None
+    blt: BLTConfig | None = None
+    entropy_model: str = ""  # BLT, entropy mode: work directory of the byte LM that scored the data
+    patching: PatchingConfig = PatchingConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    compute_dtype: str = "auto"  # auto: bfloat16 on TPU and GPU, float32 on CPU
+    attention: str = "auto"  # auto, dense, xla
+    seed: int = 0
+    log_every: int = 10  # steps
+    evaluate_every: int = 100  # steps
+
+    def __post_init__(self):
+        if (self.byte_lm is None) == (self.blt is None):
+            raise ValueError("a run trains one model: give either byte_lm or blt")
+        one_of("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
+        one_of("attention", self.attention, ("auto", "dense", "xla"))
+        positive(self, "log_every", "evaluate_every")
+        divides("optimizer.accumulate", self.optimizer.accumulate, "data.rows", self.data.rows)
+
+    @property
+    def model(self) -> ByteLMConfig | BLTConfig:
+        return self.byte_lm or self.blt
+
+
+def from_dict(kind, values, where: str = "config"):
+    """A dataclass from nested dicts, refusing unknown keys with the nearest name.
+
+    Raises:
+      ValueError: for an unknown key, a wrong type, or a rule that two numbers break.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in args:
+        if values is None:
+            return None
+        return from_dict(next(arg for arg in args if arg is not type(None)), values, where)
+    if origin is dict:
+        return {key: from_dict(args[1], value, f"{where}.{key}") for key, value in values.items()}
+    if origin is tuple:
+        return tuple(from_dict(args[0], value, where) for value in values)
+    if dataclasses.is_dataclass(kind):
+        if isinstance(values, kind):
+            return values
+        if not isinstance(values, dict):
+            raise ValueError(f"{where} is {values!r}, not a group of settings")
+        hints = typing.get_type_hints(kind)
+        for key in values:
+            if key not in hints:
+                raise ValueError(f"{where}.{key} is no setting{nearest(key, hints)}")
+        try:
+            return kind(**{k: from_dict(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+        except TypeError as error:  # a required field was left out
+            raise ValueError(f"{where}: {error}") from None
+    if kind is float and isinstance(values, int) and not isinstance(values, bool):
+        return float(values)
+    if not isinstance(values, kind) or (kind is int and isinstance(values, bool)):
+        raise ValueError(f"{where} is {values!r}, not {kind.__name__}")
+    return values
+
+
+def to_dict(config) -> dict:
+    """The JSON form of a config; `from_dict` inverts it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(old: dict, new: dict, where: str = "") -> list[str]:
+    """Lines 'key: old -> new' where two JSON configs differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            lines.append(f"{where}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def load_config(spec: str, overrides: typing.Iterable[str] = ()) -> RunConfig:
+    """The RunConfig of `configs/FILE.py[:ARG]` after overrides such as `data.rows=4`.
+
+    Raises:
+      ValueError: naming the file or the key, and the nearest key where there is one.
+    """
+    path, _, argument = spec.partition(":")
+    if not Path(path).is_file():
+        there = (
+            [str(p) for p in Path(path).parent.glob("*.py")] if Path(path).parent.is_dir() else []
+        )
+        raise ValueError(f"config file {path!r} does not exist{nearest(path, there)}")
+    module_spec = importlib.util.spec_from_file_location("bltjax_run_config", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    tree = module.get_config(argument) if argument else module.get_config()
+    for override in overrides:
+        apply_override(tree, override)
+    return from_dict(RunConfig, tree.to_dict())
+
+
+def apply_override(tree: ConfigDict, override: str) -> None:
+    """Sets one `key.subkey=value` in a ConfigDict; the key must exist."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"override {override!r} has no value; write --config.{key}=VALUE")
+    *groups, name = key.split(".")
+    node, where = tree, "config"
+    for part in [*groups, name]:
+        if not isinstance(node, ConfigDict) or part not in node:
+            known = node.keys() if isinstance(node, ConfigDict) else ()
+            raise ValueError(f"{where}.{part} is no setting{nearest(part, known)}")
+        node, where, parent = node[part], f"{where}.{part}", node
+    try:
+        value = literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(node, str):
+        value = text
+    if isinstance(value, list):
+        value = tuple(value)
+    # Types are checked by from_dict, whose messages name the setting; so no type-safety here.
+    with parent.ignore_type():
+        parent[name] = value

@@ -1,0 +1,195 @@
+"""Documents into rows of at most N bytes and at most P patches.
+
+    row 1   [BOS a a a a a EOS][BOS b b b b b b b        targets are the next byte: of EOS and of
+                                             |           padding there is none
+    row 2   [b b b EOS][BOS c c c EOS] . . .             padding: id 0, document 0, weight 0
+
+A row closes at whichever limit comes first. A document that is cut goes on in the next row, which
+begins with the byte that the last one had as its last target: every byte is a target exactly once.
+Both limits cost money when one of them is reached early, so at every document boundary the packer
+chooses, among the documents waiting, the one after which bytes and patches are most evenly used.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bltjax.alphabet import BOE, encode
+from bltjax.config import PatchingConfig
+from bltjax.data.records import Document
+from bltjax.patching import force_starts, patch_starts
+
+
+def cut(document: Document, patching: PatchingConfig | None) -> tuple[np.ndarray, np.ndarray]:
+    """ids [len + 2] (BOS, bytes, EOS) and starts [len + 3] of a document.
+
+    Without patching (the byte LM) every position is a start. The position after EOS always is one:
+    another document's BOS.
+    """
+    ids_N = encode(document.text)
+    if patching is None:
+        return ids_N, np.ones(len(ids_N) + 1, bool)
+    entropies_N = None
+    if patching.mode == "entropy":
+        if document.entropies is None:
+            raise ValueError("entropy patching needs scored documents; run the entropies command")
+        # What follows EOS is never predicted; its entropy decides nothing.
+        entropies_N = np.append(document.entropies, np.float32(0))
+    starts_N1 = force_starts(patch_starts(patching, ids_N, entropies_N))
+    starts_N1[-1] = True
+    return ids_N, starts_N1
+
+
+class Piece(NamedTuple):
+    """Positions [begin, end) of a document, as they stand in a row."""
+
+    ids_N: np.ndarray
+    starts_N1: np.ndarray
+    begin: int
+    end: int
+
+
+def next_piece(ids_N, starts_N1, begin: int, used: int, room: int, patch_room: int) -> Piece:
+    """As much of a document from `begin` as a row with `used` bytes still holds."""
+    end = min(len(ids_N), begin + room)
+    opens_N = starts_N1[begin:end].astype(np.int32)
+    opens_N[: max(0, 2 - used)] = 1  # the row's first two positions
+    held = int(np.searchsorted(np.cumsum(opens_N), patch_room, side="right"))
+    return Piece(ids_N, starts_N1, begin, begin + held)
+
+
+def piece_patches(piece: Piece, used: int) -> int:
+    opens_N = piece.starts_N1[piece.begin : piece.end].astype(np.int32)
+    opens_N[: max(0, 2 - used)] = 1
+    return int(opens_N.sum())
+
+
+def lay_out(pieces: Sequence[Piece], row_bytes: int) -> dict[str, np.ndarray]:
+    """The arrays of one row."""
+    row = {
+        "bytes_BN": np.full(row_bytes, BOE, np.int32),
+        "targets_BN": np.full(row_bytes, BOE, np.int32),
+        "weights_BN": np.zeros(row_bytes, np.float32),
+        "starts_BN1": np.zeros(row_bytes + 1, bool),
+        "documents_BN": np.zeros(row_bytes, np.int32),
+    }
+    place = 0
+    for number, (ids_N, starts_N1, begin, end) in enumerate(pieces, start=1):
+        size = end - begin
+        here = slice(place, place + size)
+        targets_N = ids_N[begin + 1 : end + 1]  # one fewer than bytes where the document ends
+        row["bytes_BN"][here] = ids_N[begin:end]
+        row["targets_BN"][place : place + len(targets_N)] = targets_N
+        row["weights_BN"][place : place + len(targets_N)] = 1
+        row["starts_BN1"][place : place + size + 1] = starts_N1[begin : end + 1]
+        row["documents_BN"][here] = number
+        place += size
+    if place:
+        row["starts_BN1"][:2] = True
+    return row
+
+
+class Packer:
+    """Rows from an endless supply of keyed documents; its state is a few numbers.
+
+    supply: () -> key of the next document. read: key -> (ids, starts). A key is JSON-able.
+    """
+
+    def __init__(
+        self,
+        supply: Callable[[], Any],
+        read: Callable[[Any], tuple[np.ndarray, np.ndarray]],
+        row_bytes: int,
+        row_patches: int,
+        look_ahead: int,
+    ):
+        self.supply, self.read = supply, read
+        self.row_bytes, self.row_patches, self.look_ahead = row_bytes, row_patches, look_ahead
+        self.waiting: list[tuple[Any, int, np.ndarray, np.ndarray]] = []  # key, picks waited, ...
+        self.open: tuple[Any, int, np.ndarray, np.ndarray] | None = None  # key, position, ...
+
+    def state(self) -> dict:
+        return {
+            "waiting": [[key, age] for key, age, _, _ in self.waiting],
+            "open": None if self.open is None else [self.open[0], self.open[1]],
+        }
+
+    def restore(self, state: dict) -> None:
+        self.waiting = [(key, age, *self.read(key)) for key, age in state["waiting"]]
+        self.open = None
+        if state["open"] is not None:
+            key, position = state["open"]
+            self.open = (key, position, *self.read(key))
+
+    def pick(self, used: int, patches: int) -> tuple[Any, int, np.ndarray, np.ndarray]:
+        """Takes the waiting document that leaves bytes and patches most evenly used."""
+        while len(self.waiting) < self.look_ahead:
+            key = self.supply()
+            self.waiting.append((key, 0, *self.read(key)))
+        # The awkward ones must not wait for ever.
+        chosen = 0
+        if self.waiting[0][1] < 4 * self.look_ahead:
+            sizes = np.array([(len(w[2]), w[3][:-1].sum()) for w in self.waiting], np.float64)
+            room = np.array([self.row_bytes - used, self.row_patches - patches], np.float64)
+            fits = np.minimum(1.0, (room / sizes).min(axis=1, keepdims=True))
+            after = (sizes * fits + [used, patches]) / [self.row_bytes, self.row_patches]
+            chosen = int(np.argmin(np.abs(after[:, 0] - after[:, 1])))
+        key, _, ids_N, starts_N1 = self.waiting.pop(chosen)
+        self.waiting = [(k, age + 1, i, s) for k, age, i, s in self.waiting]
+        return key, 0, ids_N, starts_N1
+
+    def next_row(self) -> dict[str, np.ndarray]:
+        pieces: list[Piece] = []
+        used = patches = 0
+        while used < self.row_bytes and patches < self.row_patches:
+            key, begin, ids_N, starts_N1 = self.open or self.pick(used, patches)
+            room = (self.row_bytes - used, self.row_patches - patches)
+            piece = next_piece(ids_N, starts_N1, begin, used, *room)
+            if piece.end > piece.begin:
+                patches += piece_patches(piece, used)
+                used += piece.end - piece.begin
+                pieces.append(piece)
+            # With EOS alone left there is nothing more to predict: EOS was the last target.
+            self.open = None
+            if piece.end < len(ids_N) - 1:
+                self.open = (key, piece.end, ids_N, starts_N1)
+                break
+        return lay_out(pieces, self.row_bytes)
+
+
+def pack_exact(
+    documents: Iterable[tuple[np.ndarray, np.ndarray]], row_bytes: int, row_patches: int
+) -> tuple[list[dict[str, np.ndarray]], int]:
+    """Rows for evaluation, and the number of cuts.
+
+    A document that fits a row is never split; a longer one starts a row of its own and goes on in
+    further rows. How documents share rows changes no score, only the number of rows.
+    """
+    rows: list[tuple[list[Piece], int, int]] = []  # pieces, bytes, patches
+    cuts, short = 0, []
+    for ids_N, starts_N1 in documents:
+        if len(ids_N) <= row_bytes and starts_N1[:-1].sum() <= row_patches:
+            short.append((ids_N, starts_N1))
+            continue
+        begin = 0
+        while begin == 0 or begin < len(ids_N) - 1:
+            piece = next_piece(ids_N, starts_N1, begin, 0, row_bytes, row_patches)
+            cuts += begin > 0
+            rows.append(([piece], piece.end - piece.begin, piece_patches(piece, 0)))
+            begin = piece.end
+    # Largest first, into the first of the rows still open; few are kept open, so it is linear.
+    short.sort(key=lambda item: -max(len(item[0]) / row_bytes, item[1][:-1].sum() / row_patches))
+    still = list(range(len(rows)))[-64:]
+    for ids_N, starts_N1 in short:
+        piece = Piece(ids_N, starts_N1, 0, len(ids_N))
+        for number in still:
+            pieces, used, patches = rows[number]
+            more = piece_patches(piece, used)
+            if used + len(ids_N) <= row_bytes and patches + more <= row_patches:
+                rows[number] = ([*pieces, piece], used + len(ids_N), patches + more)
+                break
+        else:
+            rows.append(([piece], len(ids_N), piece_patches(piece, 0)))
+            still = [*still, len(rows) - 1][-64:]
+    return [lay_out(pieces, row_bytes) for pieces, _, _ in rows], cuts

@@ -1,0 +1,154 @@
+"""The grain pipeline: sources -> streams -> rows -> batches, resumable bit for bit.
+
+Row b of the global batch is stream b. A stream's records (every B-th of each source), its shuffle,
+its mixture and its packing depend on (seed, b) alone, so any process count that divides B sees the
+same global batches, and a state saved by one set of processes can be regrouped for another.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from bltjax.config import DataConfig, PatchingConfig
+from bltjax.data.packing import Packer, cut, lay_out, pack_exact
+from bltjax.data.sources import Documents, open_source
+
+
+class Stream:
+    """One row of every batch, for ever."""
+
+    def __init__(
+        self,
+        number: int,
+        sources: dict[str, Documents],
+        data: DataConfig,
+        patching: PatchingConfig | None,
+        seed: int,
+    ):
+        self.sources, self.patching = sources, patching
+        self.weights = {name: data.train[name].weight for name in sources}
+        self.order = {}
+        for rank, (name, documents) in enumerate(sources.items()):
+            # Too few records to share are shared by all, each stream in an order of its own.
+            mine = np.arange(number, len(documents), data.rows)
+            if len(documents) < data.rows:
+                mine = np.arange(len(documents))
+            stream_seed = int(np.random.SeedSequence([seed, number, rank]).generate_state(1)[0])
+            order = grain.MapDataset.source(mine).seed(stream_seed).shuffle()
+            self.order[name] = order.repeat()  # shuffled anew in every epoch
+        self.taken = dict.fromkeys(sources, 0)
+        self.bytes = dict.fromkeys(sources, 0)
+        limit = data.row_bytes if patching is None else data.row_patches
+        self.packer = Packer(self.supply, self.read, data.row_bytes, limit, data.look_ahead)
+
+    def supply(self) -> list:
+        """[source, record] next in the mixture: the source furthest behind its share of bytes."""
+        name = min(self.sources, key=lambda s: self.bytes[s] / self.weights[s])
+        record = int(self.order[name][self.taken[name]])
+        self.taken[name] += 1
+        self.bytes[name] += len(self.sources[name][record].text)
+        return [name, record]
+
+    def read(self, key: list) -> tuple[np.ndarray, np.ndarray]:
+        return cut(self.sources[key[0]][key[1]], self.patching)
+
+    def state(self) -> dict:
+        return {
+            "taken": dict(self.taken),
+            "bytes": dict(self.bytes),
+            "records": {name: len(documents) for name, documents in self.sources.items()},
+            "packer": self.packer.state(),
+        }
+
+    def restore(self, state: dict) -> None:
+        for name, documents in self.sources.items():
+            saved = state["records"].get(name)
+            if saved != len(documents):
+                raise ValueError(
+                    f"source {name!r} has {len(documents)} records, but had {saved} when the"
+                    " checkpoint was written: the data has changed, and the run can't be resumed"
+                )
+        self.taken, self.bytes = dict(state["taken"]), dict(state["bytes"])
+        self.packer.restore(state["packer"])
+
+
+class Batches(grain.IterDataset):
+    """Batches of the rows of some streams, each array [streams, ...]."""
+
+    def __init__(self, build: Any):
+        super().__init__()
+        self._build = build
+
+    def __iter__(self) -> "BatchIterator":
+        return BatchIterator(self._build())
+
+
+class BatchIterator(grain.DatasetIterator):
+    def __init__(self, streams: dict[int, Stream]):
+        super().__init__()
+        self._streams = streams
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        rows = [stream.packer.next_row() for stream in self._streams.values()]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def get_state(self) -> dict:
+        return {str(number): stream.state() for number, stream in self._streams.items()}
+
+    def set_state(self, state: dict) -> None:
+        for number, stream in self._streams.items():
+            stream.restore(state[str(number)])
+
+
+def training_batches(
+    data: DataConfig,
+    patching: PatchingConfig | None,
+    *,
+    seed: int,
+    streams: Sequence[int],
+    expected_identity: str | None = None,
+) -> grain.IterDataset:
+    """Endless batches whose rows are the given streams; iterators save and restore their state.
+
+    patching: None for the byte LM, whose rows are bounded by bytes alone.
+
+    Raises:
+      ValueError, OSError: as `open_source`, for any of the training sources.
+    """
+    if not data.train:
+        raise ValueError("config.data.train names no source")
+    sources = {
+        name: open_source(source, skip_bad=data.skip_bad, expected_identity=expected_identity)
+        for name, source in data.train.items()
+    }
+    for name, documents in sources.items():
+        if documents.bad:
+            print(f"{name}: {documents.bad} broken lines skipped")
+
+    def build() -> dict[int, Stream]:
+        return {number: Stream(number, sources, data, patching, seed) for number in streams}
+
+    return grain.experimental.ThreadPrefetchIterDataset(
+        Batches(build), prefetch_buffer_size=data.prefetch
+    )
+
+
+def held_out_batches(
+    documents: Iterable, data: DataConfig, patching: PatchingConfig | None
+) -> tuple[list[dict[str, np.ndarray]], int]:
+    """Batches that hold every document once, and the number of cuts; empty rows fill the last."""
+    limit = data.row_bytes if patching is None else data.row_patches
+    cut_documents = (cut(documents[i], patching) for i in range(len(documents)))
+    rows, cuts = pack_exact(cut_documents, data.row_bytes, limit)
+    rows += [lay_out([], data.row_bytes)] * (-len(rows) % data.rows)
+    groups = (rows[i : i + data.rows] for i in range(0, len(rows), data.rows))
+    return [{name: np.stack([row[name] for row in g]) for name in g[0]} for g in groups], cuts
+
+
+def fills(batch: dict[str, np.ndarray], row_patches: int) -> tuple[float, float]:
+    """Shares of the byte and of the patch slots of a batch that are used."""
+    real_BN = batch["documents_BN"] > 0
+    patches = (batch["starts_BN1"][:, :-1] & real_BN).sum()
+    return float(real_BN.mean()), float(patches / (len(real_BN) * row_patches))

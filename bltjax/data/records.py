@@ -1,0 +1,187 @@
+"""Scored documents on disk: ArrayRecord shards of bytes and entropies, and their manifest.
+
+    record    | magic 4 | crc32 4 | length 4 | bytes [length] | float32 entropies [length + 1] |
+
+Entry i of the entropies follows i bytes (entry 0 follows BOS). A record keeps entropies and not
+patches, so that one scoring of a corpus serves every threshold. Files appear under their final
+names only when whole, and the manifest, written last, says what they must be.
+"""
+
+import dataclasses
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from array_record.python import array_record_module
+
+MAGIC = b"BLT1"
+HEADER = struct.Struct("<4sII")
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A text as uint8 [len], and, if scored, float32 entropies [len + 1] in nats."""
+
+    text: np.ndarray
+    entropies: np.ndarray | None = None
+
+
+def encode_record(text: bytes, entropies: np.ndarray) -> bytes:
+    if len(entropies) != len(text) + 1:
+        raise ValueError(
+            f"a text of {len(text)} bytes needs {len(text) + 1} entropies, not {len(entropies)}"
+        )
+    body = bytes(text) + np.asarray(entropies, "<f4").tobytes()
+    return HEADER.pack(MAGIC, zlib.crc32(body), len(text)) + body
+
+
+def decode_record(record: bytes) -> Document:
+    """Raises ValueError for bytes that are no whole record."""
+    if len(record) < HEADER.size:
+        raise ValueError(f"a record of {len(record)} bytes is shorter than its header")
+    magic, checksum, length = HEADER.unpack_from(record)
+    if magic != MAGIC:
+        raise ValueError(f"a record begins with {magic!r}, not {MAGIC!r}")
+    expected = HEADER.size + length + 4 * (length + 1)
+    if len(record) != expected:
+        raise ValueError(f"a record of {length} text bytes has {len(record)} bytes, not {expected}")
+    body = memoryview(record)[HEADER.size :]
+    if zlib.crc32(body) != checksum:
+        raise ValueError("a record's checksum is wrong")
+    return Document(np.frombuffer(body[:length], np.uint8), np.frombuffer(body[length:], "<f4"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardInfo:
+    name: str
+    documents: int
+    text_bytes: int
+    positions: int  # scored: every document's bytes and its BOS
+    padding: int  # positions computed besides
+    size: int  # bytes of the file
+    crc32: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of records holds and which byte LM scored it."""
+
+    byte_lm: str  # identity
+    byte_lm_path: str
+    byte_lm_step: int
+    precision: str
+    source: str
+    shards: tuple[ShardInfo, ...]
+    version: int = 1
+
+    def total(self, field: str) -> int:
+        return sum(getattr(shard, field) for shard in self.shards)
+
+
+def file_crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def write_shard(path: Path, records: Iterable[bytes]) -> None:
+    """Writes an ArrayRecord file beside its place, then moves it there whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,zstd:3")
+    try:
+        for record in records:
+            writer.write(record)
+    finally:
+        writer.close()
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def shard_info(path: Path, texts_bytes: int, documents: int, padding: int) -> ShardInfo:
+    positions = texts_bytes + documents
+    size, crc32 = path.stat().st_size, file_crc32(path)
+    return ShardInfo(path.name, documents, texts_bytes, positions, padding, size, crc32)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    partial = folder / f".{MANIFEST}.partial"
+    partial.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+    os.replace(partial, folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ValueError for a folder without a manifest, or with one that is not ours."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {MANIFEST}: it is not a finished folder of records."
+            " Run the entropies command to its end."
+        )
+    try:
+        values = json.loads(path.read_text())
+        shards = tuple(ShardInfo(**shard) for shard in values.pop("shards"))
+        return Manifest(shards=shards, **values)
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a manifest of records: {error}") from None
+
+
+class RecordDocuments:
+    """The documents of a folder of records, by number."""
+
+    bad = 0
+
+    def __init__(self, folder: Path, expected_identity: str | None = None):
+        """Raises ValueError for missing or truncated shards, or another byte LM's entropies."""
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        if expected_identity not in (None, self.manifest.byte_lm):
+            raise ValueError(
+                f"{folder} was scored by byte LM {self.manifest.byte_lm}"
+                f" ({self.manifest.byte_lm_path}), but the byte LM asked for is"
+                f" {expected_identity}. Score the corpus with it, or set --config.entropy_model."
+            )
+        for shard in self.manifest.shards:
+            path = self.folder / shard.name
+            found = path.stat().st_size if path.is_file() else None
+            if found != shard.size:
+                what = "is missing" if found is None else f"has {found} bytes, not {shard.size}"
+                raise ValueError(
+                    f"{path} {what}: the shard is damaged."
+                    " Remove it and run the entropies command again; it keeps the whole shards."
+                )
+        self.ends = np.cumsum([shard.documents for shard in self.manifest.shards])
+        self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getstate__(self):
+        return self.__dict__ | {"_readers": {}}
+
+    def name(self, index: int) -> str:
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        return f"{self.folder / self.manifest.shards[shard].name}[{index}]"
+
+    def __getitem__(self, index: int) -> Document:
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        path = self.folder / self.manifest.shards[shard].name
+        try:
+            if shard not in self._readers:
+                self._readers[shard] = array_record_module.ArrayRecordReader(
+                    str(path), "readahead_buffer_size:0"
+                )
+            first = int(self.ends[shard]) - self.manifest.shards[shard].documents
+            return decode_record(self._readers[shard].read([index - first])[0])
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"{path}, record {index}: {error}. The shard is damaged: remove it and run the"
+                " entropies command again; it keeps the whole shards."
+            ) from None

@@ -1,0 +1,157 @@
+"""Sources of documents: text files and globs, JSONL, folders of scored records.
+
+Text is bytes and is never decoded, so that what is not UTF-8 trains as well. Documents are found
+when a source is opened (offsets, not text, are kept) and read when asked for.
+"""
+
+import glob
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from bltjax.config import SourceConfig
+from bltjax.data.records import MANIFEST, Document, RecordDocuments
+
+
+class TextDocuments:
+    """Plain text files, each a document, or cut at blank lines into documents of `split_bytes`."""
+
+    bad = 0
+
+    def __init__(self, paths: list[Path], split_bytes: int):
+        self.paths, spans = paths, []
+        for number, path in enumerate(paths):
+            size = path.stat().st_size
+            with path.open("rb") as file:  # unreadable files are found now, not in the middle
+                cuts = blank_line_cuts(file.read(), split_bytes) if split_bytes else [0, size]
+            spans += [(number, a, b) for a, b in itertools.pairwise(cuts) if b > a]
+        self.spans = np.array(spans, np.int64).reshape(-1, 3)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def name(self, index: int) -> str:
+        number, begin, end = self.spans[index].tolist()
+        return f"{self.paths[number]}[{begin}:{end}]"
+
+    def __getitem__(self, index: int) -> Document:
+        number, begin, end = self.spans[index].tolist()
+        text = np.fromfile(self.paths[number], np.uint8, count=end - begin, offset=begin)
+        if len(text) != end - begin:
+            raise ValueError(f"{self.paths[number]} has become shorter since it was opened")
+        return Document(text)
+
+
+def blank_line_cuts(text: bytes, split_bytes: int) -> list[int]:
+    """Offsets of the pieces: each ends at the first blank line after `split_bytes` of it.
+
+    A last piece of under half that size joins the one before.
+    """
+    cuts = [0]
+    while len(text) - cuts[-1] > split_bytes:
+        found = text.find(b"\n\n", cuts[-1] + split_bytes)
+        if found < 0:
+            break
+        end = found + 2
+        while text[end : end + 1] == b"\n":
+            end += 1
+        cuts.append(end)
+    if len(cuts) > 1 and len(text) - cuts[-1] < split_bytes / 2:
+        cuts.pop()
+    return [*cuts, len(text)]
+
+
+class JsonlDocuments:
+    """Lines of JSON objects with a text field."""
+
+    def __init__(self, paths: list[Path], field: str, skip_bad: bool):
+        self.paths, self.field, self.bad = paths, field, 0
+        spans = []
+        for number, path in enumerate(paths):
+            begin = 0
+            with path.open("rb") as file:
+                for line_number, line in enumerate(file, start=1):
+                    end = begin + len(line)
+                    if line.strip():
+                        problem, text = self.parse(line)
+                        if problem and not skip_bad:
+                            raise ValueError(
+                                f"{path}, line {line_number}: {problem}."
+                                " --skip_bad (training: --config.data.skip_bad=True) counts such"
+                                " lines and goes on."
+                            )
+                        self.bad += bool(problem)
+                        if text:
+                            spans.append((number, line_number, begin, end))
+                    begin = end
+        self.spans = np.array(spans, np.int64).reshape(-1, 4)
+
+    def parse(self, line: bytes) -> tuple[str, bytes]:
+        """('', text) of a good line, (what is wrong, b'') of another."""
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            return f"not JSON ({error})", b""
+        if not isinstance(value, dict) or self.field not in value:
+            there = ", ".join(map(repr, value)) if isinstance(value, dict) else "no fields"
+            return f"no field {self.field!r} (there: {there})", b""
+        if not isinstance(value[self.field], str):
+            return f"field {self.field!r} is no string", b""
+        return "", value[self.field].encode("utf-8", errors="ignore")
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def name(self, index: int) -> str:
+        return f"{self.paths[self.spans[index, 0]]}:{self.spans[index, 1]}"
+
+    def __getitem__(self, index: int) -> Document:
+        number, _, begin, end = self.spans[index].tolist()
+        with self.paths[number].open("rb") as file:
+            file.seek(begin)
+            problem, text = self.parse(file.read(end - begin))
+        if problem:
+            raise ValueError(f"{self.name(index)} has changed since it was opened: {problem}")
+        return Document(np.frombuffer(text, np.uint8))
+
+
+Documents = TextDocuments | JsonlDocuments | RecordDocuments
+
+
+def open_source(
+    source: SourceConfig, *, skip_bad: bool = False, expected_identity: str | None = None
+) -> Documents:
+    """The documents of a source, recognised by its path.
+
+    A folder with a manifest holds records; *.jsonl is JSONL; anything else is plain text (a folder
+    stands for its *.txt files).
+
+    Raises:
+      ValueError: for a path without files, an empty corpus, a bad line, damaged records.
+      OSError: for a file that cannot be read.
+    """
+    path = Path(source.path)
+    if path.is_dir() and ((path / MANIFEST).exists() or (path / "plan.json").exists()):
+        documents = RecordDocuments(path, expected_identity)
+    else:
+        pattern = str(path / "*.txt") if path.is_dir() else source.path
+        paths = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+        if os.path.isfile(source.path):  # a name with brackets is itself before it is a pattern
+            paths = [path]
+        paths = [found for found in paths if found.is_file()]
+        if not paths:
+            raise ValueError(
+                f"{source.path}: no such file, and no file matches it as a glob"
+                f" (working directory: {Path.cwd()})"
+            )
+        if all(found.suffix == ".jsonl" for found in paths):
+            documents = JsonlDocuments(paths, source.field, skip_bad)
+        else:
+            documents = TextDocuments(paths, source.split_bytes)
+    if not len(documents):
+        bad = f" ({documents.bad} bad lines were skipped)" if documents.bad else ""
+        raise ValueError(f"{source.path} is empty: it has no document with any text{bad}")
+    return documents

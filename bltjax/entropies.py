@@ -1,0 +1,141 @@
+"""Scores a corpus with a byte LM: text in, ArrayRecord shards of bytes and entropies out.
+
+Records hold entropies, not patches, so that one pass over the corpus serves every threshold. A
+shard appears under its final name only when whole; the same command keeps finished shards, redoes
+an unfinished one, and writes the manifest last.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from bltjax import checkpoint as ckpt
+from bltjax.config import SourceConfig
+from bltjax.data.records import (
+    Manifest,
+    ShardInfo,
+    encode_record,
+    shard_info,
+    write_manifest,
+    write_shard,
+)
+from bltjax.data.sources import open_source
+from bltjax.metrics import Progress, quantity
+from bltjax.scoring import score_documents
+
+SHARD_BYTES = 64 << 20
+
+
+def plan_shards(lengths: list[int], shard_bytes: int) -> list[range]:
+    """Runs of documents, each closed once it holds shard_bytes; depends on the corpus alone."""
+    shards, first, held = [], 0, 0
+    for index, length in enumerate(lengths):
+        held += length
+        if held >= shard_bytes:
+            shards.append(range(first, index + 1))
+            first, held = index + 1, 0
+    if first < len(lengths):
+        shards.append(range(first, len(lengths)))
+    return shards
+
+
+def write_entropies(
+    source: SourceConfig,
+    byte_lm: Path,
+    out: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    skip_bad: bool = False,
+) -> Manifest:
+    """Scores `source` with the run in `byte_lm` into the folder `out`.
+
+    Raises:
+      ValueError: if `out` was begun with another byte LM or another corpus.
+    """
+    config, params, step = ckpt.load_params(byte_lm)
+    if config.byte_lm is None:
+        raise ValueError(f"{byte_lm} trained a BLT, not a byte LM; entropies come from a byte LM")
+    documents = open_source(source, skip_bad=skip_bad)
+    if documents.bad:
+        print(f"{source.path}: {documents.bad} broken lines skipped")
+    lengths = [len(documents[i].text) for i in range(len(documents))]
+    shards = plan_shards(lengths, shard_bytes)
+    plan = {
+        "byte_lm": ckpt.identity(params),
+        "source": {"path": source.path, "field": source.field, "split_bytes": source.split_bytes},
+        "documents": len(lengths),
+        "text_bytes": sum(lengths),
+        "shard_bytes": shard_bytes,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    plan_path = out / "plan.json"
+    if plan_path.exists() and json.loads(plan_path.read_text()) != plan:
+        raise ValueError(
+            f"{out} was begun with another byte LM or corpus:\n  there: {plan_path.read_text()}\n"
+            f"  asked: {json.dumps(plan)}\nGive another --out, or remove that folder."
+        )
+    ckpt.write_text(plan_path, json.dumps(plan))
+
+    progress = Progress("entropies", sum(lengths) + len(lengths))
+    infos: list[ShardInfo] = []
+    for number, indices in enumerate(shards):
+        path = out / f"shard-{number:05d}-of-{len(shards):05d}.array_record"
+        side = path.with_suffix(".json")
+        if path.exists() and side.exists():
+            infos.append(ShardInfo(**json.loads(side.read_text())))
+            progress.advance(infos[-1].positions)
+            print(f"{path.name}: kept, {quantity(infos[-1].text_bytes)}B")
+            continue
+        texts = [documents[i].text for i in indices]
+        entropies, padding = score_documents(config.byte_lm, params, texts, scored=progress.advance)
+        write_shard(
+            path, (encode_record(t.tobytes(), e) for t, e in zip(texts, entropies, strict=True))
+        )
+        infos.append(shard_info(path, sum(map(len, texts)), len(texts), padding))
+        ckpt.write_text(side, json.dumps(dataclasses.asdict(infos[-1])))
+        print(f"{path.name}: {quantity(infos[-1].text_bytes)}B in {len(texts)} documents")
+    manifest = Manifest(
+        byte_lm=plan["byte_lm"],
+        byte_lm_path=str(byte_lm),
+        byte_lm_step=step,
+        precision="float32",
+        source=source.path,
+        shards=tuple(infos),
+    )
+    write_manifest(out, manifest)
+    return manifest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--byte_lm", required=True, type=Path, help="work directory of a byte LM")
+    parser.add_argument("--source", required=True, help="text file, glob, folder, or JSONL")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the records")
+    parser.add_argument("--field", default="text", help="JSONL: key of the text (default: text)")
+    parser.add_argument(
+        "--split_bytes",
+        type=int,
+        default=0,
+        help="text files: cut at blank lines into documents of about this size (0: a file is one)",
+    )
+    parser.add_argument("--shard_bytes", type=int, default=SHARD_BYTES, help="text per shard")
+    parser.add_argument(
+        "--skip_bad", action="store_true", help="count broken JSONL lines and go on"
+    )
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError("entropies takes its model from --byte_lm; it has no --config settings")
+    source = SourceConfig(args.source, field=args.field, split_bytes=args.split_bytes)
+    manifest = write_entropies(
+        source, args.byte_lm, args.out, shard_bytes=args.shard_bytes, skip_bad=args.skip_bad
+    )
+    padding = manifest.total("padding")
+    print(
+        f"{args.out}: {manifest.total('documents')} documents,"
+        f" {quantity(manifest.total('text_bytes'))}B;"
+        f" {padding / (manifest.total('positions') + padding):.2%} of scored positions"
+        f" were padding; scored by byte LM {manifest.byte_lm}\n"
+        f"next: python -m bltjax calibrate --records {args.out} --mean 4.5"
+    )

@@ -1,0 +1,135 @@
+"""Bits per byte of a run on any text, beside gzip and xz on the same bytes.
+
+Only text bytes count: sum of -log2 p over them, divided by their number, so models with different
+patches, and compressors, compare. A document that fits in a row is never split; the number of cuts
+in longer ones is reported. The result does not depend on batch size or document order.
+"""
+
+import argparse
+import gzip
+import json
+import lzma
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from bltjax import checkpoint as ckpt
+from bltjax.config import RunConfig, SourceConfig
+from bltjax.data.packing import cut
+from bltjax.data.pipeline import held_out_batches
+from bltjax.data.sources import open_source
+from bltjax.metrics import Progress, quantity
+from bltjax.model import parameter_count
+from bltjax.scoring import scored_source
+from bltjax.train import make_scores, run_model
+
+XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
+
+
+def run_byte_lm(config: RunConfig, workdir: Path):
+    """(config, params, identity) of the byte LM that a BLT's patches need, or None."""
+    if config.blt is None or config.patching.mode != "entropy":
+        return None
+    byte_lm_config, params, _ = ckpt.load_params(workdir / "byte_lm")
+    return byte_lm_config.byte_lm, params, ckpt.identity(params)
+
+
+def evaluate(workdir: Path, source: SourceConfig, *, skip_bad: bool = False) -> dict:
+    """Bits per byte of the run in `workdir` on `source`, with counts of what was scored."""
+    config, params, step = ckpt.load_params(workdir)
+    patching = config.patching if config.blt is not None else None
+    documents = scored_source(source, patching, run_byte_lm(config, workdir), skip_bad=skip_bad)
+    batches, cuts = held_out_batches(documents, config.data, patching)
+    scores = jax.jit(make_scores(run_model(config)))
+    nats = text_bytes = 0.0
+    progress = Progress("evaluating", len(batches), " batches")
+    for batch in batches:
+        sums = jax.device_get(scores(params, jax.device_put(batch)))
+        nats += float(sums.text_nats)
+        text_bytes += float(sums.text_bytes)
+        progress.advance(1)
+    result = {
+        "model": "byte_lm" if config.blt is None else "blt",
+        "step": step,
+        "bits_per_byte": nats / np.log(2.0) / max(text_bytes, 1.0),
+        "text_bytes": int(text_bytes),
+        "documents": len(documents),
+        "parameters": parameter_count(params, config.model),
+        "cuts": cuts,
+    }
+    if patching is not None:
+        positions = patches = 0
+        for index in range(len(documents)):
+            _, starts_N1 = cut(documents[index], patching)
+            positions += len(starts_N1) - 1
+            patches += int(starts_N1[:-1].sum())
+        result["mean_patch_bytes"] = positions / patches
+    return result
+
+
+def compressor_bits(text: bytes, training_text: bytes) -> dict[str, float]:
+    """Bits per byte of gzip -9, xz -9, and xz -9 when the training text comes first."""
+    bits = {
+        "gzip": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
+        "xz": 8 * len(lzma.compress(text, **XZ)) / len(text),
+    }
+    if training_text:
+        before = len(lzma.compress(training_text, **XZ))
+        both = len(lzma.compress(training_text + text, **XZ))
+        bits["xz_after_training_text"] = 8 * (both - before) / len(text)
+    return bits
+
+
+def joined_text(source: SourceConfig, skip_bad: bool) -> bytes:
+    documents = open_source(source, skip_bad=skip_bad)
+    return b"".join(documents[i].text.tobytes() for i in range(len(documents)))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, type=Path, help="work directory of a run")
+    parser.add_argument(
+        "--source", help="text file, glob, folder, JSONL or records (default: the run's held-out)"
+    )
+    parser.add_argument("--field", default="text", help="JSONL: key of the text (default: text)")
+    parser.add_argument("--split_bytes", type=int, default=0, help="text files: cut at blank lines")
+    parser.add_argument(
+        "--skip_bad", action="store_true", help="count broken JSONL lines and go on"
+    )
+    parser.add_argument("--compressors", action="store_true", help="also gzip -9 and xz -9")
+    parser.add_argument("--out", type=Path, help="also write the result as JSON")
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError("evaluate takes its config from the work directory; drop --config.*")
+    config = ckpt.read_config(args.workdir)
+    if args.source:
+        sources = [SourceConfig(args.source, field=args.field, split_bytes=args.split_bytes)]
+    elif config.data.held_out:
+        sources = list(config.data.held_out.values())
+    else:
+        raise ValueError(f"{args.workdir} has no held-out source in its config; give --source")
+    results = []
+    for source in sources:
+        begun = time.monotonic()
+        result = {"source": source.path, **evaluate(args.workdir, source, skip_bad=args.skip_bad)}
+        result["seconds"] = time.monotonic() - begun
+        if args.compressors:
+            text = joined_text(source, args.skip_bad)
+            training = b"".join(joined_text(s, args.skip_bad) for s in config.data.train.values())
+            result["compressors"] = compressor_bits(text, training)
+        results.append(result)
+        print(
+            f"{source.path}: {quantity(result['text_bytes'])}B in {result['documents']} documents"
+            f" ({result['cuts']} cuts)"
+        )
+        print(
+            f"  {result['model'] + ' at step ' + str(result['step']):28s}"
+            f"{result['bits_per_byte']:8.4f} bits per byte"
+        )
+        for name, bits in result.get("compressors", {}).items():
+            print(f"  {name.replace('_', ' '):28s}{bits:8.4f} bits per byte")
+    if args.out:
+        ckpt.write_text(args.out, json.dumps(results if len(results) > 1 else results[0]) + "\n")

@@ -1,0 +1,84 @@
+"""Reports of a run: a line for a person, JSONL and TensorBoard events for programs."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+def duration(seconds: float) -> str:
+    """90 -> '1m30s'."""
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
+
+
+def quantity(value: float) -> str:
+    """123456 -> '123k': three digits and a prefix."""
+    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g}{prefix}"
+    return f"{value:.3g}"
+
+
+class Reporter:
+    """Writes reports of one run; on resume, drops the lines of steps that will be run again."""
+
+    def __init__(self, workdir: Path, first_step: int):
+        self.path = workdir / "metrics.jsonl"
+        if self.path.exists():
+            kept = []
+            for line in self.path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= first_step:
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError):
+                    continue  # the line that a killed process was writing
+            partial = self.path.with_name(".metrics.partial")
+            partial.write_text("".join(line + "\n" for line in kept))
+            os.replace(partial, self.path)
+        self.file = self.path.open("a")
+        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.events.close()
+
+
+class Progress:
+    """Rate and time left of long work: every second on a terminal, every ten in a log."""
+
+    def __init__(self, what: str, total: float, unit: str = "B"):
+        self.what, self.total, self.unit = what, total, unit
+        self.begun = self.said = time.monotonic()
+        self.interval = 1.0 if sys.stderr.isatty() else 10.0
+        self.done = 0.0
+
+    def advance(self, amount: float) -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now - self.said >= self.interval:
+            self.said = now
+            self.print()
+
+    def print(self) -> None:
+        elapsed = max(time.monotonic() - self.begun, 1e-9)
+        rate = self.done / elapsed
+        left = (self.total - self.done) / rate if rate else 0.0
+        line = (
+            f"{self.what}: {quantity(self.done)}{self.unit} of {quantity(self.total)}{self.unit}"
+            f"  {quantity(rate)}{self.unit}/s  {duration(left)} left"
+        )
+        # A terminal sees one line that moves; a log sees lines.
+        print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)

@@ -1,0 +1,47 @@
+"""The models: flax modules that nothing outside this package needs to know as such."""
+
+import jax
+import jax.numpy as jnp
+
+from bltjax.config import BLTConfig, ByteLMConfig
+from bltjax.model.blt import BLT
+from bltjax.model.byte_lm import ByteLM
+
+
+def make_model(
+    config: ByteLMConfig | BLTConfig, row_patches: int, dtype, implementation: str | None
+) -> ByteLM | BLT:
+    """The module of a config; `row_patches` is how many patches a row may hold (BLT)."""
+    if isinstance(config, ByteLMConfig):
+        return ByteLM(config, dtype, implementation)
+    return BLT(config, row_patches, dtype, implementation)
+
+
+def batch_logits(model: ByteLM | BLT, params, batch) -> jax.Array:
+    """Logits, float32 [B, N, V], of a batch as the pipeline makes it."""
+    inputs = (batch["bytes_BN"], batch["documents_BN"])
+    if isinstance(model, BLT):
+        inputs += (batch["starts_BN1"],)
+    return model.apply({"params": params}, *inputs)[0]
+
+
+def initial_params(model: ByteLM | BLT, key) -> dict:
+    """Fresh parameters; sizes don't depend on the row, so the shortest one will do."""
+    one_BN = jnp.ones((1, 2), jnp.int32)
+    inputs = (one_BN, one_BN)
+    if isinstance(model, BLT):
+        model = model.clone(row_patches=2)
+        inputs += (jnp.ones((1, 3), bool),)
+    return model.init(key, *inputs)["params"]
+
+
+def parameter_count(params, config: ByteLMConfig | BLTConfig) -> dict[str, int]:
+    """Parameters by part and in total; the padding of the hash tables is not counted."""
+    counts: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        size, part = leaf.size, path[0].key if isinstance(config, BLTConfig) else "byte_lm"
+        if path[-1].key == "ngrams_RME":
+            size = size // config.hash.stored_rows * config.hash.rows
+            part = "hash_tables"
+        counts[part] = counts.get(part, 0) + size
+    return counts | {"total": sum(counts.values())}

@@ -1,0 +1,39 @@
+"""The Byte Latent Transformer: local encoder, latent transformer, local decoder.
+
+Returns (logits, out), `out` holding every intermediate by name: what is not used costs nothing,
+since the compiler drops it, and probing needs no hooks.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from bltjax.config import BLTConfig
+from bltjax.model.latent_transformer import LatentTransformer
+from bltjax.model.local_decoder import LocalDecoder
+from bltjax.model.local_encoder import LocalEncoder
+from bltjax.patches import row_patches
+
+
+class BLT(nn.Module):
+    config: BLTConfig
+    row_patches: int  # P, static: rows with more patches than this are not allowed
+    dtype: jnp.dtype = jnp.float32
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, bytes_BN, documents_BN, starts_BN1):
+        """Logits, float32 [B, N, V], of the byte after each byte, and the intermediates."""
+        parts = (self.config, self.dtype, self.implementation)
+        patches = row_patches(documents_BN, starts_BN1, self.row_patches, self.config.local.window)
+        embeds_BNE, states_BNE, slots_BSE = LocalEncoder(*parts, name="encoder")(
+            bytes_BN, documents_BN, patches, self.row_patches
+        )
+        latent_BPD = LatentTransformer(*parts, name="latent")(slots_BSE, patches.latent_ranges)
+        logits_BNV = LocalDecoder(*parts, name="decoder")(states_BNE, latent_BPD, patches)
+        return logits_BNV, {
+            "embeds_BNE": embeds_BNE,
+            "states_BNE": states_BNE,
+            "slots_BSE": slots_BSE,
+            "latent_BPD": latent_BPD,
+            "patches": patches,
+        }

@@ -1,0 +1,90 @@
+"""The byte language model: a plain windowed transformer whose entropies place the patches.
+
+A long text is scored in chunks that carry, for every layer, the keys (before rotation) and values
+of the last W - 1 positions; positions count from the oldest carried key, because fp32 rotary
+angles lose precision far from zero. Scores don't depend on how a text was chunked.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from bltjax.alphabet import VOCABULARY
+from bltjax.attention import Sliding
+from bltjax.config import ByteLMConfig
+from bltjax.model.layers import Block, BlockSize, project, rms_norm, truncated_normal
+from bltjax.patches import Ranges, document_begins, index_like, window_ranges
+
+
+class Carry(NamedTuple):
+    """What a chunk leaves to the next: (k, v) of each layer, and those positions' documents."""
+
+    layers: tuple[tuple[jax.Array, jax.Array], ...]
+    documents_BT: jax.Array
+
+
+def empty_carry(config: ByteLMConfig, rows: int, dtype=jnp.float32) -> Carry:
+    """The carry before a text's first byte: W - 1 positions that belong to no document."""
+    shape = (rows, config.window - 1, config.heads, config.width // config.heads)
+    # Distinct arrays, since a step may be given its carry to overwrite.
+    layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
+    return Carry(layers, jnp.zeros(shape[:2], jnp.int32))
+
+
+def carried_ranges(documents_BT, past: int, window: int) -> Ranges:
+    """Ranges of the positions after the first `past`, over all of them.
+
+    documents_BT: 0 where nothing was yet, then ascending, then 0 in padding.
+    """
+    index_BT = index_like(documents_BT)
+    real_BT = documents_BT > 0
+    end_BT = jax.lax.cummax(jnp.where(real_BT, index_BT + 1, 0), axis=1)
+    start_BT = jnp.where(
+        real_BT, jnp.maximum(index_BT - window + 1, document_begins(documents_BT)), end_BT
+    )
+    return Ranges(start_BT[:, past:], end_BT[:, past:], index_BT)
+
+
+class ByteLM(nn.Module):
+    config: ByteLMConfig
+    dtype: jnp.dtype = jnp.float32
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, bytes_BN, documents_BN, carry: Carry | None = None):
+        """Logits, float32 [B, N, V], of the byte after each byte, and the carry (None for None)."""
+        config = self.config
+        E = config.width
+        size = BlockSize(
+            E, config.heads, config.heads, config.hidden, config.norm_eps, config.rope_theta
+        )
+        if carry is None:
+            ranges, past = window_ranges(documents_BN, config.window), (None,) * config.layers
+        else:
+            documents_BT = jnp.concatenate([carry.documents_BT, documents_BN], axis=1)
+            ranges = carried_ranges(documents_BT, config.window - 1, config.window)
+            past = carry.layers
+        bytes_VE = self.param("bytes_VE", truncated_normal(E), (VOCABULARY, E))
+        x_BNE = bytes_VE[bytes_BN].astype(self.dtype)
+        layers = []
+        for layer in range(config.layers):
+            x_BNE, kept = Block(
+                size, Sliding(config.window), self.dtype, self.implementation, name=f"block_{layer}"
+            )(x_BNE, ranges, past[layer])
+            layers.append(kept)
+        if carry is not None:
+            carry = Carry(tuple(layers), documents_BT[:, documents_BN.shape[1] :])
+        norm_E = self.param("norm_E", nn.initializers.ones, (E,))
+        head_EV = self.param("head_EV", truncated_normal(E), (E, VOCABULARY)).astype(self.dtype)
+        x_BNE = rms_norm(x_BNE, norm_E, config.norm_eps)
+        return project(x_BNE, head_EV).astype(jnp.float32), carry
+
+
+def entropies_of(logits_BNV):
+    """Entropy of each next-byte distribution over all 260 ids, float32 nats (paper 2.3, eq. 1)."""
+    log_probs = jax.nn.log_softmax(logits_BNV.astype(jnp.float32), axis=-1)
+    # A logit of -inf has probability 0 and adds nothing, where p * log p alone would be NaN.
+    terms = jnp.where(jnp.isneginf(log_probs), 0.0, jnp.exp(log_probs) * log_probs)
+    return -terms.sum(axis=-1)

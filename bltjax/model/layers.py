@@ -1,0 +1,114 @@
+"""The parts that every stack shares: RMS norm, projections by letters, and the transformer block.
+
+Choices, all of the released models: pre-norm, SwiGLU, rotary positions on interleaved pairs, no
+biases, no dropout. Parameters are fp32 and named by their shape (`q_EGC`); compute is in `dtype`;
+norms and softmax are fp32. Initial values are truncated normals, cut at 3 sigma, of sigma
+1 / sqrt(fan in); norms begin at 1.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from bltjax.attention import Pattern, range_attention
+from bltjax.patches import Ranges
+from bltjax.rotary import rotary_angles, rotate
+
+
+def truncated_normal(fan_in: int):
+    return nn.initializers.truncated_normal(stddev=fan_in**-0.5, lower=-3.0, upper=3.0)
+
+
+def rms_norm(x, scale_D, eps: float):
+    """x / rms(x) * scale over the last axis, in fp32, returned in x's dtype."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    scale = jax.lax.broadcast_in_dim(scale_D, x.shape, (x.ndim - 1,))
+    return (wide * inverse * scale).astype(x.dtype)
+
+
+def project(x, weight, axes: int = 1):
+    """x's last `axes` axes times weight's first ones.
+
+    Written as one two-dimensional product: XLA's CPU backend takes twice as long over the same
+    gradient when rows and positions are two axes.
+    """
+    inner, outer = weight.shape[:axes], weight.shape[axes:]
+    flat = x.reshape(-1, math.prod(inner)) @ weight.reshape(math.prod(inner), math.prod(outer))
+    return flat.reshape(*x.shape[: x.ndim - axes], *outer)
+
+
+class BlockSize(NamedTuple):
+    """The sizes of one block and the letters of its width and its heads (byte stacks: E, G)."""
+
+    width: int
+    heads: int
+    key_value_heads: int
+    hidden: int
+    norm_eps: float
+    rope_theta: float
+    letters: str = "EGG"  # width, query heads, key/value heads
+    stacked: str = ""  # "L" when parameters of all layers are stacked along a first axis
+
+    @property
+    def channels(self) -> int:
+        return self.width // self.heads
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block over `ranges`.
+
+    `past`, if given, is (k, v) of the keys before x's own, not yet rotated; `ranges` then counts
+    from the oldest of them, and the block returns the newest of all keys, as many as came in.
+    """
+
+    size: BlockSize
+    pattern: Pattern
+    dtype: jnp.dtype
+    implementation: str | None
+
+    @nn.compact
+    def __call__(self, x_BQD, ranges: Ranges, past=None):
+        size, C = self.size, self.size.channels
+        D, H, J = size.letters
+        L = size.stacked
+
+        def weight(name, shape, fan_in):
+            return self.param(name, truncated_normal(fan_in), shape).astype(self.dtype)
+
+        def norm(name, x):
+            scale = self.param(f"{name}_{L}{D}", nn.initializers.ones, (size.width,))
+            return rms_norm(x, scale, size.norm_eps)
+
+        width, heads, shared = size.width, size.heads, size.key_value_heads
+        y = norm("attention_norm", x_BQD)
+        q = project(y, weight(f"q_{L}{D}{H}C", (width, heads, C), width))
+        k = project(y, weight(f"k_{L}{D}{J}C", (width, shared, C), width))
+        v = project(y, weight(f"v_{L}{D}{J}C", (width, shared, C), width))
+        if past is not None:
+            kept = past[0].shape[1]
+            k = jnp.concatenate([past[0], k], axis=1)
+            v = jnp.concatenate([past[1], v], axis=1)
+            past = (k[:, k.shape[1] - kept :], v[:, v.shape[1] - kept :])
+        cos, sin = rotary_angles(ranges.position_BT, C, size.rope_theta)
+        own = q.shape[1]
+        out = range_attention(
+            rotate(q, (cos[:, -own:], sin[:, -own:])),
+            rotate(k, (cos, sin)),
+            v,
+            ranges.start_BQ,
+            ranges.end_BQ,
+            pattern=self.pattern,
+            implementation=self.implementation,
+        )
+        o = weight(f"o_{L}{H}C{D}", (heads, C, width), width)
+        x_BQD = x_BQD + project(out, o, axes=2)
+
+        y = norm("feed_forward_norm", x_BQD)
+        gate = project(y, weight(f"gate_{L}{D}F", (width, size.hidden), width))
+        up = project(y, weight(f"up_{L}{D}F", (width, size.hidden), width))
+        down = weight(f"down_{L}F{D}", (size.hidden, width), size.hidden)
+        return x_BQD + project(nn.silu(gate) * up, down), past

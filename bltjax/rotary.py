@@ -1,0 +1,19 @@
+"""Rotary positions on interleaved channel pairs (2i, 2i + 1), angles and rotation in fp32."""
+
+import jax.numpy as jnp
+
+
+def rotary_angles(position_BT, channels: int, theta: float):
+    """cos and sin, each float32 [B, T, C / 2], of position * theta^(-2i / C)."""
+    rate_C = theta ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
+    angle_BTC = position_BT[..., None].astype(jnp.float32) * rate_C[None, None]
+    return jnp.cos(angle_BTC), jnp.sin(angle_BTC)
+
+
+def rotate(x_BTHC, angles):
+    """x with each channel pair turned by its position's angle; computed in fp32, dtype kept."""
+    cos, sin = (a[:, :, None, :] for a in angles)
+    pairs = x_BTHC.astype(jnp.float32).reshape(*x_BTHC.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x_BTHC.shape).astype(x_BTHC.dtype)

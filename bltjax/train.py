@@ -1,0 +1,323 @@
+"""One trainer for the byte LM and for BLT, read from top to bottom.
+
+The loop dispatches step n and only then fetches the report of step n - 1, so the host never stalls
+the device. A checkpoint holds the state, the data streams and the step together; running the same
+command again resumes from the newest one, and its losses are those of a run never interrupted.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bltjax import checkpoint as ckpt
+from bltjax.checkpoint import TrainState
+from bltjax.config import RunConfig, load_config
+from bltjax.data.pipeline import fills, held_out_batches, training_batches
+from bltjax.flops import training_flops
+from bltjax.metrics import Reporter, duration, quantity
+from bltjax.model import batch_logits, initial_params, make_model, parameter_count
+from bltjax.objective import Sums, target_sums
+from bltjax.optimizer import learning_rate, make_optimizer
+from bltjax.scoring import scored_source
+from bltjax.sharding import make_mesh, replicated, row_sharding, tree_shardings
+
+
+def compute_dtype(config: RunConfig):
+    """The dtype of matrix products: bfloat16 where there are units for it, float32 on a CPU."""
+    if config.compute_dtype != "auto":
+        return jnp.dtype(config.compute_dtype)
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def run_model(config: RunConfig):
+    implementation = None if config.attention == "auto" else config.attention
+    return make_model(config.model, config.data.row_patches, compute_dtype(config), implementation)
+
+
+def micro_batches(batch, count: int):
+    """Each array [B, ...] as [count, B / count, ...]."""
+    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+
+
+def make_train_step(config: RunConfig, model, optimizer):
+    """(state, batch) -> (state, report), to be jitted.
+
+    The loss is the mean over all weighted targets of the batch, however it is cut into
+    micro-batches: sums are accumulated, and divided once.
+    """
+
+    def loss_sums(params, batch):
+        sums = target_sums(
+            batch_logits(model, params, batch), batch["targets_BN"], batch["weights_BN"]
+        )
+        return sums.nats, sums
+
+    def step(state: TrainState, batch):
+        count = config.optimizer.accumulate
+        gradient = jax.grad(loss_sums, has_aux=True)
+        if count == 1:
+            grads, sums = gradient(state.params, batch)
+        else:
+
+            def add(total, micro):
+                return jax.tree.map(jnp.add, total, gradient(state.params, micro)), None
+
+            zero = (jax.tree.map(jnp.zeros_like, state.params), Sums(*(jnp.zeros(()),) * 4))
+            (grads, sums), _ = jax.lax.scan(add, zero, micro_batches(batch, count))
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), grads)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params = jax.tree.map(lambda p, u: p + u, state.params, updates)
+        norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
+        return TrainState(state.step + 1, params, opt), {"sums": sums, "gradient_norm": norm}
+
+    return step
+
+
+def make_scores(model):
+    """(params, batch) -> Sums, to be jitted: evaluation and held-out bits per byte."""
+
+    def scores(params, batch) -> Sums:
+        logits_BNV = batch_logits(model, params, batch)
+        return target_sums(logits_BNV, batch["targets_BN"], batch["weights_BN"])
+
+    return scores
+
+
+def held_out_bits(scores, params, batches, sharding) -> float:
+    total = [0.0, 0.0]
+    for batch in batches:
+        sums = jax.device_get(scores(params, jax.device_put(batch, sharding)))
+        total[0] += float(sums.text_nats)
+        total[1] += float(sums.text_bytes)
+    return total[0] / np.log(2.0) / max(total[1], 1.0)
+
+
+def carry_byte_lm(config: RunConfig, workdir: Path):
+    """Copies the byte LM that scored the data into a BLT's work directory; (config, params, id).
+
+    None for runs that don't place patches by entropy.
+    """
+    if config.blt is None or config.patching.mode != "entropy":
+        return None
+    if not config.entropy_model:
+        raise ValueError(
+            "entropy patching needs the byte LM that scored the data:"
+            " --config.entropy_model=WORKDIR of its training run"
+        )
+    own = workdir / "byte_lm"
+    source = own if (own / "config.json").is_file() else Path(config.entropy_model)
+    byte_lm_config, params, step = ckpt.load_params(source)
+    if byte_lm_config.byte_lm is None:
+        raise ValueError(f"{source} trained a BLT, not a byte LM; entropies come from a byte LM")
+    if source != own:
+        ckpt.save_params(own, byte_lm_config, params, step)
+    return byte_lm_config.byte_lm, params, ckpt.identity(params)
+
+
+def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> dict[str, float]:
+    """Trains to `optimizer.steps` (or until `stop_at`), resuming what is there; the last report.
+
+    Raises:
+      ValueError: for a work directory of another run, or data that the config cannot use.
+      FloatingPointError: at the first step whose loss or gradient is not finite.
+    """
+    begun = time.monotonic()
+    ckpt.claim_workdir(workdir, config)
+    byte_lm = carry_byte_lm(config, workdir)
+    mesh = make_mesh(config.mesh)
+    rows = row_sharding(mesh)
+    patching = config.patching if config.blt is not None else None
+    expected = byte_lm[2] if byte_lm else None
+
+    dataset = training_batches(
+        config.data,
+        patching,
+        seed=config.seed,
+        expected_identity=expected,
+        streams=range(config.data.rows),
+    )
+    batches = iter(dataset)
+    held_out, cuts = [], 0
+    for name, source in config.data.held_out.items():
+        documents = scored_source(source, patching, byte_lm, skip_bad=config.data.skip_bad)
+        found, found_cuts = held_out_batches(documents, config.data, patching)
+        held_out += found
+        cuts += found_cuts
+        if found_cuts:
+            print(f"held-out {name}: {found_cuts} cuts in documents longer than a row")
+
+    model = run_model(config)
+    optimizer = make_optimizer(config.optimizer)
+
+    def initial_state(key):
+        params = initial_params(model, key)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    key = jax.random.key(config.seed)
+    shapes = jax.eval_shape(initial_state, key)
+    shardings = TrainState(
+        replicated(mesh), tree_shardings(shapes.params, mesh), tree_shardings(shapes.opt, mesh)
+    )
+    counts = parameter_count(shapes.params, config.model)
+    flops = training_flops(
+        config.model, config.data.rows, config.data.row_bytes, config.data.row_patches
+    )
+    print(
+        f"{'BLT' if config.blt else 'byte LM'}: {quantity(counts['total'])} parameters ("
+        + ", ".join(f"{part} {quantity(n)}" for part, n in counts.items() if part != "total")
+        + f"); {quantity(flops)}FLOP a step; mesh {dict(mesh.shape)}; {compute_dtype(config).name}"
+    )
+
+    manager = ckpt.make_manager(workdir, config)
+    if manager.latest_step() is None:
+        state = jax.jit(initial_state, out_shardings=shardings)(key)
+        first = 0
+    else:
+        target = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        )
+        state, progress = ckpt.restore(manager, target)
+        first = progress["step"]
+        batches.set_state(progress["streams"])
+        print(f"resumed {workdir} after step {first}")
+    jax.config.update("jax_transfer_guard", "disallow")
+
+    step_fn = jax.jit(
+        make_train_step(config, model, optimizer),
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    scores = jax.jit(make_scores(model), in_shardings=(shardings.params, rows))
+    reporter = Reporter(workdir, first)
+    rate_of = learning_rate(config.optimizer)
+    last_step = min(config.optimizer.steps, stop_at or config.optimizer.steps)
+    window = Window(begun)
+    values: dict[str, float] = {}
+
+    def report(step: int, out, filled) -> None:
+        """Fetches a step's report; prints and writes one every `log_every`."""
+        nonlocal values
+        sums, norm = jax.device_get((out["sums"], out["gradient_norm"]))
+        if not (np.isfinite(sums.nats) and np.isfinite(norm)):
+            manager.wait_until_finished()
+            good = manager.latest_step()
+            raise FloatingPointError(
+                f"step {step}: loss {sums.nats / max(sums.weight, 1):.4g}, gradient norm"
+                f" {norm:.4g}."
+                f" Last good checkpoint: {'none' if good is None else f'step {good}'} in"
+                f" {workdir / 'checkpoints'}.\nA lower --config.optimizer.lr or a longer"
+                " warm-up usually helps; a changed config needs another --workdir."
+            )
+        window.add(sums, filled)
+        if step % config.log_every and step != last_step:
+            return
+        with jax.transfer_guard("allow"):
+            rate = float(rate_of(step - 1))
+        values = window.flush() | {
+            "gradient_norm": float(norm),
+            "learning_rate": rate,
+            "training_flops": float(flops) * step,
+        }
+        reporter.write(step, values)
+        left = (config.optimizer.steps - step) / max(values["steps_per_second"], 1e-9)
+        print(
+            f"step {step}/{config.optimizer.steps}  loss {values['loss']:.4f}"
+            f"  {values['bits_per_byte']:.3f} bits/byte  {quantity(values['bytes_per_second'])}B/s"
+            f"  fill {values['byte_fill']:.1%} of bytes {values['patch_fill']:.1%} of patches"
+            f"  {duration(left)} left",
+            flush=True,
+        )
+
+    pending = None
+    for step in range(first + 1, last_step + 1):
+        batch = next(batches)
+        state, out = step_fn(state, jax.device_put(batch, rows))
+        if pending is not None:
+            report(*pending)
+        pending = (step, out, fills(batch, config.data.row_patches))
+        at_end = step == last_step
+        evaluates = bool(held_out) and (step % config.evaluate_every == 0 or at_end)
+        saves = step % config.checkpoint.every == 0 or at_end
+        if evaluates or saves:
+            report(*pending)  # nothing that is not finite may reach a checkpoint
+            pending = None
+        if evaluates:
+            paused = time.monotonic()
+            bits = held_out_bits(scores, state.params, held_out, rows)
+            reporter.write(step, {"held_out_bits_per_byte": bits})
+            print(
+                f"step {step}/{config.optimizer.steps}  held out {bits:.4f} bits/byte", flush=True
+            )
+            values["held_out_bits_per_byte"] = bits
+            window.pause(time.monotonic() - paused)
+        if saves:
+            bits = values.get("held_out_bits_per_byte")
+            ckpt.save(
+                manager,
+                state,
+                {"step": step, "streams": batches.get_state(), "held_out_bits_per_byte": bits},
+            )
+    manager.wait_until_finished()
+    manager.close()
+    reporter.close()
+    batches.close()
+    jax.config.update("jax_transfer_guard", "allow")
+    return values
+
+
+class Window:
+    """Sums since the last report, and the time that they took."""
+
+    def __init__(self, begun: float):
+        self.begun = begun
+        self.clear()
+
+    def clear(self) -> None:
+        self.since = time.monotonic()
+        self.sums, self.filled, self.steps = np.zeros(4), np.zeros(2), 0
+
+    def add(self, sums: Sums, filled: tuple[float, float]) -> None:
+        self.sums += np.array([float(x) for x in sums])
+        self.filled += np.array(filled)
+        self.steps += 1
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that was not spent in steps."""
+        self.since += seconds
+
+    def flush(self) -> dict[str, float]:
+        elapsed = max(time.monotonic() - self.since, 1e-9)
+        sums = Sums(*self.sums)
+        byte_fill, patch_fill = self.filled / self.steps
+        values = {
+            "loss": sums.nats / max(sums.weight, 1.0),
+            "bits_per_byte": sums.text_nats / np.log(2.0) / max(sums.text_bytes, 1.0),
+            "bytes_per_second": sums.text_bytes / elapsed,
+            "steps_per_second": self.steps / elapsed,
+            "byte_fill": byte_fill,
+            "patch_fill": patch_fill,
+            "seconds": time.monotonic() - self.begun,
+        }
+        self.clear()
+        return {name: float(value) for name, value in values.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", required=True, help="configs/FILE.py or configs/FILE.py:ARGUMENT"
+    )
+    parser.add_argument("--workdir", required=True, type=Path, help="where the run lives")
+    parser.add_argument("--stop_at", type=int, help="stop after this step, as if interrupted")
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    config = load_config(args.config, overrides)
+    train(config, args.workdir, stop_at=args.stop_at)
+    print(f"finished; the run is in {args.workdir}")

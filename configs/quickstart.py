@@ -1,0 +1,76 @@
+"""The quickstart's two runs, on a CPU with 2 cores in a few minutes each.
+
+    bash launch/quickstart.sh
+
+runs both; alone they are
+
+    python -m bltjax train --config=configs/quickstart.py:byte_lm --workdir=WORKDIR/byte_lm \
+        --config.data.train.text.path='WORKDIR/text/train/*.txt' \
+        --config.data.held_out.text.path='WORKDIR/text/held_out/*.txt'
+    python -m bltjax train --config=configs/quickstart.py:blt --workdir=WORKDIR/blt \
+        --config.entropy_model=WORKDIR/byte_lm --config.patching.threshold=NATS \
+        --config.data.train.text.path=WORKDIR/records/train \
+        --config.data.held_out.text.path=WORKDIR/records/held_out
+
+Both spend the same training FLOPs: the byte LM is the baseline that BLT has to beat, besides
+placing its patches. The README has the figures of a real run.
+"""
+
+from ml_collections import ConfigDict
+
+ROWS, ROW_BYTES, ROW_PATCHES = 4, 2048, 456  # 4.49 bytes a patch
+BYTE_LM_STEPS, BLT_STEPS = 350, 190  # equal training FLOPs, to 1 %
+
+
+def get_config(model: str):
+    if model not in ("byte_lm", "blt"):
+        raise ValueError(f"configs/quickstart.py:{model}: write :byte_lm or :blt")
+    config = ConfigDict()
+    is_blt = model == "blt"
+    if is_blt:
+        config.blt = ConfigDict(
+            dict(
+                local=dict(
+                    encoder_layers=1, decoder_layers=2, width=128, heads=2, hidden=384, window=64
+                ),
+                cross=dict(slots=2, heads=2, encoder="last", decoder="all"),
+                latent=dict(
+                    layers=4, width=256, heads=4, key_value_heads=4, hidden=768, remat=False
+                ),
+                hash=dict(sizes=(3, 4, 5, 6, 7, 8), functions=1, rows=8000),
+            )
+        )
+        config.entropy_model = "runs/quickstart/byte_lm"
+    else:
+        config.byte_lm = ConfigDict(dict(layers=4, width=128, heads=2, hidden=384, window=64))
+    config.patching = ConfigDict(dict(mode="entropy", threshold=1.335442066192627))
+    source = dict(path="", weight=1.0, field="text", split_bytes=1000)
+    part = "records" if is_blt else "text"
+    suffix = "" if is_blt else "/*.txt"
+    config.data = ConfigDict(
+        dict(
+            train=dict(text=source | {"path": f"runs/quickstart/{part}/train{suffix}"}),
+            held_out=dict(text=source | {"path": f"runs/quickstart/{part}/held_out{suffix}"}),
+            rows=ROWS,
+            row_bytes=ROW_BYTES,
+            row_patches=ROW_PATCHES if is_blt else ROW_BYTES,
+            look_ahead=32,
+        )
+    )
+    steps = BLT_STEPS if is_blt else BYTE_LM_STEPS
+    config.optimizer = ConfigDict(
+        dict(
+            steps=steps,
+            lr=4e-3,
+            warmup_steps=40,
+            final_lr_ratio=0.0,
+            weight_decay=0.1,
+            accumulate=1,
+        )
+    )
+    config.checkpoint = ConfigDict(dict(every=100, keep=2))
+    config.compute_dtype = "float32"
+    config.seed = 0
+    config.log_every = 20
+    config.evaluate_every = 200
+    return config

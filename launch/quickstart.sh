@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Text to a trained Byte Latent Transformer on a laptop: byte LM, entropies, threshold, BLT, bits
+# per byte, text. Stages that have finished are skipped when it is run again.
+#   bash launch/quickstart.sh [--workdir DIR] [--text PATH]
+# PATH is your own text, a file or a folder of *.txt; the default is the King James Bible.
+set -euo pipefail
+repository="$(cd "$(dirname "$0")/.." && pwd)"
+workdir="$repository/runs/quickstart"
+text=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --workdir) [ $# -ge 2 ] || { echo "--workdir needs a folder" >&2; exit 2; }
+                   mkdir -p "$2"; workdir="$(cd "$2" && pwd)"; shift 2 ;;
+        --text) [ $# -ge 2 ] || { echo "--text needs a file or folder" >&2; exit 2; }
+                text=(--text "$(realpath -m "$2")"); shift 2 ;;
+        *) echo "usage: bash launch/quickstart.sh [--workdir DIR] [--text PATH]" >&2; exit 2 ;;
+    esac
+done
+cd "$repository"
+source launch/environment.sh quickstart
+mkdir -p "$workdir/seconds"
+
+stage() {  # stage NAME COMMAND...: run it once, and remember how long it took
+    local name="$1" begun=$SECONDS
+    shift
+    if [ -e "$workdir/seconds/$name" ]; then
+        echo "== $name: done before"
+        return
+    fi
+    echo "== $name"
+    "$@"
+    echo $((SECONDS - begun)) > "$workdir/seconds/$name"
+}
+blt=(python -m bltjax)
+records="$workdir/records"
+
+stage text python launch/quickstart_text.py "$workdir/text" "${text[@]}"
+stage train_byte_lm "${blt[@]}" train --config=configs/quickstart.py:byte_lm \
+    --workdir="$workdir/byte_lm" \
+    --config.data.train.text.path="$workdir/text/train/*.txt" \
+    --config.data.held_out.text.path="$workdir/text/held_out/*.txt"
+for part in train held_out; do
+    stage "entropies_$part" "${blt[@]}" entropies --byte_lm="$workdir/byte_lm" \
+        --source="$workdir/text/$part/*.txt" --split_bytes=1000 --out="$records/$part"
+done
+stage calibrate "${blt[@]}" calibrate --records="$records/train" --mean=4.5 \
+    --out="$workdir/threshold.txt"
+stage train_blt "${blt[@]}" train --config=configs/quickstart.py:blt --workdir="$workdir/blt" \
+    --config.entropy_model="$workdir/byte_lm" \
+    --config.patching.threshold="$(cat "$workdir/threshold.txt")" \
+    --config.data.train.text.path="$records/train" \
+    --config.data.held_out.text.path="$records/held_out"
+stage evaluate_byte_lm "${blt[@]}" evaluate --workdir="$workdir/byte_lm" \
+    --out="$workdir/evaluation_byte_lm.json"
+stage evaluate_blt "${blt[@]}" evaluate --workdir="$workdir/blt" --compressors \
+    --out="$workdir/evaluation_blt.json"
+prompt=()
+[ ${#text[@]} -gt 0 ] || prompt=(--prompt "And it came to pass")
+stage generate "${blt[@]}" generate --workdir="$workdir/blt" --max_bytes=200 --temperature=0.7 \
+    "${prompt[@]}"
+python launch/quickstart_report.py "$workdir"

@@ -1,0 +1,66 @@
+"""Gathers what the quickstart's stages left in WORKDIR into WORKDIR/report.json and a summary.
+
+python launch/quickstart_report.py WORKDIR
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def last_values(metrics: Path) -> dict[str, float]:
+    """The newest value of everything that a run reported."""
+    values: dict[str, float] = {}
+    for line in metrics.read_text().splitlines():
+        values |= json.loads(line)
+    return values
+
+
+def means(metrics: Path, names: tuple[str, ...]) -> dict[str, float]:
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = [line for line in lines if names[0] in line]
+    return {name: sum(line[name] for line in lines) / len(lines) for name in names}
+
+
+def main(workdir: Path) -> None:
+    blt = json.loads((workdir / "evaluation_blt.json").read_text())
+    byte_lm = json.loads((workdir / "evaluation_byte_lm.json").read_text())
+    runs = {name: last_values(workdir / name / "metrics.jsonl") for name in ("blt", "byte_lm")}
+    fill = means(workdir / "blt" / "metrics.jsonl", ("byte_fill", "patch_fill"))
+    seconds = {
+        path.name: int(path.read_text())
+        for path in sorted((workdir / "seconds").iterdir(), key=lambda path: path.stat().st_mtime)
+    }
+    compressors = blt["compressors"]
+    report = {
+        "bits_per_byte": {
+            "blt": blt["bits_per_byte"],
+            "byte_lm": byte_lm["bits_per_byte"],
+            **compressors,
+        },
+        "training_flops": {name: run["training_flops"] for name, run in runs.items()},
+        "mean_patch_bytes": blt["mean_patch_bytes"],
+        **fill,
+        "train_bytes_per_second": runs["blt"]["bytes_per_second"],
+        "seconds": seconds,
+        "parameters": {"blt": blt["parameters"], "byte_lm": byte_lm["parameters"]},
+        "held_out_bytes": blt["text_bytes"],
+    }
+    (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    width = max(map(len, report["bits_per_byte"]))
+    print("\nbits per byte on the held-out works (lower is better)")
+    for name, bits in sorted(report["bits_per_byte"].items(), key=lambda item: item[1]):
+        print(f"  {name.replace('_', ' '):{width}}  {bits:.3f}  {'#' * round(20 * bits)}")
+    flops = report["training_flops"]
+    print(
+        f"BLT spent {flops['blt'] / 1e12:.1f} TFLOP, the byte LM {flops['byte_lm'] / 1e12:.1f};"
+        f" patches average {report['mean_patch_bytes']:.2f} bytes;"
+        f" rows were {fill['byte_fill']:.1%} full of bytes, {fill['patch_fill']:.1%} of patches"
+    )
+    print("seconds: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
+    print(f"report: {workdir / 'report.json'}")
+    print(f"more text: python -m bltjax generate --workdir={workdir / 'blt'} --prompt='And God'")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,60 @@
+"""The README's file map is the import order, is complete, and names no file that isn't there."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def file_map() -> list[str]:
+    section = (ROOT / "README.md").read_text().split("## File map")[1].split("\n## ")[0]
+    return re.findall(r"^\| `(bltjax/[\w/]+\.py)` \|", section, re.MULTILINE)
+
+
+def imports(path: Path) -> set[str]:
+    """Package files that a file imports, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bltjax"):
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("bltjax")]
+        for name in names:
+            base = name.replace(".", "/")
+            for candidate in (f"{base}.py", f"{base}/__init__.py"):
+                if (ROOT / candidate).is_file() and candidate != "bltjax/__init__.py":
+                    found.add(candidate)
+    return found
+
+
+def test_map_is_complete():
+    there = {str(path.relative_to(ROOT)) for path in (ROOT / "bltjax").rglob("*.py")}
+    listed = file_map()
+    assert len(listed) == len(set(listed))
+    assert set(listed) == there
+
+
+def test_map_is_the_import_order():
+    listed = file_map()
+    for place, name in enumerate(listed):
+        below = imports(ROOT / name) - set(listed[:place])
+        assert not below, f"{name} imports {sorted(below)}, which do not stand above it in the map"
+
+
+def test_data_and_model_do_not_know_each_other():
+    for path in (ROOT / "bltjax" / "data").glob("*.py"):
+        assert not any("/model/" in name for name in imports(path)), path
+    for path in (ROOT / "bltjax" / "model").glob("*.py"):
+        assert not any("/data/" in name for name in imports(path)), path
+
+
+def test_data_starts_no_device():
+    code = (
+        "import bltjax.data.pipeline, jax._src.xla_bridge as bridge;"
+        " assert not bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

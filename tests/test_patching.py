@@ -1,0 +1,126 @@
+"""The reference's worked examples, and what every mode must keep."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bltjax.alphabet import encode
+from bltjax.config import PatchingConfig
+from bltjax.patching import force_starts, patch_lengths, patch_starts
+
+H = [0, 5, 9, 13, 17, 3, 9, 9]
+GLOBAL = PatchingConfig(threshold=1.0)
+MONOTONIC = PatchingConfig(threshold=1.0, monotonic=True)
+RELATIVE = PatchingConfig(threshold=1.0, threshold_add=0.5)
+
+
+def lengths(config, entropies, *, next_byte):
+    entropies = np.array(entropies, np.float32)
+    starts_N1 = patch_starts(config, np.full(len(entropies), 100, np.int32), entropies)
+    return patch_lengths(starts_N1 if next_byte else starts_N1[:-1]).tolist()
+
+
+def test_threshold_modes():
+    assert lengths(RELATIVE, H, next_byte=False) == [1, 1, 2, 1, 2, 1]
+    assert lengths(RELATIVE, H, next_byte=True) == [1, 1, 2, 1, 2, 2]
+    assert lengths(MONOTONIC, H, next_byte=False) == [1, 1, 1, 1, 1, 2, 1]
+    assert lengths(GLOBAL, [0, 0, 9, 0, 0, 9, 0, 0], next_byte=True) == [1, 2, 3, 3]
+    assert lengths(GLOBAL, [0] * 8, next_byte=True) == [1, 8]
+
+
+@pytest.mark.parametrize(
+    ("size", "low", "low_next", "high_next"),
+    [(1, [1], [1, 1], [1, 1]), (2, [1, 1], [1, 2], [1, 1, 1]), (3, [1, 2], [1, 3], [1, 1, 1, 1])],
+)
+def test_short_texts(size, low, low_next, high_next):
+    assert lengths(GLOBAL, [0] * size, next_byte=False) == low
+    assert lengths(GLOBAL, [0] * size, next_byte=True) == low_next
+    assert lengths(GLOBAL, [9] * size, next_byte=True) == high_next
+
+
+def test_short_monotonic_has_its_forced_start():
+    assert lengths(MONOTONIC, [0] * 2, next_byte=True) == [1, 1, 1]
+    assert lengths(MONOTONIC, [0] * 2, next_byte=False) == [1, 1]
+    assert lengths(MONOTONIC, [0] * 3, next_byte=False) == [1, 1, 1]
+    assert lengths(MONOTONIC, [0], next_byte=True) == [1, 1]
+
+
+def test_the_threshold_itself_opens_no_patch():
+    assert lengths(GLOBAL, [1.0] * 6, next_byte=True) == [1, 6]
+
+
+def test_longest_patch():
+    config = PatchingConfig(threshold=1.0, max_patch_bytes=4)
+    assert lengths(config, [0] * 11, next_byte=False) == [1, 4, 4, 2]
+    assert lengths(config, [0] * 9, next_byte=False) == [1, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Hello, world! é ü 12ab  x", [1, 6, 7, 4, 3, 5, 3]),
+        ("don't  stop...日本 ok", [1, 4, 2, 6, 6, 3, 3]),
+        ("", [1, 1]),
+        ("a", [1, 2]),
+    ],
+)
+def test_space(text, expected):
+    starts_N1 = patch_starts(PatchingConfig(mode="space"), encode(text))
+    assert patch_lengths(starts_N1[:-1]).tolist() == expected
+
+
+def test_static_and_byte():
+    ids = encode("eleven text")[:11]
+    static = patch_starts(PatchingConfig(mode="static", patch_bytes=4), ids)
+    assert patch_lengths(static[:-1]).tolist() == [4, 4, 3]
+    assert patch_lengths(force_starts(static)[:-1]).tolist() == [1, 3, 4, 3]
+    assert patch_starts(PatchingConfig(mode="byte"), ids).all()
+
+
+def test_entropies_must_fit():
+    with pytest.raises(ValueError, match=r"ids are \(3,\), entropies \(2,\)"):
+        patch_starts(GLOBAL, np.zeros(3, np.int32), np.zeros(2, np.float32))
+    with pytest.raises(ValueError, match="entropies none"):
+        patch_starts(GLOBAL, np.zeros(3, np.int32))
+
+
+CONFIGS = [
+    dataclasses.replace(config, max_patch_bytes=longest)
+    for config in (
+        PatchingConfig(threshold=3.0),
+        PatchingConfig(threshold=0.5, monotonic=True),
+        PatchingConfig(threshold=2.0, threshold_add=0.0),
+        PatchingConfig(mode="space"),
+        PatchingConfig(mode="static", patch_bytes=5),
+        PatchingConfig(mode="byte"),
+    )
+    for longest in (None, 3)
+]
+
+
+@settings(print_blob=True, deadline=None)
+@given(st.sampled_from(CONFIGS), st.binary(max_size=40), st.integers(0, 2**32 - 1))
+def test_incremental(config, text, seed):
+    ids = encode(text)
+    entropies = np.random.default_rng(seed).uniform(0, 6, len(ids)).astype(np.float32)
+    whole = patch_starts(config, ids, entropies)
+    for i in range(1, len(ids) + 1):
+        assert (patch_starts(config, ids[:i], entropies[:i]) == whole[: i + 1]).all()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_numpy_equals_jax(config):
+    random = np.random.default_rng(0)
+    ids = random.integers(0, 260, (3, 50)).astype(np.int32)
+    entropies = random.uniform(0, 6, ids.shape).astype(np.float32)
+    expected = patch_starts(config, ids, entropies)
+    found = jax.jit(lambda i, e: patch_starts(config, i, e))(
+        jnp.asarray(ids), jnp.asarray(entropies)
+    )
+    assert (np.asarray(found) == expected).all()
+    assert (patch_starts(config, ids[1], entropies[1]) == expected[1]).all()
