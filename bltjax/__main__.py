@@ -37,8 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [word for word in rest if not word.startswith("--config.")]
     if unknown:
         parser.error(f"{args.verb} has no option {unknown[0]!r}; see {args.verb} --help")
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    logging.getLogger("bltjax").setLevel(logging.INFO)
+    logger = logging.getLogger("bltjax")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [logging.StreamHandler(sys.stderr)]
     try:
         program.main(args, overrides)
     except (ValueError, OSError, FloatingPointError) as error:

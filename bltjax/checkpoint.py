@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,25 +41,36 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def claim_workdir(workdir: Path, config: RunConfig) -> None:
-    """Creates the directory and its config.json, or checks that the config is the one in it.
+def saved_steps(workdir: Path) -> list[int]:
+    """Steps of the whole checkpoints; Orbax gives a number to a folder only when it is whole."""
+    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+
+
+def check_workdir(workdir: Path, config: RunConfig) -> None:
+    """Creates the directory, or checks that what was trained in it had the same config.
+
+    A run that never came to a checkpoint has nothing to lose, so its directory may be taken.
 
     Raises:
       ValueError: with the differing settings, if the directory belongs to another config.
       OSError: if it cannot be written.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / "config.json"
-    if not path.exists():
-        write_text(path, json.dumps(to_dict(config), indent=1) + "\n")
+    write_text(workdir / ".writable", "")
+    (workdir / ".writable").unlink()
+    if not saved_steps(workdir):
         return
-    lines = differences(json.loads(path.read_text()), to_dict(config))
+    lines = differences(to_dict(read_config(workdir)), to_dict(config))
     if lines:
         raise ValueError(
             f"{workdir} holds a run with another config (its value -> yours):\n  "
             + "\n  ".join(lines)
             + "\nGive the same settings to resume it, or another --workdir to start afresh."
         )
+
+
+def write_config(workdir: Path, config: RunConfig) -> None:
+    write_text(workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
 
 
 def read_config(workdir: Path) -> RunConfig:
@@ -117,12 +129,11 @@ def load_params(workdir: Path) -> tuple[RunConfig, dict, int]:
       ValueError: if the directory holds no run, or no checkpoint yet.
     """
     config = read_config(workdir)
-    folder = workdir / "checkpoints"
-    steps = sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit() and p.is_dir())
+    steps = saved_steps(workdir)
     if not steps:
         raise ValueError(f"{workdir} has no checkpoint yet; run the training command to its end")
     with quiet(), ocp.StandardCheckpointer() as checkpointer:
-        path = (folder / str(steps[-1]) / "params").absolute()
+        path = (workdir / "checkpoints" / str(steps[-1]) / "params").absolute()
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shapes = checkpointer.metadata(path).item_metadata
         target = jax.tree.map(
@@ -132,12 +143,13 @@ def load_params(workdir: Path) -> tuple[RunConfig, dict, int]:
 
 
 def save_params(workdir: Path, config: RunConfig, params, step: int) -> None:
-    """A work directory with parameters alone, which `load_params` reads."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    """A work directory with parameters alone, which `load_params` reads; replaces what is there."""
+    shutil.rmtree(workdir, ignore_errors=True)
+    workdir.mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         path = (workdir / "checkpoints" / str(step) / "params").absolute()
         checkpointer.save(path, params, force=True)
-    write_text(workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
+    write_config(workdir, config)
 
 
 @contextlib.contextmanager

@@ -370,10 +370,22 @@ def load_config(spec: str, overrides: typing.Iterable[str] = ()) -> RunConfig:
     module_spec = importlib.util.spec_from_file_location("bltjax_run_config", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    tree = module.get_config(argument) if argument else module.get_config()
+    tree = unshared(module.get_config(argument) if argument else module.get_config())
     for override in overrides:
         apply_override(tree, override)
     return from_dict(RunConfig, tree.to_dict())
+
+
+def unshared(tree: ConfigDict) -> ConfigDict:
+    """A copy in which no group stands in two places.
+
+    A ConfigDict keeps a dict that was given twice as one object; an override of the training
+    source would then silently change the held-out source too.
+    """
+    return ConfigDict(
+        {key: unshared(value) if isinstance(value, ConfigDict) else value
+         for key, value in tree.items()}
+    )  # fmt: skip
 
 
 def apply_override(tree: ConfigDict, override: str) -> None:

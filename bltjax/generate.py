@@ -6,6 +6,7 @@ a power of two so that few programs are compiled. Specials other than EOS are ne
 
 import argparse
 import functools
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -165,6 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("generate takes its config from the work directory; drop --config.*")
+    logging.getLogger("bltjax").setLevel(logging.WARNING)  # nothing but the text on the terminal
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     check_sampling(sampling)
     config, params, _ = ckpt.load_params(args.workdir)

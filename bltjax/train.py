@@ -6,6 +6,7 @@ command again resumes from the newest one, and its losses are those of a run nev
 """
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 
@@ -96,26 +97,24 @@ def held_out_bits(scores, params, batches, sharding) -> float:
     return total[0] / np.log(2.0) / max(total[1], 1.0)
 
 
-def carry_byte_lm(config: RunConfig, workdir: Path):
-    """Copies the byte LM that scored the data into a BLT's work directory; (config, params, id).
+def entropy_model(config: RunConfig, workdir: Path):
+    """(config, params, identity) of the byte LM that scored a BLT's data, and its run's config.
 
-    None for runs that don't place patches by entropy.
+    None for runs that don't place patches by entropy. A resumed run takes its own copy.
     """
     if config.blt is None or config.patching.mode != "entropy":
-        return None
+        return None, None
     if not config.entropy_model:
         raise ValueError(
             "entropy patching needs the byte LM that scored the data:"
             " --config.entropy_model=WORKDIR of its training run"
         )
-    own = workdir / "byte_lm"
-    source = own if (own / "config.json").is_file() else Path(config.entropy_model)
-    byte_lm_config, params, step = ckpt.load_params(source)
-    if byte_lm_config.byte_lm is None:
+    resumed = bool(ckpt.saved_steps(workdir))
+    source = workdir / "byte_lm" if resumed else Path(config.entropy_model)
+    run, params, _ = ckpt.load_params(source)
+    if run.byte_lm is None:
         raise ValueError(f"{source} trained a BLT, not a byte LM; entropies come from a byte LM")
-    if source != own:
-        ckpt.save_params(own, byte_lm_config, params, step)
-    return byte_lm_config.byte_lm, params, ckpt.identity(params)
+    return (run.byte_lm, params, ckpt.identity(params)), run
 
 
 def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> dict[str, float]:
@@ -126,8 +125,8 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
       FloatingPointError: at the first step whose loss or gradient is not finite.
     """
     begun = time.monotonic()
-    ckpt.claim_workdir(workdir, config)
-    byte_lm = carry_byte_lm(config, workdir)
+    ckpt.check_workdir(workdir, config)
+    byte_lm, byte_lm_run = entropy_model(config, workdir)
     mesh = make_mesh(config.mesh)
     rows = row_sharding(mesh)
     patching = config.patching if config.blt is not None else None
@@ -141,12 +140,11 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
         streams=range(config.data.rows),
     )
     batches = iter(dataset)
-    held_out, cuts = [], 0
+    held_out = []
     for name, source in config.data.held_out.items():
         documents = scored_source(source, patching, byte_lm, skip_bad=config.data.skip_bad)
         found, found_cuts = held_out_batches(documents, config.data, patching)
         held_out += found
-        cuts += found_cuts
         if found_cuts:
             print(f"held-out {name}: {found_cuts} cuts in documents longer than a row")
 
@@ -172,6 +170,11 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
         + f"); {quantity(flops)}FLOP a step; mesh {dict(mesh.shape)}; {compute_dtype(config).name}"
     )
 
+    # The data is there and the settings hold: from here on the directory is this run's.
+    if not ckpt.saved_steps(workdir):
+        ckpt.write_config(workdir, config)
+        if byte_lm:
+            ckpt.save_params(workdir / "byte_lm", byte_lm_run, byte_lm[1], 0)
     manager = ckpt.make_manager(workdir, config)
     if manager.latest_step() is None:
         state = jax.jit(initial_state, out_shardings=shardings)(key)
@@ -186,8 +189,6 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
         first = progress["step"]
         batches.set_state(progress["streams"])
         print(f"resumed {workdir} after step {first}")
-    jax.config.update("jax_transfer_guard", "disallow")
-
     step_fn = jax.jit(
         make_train_step(config, model, optimizer),
         in_shardings=(shardings, rows),
@@ -200,10 +201,11 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
     last_step = min(config.optimizer.steps, stop_at or config.optimizer.steps)
     window = Window(begun)
     values: dict[str, float] = {}
+    warned = False
 
     def report(step: int, out, filled) -> None:
         """Fetches a step's report; prints and writes one every `log_every`."""
-        nonlocal values
+        nonlocal values, warned
         sums, norm = jax.device_get((out["sums"], out["gradient_norm"]))
         if not (np.isfinite(sums.nats) and np.isfinite(norm)):
             manager.wait_until_finished()
@@ -225,6 +227,16 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
             "learning_rate": rate,
             "training_flops": float(flops) * step,
         }
+        if not warned and config.blt and min(values["byte_fill"], values["patch_fill"]) < 0.9:
+            warned = True
+            data = config.data
+            used = values["byte_fill"] * data.row_bytes / (values["patch_fill"] * data.row_patches)
+            print(
+                f"warning: rows are {values['byte_fill']:.0%} full of bytes and"
+                f" {values['patch_fill']:.0%} of patches, because patches average {used:.2f} bytes"
+                f" and a row has {data.row_bytes / data.row_patches:.2f} bytes for each. Calibrate"
+                " the threshold, or change data.row_patches."
+            )
         reporter.write(step, values)
         left = (config.optimizer.steps - step) / max(values["steps_per_second"], 1e-9)
         print(
@@ -235,40 +247,42 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
             flush=True,
         )
 
-    pending = None
-    for step in range(first + 1, last_step + 1):
-        batch = next(batches)
-        state, out = step_fn(state, jax.device_put(batch, rows))
-        if pending is not None:
-            report(*pending)
-        pending = (step, out, fills(batch, config.data.row_patches))
-        at_end = step == last_step
-        evaluates = bool(held_out) and (step % config.evaluate_every == 0 or at_end)
-        saves = step % config.checkpoint.every == 0 or at_end
-        if evaluates or saves:
-            report(*pending)  # nothing that is not finite may reach a checkpoint
-            pending = None
-        if evaluates:
-            paused = time.monotonic()
-            bits = held_out_bits(scores, state.params, held_out, rows)
-            reporter.write(step, {"held_out_bits_per_byte": bits})
-            print(
-                f"step {step}/{config.optimizer.steps}  held out {bits:.4f} bits/byte", flush=True
-            )
-            values["held_out_bits_per_byte"] = bits
-            window.pause(time.monotonic() - paused)
-        if saves:
-            bits = values.get("held_out_bits_per_byte")
-            ckpt.save(
-                manager,
-                state,
-                {"step": step, "streams": batches.get_state(), "held_out_bits_per_byte": bits},
-            )
-    manager.wait_until_finished()
-    manager.close()
-    reporter.close()
-    batches.close()
-    jax.config.update("jax_transfer_guard", "allow")
+    with contextlib.ExitStack() as exits:
+        exits.callback(batches.close)
+        exits.callback(reporter.close)
+        exits.callback(manager.close)  # waits for a checkpoint that is being written
+        # A transfer that nobody asked for would stall every step; it is an error here.
+        exits.enter_context(jax.transfer_guard("disallow"))
+        pending = None
+        for step in range(first + 1, last_step + 1):
+            batch = next(batches)
+            state, out = step_fn(state, jax.device_put(batch, rows))
+            if pending is not None:
+                report(*pending)
+            pending = (step, out, fills(batch, config.data.row_patches))
+            at_end = step == last_step
+            evaluates = bool(held_out) and (step % config.evaluate_every == 0 or at_end)
+            saves = step % config.checkpoint.every == 0 or at_end
+            if evaluates or saves:
+                report(*pending)  # nothing that is not finite may reach a checkpoint
+                pending = None
+            if evaluates:
+                paused = time.monotonic()
+                bits = held_out_bits(scores, state.params, held_out, rows)
+                reporter.write(step, {"held_out_bits_per_byte": bits})
+                print(
+                    f"step {step}/{config.optimizer.steps}  held out {bits:.4f} bits/byte",
+                    flush=True,
+                )
+                values["held_out_bits_per_byte"] = bits
+                window.pause(time.monotonic() - paused)
+            if saves:
+                bits = values.get("held_out_bits_per_byte")
+                ckpt.save(
+                    manager,
+                    state,
+                    {"step": step, "streams": batches.get_state(), "held_out_bits_per_byte": bits},
+                )
     return values
 
 

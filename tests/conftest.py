@@ -1,9 +1,67 @@
-"""Every test runs with rank promotion forbidden, and with its seed printed when it has one."""
+"""Rank promotion is forbidden in every test; a tiny byte LM and BLT are trained once for all."""
 
 import os
+import random
+from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
+
+from bltjax.__main__ import main
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+TINY = str(Path(__file__).parent / "tiny.py")
+WORDS = "the patch begins where the next byte is hard to guess and ends before another one"
+
+
+def write_text(path: Path, documents: int, seed: int) -> None:
+    """JSONL of sentences of random words, some with characters outside ASCII."""
+    choose = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(documents):
+            words = choose.choices([*WORDS.split(), "zażółć", "日本"], k=choose.randint(1, 30))
+            file.write('{"text": "' + " ".join(words) + '."}\n')
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Work directories of a tiny byte LM and BLT, made by the commands that a user would run."""
+    root = tmp_path_factory.mktemp("runs")
+    write_text(root / "train.jsonl", 80, seed=1)
+    write_text(root / "held_out.jsonl", 12, seed=2)
+
+    def run(*words) -> None:
+        assert main(["--debug", *map(str, words)]) == 0
+
+    def train(model, folder, *more):
+        part = root / "records" if model == "blt" else root
+        suffix = "" if model == "blt" else ".jsonl"
+        run(
+            "train",
+            f"--config={TINY}:{model}",
+            f"--workdir={folder}",
+            f"--config.data.train.text.path={part}/train{suffix}",
+            f"--config.data.held_out.text.path={part}/held_out{suffix}",
+            *more,
+        )
+
+    byte_lm, blt = root / "byte_lm", root / "blt"
+    train("byte_lm", byte_lm)
+    for part in ("train", "held_out"):
+        run(
+            "entropies",
+            f"--byte_lm={byte_lm}",
+            f"--source={root / part}.jsonl",
+            f"--out={root / 'records' / part}",
+            "--shard_bytes=3000",
+        )
+    # Two arguments that every BLT on these records needs.
+    blt_settings = (f"--config.entropy_model={byte_lm}", "--config.patching.threshold=4.0")
+    train("blt", blt, *blt_settings)
+    return SimpleNamespace(
+        root=root, byte_lm=byte_lm, blt=blt, run=run, train=train, blt_settings=blt_settings
+    )

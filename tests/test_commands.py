@@ -1,0 +1,183 @@
+"""The commands as a person types them: what they write, print and refuse."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from bltjax.__main__ import VERBS, main
+from bltjax.calibrate import calibrate, mean_patch_bytes
+from bltjax.config import PatchingConfig, SourceConfig
+from bltjax.data.records import Document, RecordDocuments
+from bltjax.evaluate import compressor_bits, evaluate
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert VERBS[verb] in " ".join(capsys.readouterr().out.split())
+
+
+def test_unknown_options_and_verbs(capsys):
+    for words in (["fly"], ["train", "--config=x", "--workdir=y", "--fast"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+
+
+def error_of(capsys, *words):
+    assert main(list(map(str, words))) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and len(error.splitlines()) < 12
+    return error
+
+
+def test_evaluate_and_compressors(runs, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    runs.run("evaluate", f"--workdir={runs.blt}", "--compressors", f"--out={out}")
+    result = json.loads(out.read_text())
+    assert 2 < result["bits_per_byte"] < 9 and result["model"] == "blt"
+    assert set(result["compressors"]) == {"gzip", "xz", "xz_after_training_text"}
+    assert "bits per byte" in capsys.readouterr().out
+    # Raw text is scored on the fly: the same number, and every byte counts once.
+    raw = evaluate(runs.blt, SourceConfig(str(runs.root / "held_out.jsonl")))
+    assert raw["bits_per_byte"] == pytest.approx(result["bits_per_byte"], abs=1e-4)
+    texts = [json.loads(t)["text"] for t in (runs.root / "held_out.jsonl").open()]
+    assert raw["text_bytes"] == sum(len(text.encode()) for text in texts) == result["text_bytes"]
+
+
+def test_evaluation_does_not_depend_on_order(runs, tmp_path):
+    lines = (runs.root / "held_out.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "turned.jsonl").write_text("".join(lines[::-1]))
+    bits = [
+        evaluate(runs.byte_lm, SourceConfig(str(path)))["bits_per_byte"]
+        for path in (runs.root / "held_out.jsonl", tmp_path / "turned.jsonl")
+    ]
+    assert bits[0] == pytest.approx(bits[1], abs=2e-5)
+
+
+def test_compressors_by_hand():
+    text = b"tokens are out, bytes are in. " * 40
+    bits = compressor_bits(text, text)
+    assert bits["xz_after_training_text"] < bits["xz"] and bits["gzip"] < 1
+
+
+def test_entropies_keep_finished_shards(runs, tmp_path, capsys):
+    folder = tmp_path / "records"
+    shutil.copytree(runs.root / "records" / "train", folder)
+    shards = sorted(folder.glob("*.array_record"))
+    assert len(shards) > 1
+    before = [shard.read_bytes() for shard in shards]
+    kept = shards[0].stat().st_mtime_ns
+    shards[1].unlink()
+    (folder / "manifest.json").unlink()
+    (folder / f".{shards[1].name}.partial").write_bytes(b"half a shard")
+    words = [
+        "entropies",
+        f"--byte_lm={runs.byte_lm}",
+        f"--source={runs.root / 'train.jsonl'}",
+        f"--out={folder}",
+        "--shard_bytes=3000",
+    ]
+    runs.run(*words)
+    assert [shard.read_bytes() for shard in shards] == before
+    assert shards[0].stat().st_mtime_ns == kept and "kept" in capsys.readouterr().out
+    manifest = RecordDocuments(folder).manifest
+    positions, padding = manifest.total("positions"), manifest.total("padding")
+    assert padding <= 0.03 * (positions + padding)
+    assert "begun with another" in error_of(capsys, *words[:-1], "--shard_bytes=4000")
+
+
+def test_calibrate(runs, tmp_path, capsys):
+    out = tmp_path / "threshold"
+    runs.run(
+        "calibrate", f"--records={runs.root / 'records' / 'train'}", "--mean=4", f"--out={out}"
+    )
+    printed = capsys.readouterr().out
+    assert "mean patch (bytes)" in printed and "--config.patching.threshold=" in printed
+    assert 0 < float(out.read_text()) < 6
+
+
+def test_calibration_reaches_its_target():
+    random = np.random.default_rng(0)
+    documents = [
+        Document(np.zeros(200, np.uint8), random.uniform(0, 5, 201).astype(np.float32))
+        for _ in range(20)
+    ]
+    threshold, tried = calibrate(documents, PatchingConfig(), 4.5)
+    found = mean_patch_bytes(documents, PatchingConfig(threshold=threshold))
+    assert found == pytest.approx(4.5, rel=0.01) and len(tried) > 3
+    with pytest.raises(ValueError, match=r"no threshold gives a mean of 1000 bytes"):
+        calibrate(documents, PatchingConfig(), 1000)
+
+
+def test_generate_prints_text(runs, capsys):
+    runs.run("generate", f"--workdir={runs.blt}", "--prompt=the patch", "--max_bytes=5")
+    printed = capsys.readouterr()
+    assert printed.out.startswith("the patch") and "bytes" in printed.err
+
+
+def test_generate_from_nothing_and_from_invalid_bytes(runs, tmp_path):
+    (tmp_path / "prompt").write_bytes(b"\xff\xfe\x80")
+    runs.run("generate", f"--workdir={runs.byte_lm}", "--max_bytes=2")
+    runs.run(
+        "generate", f"--workdir={runs.byte_lm}", f"--prompt_file={tmp_path / 'prompt'}",
+        "--max_bytes=2",
+    )  # fmt: skip
+
+
+def test_bad_input(runs, tmp_path, capsys):
+    train = ["train", "--config=tests/tiny.py:byte_lm", f"--workdir={tmp_path / 'run'}"]
+    path = "--config.data.train.text.path"
+    assert "an empty path" in error_of(capsys, *train)
+    held_out = f"--config.data.held_out.text.path={runs.root / 'held_out.jsonl'}"
+    train.append(held_out)
+    missing = error_of(capsys, *train, f"{path}={tmp_path}/none.txt")
+    assert "none.txt: no such file" in missing
+    (tmp_path / "empty.txt").write_bytes(b"")
+    assert "is empty" in error_of(capsys, *train, f"{path}={tmp_path}/empty.txt")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a b c"}\noops\n')
+    assert "bad.jsonl, line 2: not JSON" in error_of(capsys, *train, f"{path}={tmp_path}/bad.jsonl")
+    unknown = error_of(capsys, *train, "--config.optimizer.lrate=3")
+    assert "config.optimizer.lrate is no setting; did you mean" in unknown
+    assert "is not a work directory" in error_of(capsys, "evaluate", f"--workdir={tmp_path}")
+    assert "is not a finished folder" in error_of(capsys, "calibrate", f"--records={tmp_path}")
+    records = runs.root / "records" / "train"
+    assert "not a byte LM" in error_of(
+        capsys,
+        "entropies",
+        f"--byte_lm={runs.blt}",
+        f"--source={records}",
+        f"--out={tmp_path / 'o'}",
+    )
+    assert "no threshold gives" in error_of(
+        capsys, "calibrate", f"--records={records}", "--mean=999"
+    )
+
+
+def test_truncated_records_stop_training(runs, tmp_path, capsys):
+    folder = tmp_path / "records"
+    shutil.copytree(runs.root / "records" / "train", folder)
+    shard = sorted(folder.glob("*.array_record"))[0]
+    shard.write_bytes(shard.read_bytes()[:-7])
+    words = ["train", "--config=tests/tiny.py:blt", f"--workdir={tmp_path / 'run'}"]
+    words += [*runs.blt_settings, f"--config.data.train.text.path={folder}"]
+    words += [f"--config.data.held_out.text.path={runs.root / 'records' / 'held_out'}"]
+    assert f"{shard} has" in error_of(capsys, *words)
+
+
+def test_odd_texts_train(runs, tmp_path):
+    """Invalid UTF-8 and documents of one byte are texts like any other."""
+    (tmp_path / "a.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "b.txt").write_bytes(b"x")
+    runs.run(
+        "train",
+        "--config=tests/tiny.py:byte_lm",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.train.text.path={tmp_path}",
+        f"--config.data.held_out.text.path={tmp_path}/b.txt",
+        "--stop_at=2",
+    )

@@ -1,0 +1,98 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from bltjax.config import (
+    BLTConfig,
+    ByteLMConfig,
+    DataConfig,
+    MeshConfig,
+    RunConfig,
+    differences,
+    from_dict,
+    load_config,
+    to_dict,
+)
+from bltjax.flops import training_flops
+
+CONFIGS = sorted(Path("configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_every_config_loads_and_survives_json(path):
+    for argument in (":byte_lm", ":blt") if path.stem == "quickstart" else ("",):
+        config = load_config(f"{path}{argument}")
+        assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_quickstart_spends_equal_flops():
+    spent = []
+    for model in ("byte_lm", "blt"):
+        config = load_config(f"configs/quickstart.py:{model}")
+        data = config.data
+        step = training_flops(config.model, data.rows, data.row_bytes, data.row_patches)
+        spent.append(step * config.optimizer.steps)
+    assert spent[0] == pytest.approx(spent[1], rel=0.01)
+
+
+def test_overrides():
+    config = load_config(
+        "configs/blt_1b.py",
+        ["optimizer.lr=1e-3", "blt.hash.sizes=(3,4)", "data.train.text.path=7", "optimizer.clip=2"],
+    )
+    assert config.optimizer.lr == 1e-3 and config.blt.hash.sizes == (3, 4)
+    assert config.data.train["text"].path == "7" and config.optimizer.clip == 2.0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimiser.lr=1", r"config.optimiser is no setting; did you mean 'optimizer'"),
+        ("optimizer.lrr=1", r"config.optimizer.lrr is no setting; did you mean 'lr'"),
+        ("optimizer.lr=fast", r"config.optimizer.lr is 'fast', not float"),
+        ("optimizer.steps=1.5", r"config.optimizer.steps is 1.5, not int"),
+        ("optimizer.lr", r"has no value"),
+        ("blt.local.heads=3", r"local.heads \(3\) must divide local.width \(1024\)"),
+        ("blt.latent.key_value_heads=5", r"key_value_heads \(5\) must divide latent.heads \(16\)"),
+        ("data.row_patches=99999", r"row_patches \(99999\) must not exceed row_bytes \(16384\)"),
+        ("optimizer.accumulate=3", r"accumulate \(3\) must divide data.rows \(1024\)"),
+        ("patching.mode=bpe", r"patching.mode is 'bpe', not one of entropy, space, static, byte"),
+        ("optimizer.warmup_steps=999999", r"warmup_steps \(999999\) must lie in 0"),
+    ],
+)
+def test_bad_settings_name_the_rule_and_the_numbers(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config("configs/blt_1b.py", [override])
+
+
+def test_missing_file_names_its_neighbour():
+    with pytest.raises(ValueError, match=r"did you mean 'configs/blt_1b.py'"):
+        load_config("configs/blt_1.py")
+
+
+def test_one_model_a_run():
+    with pytest.raises(ValueError, match="either byte_lm or blt"):
+        RunConfig()
+    with pytest.raises(ValueError, match="either byte_lm or blt"):
+        RunConfig(byte_lm=ByteLMConfig(), blt=BLTConfig())
+
+
+def test_small_rows_and_meshes():
+    with pytest.raises(ValueError, match="a row needs 2 bytes and 2 patches"):
+        DataConfig(row_bytes=1, row_patches=1)
+    with pytest.raises(ValueError, match="at most one -1"):
+        MeshConfig(data=-1, fsdp=-1)
+
+
+def test_differences():
+    old = to_dict(RunConfig(byte_lm=ByteLMConfig()))
+    new = to_dict(dataclasses.replace(RunConfig(byte_lm=ByteLMConfig(layers=3)), seed=5))
+    assert differences(old, new) == ["byte_lm.layers: 14 -> 3", "seed: 0 -> 5"]
+
+
+def test_overriding_one_source_leaves_the_other():
+    paths = ["data.train.text.path=a", "data.held_out.text.path=b"]
+    data = load_config("tests/tiny.py:blt", paths).data
+    assert (data.train["text"].path, data.held_out["text"].path) == ("a", "b")

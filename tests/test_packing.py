@@ -1,0 +1,172 @@
+"""Rows: every target once, no limit exceeded, both limits well used."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bltjax.alphabet import BOS, EOS, encode
+from bltjax.config import DataConfig, PatchingConfig, SourceConfig
+from bltjax.data.packing import Packer, cut, lay_out, pack_exact
+from bltjax.data.pipeline import fills, training_batches
+from bltjax.data.records import Document
+
+ENTROPY = PatchingConfig(threshold=3.0)
+
+
+def random_documents(random, count, longest):
+    """Documents with entropies such that patch lengths differ between documents."""
+    documents = []
+    for _ in range(count):
+        size = int(random.integers(1, longest + 1))
+        text = random.integers(0, 256, size).astype(np.uint8)
+        top = random.uniform(3.2, 6)
+        documents.append(Document(text, random.uniform(0, top, size + 1).astype(np.float32)))
+    return documents
+
+
+def check_row(row, row_bytes, row_patches):
+    real_N = row["documents_BN"] > 0
+    starts_N1 = row["starts_BN1"]
+    assert (real_N[:-1] >= real_N[1:]).all(), "padding is at the end"
+    assert (starts_N1[:-1] & real_N).sum() <= row_patches
+    assert starts_N1[:2].all() or not real_N.any()
+    assert not row["bytes_BN"][~real_N].any() and not row["weights_BN"][~real_N].any()
+    inside = real_N[:-1] & real_N[1:]
+    same = row["documents_BN"][:-1] == row["documents_BN"][1:]
+    expected = np.where(inside & same, row["bytes_BN"][1:], row["targets_BN"][:-1])
+    assert (row["targets_BN"][:-1] == expected).all()
+    # A document that begins inside the row begins with BOS, and both its first bytes open patches.
+    for n in np.flatnonzero(inside & ~same) + 1:
+        assert row["bytes_BN"][n] == BOS and starts_N1[n] and starts_N1[n + 1]
+    assert (row["weights_BN"] == (row["targets_BN"] > BOS)).all()
+
+
+def targets_of(rows):
+    kept = [row["targets_BN"][row["weights_BN"] > 0] for row in rows]
+    return np.sort(np.concatenate(kept)) if kept else np.zeros(0, np.int32)
+
+
+def all_targets(documents):
+    return np.sort(np.concatenate([encode(d.text)[1:] for d in documents]))
+
+
+@settings(print_blob=True, deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.data())
+def test_exact_packing(seed, row_bytes, data):
+    row_patches = data.draw(st.integers(2, row_bytes))
+    documents = random_documents(np.random.default_rng(seed), 12, 60)
+    cuts_of = [cut(document, ENTROPY) for document in documents]
+    rows, cuts = pack_exact(cuts_of, row_bytes, row_patches)
+    for row in rows:
+        check_row(row, row_bytes, row_patches)
+    assert (targets_of(rows) == all_targets(documents)).all()
+    fit = [len(i) <= row_bytes and s[:-1].sum() <= row_patches for i, s in cuts_of]
+    assert (cuts == 0) if all(fit) else (cuts > 0)
+
+
+@settings(print_blob=True, deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(1, 6), st.data())
+def test_packer_gives_every_target_once(seed, row_bytes, look_ahead, data):
+    row_patches = data.draw(st.integers(2, row_bytes))
+    documents = random_documents(np.random.default_rng(seed), 10, 60)
+    empty = Document(np.zeros(0, np.uint8), np.zeros(1, np.float32))
+    supplied = []
+
+    def supply():
+        supplied.append(len(supplied))
+        return supplied[-1]
+
+    def read(key):
+        return cut(documents[key] if key < len(documents) else empty, ENTROPY)
+
+    packer = Packer(supply, read, row_bytes, row_patches, look_ahead)
+    rows = []
+    # A document waits for at most 4 * look_ahead picks, so some empty ones flush them all out.
+    while not supplied or supplied[-1] < len(documents) + 6 * look_ahead + 8:
+        rows.append(packer.next_row())
+    for row in rows:
+        check_row(row, row_bytes, row_patches)
+    found = targets_of(rows)
+    found = found[found != EOS]
+    expected = all_targets(documents)
+    assert (found == expected[expected != EOS]).all()
+
+
+def test_state_is_exact():
+    documents = random_documents(np.random.default_rng(0), 50, 90)
+
+    def packer(counter):
+        def supply():
+            counter[0] += 1
+            return counter[0] % 50
+
+        return Packer(supply, lambda key: cut(documents[key], ENTROPY), 64, 20, 5)
+
+    straight = packer(counter := [0])
+    for _ in range(7):
+        straight.next_row()
+    again = packer([counter[0]])
+    again.restore(json.loads(json.dumps(straight.state())))
+    for _ in range(20):
+        a, b = straight.next_row(), again.next_row()
+        assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_a_document_that_just_fits_and_one_too_long():
+    document = Document(np.arange(6, dtype=np.uint8), np.full(7, 9, np.float32))
+    rows, cuts = pack_exact([cut(document, ENTROPY)], 8, 8)
+    assert len(rows) == 1 and cuts == 0
+    rows, cuts = pack_exact([cut(document, ENTROPY)], 8, 4)
+    assert len(rows) == 2 and cuts == 1
+    # The second row begins with the first one's last target; the byte after it stays a target.
+    last = rows[0]["targets_BN"][rows[0]["weights_BN"] > 0][-1]
+    assert rows[1]["bytes_BN"][0] == last
+
+
+def test_bos_as_a_rows_last_byte_reads_its_own_patch():
+    first = Document(np.arange(5, dtype=np.uint8), np.zeros(6, np.float32))  # 7 positions
+    packer = Packer(iter([0, 1, 2]).__next__, lambda key: cut(first, ENTROPY), 8, 8, 1)
+    row = packer.next_row()
+    assert row["bytes_BN"][7] == BOS and row["starts_BN1"][8]
+    assert row["weights_BN"][7] == 1 and packer.next_row()["bytes_BN"][0] == row["targets_BN"][7]
+
+
+def test_empty_rows_and_byte_lm_documents():
+    row = lay_out([], 8)
+    assert not any(array.any() for array in row.values())
+    ids, starts = cut(Document(np.frombuffer(b"abc", np.uint8)), None)
+    assert ids.tolist() == [1, 101, 102, 103, 2] and starts.all()
+
+
+def test_unscored_documents_are_refused_in_entropy_mode():
+    with pytest.raises(ValueError, match="needs scored documents"):
+        cut(Document(np.zeros(3, np.uint8)), ENTROPY)
+
+
+def test_both_fills_over_97_percent_on_a_mixed_corpus(tmp_path):
+    """Documents whose patches average from 2 to 9 bytes: what the look-ahead is for."""
+    print("seed 11")
+    random = np.random.default_rng(11)
+    for number in range(400):
+        word = int(random.integers(1, 9))
+        words = [
+            "x" * max(1, int(random.poisson(word))) for _ in range(int(random.integers(20, 200)))
+        ]
+        (tmp_path / f"{number}.txt").write_text(" ".join(words))
+    data = DataConfig(
+        train={"text": SourceConfig(str(tmp_path))}, rows=4, row_bytes=2048, row_patches=500
+    )
+    space = PatchingConfig(mode="space")
+    ids, patches = 0, 0
+    for file in tmp_path.iterdir():
+        _, starts = cut(Document(np.frombuffer(file.read_bytes(), np.uint8)), space)
+        ids, patches = ids + len(starts) - 1, patches + int(starts[:-1].sum())
+    data = dataclasses.replace(data, row_patches=round(2048 * patches / ids))
+    batches = iter(training_batches(data, space, seed=0, streams=range(4)))
+    found = np.mean([fills(next(batches), data.row_patches) for _ in range(30)], axis=0)
+    batches.close()
+    assert (found > 0.97).all(), found

@@ -1,0 +1,155 @@
+"""The trainer: resumed equals straight, with real processes killed; bad runs stop and say why."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bltjax.__main__ import main
+from bltjax.checkpoint import TrainState, load_params
+from bltjax.config import load_config
+from bltjax.model import initial_params
+from bltjax.optimizer import make_optimizer
+from bltjax.train import make_train_step, run_model
+
+ROOT = Path(__file__).parents[1]
+TINY = "tests/tiny.py"
+
+
+def command(runs, model, workdir, *more):
+    part = runs.root / "records" if model == "blt" else runs.root
+    suffix = "" if model == "blt" else ".jsonl"
+    settings = runs.blt_settings if model == "blt" else ()
+    return [
+        "train",
+        f"--config={TINY}:{model}",
+        f"--workdir={workdir}",
+        f"--config.data.train.text.path={part}/train{suffix}",
+        f"--config.data.held_out.text.path={part}/held_out{suffix}",
+        *settings,
+        *more,
+    ]
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_the_loss_falls_and_everything_is_reported(runs):
+    for workdir in (runs.byte_lm, runs.blt):
+        found = losses(workdir)
+        assert sorted(found) == list(range(1, 13)) and found[12] < found[1] - 0.3
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        assert {line["step"] for line in lines if "held_out_bits_per_byte" in line} == {6, 12}
+        assert list((workdir / "tensorboard").iterdir())
+    assert load_params(runs.blt)[2] == 12 and load_params(runs.blt / "byte_lm")[0].byte_lm
+
+
+@pytest.mark.parametrize("model", ["byte_lm", "blt"])
+def test_killed_and_resumed_equals_straight(runs, tmp_path, model):
+    """kill -9 at a random step; the same command then gives the losses of a run never stopped."""
+    seed = random.SystemRandom().randrange(1000)
+    kill_after = 4 + seed % 6
+    print(f"seed {seed}: killed once step {kill_after} is reported")
+    words = command(runs, model, tmp_path / "run")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bltjax", *words],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith(f"step {kill_after}/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    subprocess.run([sys.executable, "-m", "bltjax", *words], cwd=ROOT, env=environment, check=True)
+    assert losses(tmp_path / "run") == losses(runs.blt if model == "blt" else runs.byte_lm)
+
+
+def test_another_config_is_refused_with_the_difference(runs, capsys):
+    assert main(command(runs, "byte_lm", runs.byte_lm, "--config.optimizer.lr=0.1")) == 1
+    error = capsys.readouterr().err
+    assert "optimizer.lr: 0.003 -> 0.1" in error and "another --workdir" in error
+    assert "Traceback" not in error
+
+
+def test_not_a_number_stops_with_step_and_checkpoint(runs, tmp_path, capsys):
+    words = command(runs, "byte_lm", tmp_path, "--config.optimizer.lr=1e38")
+    assert main([*words, "--config.optimizer.warmup_steps=0"]) == 1
+    error = capsys.readouterr().err
+    assert "step 2: loss" in error and "Last good checkpoint: none" in error
+
+
+def test_rows_far_from_the_threshold_are_warned_of(runs, tmp_path, capsys):
+    words = command(runs, "blt", tmp_path, "--config.patching.threshold=0", "--stop_at=1")
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "% full of bytes and 100% of patches" in printed and "warning" in printed
+    assert "bytes for each. Calibrate" in printed
+
+
+def test_entropies_of_another_byte_lm_are_refused(runs, tmp_path, capsys):
+    assert main(command(runs, "byte_lm", tmp_path / "lm", "--config.seed=9", "--stop_at=1")) == 0
+    words = command(runs, "blt", tmp_path / "run", f"--config.entropy_model={tmp_path / 'lm'}")
+    assert main(words) == 1
+    assert "but the byte LM asked for is" in capsys.readouterr().err
+
+
+def test_unwritable_workdir(runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(command(runs, "byte_lm", tmp_path / "file" / "run")) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "file") in error and "Traceback" not in error
+
+
+def batch_of(config, random):
+    data = config.data
+    shape = (data.rows, data.row_bytes)
+    starts = random.random((data.rows, data.row_bytes + 1)) < 0.3
+    starts[:, :2] = True
+    return {
+        "bytes_BN": random.integers(4, 260, shape).astype(np.int32),
+        "targets_BN": random.integers(4, 260, shape).astype(np.int32),
+        "weights_BN": (random.random(shape) < 0.9).astype(np.float32),
+        "starts_BN1": starts,
+        "documents_BN": np.ones(shape, np.int32),
+    }
+
+
+def test_accumulation_equals_one_batch():
+    results = []
+    for count in (1, 2):
+        paths = ["data.train.text.path=x", "data.held_out.text.path=x"]
+        config = load_config(f"{TINY}:blt", [f"optimizer.accumulate={count}", *paths])
+        model, optimizer = run_model(config), make_optimizer(config.optimizer)
+        params = jax.jit(lambda key, model=model: initial_params(model, key))(jax.random.key(0))
+        state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        batch = batch_of(config, np.random.default_rng(0))
+        _, report = jax.jit(make_train_step(config, model, optimizer))(state, batch)
+        results.append(jax.tree.map(float, (report["sums"].loss, report["gradient_norm"])))
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
+
+
+def test_eight_devices_equal_one(runs, tmp_path):
+    """A forced mesh of 2 x 2 x 2 gives the losses of one device."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    words = command(runs, "blt", tmp_path / "run", *mesh, "--stop_at=3")
+    subprocess.run([sys.executable, "-m", "bltjax", *words], cwd=ROOT, env=environment, check=True)
+    straight = losses(runs.blt)
+    for step, loss in losses(tmp_path / "run").items():
+        assert loss == pytest.approx(straight[step], abs=1e-5)
