@@ -56,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def describe(error: Exception) -> str:
     """An error's message, for OSError with the file that it is about."""
+    if "no space left" in str(error).lower():
+        return (
+            "the disk is full. What was saved before is whole: make room, then run the same command"
+        )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror.lower()}"
     return str(error)

@@ -5,7 +5,7 @@ WORKDIR/
   metrics.jsonl              one line per report; TensorBoard events beside it
   checkpoints/STEP/          written whole or not at all, by Orbax
     params/  opt/            arrays
-    progress/                JSON: step, data streams, held-out bits per byte
+    progress/                JSON: step, data streams, config, held-out bits per byte
   byte_lm/                   BLT in entropy mode: the byte LM that placed its patches, as a
                              work directory of its own, so that the two travel together
 """

@@ -16,7 +16,7 @@ import numpy as np
 
 from bltjax import checkpoint as ckpt
 from bltjax.checkpoint import TrainState
-from bltjax.config import RunConfig, load_config
+from bltjax.config import RunConfig, load_config, to_dict
 from bltjax.data.pipeline import fills, held_out_batches, training_batches
 from bltjax.flops import training_flops
 from bltjax.metrics import Reporter, duration, quantity
@@ -277,12 +277,13 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
                 values["held_out_bits_per_byte"] = bits
                 window.pause(time.monotonic() - paused)
             if saves:
-                bits = values.get("held_out_bits_per_byte")
-                ckpt.save(
-                    manager,
-                    state,
-                    {"step": step, "streams": batches.get_state(), "held_out_bits_per_byte": bits},
-                )
+                progress = {
+                    "step": step,
+                    "streams": batches.get_state(),
+                    "config": to_dict(config),
+                    "held_out_bits_per_byte": values.get("held_out_bits_per_byte"),
+                }
+                ckpt.save(manager, state, progress)
     return values
 
 

@@ -51,6 +51,8 @@ def test_the_loss_falls_and_everything_is_reported(runs):
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         assert {line["step"] for line in lines if "held_out_bits_per_byte" in line} == {6, 12}
         assert list((workdir / "tensorboard").iterdir())
+    tables = load_params(runs.blt)[1]["encoder"]["ngrams_RME"]
+    assert not np.asarray(tables)[:, 300:].any(), "rows that only pad a table stay zero"
     assert load_params(runs.blt)[2] == 12 and load_params(runs.blt / "byte_lm")[0].byte_lm
 
 
