@@ -60,6 +60,7 @@ class ByteLMConfig:
     window: int = 512  # bytes a position sees, itself included
     rope_theta: float = 1e4
     norm_eps: float = 1e-5
+    remat: bool = False  # recompute a block's activations in the backward pass
 
     def __post_init__(self):
         positive(self, "layers", "width", "heads", "hidden", "window")
@@ -106,6 +107,7 @@ class LocalConfig:
     window: int = 512
     rope_theta: float = 5e5
     norm_eps: float = 1e-5
+    remat: bool = False
 
     def __post_init__(self):
         positive(self, "encoder_layers", "decoder_layers", "width", "heads", "hidden", "window")

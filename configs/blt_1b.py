@@ -25,6 +25,7 @@ def get_config():
                 hidden=2816,
                 window=512,
                 rope_theta=500000.0,
+                remat=True,
             ),
             cross=dict(slots=2, heads=16, encoder="last", decoder="all"),
             latent=dict(

@@ -25,6 +25,7 @@ def get_config():
                 hidden=3584,
                 window=512,
                 rope_theta=500000.0,
+                remat=True,
             ),
             cross=dict(slots=4, heads=20, encoder="last", decoder="all"),
             latent=dict(

@@ -17,5 +17,5 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     touch "$stamp"
 fi
 # On a CPU every step needs the same large temporaries. Kept in the heap and on huge pages, they
-# are not given back to the system and faulted in again: a quarter off a training step.
+# are not given back to the system and faulted in again at every step.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592}"

@@ -161,7 +161,11 @@ def test_scan_equals_loop_and_remat_equals_none():
     np.testing.assert_allclose(x_BPD, out["latent_BPD"], atol=1e-5)
 
     def loss(remat):
-        config = dataclasses.replace(CONFIG, latent=dataclasses.replace(CONFIG.latent, remat=remat))
+        config = dataclasses.replace(
+            CONFIG,
+            latent=dataclasses.replace(CONFIG.latent, remat=remat),
+            local=dataclasses.replace(CONFIG.local, remat=remat),
+        )
         model = BLT(config, P)
         return jax.jit(
             jax.grad(lambda p: (model.apply({"params": p}, ids, documents, starts)[0] ** 2).mean())

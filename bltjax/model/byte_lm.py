@@ -69,8 +69,9 @@ class ByteLM(nn.Module):
         bytes_VE = self.param("bytes_VE", truncated_normal(E), (VOCABULARY, E))
         x_BNE = bytes_VE[bytes_BN].astype(self.dtype)
         layers = []
+        block = nn.remat(Block) if config.remat else Block
         for layer in range(config.layers):
-            x_BNE, kept = Block(
+            x_BNE, kept = block(
                 size, Sliding(config.window), self.dtype, self.implementation, name=f"block_{layer}"
             )(x_BNE, ranges, past[layer])
             layers.append(kept)

@@ -38,6 +38,7 @@ class LocalDecoder(nn.Module):
             source_BSE = project(latent_BPD, narrow_DKE.astype(self.dtype))
             source_BSE = source_BSE.reshape(rows, slots, E)
         ranges = slot_ranges(patches.read_ranges, K, queries=False)
+        block = nn.remat(Block) if local.remat else Block
         for layer in range(local.decoder_layers):
             if cross.decoder == "all" or (cross.decoder == "first" and layer == 0):
                 x_BNE = CrossAttention(
@@ -49,7 +50,7 @@ class LocalDecoder(nn.Module):
                     self.implementation,
                     name=f"cross_{layer}",
                 )(x_BNE, source_BSE, ranges)
-            x_BNE, _ = Block(
+            x_BNE, _ = block(
                 block_size(local),
                 Sliding(local.window),
                 self.dtype,

@@ -60,8 +60,9 @@ class LocalEncoder(nn.Module):
         pool_EKE = self.param("pool_EKE", truncated_normal(E), (E, K, E)).astype(self.dtype)
         ranges = slot_ranges(patches.pool_ranges, K, queries=True)
         slots_BSE = None
+        block = nn.remat(Block) if local.remat else Block
         for layer in range(local.encoder_layers):
-            x_BNE, _ = Block(
+            x_BNE, _ = block(
                 block_size(local),
                 Sliding(local.window),
                 self.dtype,
