@@ -8,6 +8,7 @@ an unfinished one, and writes the manifest last.
 import argparse
 import dataclasses
 import json
+import zlib
 from pathlib import Path
 
 from bltjax import checkpoint as ckpt
@@ -59,13 +60,18 @@ def write_entropies(
     documents = open_source(source, skip_bad=skip_bad)
     if documents.bad:
         print(f"{source.path}: {documents.bad} broken lines skipped")
-    lengths = [len(documents[i].text) for i in range(len(documents))]
+    lengths, checksum = [], 0
+    for index in range(len(documents)):
+        text = documents[index].text
+        lengths.append(len(text))
+        checksum = zlib.crc32(text, checksum)
     shards = plan_shards(lengths, shard_bytes)
     plan = {
         "byte_lm": ckpt.identity(params),
         "source": {"path": source.path, "field": source.field, "split_bytes": source.split_bytes},
         "documents": len(lengths),
         "text_bytes": sum(lengths),
+        "text_crc32": checksum,
         "shard_bytes": shard_bytes,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -82,8 +88,9 @@ def write_entropies(
     for number, indices in enumerate(shards):
         path = out / f"shard-{number:05d}-of-{len(shards):05d}.array_record"
         side = path.with_suffix(".json")
-        if path.exists() and side.exists():
-            infos.append(ShardInfo(**json.loads(side.read_text())))
+        info = ShardInfo(**json.loads(side.read_text())) if side.exists() else None
+        if info and info.is_whole(path):
+            infos.append(info)
             progress.advance(infos[-1].positions)
             print(f"{path.name}: kept, {quantity(infos[-1].text_bytes)}B")
             continue

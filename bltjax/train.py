@@ -16,7 +16,7 @@ import numpy as np
 
 from bltjax import checkpoint as ckpt
 from bltjax.checkpoint import TrainState
-from bltjax.config import RunConfig, load_config, to_dict
+from bltjax.config import RunConfig, divides, load_config, to_dict
 from bltjax.data.pipeline import fills, held_out_batches, training_batches
 from bltjax.flops import training_flops
 from bltjax.metrics import Reporter, duration, quantity
@@ -128,6 +128,8 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
     ckpt.check_workdir(workdir, config)
     byte_lm, byte_lm_run = entropy_model(config, workdir)
     mesh = make_mesh(config.mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    divides("mesh data x fsdp", shards, "data.rows", config.data.rows)
     rows = row_sharding(mesh)
     patching = config.patching if config.blt is not None else None
     expected = byte_lm[2] if byte_lm else None

@@ -1,5 +1,7 @@
+import ast
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,21 @@ def test_overriding_one_source_leaves_the_other():
     paths = ["data.train.text.path=a", "data.held_out.text.path=b"]
     data = load_config("tests/tiny.py:blt", paths).data
     assert (data.train["text"].path, data.held_out["text"].path) == ("a", "b")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_the_commands_in_docstrings_are_valid(path):
+    """Each names its own file, and every setting that it overrides exists."""
+    docstring = ast.get_docstring(ast.parse(path.read_text()), clean=False).replace("\\\n", " ")
+    commands = [shlex.split(line) for line in docstring.splitlines() if "bltjax train" in line]
+    assert commands
+    for words in commands:
+        assert words[:4] == ["python", "-m", "bltjax", "train"]
+        options = dict(word.split("=", 1) for word in words[4:])
+        overrides = [
+            f"{key.removeprefix('--config.')}={'1.5' if value == 'NATS' else value}"
+            for key, value in options.items()
+            if key.startswith("--config.")
+        ]
+        assert options["--config"].partition(":")[0] == str(path) and "--workdir" in options
+        load_config(options["--config"], overrides)

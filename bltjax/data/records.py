@@ -66,6 +66,12 @@ class ShardInfo:
     size: int  # bytes of the file
     crc32: int
 
+    def is_whole(self, path: Path) -> bool:
+        """Whether the file is there, byte for byte."""
+        if not path.is_file() or path.stat().st_size != self.size:
+            return False
+        return file_crc32(path) == self.crc32
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
@@ -155,7 +161,7 @@ class RecordDocuments:
                 what = "is missing" if found is None else f"has {found} bytes, not {shard.size}"
                 raise ValueError(
                     f"{path} {what}: the shard is damaged."
-                    " Remove it and run the entropies command again; it keeps the whole shards."
+                    " Run the entropies command again; it keeps the whole shards."
                 )
         self.ends = np.cumsum([shard.documents for shard in self.manifest.shards])
         self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
@@ -182,6 +188,6 @@ class RecordDocuments:
             return decode_record(self._readers[shard].read([index - first])[0])
         except (ValueError, RuntimeError, IndexError) as error:
             raise ValueError(
-                f"{path}, record {index}: {error}. The shard is damaged: remove it and run the"
-                " entropies command again; it keeps the whole shards."
+                f"{path}, record {index}: {error}. The shard is damaged: run the entropies"
+                " command again; it keeps the whole shards."
             ) from None
