@@ -90,6 +90,17 @@ def lay_out(pieces: Sequence[Piece], row_bytes: int) -> dict[str, np.ndarray]:
     return row
 
 
+class Candidate(NamedTuple):
+    """A document that waits for its row, or is being laid out from `position` on."""
+
+    key: Any
+    ids_N: np.ndarray
+    starts_N1: np.ndarray
+    size: tuple[int, int]  # bytes, patches
+    age: int = 0  # picks that passed it over
+    position: int = 0
+
+
 class Packer:
     """Rows from an endless supply of keyed documents; its state is a few numbers.
 
@@ -106,44 +117,48 @@ class Packer:
     ):
         self.supply, self.read = supply, read
         self.row_bytes, self.row_patches, self.look_ahead = row_bytes, row_patches, look_ahead
-        self.waiting: list[tuple[Any, int, np.ndarray, np.ndarray]] = []  # key, picks waited, ...
-        self.open: tuple[Any, int, np.ndarray, np.ndarray] | None = None  # key, position, ...
+        self.waiting: list[Candidate] = []
+        self.open: Candidate | None = None
 
     def state(self) -> dict:
         return {
-            "waiting": [[key, age] for key, age, _, _ in self.waiting],
-            "open": None if self.open is None else [self.open[0], self.open[1]],
+            "waiting": [[waits.key, waits.age] for waits in self.waiting],
+            "open": None if self.open is None else [self.open.key, self.open.position],
         }
 
     def restore(self, state: dict) -> None:
-        self.waiting = [(key, age, *self.read(key)) for key, age in state["waiting"]]
+        self.waiting = [self.candidate(key)._replace(age=age) for key, age in state["waiting"]]
         self.open = None
         if state["open"] is not None:
             key, position = state["open"]
-            self.open = (key, position, *self.read(key))
+            self.open = self.candidate(key)._replace(position=position)
 
-    def pick(self, used: int, patches: int) -> tuple[Any, int, np.ndarray, np.ndarray]:
+    def candidate(self, key: Any) -> Candidate:
+        ids_N, starts_N1 = self.read(key)
+        return Candidate(key, ids_N, starts_N1, (len(ids_N), int(starts_N1[:-1].sum())))
+
+    def pick(self, used: int, patches: int) -> Candidate:
         """Takes the waiting document that leaves bytes and patches most evenly used."""
         while len(self.waiting) < self.look_ahead:
-            key = self.supply()
-            self.waiting.append((key, 0, *self.read(key)))
+            self.waiting.append(self.candidate(self.supply()))
         # The awkward ones must not wait for ever.
         chosen = 0
-        if self.waiting[0][1] < 4 * self.look_ahead:
-            sizes = np.array([(len(w[2]), w[3][:-1].sum()) for w in self.waiting], np.float64)
+        if self.waiting[0].age < 4 * self.look_ahead:
+            sizes = np.array([waits.size for waits in self.waiting], np.float64)
             room = np.array([self.row_bytes - used, self.row_patches - patches], np.float64)
             fits = np.minimum(1.0, (room / sizes).min(axis=1, keepdims=True))
             after = (sizes * fits + [used, patches]) / [self.row_bytes, self.row_patches]
             chosen = int(np.argmin(np.abs(after[:, 0] - after[:, 1])))
-        key, _, ids_N, starts_N1 = self.waiting.pop(chosen)
-        self.waiting = [(k, age + 1, i, s) for k, age, i, s in self.waiting]
-        return key, 0, ids_N, starts_N1
+        picked = self.waiting.pop(chosen)
+        self.waiting = [waits._replace(age=waits.age + 1) for waits in self.waiting]
+        return picked
 
     def next_row(self) -> dict[str, np.ndarray]:
         pieces: list[Piece] = []
         used = patches = 0
         while used < self.row_bytes and patches < self.row_patches:
-            key, begin, ids_N, starts_N1 = self.open or self.pick(used, patches)
+            document = self.open or self.pick(used, patches)
+            ids_N, starts_N1, begin = document.ids_N, document.starts_N1, document.position
             room = (self.row_bytes - used, self.row_patches - patches)
             piece = next_piece(ids_N, starts_N1, begin, used, *room)
             if piece.end > piece.begin:
@@ -153,7 +168,7 @@ class Packer:
             # With EOS alone left there is nothing more to predict: EOS was the last target.
             self.open = None
             if piece.end < len(ids_N) - 1:
-                self.open = (key, piece.end, ids_N, starts_N1)
+                self.open = document._replace(position=piece.end)
                 break
         return lay_out(pieces, self.row_bytes)
 

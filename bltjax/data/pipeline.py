@@ -13,6 +13,7 @@ import numpy as np
 
 from bltjax.config import DataConfig, PatchingConfig
 from bltjax.data.packing import Packer, cut, lay_out, pack_exact
+from bltjax.data.records import Document
 from bltjax.data.sources import Documents, open_source
 
 
@@ -38,6 +39,7 @@ class Stream:
             stream_seed = int(np.random.SeedSequence([seed, number, rank]).generate_state(1)[0])
             order = grain.MapDataset.source(mine).seed(stream_seed).shuffle()
             self.order[name] = order.repeat()  # shuffled anew in every epoch
+        self.newest: tuple[list, Document] | None = None
         self.taken = dict.fromkeys(sources, 0)
         self.bytes = dict.fromkeys(sources, 0)
         limit = data.row_bytes if patching is None else data.row_patches
@@ -47,11 +49,15 @@ class Stream:
         """[source, record] next in the mixture: the source furthest behind its share of bytes."""
         name = min(self.sources, key=lambda s: self.bytes[s] / self.weights[s])
         record = int(self.order[name][self.taken[name]])
+        document = self.sources[name][record]
         self.taken[name] += 1
-        self.bytes[name] += len(self.sources[name][record].text)
+        self.bytes[name] += len(document.text)
+        self.newest = ([name, record], document)  # asked for next: not read from disk again
         return [name, record]
 
     def read(self, key: list) -> tuple[np.ndarray, np.ndarray]:
+        if self.newest and self.newest[0] == key:
+            return cut(self.newest[1], self.patching)
         return cut(self.sources[key[0]][key[1]], self.patching)
 
     def state(self) -> dict:
