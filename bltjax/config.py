@@ -8,6 +8,7 @@ value. Checks that need two numbers stand in `__post_init__`, before any device 
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import json
 import typing
 from ast import literal_eval
@@ -372,22 +373,46 @@ def load_config(spec: str, overrides: typing.Iterable[str] = ()) -> RunConfig:
     module_spec = importlib.util.spec_from_file_location("bltjax_run_config", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    tree = unshared(module.get_config(argument) if argument else module.get_config())
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} is no config: it has no function get_config")
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise ValueError(f"{path} takes no argument; drop ':{argument}'")
+    made = module.get_config(argument) if argument else module.get_config()
+    tree = ConfigDict(completed(RunConfig, made.to_dict()))
     for override in overrides:
         apply_override(tree, override)
     return from_dict(RunConfig, tree.to_dict())
 
 
-def unshared(tree: ConfigDict) -> ConfigDict:
-    """A copy in which no group stands in two places.
+def completed(kind, values: dict) -> dict:
+    """Values with every setting of a dataclass, defaults where none is given; fresh dicts only.
 
-    A ConfigDict keeps a dict that was given twice as one object; an override of the training
-    source would then silently change the held-out source too.
+    So every setting can be overridden, whether or not the config file mentions it. And no group
+    stands in two places, as it does in a ConfigDict that was given one dict twice: an override of
+    the training source must not change the held-out one. Unknown keys stay, to be refused later.
     """
-    return ConfigDict(
-        {key: unshared(value) if isinstance(value, ConfigDict) else value
-         for key, value in tree.items()}
-    )  # fmt: skip
+    result = dict(values)
+    for field in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[field.name]
+        inner = next((arg for arg in typing.get_args(hint) if arg is not type(None)), hint)
+        if field.name not in values:
+            if field.default_factory is not dataclasses.MISSING:
+                result[field.name] = field.default_factory()
+            elif dataclasses.is_dataclass(field.default):
+                result[field.name] = dataclasses.asdict(field.default)
+            elif field.default is not dataclasses.MISSING:
+                result[field.name] = field.default
+            continue
+        value = values[field.name]
+        if typing.get_origin(hint) is dict and isinstance(value, dict):
+            inner = typing.get_args(hint)[1]
+            result[field.name] = {
+                key: completed(inner, group) if isinstance(group, dict) else group
+                for key, group in value.items()
+            }
+        elif dataclasses.is_dataclass(inner) and isinstance(value, dict):
+            result[field.name] = completed(inner, value)
+    return result
 
 
 def apply_override(tree: ConfigDict, override: str) -> None:

@@ -22,7 +22,7 @@ ROWS, ROW_BYTES, ROW_PATCHES = 4, 2048, 456  # 4.49 bytes a patch
 BYTE_LM_STEPS, BLT_STEPS = 350, 190  # equal training FLOPs, to 1 %
 
 
-def get_config(model: str):
+def get_config(model: str = ""):
     if model not in ("byte_lm", "blt"):
         raise ValueError(f"configs/quickstart.py:{model}: write :byte_lm or :blt")
     config = ConfigDict()

@@ -69,6 +69,27 @@ def test_bad_settings_name_the_rule_and_the_numbers(override, message):
         load_config("configs/blt_1b.py", [override])
 
 
+def test_settings_that_the_file_does_not_mention_can_be_overridden():
+    overrides = [
+        "mesh.tensor=2",
+        "optimizer.b1=0.8",
+        "patching.threshold_add=0.5",
+        "blt.local.remat=True",
+    ]
+    config = load_config("configs/quickstart.py:blt", overrides)
+    assert config.mesh.tensor == 2 and config.optimizer.b1 == 0.8
+    assert config.patching.threshold_add == 0.5 and config.blt.local.remat
+
+
+def test_arguments_of_a_config():
+    with pytest.raises(ValueError, match="write :byte_lm or :blt"):
+        load_config("configs/quickstart.py")
+    with pytest.raises(ValueError, match="takes no argument; drop ':big'"):
+        load_config("configs/blt_1b.py:big")
+    with pytest.raises(ValueError, match="has no function get_config"):
+        load_config("tests/test_config.py")
+
+
 def test_missing_file_names_its_neighbour():
     with pytest.raises(ValueError, match=r"did you mean 'configs/blt_1b.py'"):
         load_config("configs/blt_1.py")
