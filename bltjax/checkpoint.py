@@ -107,17 +107,37 @@ def save(manager: ocp.CheckpointManager, state: TrainState, progress: dict) -> N
     )
 
 
-def restore(manager: ocp.CheckpointManager, state: TrainState) -> tuple[TrainState, dict]:
-    """The newest checkpoint, on the shardings of `state` (arrays or shapes), and its progress."""
+@contextlib.contextmanager
+def reading(folder: Path):
+    """Says which checkpoint is damaged, and what to do, instead of how Orbax noticed."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"checkpoint {folder} can't be read: {reason[0][:200]}\n"
+            "Remove that folder to go on from the one before it, if there is one."
+        ) from error
+
+
+def restore(
+    manager: ocp.CheckpointManager, workdir: Path, state: TrainState
+) -> tuple[TrainState, dict]:
+    """The newest checkpoint, on the shardings of `state` (arrays or shapes), and its progress.
+
+    Raises:
+      ValueError: naming the checkpoint, if it is damaged.
+    """
     step = manager.latest_step()
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(state.params),
-            opt=ocp.args.StandardRestore(state.opt),
-            progress=ocp.args.JsonRestore(),
-        ),
-    )
+    with reading(workdir / "checkpoints" / str(step)):
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(state.params),
+                opt=ocp.args.StandardRestore(state.opt),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
     step = jax.device_put(np.int32(step), state.step.sharding)
     return TrainState(step, restored["params"], restored["opt"]), restored["progress"]
 
@@ -126,14 +146,15 @@ def load_params(workdir: Path) -> tuple[RunConfig, dict, int]:
     """Config, parameters (on the default device) and step of a run's newest checkpoint.
 
     Raises:
-      ValueError: if the directory holds no run, or no checkpoint yet.
+      ValueError: if the directory holds no run, no checkpoint yet, or a damaged one.
     """
     config = read_config(workdir)
     steps = saved_steps(workdir)
     if not steps:
         raise ValueError(f"{workdir} has no checkpoint yet; run the training command to its end")
-    with quiet(), ocp.StandardCheckpointer() as checkpointer:
-        path = (workdir / "checkpoints" / str(steps[-1]) / "params").absolute()
+    folder = workdir / "checkpoints" / str(steps[-1])
+    with reading(folder), quiet(), ocp.StandardCheckpointer() as checkpointer:
+        path = (folder / "params").absolute()
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shapes = checkpointer.metadata(path).item_metadata
         target = jax.tree.map(
@@ -157,8 +178,10 @@ def quiet():
     """Without absl's warnings: that one item of a checkpoint has no metadata of its own is fine."""
     level = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
-    yield
-    absl_logging.set_verbosity(level)
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(level)
 
 
 def identity(params) -> str:

@@ -187,7 +187,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
             shapes,
             shardings,
         )
-        state, progress = ckpt.restore(manager, target)
+        state, progress = ckpt.restore(manager, workdir, target)
         first = progress["step"]
         batches.set_state(progress["streams"])
         print(f"resumed {workdir} after step {first}")

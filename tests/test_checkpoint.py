@@ -1,0 +1,47 @@
+"""Work directories: whole, or a clear word about what is not."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from bltjax.checkpoint import check_workdir, identity, load_params, save_params, saved_steps
+from bltjax.config import ByteLMConfig, RunConfig
+
+CONFIG = RunConfig(byte_lm=ByteLMConfig(layers=1, width=8, heads=1, hidden=8, window=4))
+
+
+def test_parameters_round_trip_with_their_identity(tmp_path):
+    params = {"block_0": {"q_EGC": np.arange(8, dtype=np.float32).reshape(2, 2, 2)}}
+    save_params(tmp_path / "run", CONFIG, params, 3)
+    config, restored, step = load_params(tmp_path / "run")
+    assert (config, step) == (CONFIG, 3) and identity(restored) == identity(params)
+    assert isinstance(restored["block_0"]["q_EGC"], jax.Array)
+    params["block_0"]["q_EGC"][0, 0, 0] = 1e-3
+    assert identity(restored) != identity(params)
+
+
+def test_a_checkpoint_being_written_is_not_one(tmp_path):
+    (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert saved_steps(tmp_path) == []
+    check_workdir(tmp_path, CONFIG)  # nothing was saved, so nothing is in the way
+    with pytest.raises(ValueError, match="is not a work directory"):
+        load_params(tmp_path)
+
+
+def test_damaged_checkpoints_are_named(runs, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(runs.byte_lm, copy)
+    shutil.rmtree(copy / "checkpoints" / "12" / "params")
+    with pytest.raises(ValueError, match=r"checkpoints/12 can't be read: .*\n.*one before it"):
+        load_params(copy)
+    shutil.rmtree(copy / "checkpoints" / "12")
+    assert load_params(copy)[2] == 8
+    (copy / "config.json").write_text("{broken")
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        load_params(copy)
+    shutil.rmtree(copy / "checkpoints")
+    shutil.copy(runs.byte_lm / "config.json", copy)
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        load_params(copy)
