@@ -25,7 +25,8 @@ from bltjax.data.sources import open_source
 from bltjax.metrics import Progress
 from bltjax.model.byte_lm import ByteLM, empty_carry, entropies_of
 
-LANES, CHUNK = 16, 1024
+# Lanes and chunk: an accelerator wants work, a CPU wants it to stay in its cache.
+CPU_BATCH, DEVICE_BATCH = (8, 512), (64, 1024)
 # Lanes and chunks shrink until padding, at most one chunk a lane, is at most 1 / 64 of the work.
 PADDING_SHARE = 64
 
@@ -67,10 +68,11 @@ def score_documents(
     """
     lengths = [len(text) + 1 for text in texts]
     total = sum(lengths)
+    most_lanes, longest = CPU_BATCH if jax.default_backend() == "cpu" else DEVICE_BATCH
     if chunk is None:
-        chunk = min(CHUNK, max(8, power_of_two(total / PADDING_SHARE)))
+        chunk = min(longest, max(8, power_of_two(total / PADDING_SHARE)))
     if lanes is None:
-        lanes = min(LANES, power_of_two(total / (PADDING_SHARE * chunk)))
+        lanes = min(most_lanes, power_of_two(total / (PADDING_SHARE * chunk)))
 
     loads = [(0, lane) for lane in range(lanes)]
     members: list[list[int]] = [[] for _ in range(lanes)]
