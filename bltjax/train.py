@@ -16,7 +16,8 @@ import numpy as np
 
 from bltjax import checkpoint as ckpt
 from bltjax.checkpoint import TrainState
-from bltjax.config import RunConfig, divides, load_config, to_dict
+from bltjax.config import RunConfig, divides, to_dict
+from bltjax.config_file import load_config
 from bltjax.data.pipeline import fills, held_out_batches, training_batches
 from bltjax.flops import training_flops
 from bltjax.metrics import Reporter, duration, quantity

@@ -14,9 +14,9 @@ from bltjax.config import (
     RunConfig,
     differences,
     from_dict,
-    load_config,
     to_dict,
 )
+from bltjax.config_file import load_config
 from bltjax.flops import training_flops
 
 CONFIGS = sorted(Path("configs").glob("*.py"))

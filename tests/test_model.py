@@ -18,8 +18,8 @@ from bltjax.config import (
     LatentConfig,
     LocalConfig,
     PatchingConfig,
-    load_config,
 )
+from bltjax.config_file import load_config
 from bltjax.model import initial_params, make_model, parameter_count
 from bltjax.model.blt import BLT
 from bltjax.model.byte_lm import ByteLM

@@ -15,7 +15,7 @@ import pytest
 
 from bltjax.__main__ import main
 from bltjax.checkpoint import TrainState, load_params
-from bltjax.config import load_config
+from bltjax.config_file import load_config
 from bltjax.model import initial_params
 from bltjax.optimizer import make_optimizer
 from bltjax.train import make_train_step, run_model
