@@ -1,4 +1,4 @@
-"""Bytes and ids: 256 bytes after four specials (spec of the released models).
+"""Bytes and ids: 256 bytes after four specials, as the released models have them.
 
     id   0    1    2    3    4 ........ 259
          BOE  BOS  EOS  BPE  0x00 ... 0xFF

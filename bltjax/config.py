@@ -13,7 +13,7 @@ import typing
 # Hash tables are stored padded to a multiple of this many rows whatever the mesh, so that a
 # checkpoint fits every mesh whose axes divide it. The padding is never addressed.
 TABLE_ROW_MULTIPLE = 512
-# One prime per hash function, from the released models (spec 4).
+# One prime per hash function, as the released models have them.
 HASH_PRIMES = (
     1000000007, 5915587277, 1500450271, 3267000013, 5754853343, 4093082899,
     9576890767, 3628273133, 2860486313, 5463458053, 3367900313,
@@ -158,7 +158,7 @@ class BLTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PatchingConfig:
-    """Where patches begin (paper 2.3; spec 2).
+    """Where patches begin (paper 2.3).
 
     mode: entropy, space, static or byte. In entropy mode, `monotonic` compares the rise of the
     entropy with `threshold`; otherwise a patch begins where the entropy exceeds `threshold` and,
