@@ -1,7 +1,7 @@
 """Scores -> patch starts, in every mode, written once for numpy and jax.numpy arrays.
 
 Starts cover N + 1 positions: the last says whether the byte not yet seen opens a patch. All modes
-are incremental (paper 2.2): the starts of a prefix are the prefix of the starts. They reproduce the
+are incremental (paper 2.4): the starts of a prefix are the prefix of the starts. They reproduce the
 reference, side effects included; each quirk is named where it is made.
 """
 

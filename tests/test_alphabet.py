@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bltjax.alphabet import decode, encode, text_stream
@@ -12,6 +12,7 @@ def test_examples_of_the_reference():
     assert encode("", eos=False).tolist() == [1]
 
 
+@settings(print_blob=True, deadline=None, max_examples=50)
 @given(st.binary(), st.booleans(), st.booleans())
 def test_round_trip(text, bos, eos):
     ids = encode(text, bos=bos, eos=eos)
@@ -26,6 +27,7 @@ def test_decode_drops_specials_and_cuts_at_eos():
         decode([260])
 
 
+@settings(print_blob=True, deadline=None, max_examples=50)
 @given(st.text(alphabet=st.characters(exclude_categories=("Cs",))))
 def test_stream_never_shows_half_a_character(text):
     stream, shown = text_stream(), []

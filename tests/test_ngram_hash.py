@@ -1,5 +1,7 @@
 """Hash ids against 64-bit arithmetic in Python's own integers, and the reference's vectors."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,9 @@ VECTORS = {
 }
 
 
+GOLDEN = Path(__file__).parent / "golden"
+
+
 def exact_ids(x_N, prime, size, rows, begins_N):
     """The definition, in integers of any length."""
     ids = []
@@ -37,6 +42,30 @@ def test_vectors(key):
     function, size, rows = key
     config = HashConfig(sizes=(size,), functions=function + 1, rows=rows)
     assert hash_ids(config, HELLO)[function, 0].tolist() == list(map(int, VECTORS[key].split()))
+
+
+def test_signed_hash_of_the_reference():
+    # 2^24 is a power of two, so its ids are the low 24 bits of the hash itself.
+    config = HashConfig(sizes=(8,), rows=2**24)
+    assert hash_ids(config, HELLO)[0, 0, 0] == 9015250055358150391 % 2**24
+    # The largest ids make the largest sums; about half of such hashes are negative.
+    x_BN = np.full((1, 20), 259, np.int32)
+    config = HashConfig(sizes=(16,), functions=11, rows=2**24 - 1)
+    for table, prime in enumerate(HASH_PRIMES):
+        exact = exact_ids(x_BN[0], prime, 16, config.rows, [0] * 20)
+        assert hash_ids(config, x_BN)[table, 0].tolist() == exact
+
+
+def test_ids_of_the_reference():
+    golden = np.load(GOLDEN / "blt_blocklocal.npz")
+    config = HashConfig(sizes=(3, 4, 8), functions=2, rows=97, crosses_documents=True)
+    begins_BN = np.zeros_like(golden["x"])
+    begins_BN[0, 8:] = 8  # row 0 holds two documents
+    assert (hash_ids(config, golden["x"], begins_BN) == golden["hash_ids"]).all()
+    within = HashConfig(sizes=(3, 4, 8), functions=2, rows=97)
+    changed_BN = (hash_ids(within, golden["x"], begins_BN) != golden["hash_ids"]).any(0)
+    assert changed_BN[0, 8:15].any() and not changed_BN[0, [*range(8), *range(15, 20)]].any()
+    assert not changed_BN[1].any()
 
 
 def test_exact_on_device_within_documents():

@@ -1,6 +1,8 @@
 """The reference's worked examples, and what every mode must keep."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from bltjax.alphabet import encode
 from bltjax.config import PatchingConfig
 from bltjax.patching import force_starts, patch_lengths, patch_starts
 
+GOLDEN = Path(__file__).parent / "golden"
 H = [0, 5, 9, 13, 17, 3, 9, 9]
 GLOBAL = PatchingConfig(threshold=1.0)
 MONOTONIC = PatchingConfig(threshold=1.0, monotonic=True)
@@ -34,11 +37,16 @@ def test_threshold_modes():
 
 
 @pytest.mark.parametrize(
-    ("size", "low", "low_next", "high_next"),
-    [(1, [1], [1, 1], [1, 1]), (2, [1, 1], [1, 2], [1, 1, 1]), (3, [1, 2], [1, 3], [1, 1, 1, 1])],
+    ("size", "low", "high", "low_next", "high_next"),
+    [
+        (1, [1], [1], [1, 1], [1, 1]),
+        (2, [1, 1], [1, 1], [1, 2], [1, 1, 1]),
+        (3, [1, 2], [1, 1, 1], [1, 3], [1, 1, 1, 1]),
+    ],
 )
-def test_short_texts(size, low, low_next, high_next):
+def test_short_texts(size, low, high, low_next, high_next):
     assert lengths(GLOBAL, [0] * size, next_byte=False) == low
+    assert lengths(GLOBAL, [9] * size, next_byte=False) == high
     assert lengths(GLOBAL, [0] * size, next_byte=True) == low_next
     assert lengths(GLOBAL, [9] * size, next_byte=True) == high_next
 
@@ -50,6 +58,28 @@ def test_short_monotonic_has_its_forced_start():
     assert lengths(MONOTONIC, [0], next_byte=True) == [1, 1]
 
 
+def test_relative_mode_blocks_only_the_position_after_the_forced_start():
+    assert lengths(RELATIVE, [0, 9, 20, 30, 40, 50], next_byte=True) == [1, 1, 2, 1, 1, 1]
+    assert lengths(RELATIVE, [0] * 8, next_byte=True) == [1, 1, 7]
+
+
+def test_high_threshold_leaves_one_patch():
+    config = PatchingConfig(threshold=100.0)
+    assert lengths(config, np.linspace(0, 5.5, 81), next_byte=False) == [1, 80]
+
+
+def test_lengths_of_the_reference():
+    golden = np.load(GOLDEN / "entropy_lm.npz")
+    expected = json.loads((GOLDEN / "meta.json").read_text())["entropy_lm"]
+    for config, key in (
+        (PatchingConfig(threshold=float(golden["thr"])), "patch_lengths_thr"),
+        (PatchingConfig(threshold=0.05, monotonic=True), "patch_lengths_mono"),
+    ):
+        starts_BN1 = patch_starts(config, golden["x"], golden["entropies"])
+        # These lengths place the byte not yet seen, too: they sum to N + 1.
+        assert [patch_lengths(starts_N1).tolist() for starts_N1 in starts_BN1] == expected[key]
+
+
 def test_the_threshold_itself_opens_no_patch():
     assert lengths(GLOBAL, [1.0] * 6, next_byte=True) == [1, 6]
 
@@ -58,6 +88,7 @@ def test_longest_patch():
     config = PatchingConfig(threshold=1.0, max_patch_bytes=4)
     assert lengths(config, [0] * 11, next_byte=False) == [1, 4, 4, 2]
     assert lengths(config, [0] * 9, next_byte=False) == [1, 4, 4]
+    assert lengths(config, [0, 0, 0, 0, 0, 0, 9, 0, 0], next_byte=False) == [1, 4, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +103,20 @@ def test_longest_patch():
 def test_space(text, expected):
     starts_N1 = patch_starts(PatchingConfig(mode="space"), encode(text))
     assert patch_lengths(starts_N1[:-1]).tolist() == expected
+
+
+def test_space_knows_every_byte():
+    letters = set(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+    for byte in range(256):
+        starts_N1 = patch_starts(PatchingConfig(mode="space"), encode(b"ab" + bytes([byte])))
+        assert starts_N1[4] == (byte not in letters and not 0x80 <= byte <= 0xBF)
+
+
+def test_space_ends_a_patch_at_every_special():
+    # The space after "a" ends a patch, the second space doesn't; a special does wherever it is.
+    ids = np.array([1, 101, 36, 36, 2, 1, 0, 3, 101, 101], np.int32)
+    starts_N1 = patch_starts(PatchingConfig(mode="space"), ids)
+    assert patch_lengths(starts_N1).tolist() == [1, 2, 2, 1, 1, 1, 3]
 
 
 def test_static_and_byte():
@@ -103,8 +148,9 @@ CONFIGS = [
 ]
 
 
-@settings(print_blob=True, deadline=None)
-@given(st.sampled_from(CONFIGS), st.binary(max_size=40), st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@settings(print_blob=True, deadline=None, max_examples=50)
+@given(text=st.binary(max_size=40), seed=st.integers(0, 2**32 - 1))
 def test_incremental(config, text, seed):
     ids = encode(text)
     entropies = np.random.default_rng(seed).uniform(0, 6, len(ids)).astype(np.float32)
