@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 
 import numpy as np
 
@@ -104,3 +105,24 @@ def test_one_byte_documents(tmp_path):
                       row_patches=8)  # fmt: skip
     batch = next(iter(_rows(data, 0)))
     assert batch["bytes_BN"][0].tolist() == [1, 124, 2, 1, 124, 2, 1, 124]
+
+
+def test_streams_that_wait_for_the_same_document_share_it(tmp_path):
+    """A file without split_bytes is one document, which every stream holds many times over."""
+    (tmp_path / "big.txt").write_bytes(b"word " * 100_000)
+    data = DataConfig(
+        train={"x": SourceConfig(str(tmp_path / "big.txt"))}, rows=4, row_bytes=64, row_patches=64
+    )
+    tracemalloc.start()
+    batches = iter(training_batches(data, None, seed=0, streams=range(4)))
+    for _ in range(3):
+        next(batches)
+    state = batches.get_state()
+    batches.close()
+    again = iter(training_batches(data, None, seed=0, streams=range(4)))
+    again.set_state(state)
+    next(again)
+    again.close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6, f"{peak / 1e6:.0f} MB for a document of 0.5 MB"

@@ -7,13 +7,13 @@ same global batches, and a state saved by one set of processes can be regrouped 
 
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import grain
 import numpy as np
 
 from bltjax.config import DataConfig, PatchingConfig
 from bltjax.data.packing import Packer, cut, lay_out, pack_exact
-from bltjax.data.records import Document
 from bltjax.data.sources import Documents, open_source
 
 
@@ -27,8 +27,9 @@ class Stream:
         data: DataConfig,
         patching: PatchingConfig | None,
         seed: int,
+        shared: WeakValueDictionary,
     ):
-        self.sources, self.patching = sources, patching
+        self.sources, self.patching, self.shared = sources, patching, shared
         self.weights = {name: data.train[name].weight for name in sources}
         self.order = {}
         for rank, (name, documents) in enumerate(sources.items()):
@@ -39,7 +40,7 @@ class Stream:
             stream_seed = int(np.random.SeedSequence([seed, number, rank]).generate_state(1)[0])
             order = grain.MapDataset.source(mine).seed(stream_seed).shuffle()
             self.order[name] = order.repeat()  # shuffled anew in every epoch
-        self.newest: tuple[list, Document] | None = None
+        self.newest: tuple[np.ndarray, ...] = ()
         self.taken = dict.fromkeys(sources, 0)
         self.bytes = dict.fromkeys(sources, 0)
         limit = data.row_bytes if patching is None else data.row_patches
@@ -49,16 +50,20 @@ class Stream:
         """[source, record] next in the mixture: the source furthest behind its share of bytes."""
         name = min(self.sources, key=lambda s: self.bytes[s] / self.weights[s])
         record = int(self.order[name][self.taken[name]])
-        document = self.sources[name][record]
+        self.newest = self.read([name, record])  # asked for next: held, so not read again
         self.taken[name] += 1
-        self.bytes[name] += len(document.text)
-        self.newest = ([name, record], document)  # asked for next: not read from disk again
+        self.bytes[name] += len(self.newest[0]) - 2  # without BOS and EOS
         return [name, record]
 
     def read(self, key: list) -> tuple[np.ndarray, np.ndarray]:
-        if self.newest and self.newest[0] == key:
-            return cut(self.newest[1], self.patching)
-        return cut(self.sources[key[0]][key[1]], self.patching)
+        # A large file may wait in every stream, many times over. All who hold it hold the same two
+        # arrays, which go when the last of them lets go.
+        ids_key, starts_key = (*key, "ids"), (*key, "starts")
+        ids_N, starts_N1 = self.shared.get(ids_key), self.shared.get(starts_key)
+        if ids_N is None or starts_N1 is None:
+            ids_N, starts_N1 = cut(self.sources[key[0]][key[1]], self.patching)
+            self.shared[ids_key], self.shared[starts_key] = ids_N, starts_N1
+        return ids_N, starts_N1
 
     def state(self) -> dict:
         return {
@@ -134,7 +139,8 @@ def training_batches(
             print(f"{name}: {documents.bad} broken lines skipped")
 
     def build() -> dict[int, Stream]:
-        return {number: Stream(number, sources, data, patching, seed) for number in streams}
+        shared: WeakValueDictionary = WeakValueDictionary()
+        return {n: Stream(n, sources, data, patching, seed, shared) for n in streams}
 
     return grain.experimental.ThreadPrefetchIterDataset(
         Batches(build), prefetch_buffer_size=data.prefetch
