@@ -150,3 +150,30 @@ def test_manifest_survives_json(folder):
     copy = folder.parent / "copy"
     shutil.copytree(folder, copy)
     assert dataclasses.asdict(RecordDocuments(copy).manifest) == dataclasses.asdict(manifest)
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b\x08")
+    with pytest.raises(ValueError, match=r"a.jsonl.gz is no text \(.gz\)"):
+        open_source(SourceConfig(str(tmp_path / "a*")))
+    with pytest.raises(ValueError, match=r"neither records nor \*.txt files; other files need"):
+        open_source(SourceConfig(str(tmp_path)))
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "b.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"mixes JSONL .* and text .*: make them two sources"):
+        open_source(SourceConfig(str(tmp_path / "b*")))
+
+
+def test_jsonl_nested_too_deeply_is_a_bad_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[" * 100_000 + '\n{"text": "x"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1: not JSON"):
+        open_source(SourceConfig(str(tmp_path / "a.jsonl")))
+    assert len(open_source(SourceConfig(str(tmp_path / "a.jsonl")), skip_bad=True)) == 1
+
+
+def test_blank_lines_of_windows_cut_too(tmp_path):
+    text = b"one line\r\n\r\n" * 50
+    (tmp_path / "a.txt").write_bytes(text)
+    documents = open_source(SourceConfig(str(tmp_path / "a.txt"), split_bytes=20))
+    pieces = [documents[i].text.tobytes() for i in range(len(documents))]
+    assert len(pieces) > 10 and b"".join(pieces) == text

@@ -7,13 +7,21 @@ when a source is opened (offsets, not text, are kept) and read when asked for.
 import glob
 import itertools
 import json
+import mmap
 import os
+import re
+from array import array
 from pathlib import Path
 
 import numpy as np
 
+from bltjax.alphabet import as_bytes
 from bltjax.config import SourceConfig
 from bltjax.data.records import MANIFEST, Document, RecordDocuments
+
+BLANK_LINES = re.compile(rb"\n(?:\r?\n)+")
+# Their bytes would train, and teach nothing.
+NOT_TEXT = (".gz", ".zst", ".xz", ".bz2", ".zip", ".parquet", ".arrow", ".array_record")
 
 
 class TextDocuments:
@@ -22,12 +30,17 @@ class TextDocuments:
     bad = 0
 
     def __init__(self, paths: list[Path], split_bytes: int):
-        self.paths, spans = paths, []
+        self.paths, spans = paths, array("q")
         for number, path in enumerate(paths):
             size = path.stat().st_size
             with path.open("rb") as file:  # unreadable files are found now, not in the middle
-                cuts = blank_line_cuts(file.read(), split_bytes) if split_bytes else [0, size]
-            spans += [(number, a, b) for a, b in itertools.pairwise(cuts) if b > a]
+                cuts = [0, size]
+                if split_bytes and size:
+                    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                        cuts = blank_line_cuts(text, split_bytes)
+            for begin, end in itertools.pairwise(cuts):
+                if end > begin:
+                    spans.extend((number, begin, end))
         self.spans = np.array(spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
@@ -45,20 +58,17 @@ class TextDocuments:
         return Document(text)
 
 
-def blank_line_cuts(text: bytes, split_bytes: int) -> list[int]:
-    """Offsets of the pieces: each ends at the first blank line after `split_bytes` of it.
+def blank_line_cuts(text: bytes | mmap.mmap, split_bytes: int) -> list[int]:
+    """Offsets of the pieces: each ends with the first blank lines after `split_bytes` of it.
 
     A last piece of under half that size joins the one before.
     """
     cuts = [0]
     while len(text) - cuts[-1] > split_bytes:
-        found = text.find(b"\n\n", cuts[-1] + split_bytes)
-        if found < 0:
+        blank = BLANK_LINES.search(text, cuts[-1] + split_bytes)
+        if blank is None:
             break
-        end = found + 2
-        while text[end : end + 1] == b"\n":
-            end += 1
-        cuts.append(end)
+        cuts.append(blank.end())
     if len(cuts) > 1 and len(text) - cuts[-1] < split_bytes / 2:
         cuts.pop()
     return [*cuts, len(text)]
@@ -69,7 +79,7 @@ class JsonlDocuments:
 
     def __init__(self, paths: list[Path], field: str, skip_bad: bool):
         self.paths, self.field, self.bad = paths, field, 0
-        spans = []
+        spans = array("q")
         for number, path in enumerate(paths):
             begin = 0
             with path.open("rb") as file:
@@ -85,7 +95,7 @@ class JsonlDocuments:
                             )
                         self.bad += bool(problem)
                         if text:
-                            spans.append((number, line_number, begin, end))
+                            spans.extend((number, line_number, begin, end))
                     begin = end
         self.spans = np.array(spans, np.int64).reshape(-1, 4)
 
@@ -93,14 +103,14 @@ class JsonlDocuments:
         """('', text) of a good line, (what is wrong, b'') of another."""
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
             return f"not JSON ({error})", b""
         if not isinstance(value, dict) or self.field not in value:
             there = ", ".join(map(repr, value)) if isinstance(value, dict) else "no fields"
             return f"no field {self.field!r} (there: {there})", b""
         if not isinstance(value[self.field], str):
             return f"field {self.field!r} is no string", b""
-        return "", value[self.field].encode("utf-8", errors="ignore")
+        return "", as_bytes(value[self.field])
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -142,12 +152,28 @@ def open_source(
         if os.path.isfile(source.path):  # a name with brackets is itself before it is a pattern
             paths = [path]
         paths = [found for found in paths if found.is_file()]
+        if not paths and path.is_dir():
+            raise ValueError(
+                f"{source.path} is a folder with neither records nor *.txt files;"
+                f" other files need a pattern, such as '{path / '*.jsonl'}'"
+            )
         if not paths:
             raise ValueError(
                 f"{source.path}: no such file, and no file matches it as a glob"
                 f" (working directory: {Path.cwd()})"
             )
-        if all(found.suffix == ".jsonl" for found in paths):
+        for found in paths:
+            if found.suffix in NOT_TEXT:
+                raise ValueError(
+                    f"{found} is no text ({found.suffix}): unpack it, or narrow the path"
+                )
+        lines = [found for found in paths if found.suffix == ".jsonl"]
+        if lines and len(lines) < len(paths):
+            other = next(found for found in paths if found.suffix != ".jsonl")
+            raise ValueError(
+                f"{source.path} mixes JSONL ({lines[0]}) and text ({other}): make them two sources"
+            )
+        if lines:
             documents = JsonlDocuments(paths, source.field, skip_bad)
         else:
             documents = TextDocuments(paths, source.split_bytes)
