@@ -5,6 +5,7 @@ import random
 import tracemalloc
 
 import numpy as np
+import pytest
 
 from bltjax.config import DataConfig, PatchingConfig, SourceConfig
 from bltjax.data.pipeline import training_batches
@@ -126,3 +127,18 @@ def test_streams_that_wait_for_the_same_document_share_it(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40e6, f"{peak / 1e6:.0f} MB for a document of 0.5 MB"
+
+
+def test_raw_text_and_entropy_patching_is_refused_before_the_first_batch(tmp_path):
+    with pytest.raises(ValueError, match=r"'a' \(.*a.jsonl\) is raw text, but entropy patching"):
+        training_batches(data_of(tmp_path), PatchingConfig(), seed=3, streams=range(4))
+
+
+def test_a_state_without_a_stream_is_refused(tmp_path):
+    data = data_of(tmp_path)
+    half = iter(training_batches(data, SPACE, seed=3, streams=(0, 1)))
+    whole = iter(training_batches(data, SPACE, seed=3, streams=range(4)))
+    with pytest.raises(ValueError, match=r"has streams 0, 1, but not \[2, 3\]"):
+        whole.set_state(half.get_state())
+    half.close()
+    whole.close()

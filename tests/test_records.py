@@ -177,3 +177,31 @@ def test_blank_lines_of_windows_cut_too(tmp_path):
     documents = open_source(SourceConfig(str(tmp_path / "a.txt"), split_bytes=20))
     pieces = [documents[i].text.tobytes() for i in range(len(documents))]
     assert len(pieces) > 10 and b"".join(pieces) == text
+
+
+def test_another_format_version_and_numbers_out_of_range(folder):
+    documents = RecordDocuments(folder)
+    for number in (-1, 6):
+        with pytest.raises(IndexError, match=f"has no record {number}; it has 6"):
+            documents[number]
+    write_manifest(folder, dataclasses.replace(documents.manifest, version=2))
+    with pytest.raises(ValueError, match="has format version 2, but this code reads version 1"):
+        RecordDocuments(folder)
+
+
+def test_a_failed_shard_never_has_its_final_name(tmp_path):
+    def records():
+        yield encode_record(b"one", np.zeros(4))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path / "a.array_record", records())
+    assert not list(tmp_path.glob("*.array_record"))
+    write_shard(tmp_path / "a.array_record", [encode_record(b"one", np.zeros(4))])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.array_record"]
+
+
+def test_a_shard_that_cannot_be_written_is_an_os_error(tmp_path):
+    path = tmp_path / "nowhere" / "a.array_record"
+    with pytest.raises(OSError, match=r"a.array_record.partial could not be written"):
+        write_shard(path, [encode_record(b"one", np.zeros(4))])

@@ -14,6 +14,7 @@ import numpy as np
 
 from bltjax.config import DataConfig, PatchingConfig
 from bltjax.data.packing import Packer, cut, lay_out, pack_exact
+from bltjax.data.records import RecordDocuments
 from bltjax.data.sources import Documents, open_source
 
 
@@ -109,6 +110,12 @@ class BatchIterator(grain.DatasetIterator):
         return {str(number): stream.state() for number, stream in self._streams.items()}
 
     def set_state(self, state: dict) -> None:
+        missing = [number for number in self._streams if str(number) not in state]
+        if missing:
+            raise ValueError(
+                f"the saved state has streams {', '.join(state)}, but not {missing}: a run resumes"
+                " with the data.rows that it began with, and the states of all its processes"
+            )
         for number, stream in self._streams.items():
             stream.restore(state[str(number)])
 
@@ -137,6 +144,12 @@ def training_batches(
     for name, documents in sources.items():
         if documents.bad:
             print(f"{name}: {documents.bad} broken lines skipped")
+        scored = isinstance(documents, RecordDocuments)
+        if patching is not None and patching.mode == "entropy" and not scored:
+            raise ValueError(
+                f"data source {name!r} ({data.train[name].path}) is raw text, but entropy patching"
+                " needs scored documents: run the entropies command on it, and give its folder"
+            )
 
     def build() -> dict[int, Stream]:
         shared: WeakValueDictionary = WeakValueDictionary()

@@ -21,6 +21,7 @@ from array_record.python import array_record_module
 MAGIC = b"BLT1"
 HEADER = struct.Struct("<4sII")
 MANIFEST = "manifest.json"
+VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Manifest:
     precision: str
     source: str
     shards: tuple[ShardInfo, ...]
-    version: int = 1
+    version: int = VERSION
 
     def total(self, field: str) -> int:
         return sum(getattr(shard, field) for shard in self.shards)
@@ -100,12 +101,20 @@ def file_crc32(path: Path) -> int:
 def write_shard(path: Path, records: Iterable[bytes]) -> None:
     """Writes an ArrayRecord file beside its place, then moves it there whole."""
     partial = path.with_name(f".{path.name}.partial")
-    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,zstd:3")
     try:
-        for record in records:
-            writer.write(record)
-    finally:
-        writer.close()
+        writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,zstd:3")
+        try:
+            for record in records:
+                writer.write(record)
+        finally:
+            writer.close()
+    except RuntimeError as error:  # what the writer raises, on a full disk for example
+        raise OSError(f"{partial} could not be written: {error}") from error
+    publish(partial, path)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Gives a file its final name, once its bytes are on the disk."""
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -120,7 +129,7 @@ def shard_info(path: Path, texts_bytes: int, documents: int, padding: int) -> Sh
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     partial = folder / f".{MANIFEST}.partial"
     partial.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
-    os.replace(partial, folder / MANIFEST)
+    publish(partial, folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -134,9 +143,15 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values = json.loads(path.read_text())
         shards = tuple(ShardInfo(**shard) for shard in values.pop("shards"))
-        return Manifest(shards=shards, **values)
+        manifest = Manifest(shards=shards, **values)
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a manifest of records: {error}") from None
+    if manifest.version != VERSION:
+        raise ValueError(
+            f"{path} has format version {manifest.version}, but this code reads version {VERSION}."
+            " Score the corpus again, or read it with the code that wrote it."
+        )
+    return manifest
 
 
 class RecordDocuments:
@@ -177,6 +192,8 @@ class RecordDocuments:
         return f"{self.folder / self.manifest.shards[shard].name}[{index}]"
 
     def __getitem__(self, index: int) -> Document:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.folder} has no record {index}; it has {len(self)}")
         shard = int(np.searchsorted(self.ends, index, side="right"))
         path = self.folder / self.manifest.shards[shard].name
         try:
