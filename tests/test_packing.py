@@ -170,3 +170,13 @@ def test_both_fills_over_97_percent_on_a_mixed_corpus(tmp_path):
     found = np.mean([fills(next(batches), data.row_patches) for _ in range(30)], axis=0)
     batches.close()
     assert (found > 0.97).all(), found
+
+
+@pytest.mark.parametrize("patch_bytes", [1, 4])
+def test_exact_rows_waste_little(patch_bytes):
+    random = np.random.default_rng(3)
+    static = PatchingConfig(mode="static", patch_bytes=patch_bytes)
+    sizes = random.integers(3, 254, 3000)
+    documents = [cut(Document(np.zeros(size, np.uint8)), static) for size in sizes]
+    rows, cuts = pack_exact(documents, 256, round(256 / patch_bytes) + 8)
+    assert cuts == 0 and len(rows) < 1.03 * (sizes + 2).sum() / 256

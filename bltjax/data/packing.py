@@ -10,6 +10,7 @@ Both limits cost money when one of them is reached early, so at every document b
 chooses, among the documents waiting, the one after which bytes and patches are most evenly used.
 """
 
+import bisect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -193,18 +194,23 @@ def pack_exact(
             cuts += begin > 0
             rows.append(([piece], piece.end - piece.begin, piece_patches(piece, 0)))
             begin = piece.end
-    # Largest first, into the first of the rows still open; few are kept open, so it is linear.
+    # Largest first, each into the fullest row that has room for it: best fit.
     short.sort(key=lambda item: -max(len(item[0]) / row_bytes, item[1][:-1].sum() / row_patches))
-    still = list(range(len(rows)))[-64:]
+    by_room = sorted((row_bytes - used, number) for number, (_, used, _) in enumerate(rows))
     for ids_N, starts_N1 in short:
         piece = Piece(ids_N, starts_N1, 0, len(ids_N))
-        for number in still:
+        first = bisect.bisect_left(by_room, (len(ids_N),))
+        # A row with room for the bytes may have none for the patches; few are looked at, for speed.
+        for place in range(first, min(first + 64, len(by_room))):
+            room, number = by_room[place]
             pieces, used, patches = rows[number]
             more = piece_patches(piece, used)
-            if used + len(ids_N) <= row_bytes and patches + more <= row_patches:
+            if patches + more <= row_patches:
+                del by_room[place]
                 rows[number] = ([*pieces, piece], used + len(ids_N), patches + more)
                 break
         else:
+            room, number = row_bytes, len(rows)
             rows.append(([piece], len(ids_N), piece_patches(piece, 0)))
-            still = [*still, len(rows) - 1][-64:]
+        bisect.insort(by_room, (room - len(ids_N), number))
     return [lay_out(pieces, row_bytes) for pieces, _, _ in rows], cuts
