@@ -142,3 +142,16 @@ def test_a_state_without_a_stream_is_refused(tmp_path):
         whole.set_state(half.get_state())
     half.close()
     whole.close()
+
+
+def test_a_rare_source_does_not_come_to_all_streams_at_once(tmp_path):
+    for name in ("common", "rare"):
+        lines = [json.dumps({"text": name[0] * size}) + "\n" for size in range(40, 80)] * 100
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    weights = {"common": 0.98, "rare": 0.02}
+    train = {n: SourceConfig(str(tmp_path / f"{n}.jsonl"), weight=w) for n, w in weights.items()}
+    data = DataConfig(train=train, rows=16, row_bytes=256, row_patches=256, look_ahead=1)
+    batches = iter(training_batches(data, None, seed=3, streams=range(16)))
+    found = [(next(batches)["bytes_BN"] == ord("r") + 4).any(axis=1).sum() for _ in range(100)]
+    batches.close()
+    assert sum(found) > 100 and max(found) < 8, found

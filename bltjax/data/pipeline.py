@@ -33,13 +33,17 @@ class Stream:
         self.sources, self.patching, self.shared = sources, patching, shared
         self.weights = {name: data.train[name].weight for name in sources}
         self.order = {}
+        # Where in its turn a source begins. Were it 0 in all streams, they would all meet a rare
+        # source in the same batch.
+        self.phase, self.lead = {}, {}
         for rank, (name, documents) in enumerate(sources.items()):
             # Too few records to share are shared by all, each stream in an order of its own.
             mine = np.arange(number, len(documents), data.rows)
             if len(documents) < data.rows:
                 mine = np.arange(len(documents))
-            stream_seed = int(np.random.SeedSequence([seed, number, rank]).generate_state(1)[0])
-            order = grain.MapDataset.source(mine).seed(stream_seed).shuffle()
+            stream_seed, phase = np.random.SeedSequence([seed, number, rank]).generate_state(2)
+            self.phase[name] = int(phase) / 2**32
+            order = grain.MapDataset.source(mine).seed(int(stream_seed)).shuffle()
             self.order[name] = order.repeat()  # shuffled anew in every epoch
         self.newest: tuple[np.ndarray, ...] = ()
         self.taken = dict.fromkeys(sources, 0)
@@ -49,12 +53,19 @@ class Stream:
 
     def supply(self) -> list:
         """[source, record] next in the mixture: the source furthest behind its share of bytes."""
-        name = min(self.sources, key=lambda s: self.bytes[s] / self.weights[s])
+        name = min(self.sources, key=self.due)
         record = int(self.order[name][self.taken[name]])
         self.newest = self.read([name, record])  # asked for next: held, so not read again
         self.taken[name] += 1
         self.bytes[name] += len(self.newest[0]) - 2  # without BOS and EOS
         return [name, record]
+
+    def due(self, name: str) -> float:
+        """Of all sources, the one where this is least comes next."""
+        if name not in self.lead:
+            first = int(self.order[name][0])
+            self.lead[name] = self.phase[name] * (len(self.read([name, first])[0]) - 2)
+        return (self.bytes[name] + self.lead[name]) / self.weights[name]
 
     def read(self, key: list) -> tuple[np.ndarray, np.ndarray]:
         # A large file may wait in every stream, many times over. All who hold it hold the same two
