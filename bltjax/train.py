@@ -203,6 +203,8 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
     rate_of = learning_rate(config.optimizer)
     last_step = min(config.optimizer.steps, stop_at or config.optimizer.steps)
     window = Window(begun)
+    # A byte LM's positions are its patches.
+    patch_slots = config.data.row_patches if config.blt else config.data.row_bytes
     values: dict[str, float] = {}
     warned = False
 
@@ -262,7 +264,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
             state, out = step_fn(state, jax.device_put(batch, rows))
             if pending is not None:
                 report(*pending)
-            pending = (step, out, fills(batch, config.data.row_patches))
+            pending = (step, out, fills(batch, patch_slots))
             at_end = step == last_step
             evaluates = bool(held_out) and (step % config.evaluate_every == 0 or at_end)
             saves = step % config.checkpoint.every == 0 or at_end
