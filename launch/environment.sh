@@ -16,6 +16,6 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
     touch "$stamp"
 fi
-# On a CPU every step needs the same large temporaries. Kept in the heap and on huge pages, they
+# On a CPU every step needs the same large temporaries. Kept in one heap and on huge pages, they
 # are not given back to the system and faulted in again at every step.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592}"
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592}"

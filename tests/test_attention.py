@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bltjax.attention.tiled as tiled
 from bltjax.attention import IMPLEMENTATIONS, Pooling, Reading, Sliding, range_attention
+from bltjax.attention.dense import dense
 
 N = 150
 
@@ -83,8 +85,8 @@ def test_matches_dense(name, implementation):
     expected, out = value_and_gradients(q, k, v, "dense")
     found, out_found = value_and_gradients(q, k, v, implementation)
     np.testing.assert_allclose(out_found, out, atol=5e-6, rtol=1e-5)
-    for name, ours, dense in zip("qkv", found, expected, strict=True):
-        np.testing.assert_allclose(ours, dense, atol=2e-5, rtol=1e-5, err_msg=f"d{name}")
+    for name, ours, theirs in zip("qkv", found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5, err_msg=f"d{name}")
     empty = np.asarray(start == end)
     assert not np.asarray(out_found)[empty].any(), "an empty range must give zeros"
 
@@ -100,3 +102,30 @@ def test_heads_must_divide():
     bound = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match=r"heads \(2\) must divide query heads \(3\)"):
         range_attention(q, k, k, bound, bound, pattern=Sliding(4))
+
+
+@pytest.mark.parametrize("tiles", [(4, 6), (8, 30), (5, 3)], ids=str)
+def test_tiles_of_any_size(tiles, monkeypatch):
+    """Ranges that jump, stand still and are empty; steps past the last key; shared heads."""
+    monkeypatch.setattr(tiled, "tile_sizes", lambda *_: tiled.Tiles(*tiles))
+    random = np.random.default_rng(4)
+    q, k, v, g = (
+        jnp.asarray(random.normal(size=(2, size, heads, 8)), jnp.float32)
+        for size, heads in ((22, 4), (30, 2), (30, 2), (22, 4))
+    )
+    start = np.sort(random.integers(0, 31, (2, 22)), axis=1).astype(np.int32)
+    end = np.maximum.accumulate(np.maximum(start, random.integers(0, 31, (2, 22))), axis=1)
+    end[0, :3], start[0, :3], start[1, -4:] = 0, 0, 30
+    end = np.maximum(end, start).astype(np.int32)
+
+    def outcome(attend):
+        def loss(*qkv):
+            return (attend(*qkv, start, end) * g).sum()
+
+        return attend(q, k, v, start, end), *jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    expected = outcome(dense)
+    found = outcome(lambda *parts: tiled.sliding(*parts, span=30))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert (np.asarray(found[0])[0, :3] == 0).all()

@@ -1,8 +1,6 @@
-"""Range attention in plain XLA operations, linear in N for every pattern but the latent's own.
+"""Range attention in plain XLA operations: time and memory are linear in the keys that are seen.
 
-Sliding   queries in blocks; each block sees its own keys and those of the blocks that the
-          span reaches back into: [blocks, b, span + b] scores. A span as long as the row is
-          simply dense.
+Sliding   tile by tile, in `tiled.py`.
 Pooling   the other way about: each *key* finds its run of queries; the softmax over a patch's
           bytes is a segment maximum and two segment sums with sorted ids.
 Reading   each query gathers its few keys and takes a tiny softmax.
@@ -11,8 +9,9 @@ Reading   each query gathers its few keys and takes a tiny softmax.
 import jax
 import jax.numpy as jnp
 
-from bltjax.attention.dense import dense, masked_softmax
+from bltjax.attention.dense import masked_softmax
 from bltjax.attention.pattern import Pattern, Pooling, Sliding
+from bltjax.attention.tiled import sliding
 
 
 def xla(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern):
@@ -21,56 +20,6 @@ def xla(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern):
     if isinstance(pattern, Pooling):
         return pooling(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.slots)
     return reading(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.slots)
-
-
-def block_length(span: int) -> int:
-    """Short blocks see fewer keys in vain, long ones copy keys less often: 64 was best at 64."""
-    return max(32, 1 << max(0, span.bit_length() - 1))
-
-
-def sliding(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, span: int):
-    rows, queries, heads, channels = q_BQHC.shape
-    keys, shared = k_BTJC.shape[1:3]
-    block = block_length(span)
-    if span + block >= keys:
-        return dense(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ)
-    blocks = -(-queries // block)
-    reach = -(-(span - 1) // block)  # blocks before its own that a block's queries may see
-    # Key i + (T - Q) is the newest that query i sees. Keys are laid out so that it falls into
-    # block `reach` of query block 0: `front` zeros before key 0 (or keys cut, if nobody sees them).
-    front = reach * block - (keys - queries)
-    back = blocks * block - queries
-
-    def tiles(x_BTJC, before):
-        """[B, J, blocks, block, C]: heads first, so that every product below is a plain batch."""
-        x = x_BTJC if before >= 0 else x_BTJC[:, -before:]
-        x = jnp.pad(x, ((0, 0), (max(before, 0), back), (0, 0), (0, 0)))
-        return jnp.swapaxes(x, 1, 2).reshape(rows, x.shape[2], -1, block, channels)
-
-    def windows(x_BTJC):
-        x = tiles(x_BTJC, front)
-        return jnp.concatenate([x[:, :, i : i + blocks] for i in range(reach + 1)], axis=3)
-
-    q = tiles(q_BQHC, 0).reshape(rows, shared, heads // shared, blocks, block, channels)
-    scores = jnp.einsum(
-        "bjinqc,bjntc->bjinqt",
-        q * jnp.asarray(channels**-0.5, q.dtype),
-        windows(k_BTJC),
-        preferred_element_type=jnp.float32,
-    )
-    base_n1 = jnp.arange(blocks)[:, None] * block - front
-    key_1n1t = (base_n1 + jnp.arange((reach + 1) * block)[None])[None, :, None]
-    start = jnp.pad(start_BQ, ((0, 0), (0, back))).reshape(rows, blocks, block, 1)
-    end = jnp.pad(end_BQ, ((0, 0), (0, back))).reshape(rows, blocks, block, 1)
-    seen = (start <= key_1n1t) & (key_1n1t < end)
-    scores = jnp.where(seen[:, None, None], scores, -1e30)
-    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    # An empty range has all scores equal, so its weights are wrong but finite; it is zeroed here.
-    scale = jnp.where(end > start, 1.0, 0.0)[:, None, None] / weights.sum(axis=-1, keepdims=True)
-    out = jnp.einsum("bjinqt,bjntc->bjinqc", weights.astype(v_BTJC.dtype), windows(v_BTJC))
-    out = (out * scale).astype(v_BTJC.dtype).reshape(rows, heads, blocks * block, channels)
-    return jnp.swapaxes(out, 1, 2)[:, :queries]
 
 
 def pooling(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, slots: int):

@@ -7,6 +7,7 @@
 Pooling happens once, at the first cross-attention; later ones refine the same slots.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -27,6 +28,31 @@ def hash_tables(config: HashConfig, width: int):
         return tables_RME * (jnp.arange(shape[1]) < config.rows)[None, :, None]
 
     return initialise
+
+
+@jax.custom_vjp
+def looked_up(tables_RME, ids_RBN):
+    """Sum over the tables of the row that each position has in them, [B, N, E]."""
+    pairs = zip(tables_RME, ids_RBN, strict=True)
+    return sum(table_ME.at[ids_BN].get(mode="promise_in_bounds") for table_ME, ids_BN in pairs)
+
+
+def looked_up_forward(tables_RME, ids_RBN):
+    return looked_up(tables_RME, ids_RBN), (ids_RBN, tables_RME.shape[1])
+
+
+def looked_up_backward(kept, grad_BNE):
+    """Table by table; differentiating the slices would add up as many whole gradients."""
+    ids_RBN, stored_rows = kept
+    flat = grad_BNE.reshape(-1, grad_BNE.shape[-1])
+
+    def of_table(ids_BN):
+        return jax.ops.segment_sum(flat, ids_BN.reshape(-1), num_segments=stored_rows)
+
+    return jax.lax.map(of_table, ids_RBN), None
+
+
+looked_up.defvjp(looked_up_forward, looked_up_backward)
 
 
 def block_size(local) -> BlockSize:
@@ -53,8 +79,7 @@ class LocalEncoder(nn.Module):
                 "ngrams_RME", hash_tables(hashed, E), (hashed.tables, hashed.stored_rows, E)
             )
             ids_RBN = hash_ids(hashed, bytes_BN, document_begins(documents_BN))
-            for table_ME, ids_BN in zip(tables_RME, ids_RBN, strict=True):
-                embeds_BNE += table_ME.at[ids_BN].get(mode="promise_in_bounds")
+            embeds_BNE += looked_up(tables_RME, ids_RBN)
         x_BNE = embeds_BNE = embeds_BNE.astype(self.dtype)
 
         pool_EKE = self.param("pool_EKE", truncated_normal(E), (E, K, E)).astype(self.dtype)

@@ -1,0 +1,180 @@
+"""Sliding attention tile by tile: linear in what is seen, and no scores are ever kept.
+
+    keys      0 . . . . . . . . . . . . . . . . . . T
+    queries  [tile 0]  |lo ==== hi|                     a tile of queries sees keys lo ... hi, which
+             [tile 1]      |lo ======== hi|             its first start and its last end say;
+             [tile 2]          |lo == tk ==|== tk ==|   it walks over them tk at a time
+
+A running maximum and sum make one softmax of the steps; the backward pass computes the scores once
+more. So memory is linear in the row, and time in the keys that are seen: a causal half, a window or
+another document costs nothing. A CPU takes the rows one after the other, so that a tile's scores
+stay in its cache (ten times faster than one large product); other devices take them side by side.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+HIDDEN = -1e30  # the score of a key that is not seen
+FLOOR = -1e20  # below every score that is seen, above HIDDEN
+
+
+class Tiles(NamedTuple):
+    queries: int
+    keys: int
+
+
+def tile_sizes(queries: int, keys: int, span: int) -> Tiles:
+    """One step per query tile for a window; at most 1024 keys a step for what sees further."""
+    tile = min(128, queries)
+    return Tiles(tile, min(keys, 1024, -(-(span + tile - 1) // 64) * 64))
+
+
+def sliding(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, span: int):
+    """Range attention for any ranges that never decrease; `span` only sets the tiles' sizes."""
+    rows, queries, heads, channels = q_BQHC.shape
+    keys, shared = k_BTJC.shape[1:3]
+    tiles = tile_sizes(queries, keys, span)
+    extra = -queries % tiles.queries
+    # Heads first, and all heads of one key/value head together: products over tiles are plain.
+    q = (q_BQHC * channels**-0.5).astype(q_BQHC.dtype)
+    q = jnp.pad(q, ((0, 0), (0, extra), (0, 0), (0, 0)))
+    q = q.reshape(rows, -1, shared, heads // shared, channels).transpose(0, 2, 3, 1, 4)
+    k, v = jnp.swapaxes(k_BTJC, 1, 2), jnp.swapaxes(v_BTJC, 1, 2)
+    start, end = (jnp.pad(x, ((0, 0), (0, extra)), mode="edge") for x in (start_BQ, end_BQ))
+    out = tiled(q, k, v, start, end, tiles)
+    return out.transpose(0, 3, 1, 2, 4)[:, :queries].reshape(q_BQHC.shape)
+
+
+def each_row(one_row, *arrays):
+    """Rows one by one on a CPU, side by side elsewhere."""
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda row: one_row(*row), arrays)
+    return jax.vmap(one_row)(*arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def tiled(q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ, tiles: Tiles):
+    return tiled_forward(q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ, tiles)[0]
+
+
+def tiled_forward(q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ, tiles: Tiles):
+    one_row = functools.partial(row_forward, tiles=tiles)
+    out, log_sum = each_row(one_row, q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ)
+    return out, (q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ, out, log_sum)
+
+
+def tiled_backward(tiles: Tiles, kept, grad_BJIQC):
+    out, log_sum = kept[-2:]
+    # sum over keys of p dp, for every query: what the softmax takes off each of its gradients.
+    delta = jnp.einsum("...c,...c->...", grad_BJIQC, out, preferred_element_type=jnp.float32)
+    one_row = functools.partial(row_backward, tiles=tiles)
+    grads = each_row(one_row, *kept[:-2], log_sum, delta, grad_BJIQC)
+    return (*(x.astype(kept[0].dtype) for x in grads), None, None)
+
+
+tiled.defvjp(tiled_forward, tiled_backward)
+
+
+def cut(x, at, size: int, axis: int):
+    return jax.lax.dynamic_slice_in_dim(x, at, size, axis)
+
+
+def steps(start_Q, end_Q, tiles: Tiles):
+    """First key that a query tile sees, and how many steps its keys take."""
+    low = start_Q[0]
+    return low, -(-jnp.maximum(end_Q[-1] - low, 0) // tiles.keys)
+
+
+def scores(q_JIQC, k_JTC, start_Q, end_Q, low, step, tiles: Tiles):
+    """fp32 scores [J, keys, I, queries] of one step, and where its keys begin.
+
+    Keys come first so that the softmax reduces over a major axis, which a CPU vectorises. The last
+    step may reach past the last key; it is moved back, and keys of the step before are hidden.
+    """
+    wanted = low + step * tiles.keys
+    at = jnp.minimum(wanted, k_JTC.shape[1] - tiles.keys)
+    key_T1 = (at + jnp.arange(tiles.keys))[:, None]
+    seen_TQ = (jnp.maximum(start_Q, wanted)[None] <= key_T1) & (key_T1 < end_Q[None])
+    products = jnp.einsum(
+        "jtc,jiqc->jtiq", cut(k_JTC, at, tiles.keys, 1), q_JIQC, preferred_element_type=jnp.float32
+    )
+    return jnp.where(seen_TQ[None, :, None], products, HIDDEN), at
+
+
+def row_forward(q_JIQC, k_JTC, v_JTC, start_Q, end_Q, tiles: Tiles):
+    """Output [J, I, Q, C] and fp32 log of each softmax's denominator [J, I, Q]."""
+    shared, group, queries, channels = q_JIQC.shape
+
+    def of_tile(number, carry):
+        out, log_sum = carry
+        first = number * tiles.queries
+        q = cut(q_JIQC, first, tiles.queries, 2)
+        start, end = (cut(x, first, tiles.queries, 0) for x in (start_Q, end_Q))
+        low, count = steps(start, end, tiles)
+
+        def add(step, carry):
+            top, total, summed = carry
+            s, at = scores(q, k_JTC, start, end, low, step, tiles)
+            new_top = jnp.maximum(top, s.max(axis=1))
+            weights = jnp.exp(s - new_top[:, None])
+            scale = jnp.exp(top - new_top)
+            more = jnp.einsum(
+                "jtiq,jtc->jiqc",
+                weights.astype(v_JTC.dtype),
+                cut(v_JTC, at, tiles.keys, 1),
+                preferred_element_type=jnp.float32,
+            )
+            total = total * scale + weights.sum(axis=1)
+            return new_top, total, summed * scale[..., None] + more
+
+        flat = (shared, group, tiles.queries)
+        top, total, summed = jax.lax.fori_loop(
+            0, count, add, (jnp.full(flat, FLOOR), jnp.zeros(flat), jnp.zeros((*flat, channels)))
+        )
+        some = total > 0  # an empty range gives zeros
+        piece = jnp.where(some[..., None], summed / jnp.where(some, total, 1)[..., None], 0)
+        logs = jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), 0)
+        out = jax.lax.dynamic_update_slice_in_dim(out, piece.astype(out.dtype), first, 2)
+        return out, jax.lax.dynamic_update_slice_in_dim(log_sum, logs, first, 2)
+
+    empty = (jnp.zeros(q_JIQC.shape, v_JTC.dtype), jnp.zeros((shared, group, queries)))
+    return jax.lax.fori_loop(0, queries // tiles.queries, of_tile, empty)
+
+
+def row_backward(q_JIQC, k_JTC, v_JTC, start_Q, end_Q, log_sum, delta, grad_JIQC, tiles: Tiles):
+    """fp32 gradients of q, k and v."""
+    shared, group, queries, channels = q_JIQC.shape
+    fp32 = {"preferred_element_type": jnp.float32}
+
+    def of_tile(number, carry):
+        first = number * tiles.queries
+        q, logs, less, grad = (
+            cut(x, first, tiles.queries, 2) for x in (q_JIQC, log_sum, delta, grad_JIQC)
+        )
+        start, end = (cut(x, first, tiles.queries, 0) for x in (start_Q, end_Q))
+        low, count = steps(start, end, tiles)
+
+        def add(step, carry):
+            dq, dk, dv = carry
+            s, at = scores(q, k_JTC, start, end, low, step, tiles)
+            k, v = (cut(x, at, tiles.keys, 1) for x in (k_JTC, v_JTC))
+            weights = jnp.exp(s - logs[:, None])
+            dweights = jnp.einsum("jtc,jiqc->jtiq", v, grad, **fp32)
+            ds = (weights * (dweights - less[:, None])).astype(q.dtype)
+            dq = dq + jnp.einsum("jtiq,jtc->jiqc", ds, k, **fp32)
+            more_k = jnp.einsum("jtiq,jiqc->jtc", ds, q, **fp32)
+            more_v = jnp.einsum("jtiq,jiqc->jtc", weights.astype(grad.dtype), grad, **fp32)
+            dk = jax.lax.dynamic_update_slice_in_dim(dk, cut(dk, at, tiles.keys, 1) + more_k, at, 1)
+            dv = jax.lax.dynamic_update_slice_in_dim(dv, cut(dv, at, tiles.keys, 1) + more_v, at, 1)
+            return dq, dk, dv
+
+        dq, dk, dv = carry
+        zero = jnp.zeros((shared, group, tiles.queries, channels))
+        piece, dk, dv = jax.lax.fori_loop(0, count, add, (zero, dk, dv))
+        return jax.lax.dynamic_update_slice_in_dim(dq, piece, first, 2), dk, dv
+
+    empty = tuple(jnp.zeros(x.shape) for x in (q_JIQC, k_JTC, v_JTC))
+    return jax.lax.fori_loop(0, queries // tiles.queries, of_tile, empty)
