@@ -64,6 +64,25 @@ class ByteLMConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ByteCNNConfig:
+    """A convolutional byte LM that sees only the last few bytes: the paper's CNN scorer (fig. 3).
+
+    Its entropies are compiled to a table with an entry for every context.
+    """
+
+    context: int = 2  # bytes; three make a table of 17.6 million entries
+    width: int = 128  # E
+    layers: int = 2
+    hidden: int = 384  # F
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        positive(self, "context", "width", "layers", "hidden")
+        if self.context > 3:
+            raise ValueError(f"byte_cnn.context ({self.context}) must be 1 ... 3")
+
+
+@dataclasses.dataclass(frozen=True)
 class HashConfig:
     """Hashed n-gram embeddings: one table per (function, size), summed onto the byte embedding."""
 
@@ -160,9 +179,11 @@ class BLTConfig:
 class PatchingConfig:
     """Where patches begin (paper 2.3).
 
-    mode: entropy, space, static or byte. In entropy mode, `monotonic` compares the rise of the
+    mode: entropy, space, static, byte or bpe. In entropy mode, `monotonic` compares the rise of the
     entropy with `threshold`; otherwise a patch begins where the entropy exceeds `threshold` and,
-    if `threshold_add` is given, has also risen by more than that.
+    if `threshold_add` is given, has also risen by more than that. `newline_reset` says that the
+    entropies' context begins anew with each newline, against entropy drift (paper 4.4).
+    `whole_characters` moves a start that would fall inside a UTF-8 character to its end.
     """
 
     mode: str = "entropy"
@@ -170,24 +191,41 @@ class PatchingConfig:
     threshold_add: float | None = None
     monotonic: bool = False
     patch_bytes: int = 4  # static mode
-    max_patch_bytes: int | None = None
+    max_patch_bytes: int | None = None  # whole_characters: up to 3 more, to end a character
+    newline_reset: bool = False
+    whole_characters: bool = False
+    tokenizer: str = ""  # bpe mode: a Hugging Face tokenizers file
 
     def __post_init__(self):
-        one_of("patching.mode", self.mode, ("entropy", "space", "static", "byte"))
+        one_of("patching.mode", self.mode, ("entropy", "space", "static", "byte", "bpe"))
+        if (self.mode == "bpe") != bool(self.tokenizer):
+            raise ValueError(
+                f"patching.mode is {self.mode!r} and patching.tokenizer {self.tokenizer!r}: bpe"
+                " mode, and no other, takes a tokenizer file"
+            )
+        if self.newline_reset and self.mode != "entropy":
+            raise ValueError(f"patching.newline_reset is for entropy mode, not {self.mode!r}")
         positive(self, "patch_bytes")
         if self.max_patch_bytes is not None:
             positive(self, "max_patch_bytes")
         if self.monotonic and self.threshold_add is not None:
             raise ValueError("patching.monotonic and patching.threshold_add exclude each other")
 
+    @property
+    def incremental(self) -> bool:
+        """Whether the starts of a prefix are the prefix of the starts (paper 2.4)."""
+        return self.mode != "bpe"
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One source of documents: text files, JSONL, or a folder of scored records."""
+    """One source of documents: text, JSONL, Parquet, `tfds:NAME`, or a folder of records."""
 
     path: str
     weight: float = 1.0  # share of bytes in the mixture
-    field: str = "text"  # JSONL: the key of the text
+    field: str = "text"  # key (JSONL), column (Parquet) or feature (TFDS) of the text
+    split: str = "train"  # TFDS
+    data_dir: str = ""  # TFDS: where its datasets lie; empty: its own default
     split_bytes: int = 0  # text files: 0, a file is a document; else cut at blank lines after this
 
     def __post_init__(self):
@@ -271,9 +309,10 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One training run. Exactly one of `byte_lm` and `blt` is the model that it trains."""
+    """One training run. Exactly one of `byte_lm`, `byte_cnn` and `blt` is what it trains."""
 
     byte_lm: ByteLMConfig | None = None
+    byte_cnn: ByteCNNConfig | None = None
     blt: BLTConfig | None = None
     entropy_model: str = ""  # BLT, entropy mode: work directory of the byte LM that scored the data
     patching: PatchingConfig = PatchingConfig()
@@ -288,16 +327,16 @@ class RunConfig:
     evaluate_every: int = 100  # steps
 
     def __post_init__(self):
-        if (self.byte_lm is None) == (self.blt is None):
-            raise ValueError("a run trains one model: give either byte_lm or blt")
+        if [self.byte_lm, self.byte_cnn, self.blt].count(None) != 2:
+            raise ValueError("a run trains one model: give one of byte_lm, byte_cnn and blt")
         one_of("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         one_of("attention", self.attention, ("auto", "dense", "xla"))
         positive(self, "log_every", "evaluate_every")
         divides("optimizer.accumulate", self.optimizer.accumulate, "data.rows", self.data.rows)
 
     @property
-    def model(self) -> ByteLMConfig | BLTConfig:
-        return self.byte_lm or self.blt
+    def model(self) -> ByteLMConfig | ByteCNNConfig | BLTConfig:
+        return self.byte_lm or self.byte_cnn or self.blt
 
 
 def from_dict(kind, values, where: str = "config"):

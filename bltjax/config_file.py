@@ -1,9 +1,11 @@
-"""A file in configs/ and the command line's overrides, made into a RunConfig once.
+"""A file in configs/ and the command line's overrides, made into a RunConfig once; and the options
+that several commands share.
 
 A config file is a program with a `get_config()` that builds a ConfigDict. What it leaves out has
 the default of `config.py`, and every setting may be overridden.
 """
 
+import argparse
 import dataclasses
 import importlib.util
 import inspect
@@ -13,7 +15,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from bltjax.config import RunConfig, from_dict, nearest
+from bltjax.config import PatchingConfig, RunConfig, SourceConfig, from_dict, nearest
+
+DEFAULT_PATCHING = PatchingConfig()
 
 
 def load_config(spec: str, overrides: typing.Iterable[str] = ()) -> RunConfig:
@@ -96,3 +100,53 @@ def apply_override(tree: ConfigDict, override: str) -> None:
     # Types are checked by from_dict, whose messages name the setting; so no type-safety here.
     with parent.ignore_type():
         parent[name] = value
+
+
+def parse_scheme(text: str, base: PatchingConfig = DEFAULT_PATCHING) -> PatchingConfig:
+    """`entropy:monotonic=True,threshold=0.2` -> PatchingConfig; the mode comes first.
+
+    Settings left out are those of `base`, if it has the same mode.
+
+    Raises:
+      ValueError: for an unknown mode or setting, with the nearest name.
+    """
+    mode, _, settings = text.partition(":")
+    start = dataclasses.asdict(base if base.mode == mode else PatchingConfig())
+    tree = ConfigDict({"patching": start | {"mode": mode}})
+    for setting in filter(None, settings.split(",")):
+        apply_override(tree, f"patching.{setting}")
+    return from_dict(PatchingConfig, tree.to_dict()["patching"], f"scheme {text!r}")
+
+
+def add_source_arguments(
+    parser: argparse.ArgumentParser, *, required: bool, default: str = ""
+) -> None:
+    """--source and what a SourceConfig says besides; `source_from` reads them."""
+    kinds = "text file, glob, folder, JSONL, Parquet, tfds:NAME, or folder of records"
+    parser.add_argument(
+        "--source", required=required, help=kinds + (f" (default: {default})" if default else "")
+    )
+    parser.add_argument(
+        "--field", default="text", help="key, column or feature of the text (default: text)"
+    )
+    parser.add_argument(
+        "--split_bytes",
+        type=int,
+        default=0,
+        help="text files: cut at blank lines into documents of about this size (0: a file is one)",
+    )
+    parser.add_argument("--split", default="train", help="TFDS: the split (default: train)")
+    parser.add_argument("--data_dir", default="", help="TFDS: where its datasets lie")
+    parser.add_argument(
+        "--skip_bad", action="store_true", help="count broken JSONL lines and go on"
+    )
+
+
+def source_from(args: argparse.Namespace) -> SourceConfig:
+    return SourceConfig(
+        args.source,
+        field=args.field,
+        split_bytes=args.split_bytes,
+        split=args.split,
+        data_dir=args.data_dir,
+    )

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import grain
 import numpy as np
 
+from bltjax.bpe import load_tokenizer
 from bltjax.config import DataConfig, PatchingConfig
 from bltjax.data.packing import Packer, cut, lay_out, pack_exact
 from bltjax.data.records import RecordDocuments
@@ -152,6 +153,8 @@ def training_batches(
         name: open_source(source, skip_bad=data.skip_bad, expected_identity=expected_identity)
         for name, source in data.train.items()
     }
+    if patching is not None and patching.mode == "bpe":
+        load_tokenizer(patching.tokenizer)  # what is wrong with it is said now
     for name, documents in sources.items():
         if documents.bad:
             print(f"{name}: {documents.bad} broken lines skipped")

@@ -1,4 +1,4 @@
-"""Sources of documents: text files and globs, JSONL, folders of scored records.
+"""Sources of documents: text files and globs, JSONL, Parquet, TFDS, folders of scored records.
 
 Text is bytes and is never decoded, so that what is not UTF-8 trains as well. Documents are found
 when a source is opened (offsets, not text, are kept) and read when asked for.
@@ -17,11 +17,14 @@ import numpy as np
 
 from bltjax.alphabet import as_bytes
 from bltjax.config import SourceConfig
+from bltjax.data.parquet import ParquetDocuments
 from bltjax.data.records import MANIFEST, Document, RecordDocuments
+from bltjax.data.tfds import TFDSDocuments
 
 BLANK_LINES = re.compile(rb"\n(?:\r?\n)+")
 # Their bytes would train, and teach nothing.
-NOT_TEXT = (".gz", ".zst", ".xz", ".bz2", ".zip", ".parquet", ".arrow", ".array_record")
+NOT_TEXT = (".gz", ".zst", ".xz", ".bz2", ".zip", ".arrow", ".array_record")
+KINDS = {".jsonl": "JSONL", ".parquet": "Parquet", "": "text"}
 
 
 class TextDocuments:
@@ -128,7 +131,7 @@ class JsonlDocuments:
         return Document(np.frombuffer(text, np.uint8))
 
 
-Documents = TextDocuments | JsonlDocuments | RecordDocuments
+Documents = TextDocuments | JsonlDocuments | ParquetDocuments | TFDSDocuments | RecordDocuments
 
 
 def open_source(
@@ -136,15 +139,18 @@ def open_source(
 ) -> Documents:
     """The documents of a source, recognised by its path.
 
-    A folder with a manifest holds records; *.jsonl is JSONL; anything else is plain text (a folder
-    stands for its *.txt files).
+    `tfds:NAME` is a dataset of TensorFlow Datasets; a folder with a manifest holds records; *.jsonl
+    is JSONL, *.parquet Parquet, anything else plain text (a folder stands for its *.txt files).
 
     Raises:
       ValueError: for a path without files, an empty corpus, a bad line, damaged records.
       OSError: for a file that cannot be read.
     """
     path = Path(source.path)
-    if path.is_dir() and ((path / MANIFEST).exists() or (path / "plan.json").exists()):
+    if source.path.startswith("tfds:"):
+        name = source.path.removeprefix("tfds:")
+        documents: Documents = TFDSDocuments(name, source.field, source.split, source.data_dir)
+    elif path.is_dir() and ((path / MANIFEST).exists() or (path / "plan.json").exists()):
         documents = RecordDocuments(path, expected_identity)
     else:
         pattern = str(path / "*.txt") if path.is_dir() else source.path
@@ -167,14 +173,18 @@ def open_source(
                 raise ValueError(
                     f"{found} is no text ({found.suffix}): unpack it, or narrow the path"
                 )
-        lines = [found for found in paths if found.suffix == ".jsonl"]
-        if lines and len(lines) < len(paths):
-            other = next(found for found in paths if found.suffix != ".jsonl")
-            raise ValueError(
-                f"{source.path} mixes JSONL ({lines[0]}) and text ({other}): make them two sources"
-            )
-        if lines:
+        kind = paths[0].suffix if paths[0].suffix in KINDS else ""
+        for found in paths:
+            other = found.suffix if found.suffix in KINDS else ""
+            if other != kind:
+                raise ValueError(
+                    f"{source.path} mixes {KINDS[kind]} ({paths[0]}) and {KINDS[other]} ({found}):"
+                    " make them two sources"
+                )
+        if kind == ".jsonl":
             documents = JsonlDocuments(paths, source.field, skip_bad)
+        elif kind == ".parquet":
+            documents = ParquetDocuments(paths, source.field)
         else:
             documents = TextDocuments(paths, source.split_bytes)
     if not len(documents):

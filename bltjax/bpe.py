@@ -1,0 +1,70 @@
+"""Patches at the tokens of a Hugging Face `tokenizers` file: the paper's BPE baseline.
+
+Not incremental: how a prefix is cut into tokens may change with what follows, so a model cannot
+know, while it writes, where its patches begin (paper 2.4). Good for training, scoring, pictures.
+"""
+
+import functools
+
+import numpy as np
+
+from bltjax.alphabet import OFFSET
+
+
+@functools.lru_cache(maxsize=8)
+def load_tokenizer(path: str):
+    """Raises ValueError for a file that is no tokenizer, OSError for one that isn't there."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ValueError("bpe patching needs tokenizers: pip install 'bltjax[bpe]'") from None
+    with open(path, "rb"):  # its own message would not name the file
+        pass
+    try:
+        return Tokenizer.from_file(path)
+    except Exception as error:  # it raises plain Exception
+        raise ValueError(
+            f"{path} is not a tokenizer file of Hugging Face's tokenizers (tokenizer.json): {error}"
+        ) from None
+
+
+def token_lengths(path: str, text: bytes) -> list[int]:
+    """Bytes of each token, in order; together they are the text.
+
+    Tokens of a byte-level tokenizer may end inside a character; those of another kind that share a
+    character count as one. A byte that is not UTF-8 is a token of its own.
+    """
+    lengths: list[int] = []
+    while text:
+        try:
+            valid, bad = text.decode(), 0
+        except UnicodeDecodeError as error:
+            valid, bad = text[: error.start].decode(), error.end - error.start
+        lengths += string_lengths(load_tokenizer(path), valid) + [1] * bad
+        text = text[len(valid.encode()) + bad :]
+    return lengths
+
+
+def string_lengths(tokenizer, text: str) -> list[int]:
+    if not text:
+        return []
+    encoding, size = tokenizer.encode(text, add_special_tokens=False), len(text.encode())
+    exact = [len(token) for token in encoding.tokens]
+    if sum(exact) == size and "ByteLevel" in str(tokenizer.pre_tokenizer):
+        return exact  # byte-level tokens are written with one letter for each byte
+    # Offsets count characters. A token begins where the one before ended; spaces that a tokenizer
+    # drops go to the token after them.
+    ends = np.maximum.accumulate([0] + [end for _, end in encoding.offsets] + [len(text)])
+    bytes_before = np.cumsum([0] + [len(character.encode()) for character in text])
+    return [int(n) for n in np.diff(bytes_before[ends]) if n]
+
+
+def token_starts(path: str, ids_N: np.ndarray) -> np.ndarray:
+    """bool [N + 1]: starts at each token of a document, at BOS and EOS, and after the text."""
+    starts_N1 = np.ones(len(ids_N) + 1, bool)
+    text_N = np.flatnonzero(ids_N >= OFFSET)
+    if len(text_N):
+        lengths = token_lengths(path, (ids_N[text_N] - OFFSET).astype(np.uint8).tobytes())
+        starts_N1[text_N] = False
+        starts_N1[text_N[np.cumsum([0, *lengths[:-1]])]] = True
+    return starts_N1

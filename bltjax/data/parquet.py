@@ -1,0 +1,81 @@
+"""Parquet files as documents: one column of text, a row a document.
+
+A file is read by its row groups, and the groups read last stay in memory, up to a gigabyte. So any
+order is quick on a corpus of that size; a larger one is better scored into records first.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bltjax.config import nearest
+from bltjax.data.records import Document
+
+KEPT_BYTES = 1 << 30
+
+
+class ParquetDocuments:
+    """Rows with text of one column; null and empty ones are left out."""
+
+    bad = 0
+
+    def __init__(self, paths: list[Path], field: str):
+        """Raises ValueError for a file that is not Parquet, or has no such column of text."""
+        self.paths, self.field = paths, field
+        self._kept: OrderedDict[tuple[int, int], pa.Array] = OrderedDict()
+        spans = [np.zeros((0, 3), np.int64)]
+        for number, path in enumerate(paths):
+            for group in range(self.opened(path).num_row_groups):
+                column = self.group(number, group)
+                rows = np.flatnonzero(pc.fill_null(pc.binary_length(column), 0).to_numpy())
+                spans.append(
+                    np.stack([np.full(len(rows), number), np.full(len(rows), group), rows], 1)
+                )
+        self.spans = np.concatenate(spans)
+
+    def opened(self, path: Path) -> pq.ParquetFile:
+        try:
+            file = pq.ParquetFile(path)
+        except (pa.ArrowInvalid, pa.ArrowIOError) as error:
+            raise ValueError(f"{path} is not a whole Parquet file: {error}") from None
+        names = file.schema_arrow.names
+        if self.field not in names:
+            raise ValueError(f"{path} has no column {self.field!r}{nearest(self.field, names)}")
+        kind = file.schema_arrow.field(self.field).type
+        text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
+        if not any(is_kind(kind) for is_kind in (*text, pa.types.is_large_binary)):
+            raise ValueError(f"{path}: column {self.field!r} is {kind}, not string or binary")
+        return file
+
+    def group(self, number: int, group: int) -> pa.Array:
+        """The column of one row group, as binary."""
+        key = (number, group)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        try:
+            table = self.opened(self.paths[number]).read_row_group(group, columns=[self.field])
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{self.paths[number]}, row group {group}: {error}") from None
+        self._kept[key] = pa.concat_arrays(table[self.field].cast(pa.large_binary()).chunks)
+        while len(self._kept) > 1 and sum(a.nbytes for a in self._kept.values()) > KEPT_BYTES:
+            self._kept.popitem(last=False)
+        return self._kept[key]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_kept": OrderedDict()}
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def name(self, index: int) -> str:
+        number, group, row = self.spans[index].tolist()
+        return f"{self.paths[number]}, row group {group}, row {row}"
+
+    def __getitem__(self, index: int) -> Document:
+        number, group, row = self.spans[index].tolist()
+        return Document(np.frombuffer(self.group(number, group)[row].as_buffer(), np.uint8))

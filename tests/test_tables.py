@@ -1,0 +1,122 @@
+"""Parquet and TFDS as sources, what is wrong with one, and mixtures of all kinds."""
+
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow_datasets as tfds
+
+from bltjax.config import DataConfig, PatchingConfig, SourceConfig
+from bltjax.data.pipeline import training_batches
+from bltjax.data.sources import open_source
+
+TEXTS = ["first text", "第二", "", None, "the fifth", "x"]
+
+
+def write_parquet(path, texts=TEXTS, **columns):
+    table = pa.table({"text": pa.array(texts, pa.string()), "n": list(range(len(texts)))})
+    pq.write_table(table, path, row_group_size=2)
+
+
+class Tiny(tfds.core.GeneratorBasedBuilder):
+    """Twelve short texts."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {"text": tfds.features.Text(), "label": tfds.features.Scalar(np.int64)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self.numbered(10), "test": self.numbered(2)}
+
+    def numbered(self, count):
+        for number in range(count):
+            yield number, {"text": f"text number {number}, 好", "label": number}
+
+    _generate_examples = numbered
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    Tiny(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    return str(folder)
+
+
+def test_parquet(tmp_path):
+    write_parquet(tmp_path / "a.parquet")
+    write_parquet(tmp_path / "b.parquet", ["more"])
+    documents = open_source(SourceConfig(str(tmp_path / "*.parquet")))
+    texts = [documents[i].text.tobytes().decode() for i in range(len(documents))]
+    assert texts == ["first text", "第二", "the fifth", "x", "more"]  # null and empty left out
+    assert documents.name(2) == f"{tmp_path}/a.parquet, row group 2, row 0"
+    again = pickle.loads(pickle.dumps(documents))
+    assert again[1].text.tobytes() == "第二".encode()
+
+
+def test_parquet_that_is_wrong(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path)
+    with pytest.raises(ValueError, match=r"no column 'texts'; did you mean 'text'"):
+        open_source(SourceConfig(str(path), field="texts"))
+    with pytest.raises(ValueError, match=r"column 'n' is int64, not string"):
+        open_source(SourceConfig(str(path), field="n"))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"a.parquet is not a whole Parquet file"):
+        open_source(SourceConfig(str(path)))
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"mixes text .* and Parquet|mixes Parquet"):
+        open_source(SourceConfig(str(tmp_path / "*")))
+
+
+def test_tfds(data_dir):
+    documents = open_source(SourceConfig("tfds:tiny", data_dir=data_dir))
+    assert len(documents) == 10 and documents.name(3) == "tfds:tiny[train][3]"
+    texts = {documents[i].text.tobytes().decode() for i in range(10)}
+    assert texts == {f"text number {number}, 好" for number in range(10)}
+    assert len(open_source(SourceConfig("tfds:tiny:1.0.0", split="test", data_dir=data_dir))) == 2
+    part = SourceConfig("tfds:tiny", split="train[:3]", data_dir=data_dir)
+    assert len(open_source(part)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("tfds:tinny", {}, r"no such dataset; near ones: tiny"),
+        ("tfds:tiny", {"split": "trian"}, r"no split 'trian'; did you mean 'train'"),
+        ("tfds:tiny", {"field": "txt"}, r"no feature 'txt'; did you mean 'text'"),
+        ("tfds:tiny", {"field": "label"}, r"feature 'label' is .*, not text"),
+        ("tfds:tiny:9.0.0", {}, r"tfds:tiny:9.0.0"),
+    ],
+)
+def test_tfds_that_is_not_there(data_dir, name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(SourceConfig(name, data_dir=data_dir, **settings))
+
+
+def test_mixture_of_all_kinds(tmp_path, data_dir):
+    """Shares are of bytes, whatever the sources are."""
+    write_parquet(tmp_path / "a.parquet", ["parquet " * 5] * 20)
+    (tmp_path / "b.jsonl").write_text('{"text": "jsonl jsonl jsonl"}\n' * 20)
+    (tmp_path / "c.txt").write_text("plain " * 9)
+    sources = {
+        "parquet": SourceConfig(str(tmp_path / "a.parquet"), weight=4.0),
+        "jsonl": SourceConfig(str(tmp_path / "b.jsonl"), weight=2.0),
+        "text": SourceConfig(str(tmp_path / "c.txt"), weight=1.0),
+        "tfds": SourceConfig("tfds:tiny", data_dir=data_dir, weight=1.0),
+    }
+    data = DataConfig(train=sources, rows=2, row_bytes=256, row_patches=128, look_ahead=2)
+    batches = iter(
+        training_batches(data, PatchingConfig(mode="space"), seed=5, streams=range(data.rows))
+    )
+    text = b""
+    for _ in range(40):
+        ids = next(batches)["bytes_BN"]
+        text += (ids[ids >= 4] - 4).astype(np.uint8).tobytes()
+    batches.close()
+    sizes = {b"parquet ": 8, b"jsonl": 17 / 3, b"plain ": 6, b"text number": 18}
+    counts = np.array([text.count(word) * size for word, size in sizes.items()])
+    np.testing.assert_allclose(counts / counts.sum(), [0.5, 0.25, 0.125, 0.125], atol=0.04)
