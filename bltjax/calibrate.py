@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bltjax.config import PatchingConfig
+from bltjax.config_file import parse_scheme
 from bltjax.data.packing import cut
 from bltjax.data.records import Document, RecordDocuments
 
@@ -71,7 +72,11 @@ def calibrate(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", required=True, type=Path, help="folder written by entropies")
     parser.add_argument("--mean", type=float, default=4.5, help="target mean patch length in bytes")
-    parser.add_argument("--monotonic", action="store_true", help="threshold on the entropy's rise")
+    parser.add_argument(
+        "--scheme",
+        default="entropy",
+        help="the patching whose threshold it is, such as entropy:monotonic=True (as for patches)",
+    )
     parser.add_argument("--sample_bytes", type=int, default=SAMPLE_BYTES, help="text to look at")
     parser.add_argument("--seed", type=int, default=0, help="which documents are sampled")
     parser.add_argument("--out", type=Path, help="also write the threshold to this file")
@@ -81,7 +86,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("calibrate takes no --config settings")
     documents = sample_documents(RecordDocuments(args.records), args.sample_bytes, args.seed)
-    patching = PatchingConfig(monotonic=args.monotonic)
+    patching = parse_scheme(args.scheme)
+    if patching.mode != "entropy":
+        raise ValueError(f"scheme {args.scheme!r} has no threshold; calibrate is for entropy")
     threshold, tried = calibrate(documents, patching, args.mean)
     print(f"{len(documents)} documents of {args.records}")
     print("threshold (nats)   mean patch (bytes)")

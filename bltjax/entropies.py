@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bltjax import checkpoint as ckpt
 from bltjax.config import SourceConfig
+from bltjax.config_file import add_source_arguments, source_from
 from bltjax.data.records import (
     Manifest,
     ShardInfo,
@@ -23,7 +24,7 @@ from bltjax.data.records import (
 )
 from bltjax.data.sources import open_source
 from bltjax.metrics import Progress, quantity
-from bltjax.scoring import score_documents
+from bltjax.scoring import load_entropy_model, score_documents
 
 SHARD_BYTES = 64 << 20
 
@@ -46,6 +47,7 @@ def write_entropies(
     byte_lm: Path,
     out: Path,
     *,
+    newline_reset: bool = False,
     shard_bytes: int = SHARD_BYTES,
     skip_bad: bool = False,
 ) -> Manifest:
@@ -54,9 +56,7 @@ def write_entropies(
     Raises:
       ValueError: if `out` was begun with another byte LM or another corpus.
     """
-    config, params, step = ckpt.load_params(byte_lm)
-    if config.byte_lm is None:
-        raise ValueError(f"{byte_lm} trained a BLT, not a byte LM; entropies come from a byte LM")
+    model = load_entropy_model(byte_lm, newline_reset=newline_reset)
     documents = open_source(source, skip_bad=skip_bad)
     if documents.bad:
         print(f"{source.path}: {documents.bad} broken lines skipped")
@@ -67,8 +67,8 @@ def write_entropies(
         checksum = zlib.crc32(text, checksum)
     shards = plan_shards(lengths, shard_bytes)
     plan = {
-        "byte_lm": ckpt.identity(params),
-        "source": {"path": source.path, "field": source.field, "split_bytes": source.split_bytes},
+        "byte_lm": model.identity,
+        "source": {k: v for k, v in dataclasses.asdict(source).items() if k != "weight"},
         "documents": len(lengths),
         "text_bytes": sum(lengths),
         "text_crc32": checksum,
@@ -95,7 +95,13 @@ def write_entropies(
             print(f"{path.name}: kept, {quantity(infos[-1].text_bytes)}B")
             continue
         texts = [documents[i].text for i in indices]
-        entropies, padding = score_documents(config.byte_lm, params, texts, scored=progress.advance)
+        entropies, padding = score_documents(
+            model.config,
+            model.params,
+            texts,
+            newline_reset=newline_reset,
+            scored=progress.advance,
+        )
         write_shard(
             path, (encode_record(t.tobytes(), e) for t, e in zip(texts, entropies, strict=True))
         )
@@ -105,7 +111,7 @@ def write_entropies(
     manifest = Manifest(
         byte_lm=plan["byte_lm"],
         byte_lm_path=str(byte_lm),
-        byte_lm_step=step,
+        byte_lm_step=model.step,
         precision="float32",
         source=source.path,
         shards=tuple(infos),
@@ -116,27 +122,26 @@ def write_entropies(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--byte_lm", required=True, type=Path, help="work directory of a byte LM")
-    parser.add_argument("--source", required=True, help="text file, glob, folder, or JSONL")
     parser.add_argument("--out", required=True, type=Path, help="folder for the records")
-    parser.add_argument("--field", default="text", help="JSONL: key of the text (default: text)")
+    add_source_arguments(parser, required=True)
     parser.add_argument(
-        "--split_bytes",
-        type=int,
-        default=0,
-        help="text files: cut at blank lines into documents of about this size (0: a file is one)",
+        "--newline_reset",
+        action="store_true",
+        help="the byte LM's context begins anew with each newline (patching.newline_reset)",
     )
     parser.add_argument("--shard_bytes", type=int, default=SHARD_BYTES, help="text per shard")
-    parser.add_argument(
-        "--skip_bad", action="store_true", help="count broken JSONL lines and go on"
-    )
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("entropies takes its model from --byte_lm; it has no --config settings")
-    source = SourceConfig(args.source, field=args.field, split_bytes=args.split_bytes)
     manifest = write_entropies(
-        source, args.byte_lm, args.out, shard_bytes=args.shard_bytes, skip_bad=args.skip_bad
+        source_from(args),
+        args.byte_lm,
+        args.out,
+        newline_reset=args.newline_reset,
+        shard_bytes=args.shard_bytes,
+        skip_bad=args.skip_bad,
     )
     padding = manifest.total("padding")
     print(

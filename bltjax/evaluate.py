@@ -6,6 +6,7 @@ in longer ones is reported. The result does not depend on batch size or document
 """
 
 import argparse
+import dataclasses
 import gzip
 import json
 import lzma
@@ -17,30 +18,37 @@ import numpy as np
 
 from bltjax import checkpoint as ckpt
 from bltjax.config import RunConfig, SourceConfig
+from bltjax.config_file import add_source_arguments, source_from
 from bltjax.data.packing import cut
 from bltjax.data.pipeline import held_out_batches
 from bltjax.data.sources import open_source
 from bltjax.metrics import Progress, quantity
 from bltjax.model import parameter_count
-from bltjax.scoring import scored_source
-from bltjax.train import make_scores, run_model
+from bltjax.scoring import load_entropy_model, scored_source
+from bltjax.train import TOKENIZER, make_scores, run_model
 
 XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
 
 
-def run_byte_lm(config: RunConfig, workdir: Path):
-    """(config, params, identity) of the byte LM that a BLT's patches need, or None."""
-    if config.blt is None or config.patching.mode != "entropy":
-        return None
-    byte_lm_config, params, _ = ckpt.load_params(workdir / "byte_lm")
-    return byte_lm_config.byte_lm, params, ckpt.identity(params)
+def run_patching(config: RunConfig, workdir: Path):
+    """(PatchingConfig, EntropyModel) of a run, each None where it has none.
+
+    What the patches need lies in the work directory, so that the two travel together.
+    """
+    patching = config.patching if config.blt is not None else None
+    if patching is not None and patching.mode == "bpe":
+        return dataclasses.replace(patching, tokenizer=str(workdir / TOKENIZER)), None
+    if patching is None or patching.mode != "entropy":
+        return patching, None
+    model = load_entropy_model(workdir / "byte_lm", newline_reset=patching.newline_reset)
+    return patching, model
 
 
 def evaluate(workdir: Path, source: SourceConfig, *, skip_bad: bool = False) -> dict:
     """Bits per byte of the run in `workdir` on `source`, with counts of what was scored."""
     config, params, step = ckpt.load_params(workdir)
-    patching = config.patching if config.blt is not None else None
-    documents = scored_source(source, patching, run_byte_lm(config, workdir), skip_bad=skip_bad)
+    patching, byte_lm = run_patching(config, workdir)
+    documents = scored_source(source, patching, byte_lm, skip_bad=skip_bad)
     batches, cuts = held_out_batches(documents, config.data, patching)
     scores = jax.jit(make_scores(run_model(config)))
     nats = text_bytes = 0.0
@@ -51,7 +59,7 @@ def evaluate(workdir: Path, source: SourceConfig, *, skip_bad: bool = False) -> 
         text_bytes += float(sums.text_bytes)
         progress.advance(1)
     result = {
-        "model": "byte_lm" if config.blt is None else "blt",
+        "model": "blt" if config.blt else "byte_lm" if config.byte_lm else "byte_cnn",
         "step": step,
         "bits_per_byte": nats / np.log(2.0) / max(text_bytes, 1.0),
         "text_bytes": int(text_bytes),
@@ -89,14 +97,7 @@ def joined_text(source: SourceConfig, skip_bad: bool) -> bytes:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, type=Path, help="work directory of a run")
-    parser.add_argument(
-        "--source", help="text file, glob, folder, JSONL or records (default: the run's held-out)"
-    )
-    parser.add_argument("--field", default="text", help="JSONL: key of the text (default: text)")
-    parser.add_argument("--split_bytes", type=int, default=0, help="text files: cut at blank lines")
-    parser.add_argument(
-        "--skip_bad", action="store_true", help="count broken JSONL lines and go on"
-    )
+    add_source_arguments(parser, required=False, default="the run's held-out")
     parser.add_argument("--compressors", action="store_true", help="also gzip -9 and xz -9")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
 
@@ -106,7 +107,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError("evaluate takes its config from the work directory; drop --config.*")
     config = ckpt.read_config(args.workdir)
     if args.source:
-        sources = [SourceConfig(args.source, field=args.field, split_bytes=args.split_bytes)]
+        sources = [source_from(args)]
     elif config.data.held_out:
         sources = list(config.data.held_out.values())
     else:

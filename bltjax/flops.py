@@ -7,7 +7,7 @@ P. Training is three times the forward pass; rematerialisation is not counted.
 """
 
 from bltjax.alphabet import VOCABULARY
-from bltjax.config import BLTConfig, ByteLMConfig
+from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig
 
 
 def seen_keys(queries: int, span: int) -> int:
@@ -25,9 +25,14 @@ def cross_flops(queries: int, keys: int, pairs: int, width: int) -> int:
     return 4 * width * width * (queries + keys) + 4 * width * pairs
 
 
-def row_forward_flops(config: ByteLMConfig | BLTConfig, row_bytes: int, row_patches: int) -> int:
+def row_forward_flops(
+    config: ByteLMConfig | ByteCNNConfig | BLTConfig, row_bytes: int, row_patches: int
+) -> int:
     """FLOPs of one row of N bytes and P patches, forward."""
     N, P = row_bytes, row_patches
+    if isinstance(config, ByteCNNConfig):
+        pointwise = config.layers * 3 * config.hidden + config.context * config.width
+        return 2 * N * config.width * (pointwise + VOCABULARY)
     if isinstance(config, ByteLMConfig):
         blocks = config.layers * block_flops(
             N, config.window, config.width, config.hidden, config.width
@@ -49,6 +54,6 @@ def row_forward_flops(config: ByteLMConfig | BLTConfig, row_bytes: int, row_patc
     return total + attends * cross_flops(N, P * K, N * K, E)
 
 
-def training_flops(config: ByteLMConfig | BLTConfig, rows: int, row_bytes: int, row_patches: int):
+def training_flops(config, rows: int, row_bytes: int, row_patches: int) -> int:
     """FLOPs of one optimizer step over `rows` rows."""
     return 3 * rows * row_forward_flops(config, row_bytes, row_patches)

@@ -18,12 +18,14 @@ import numpy as np
 
 from bltjax import checkpoint as ckpt
 from bltjax.alphabet import BOS, EOS, OFFSET, as_bytes, encode, text_stream
-from bltjax.config import RunConfig
-from bltjax.evaluate import run_byte_lm
+from bltjax.config import ByteCNNConfig, PatchingConfig, RunConfig
+from bltjax.evaluate import run_patching
 from bltjax.metrics import quantity
 from bltjax.model import batch_logits, make_model
+from bltjax.model.byte_cnn import entropy_table, table_entropies
 from bltjax.model.byte_lm import ByteLM, entropies_of
 from bltjax.patching import force_starts, patch_starts
+from bltjax.scoring import EntropyModel, contexts
 from bltjax.train import compute_dtype
 
 SHORTEST = 64  # bytes in the smallest buffer
@@ -74,14 +76,31 @@ def bucket(size: int) -> int:
 class Predictor:
     """Logits of the byte after a prefix, for a byte LM or a BLT with the byte LM it needs."""
 
-    def __init__(self, config: RunConfig, params, byte_lm):
-        self.config, self.params, self.byte_lm = config, params, byte_lm
+    def __init__(
+        self,
+        config: RunConfig,
+        params,
+        patching: PatchingConfig | None,
+        byte_lm: EntropyModel | None,
+    ):
+        """Raises ValueError for patches that can't be placed while the text is being written."""
+        self.config, self.params, self.patching, self.byte_lm = config, params, patching, byte_lm
+
+        if patching is not None and not patching.incremental:
+            raise ValueError(
+                f"{patching.mode} patching can't generate: where a token ends depends on text that"
+                " is not written yet (paper 2.4). It serves training, evaluation and pictures."
+            )
+        self.table = None
+        if byte_lm is not None and isinstance(byte_lm.config, ByteCNNConfig):
+            self.table = entropy_table(byte_lm.config, byte_lm.params)
 
         # Compiled once per bucket of N and P.
         @jax.jit
         def entropies(params, bytes_BN, documents_BN):
+            model = ByteLM(byte_lm.config)
             with jax.default_matmul_precision("highest"):
-                logits_BNV, _ = ByteLM(byte_lm[0]).apply({"params": params}, bytes_BN, documents_BN)
+                logits_BNV, _ = model.apply({"params": params}, bytes_BN, documents_BN)
             return entropies_of(logits_BNV)
 
         @functools.partial(jax.jit, static_argnames="patches")
@@ -98,16 +117,25 @@ class Predictor:
         bytes_BN[0, : len(ids)] = ids
         documents_BN = (np.arange(length) < len(ids)).astype(np.int32)[None]
         batch = {"bytes_BN": bytes_BN, "documents_BN": documents_BN}
-        if self.config.blt is not None:
-            entropies_N = None
-            if self.byte_lm is not None:
-                scored_BN = self.entropies(self.byte_lm[1], bytes_BN, documents_BN)
-                entropies_N = np.asarray(scored_BN)[0, : len(ids)]
-            starts_N1 = force_starts(patch_starts(self.config.patching, ids, entropies_N))
+        if self.patching is not None:
+            entropies_N = self.prefix_entropies(ids, bytes_BN)
+            starts_N1 = force_starts(patch_starts(self.patching, ids, entropies_N))
             batch["starts_BN1"] = np.zeros((1, length + 1), bool)
             batch["starts_BN1"][0, : len(ids) + 1] = starts_N1
             patches = min(length, bucket(int(starts_N1[:-1].sum())))
         return np.asarray(self.last_logits(self.params, batch, len(ids) - 1, patches=patches))
+
+    def prefix_entropies(self, ids: np.ndarray, bytes_BN: np.ndarray) -> np.ndarray | None:
+        """float32 [len]: the entropy after each position of the prefix, if patches need it."""
+        if self.byte_lm is None:
+            return None
+        contexts_N = contexts(ids, self.byte_lm.newline_reset)
+        if self.table is not None:
+            return table_entropies(self.table, ids, contexts_N)
+        documents_BN = np.zeros(bytes_BN.shape, np.int32)
+        documents_BN[0, : len(ids)] = contexts_N
+        scored_BN = self.entropies(self.byte_lm.params, bytes_BN, documents_BN)
+        return np.asarray(scored_BN)[0, : len(ids)]
 
 
 def generate(
@@ -170,7 +198,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     check_sampling(sampling)
     config, params, _ = ckpt.load_params(args.workdir)
-    predictor = Predictor(config, params, run_byte_lm(config, args.workdir))
+    predictor = Predictor(config, params, *run_patching(config, args.workdir))
     prompt = args.prompt_file.read_bytes() if args.prompt_file else as_bytes(args.prompt)
     stream, begun, count = text_stream(), time.monotonic(), 0
     print(stream.decode(prompt), end="", flush=True)  # one stream: a prompt may end mid-character

@@ -34,8 +34,8 @@ def decays(params):
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW without the clipping, which the training step does while it averages."""
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.scale_by_learning_rate(learning_rate(config)),

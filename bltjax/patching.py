@@ -1,8 +1,8 @@
 """Scores -> patch starts, in every mode, written once for numpy and jax.numpy arrays.
 
 Starts cover N + 1 positions: the last says whether the byte not yet seen opens a patch. All modes
-are incremental (paper 2.4): the starts of a prefix are the prefix of the starts. They reproduce the
-reference, side effects included; each quirk is named where it is made.
+but bpe are incremental (paper 2.4): the starts of a prefix are the prefix of the starts. They
+reproduce the reference, side effects included; each quirk is named where it is made.
 """
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bltjax.alphabet import OFFSET
+from bltjax.bpe import token_starts
 from bltjax.config import PatchingConfig
 
 
@@ -20,7 +21,8 @@ def patch_starts(config: PatchingConfig, ids_N, entropies_N=None):
     byte after x[:j + 1]; only the entropy mode reads it.
 
     Raises:
-      ValueError: if the entropies that the mode needs are missing or of another length.
+      ValueError: if the entropies that the mode needs are missing or of another length; for bpe
+        mode on a device, where there is no tokenizer.
     """
     xp = jnp if isinstance(ids_N, jax.Array) else np
     length = ids_N.shape[-1]
@@ -30,6 +32,10 @@ def patch_starts(config: PatchingConfig, ids_N, entropies_N=None):
     elif config.mode == "static":
         # The reference's first patch is as long as the others; rows force a start at 1 later.
         starts_N1 = index_N1 % config.patch_bytes == 0
+    elif config.mode == "bpe":
+        if xp is jnp:
+            raise ValueError("bpe patching tokenizes the whole text on the host: give numpy ids")
+        starts_N1 = token_starts(config.tokenizer, ids_N)
     elif config.mode == "space":
         starts_N1 = (index_N1 < 2) | space_starts(xp, ids_N)
     else:
@@ -40,15 +46,21 @@ def patch_starts(config: PatchingConfig, ids_N, entropies_N=None):
                 f" entropies {found}"
             )
         starts_N1 = (index_N1 < 2) | entropy_starts(xp, config, entropies_N, index_N1)
+    inside_N1 = inside_character(xp, ids_N) if config.whole_characters else None
+    if config.whole_characters:
+        starts_N1 = after_character(xp, starts_N1, inside_N1)
     if config.max_patch_bytes is not None:
         starts_N1 = split_long(xp, starts_N1, index_N1, config.max_patch_bytes)
+        if config.whole_characters:
+            starts_N1 = after_character(xp, starts_N1, inside_N1)
     return starts_N1
 
 
 def shifted(xp, x_N, by: int, fill):
     """x[t - by] at t of N + 1 positions, `fill` where there is none."""
     before = xp.full((*x_N.shape[:-1], by), fill, x_N.dtype)
-    return xp.concatenate([before, x_N[..., : x_N.shape[-1] + 1 - by]], axis=-1)
+    kept_N = x_N[..., : max(0, x_N.shape[-1] + 1 - by)]
+    return xp.concatenate([before, kept_N], axis=-1)[..., : x_N.shape[-1] + 1]
 
 
 def entropy_starts(xp, config: PatchingConfig, entropies_N, index_N1):
@@ -92,6 +104,37 @@ def split_long(xp, starts_N1, index_N1, longest: int):
     else:
         begins_N1 = jax.lax.cummax(begins_N1, axis=begins_N1.ndim - 1)
     return starts_N1 | ((index_N1 - begins_N1) % longest == 0)
+
+
+def inside_character(xp, ids_N):
+    """bool [..., N + 1]: whether the bytes before a position leave a UTF-8 character unfinished.
+
+    It looks at nothing from the position on. Where a lead byte's promise is broken, the position
+    after the break is no longer inside.
+    """
+    byte_N = ids_N.astype(xp.int32) - OFFSET
+    follows_N = (byte_N >= 0x80) & (byte_N <= 0xBF)
+    size_N = 1 + (byte_N >= 0xC2).astype(xp.int32) + (byte_N >= 0xE0) + (byte_N >= 0xF0)
+    size_N = xp.where(byte_N > 0xF4, 1, size_N)
+    inside_N1 = unbroken_N1 = None
+    for distance in (1, 2, 3):
+        begun_N1 = shifted(xp, size_N, distance, 1) > distance
+        if distance == 1:
+            inside_N1, unbroken_N1 = begun_N1, shifted(xp, follows_N, 1, False)
+        else:
+            inside_N1 = inside_N1 | (begun_N1 & unbroken_N1)
+            unbroken_N1 = unbroken_N1 & shifted(xp, follows_N, distance, False)
+    return inside_N1
+
+
+def after_character(xp, starts_N1, inside_N1):
+    """Moves each start inside a character to the character's end."""
+    result_N1, pending_N1 = starts_N1, starts_N1 & inside_N1
+    for _ in range(3):  # a character has at most three positions inside
+        pending_N1 = shifted(xp, pending_N1, 1, False)[..., :-1]
+        result_N1 = result_N1 | pending_N1
+        pending_N1 = pending_N1 & inside_N1
+    return result_N1 & ~inside_N1
 
 
 def force_starts(starts_N1):

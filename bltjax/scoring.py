@@ -14,21 +14,57 @@ no difference beyond rounding. A step runs a power of two of lanes, so few progr
 import functools
 import heapq
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from bltjax.alphabet import encode
-from bltjax.config import ByteLMConfig, PatchingConfig, SourceConfig
+from bltjax import checkpoint as ckpt
+from bltjax.alphabet import OFFSET, encode
+from bltjax.config import ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig, SourceConfig
 from bltjax.data.records import Document, RecordDocuments
 from bltjax.data.sources import open_source
 from bltjax.metrics import Progress
+from bltjax.model.byte_cnn import entropy_table, table_entropies
 from bltjax.model.byte_lm import ByteLM, empty_carry, entropies_of
 
 # Lanes and chunk: an accelerator wants work, a CPU wants it to stay in its cache.
 CPU_BATCH, DEVICE_BATCH = (8, 512), (64, 1024)
 # Lanes and chunks shrink until padding, at most one chunk a lane, is at most 1 / 64 of the work.
 PADDING_SHARE = 64
+
+
+class EntropyModel(NamedTuple):
+    """What places the patches of a BLT: a byte LM, and where its context begins anew."""
+
+    config: ByteLMConfig | ByteCNNConfig
+    params: Any
+    identity: str  # records remember it; another newline_reset is another identity
+    newline_reset: bool
+    run: RunConfig
+    step: int
+
+
+def load_entropy_model(workdir: Path, *, newline_reset: bool) -> EntropyModel:
+    """The byte LM or byte CNN that was trained in a work directory.
+
+    Raises:
+      ValueError: for the directory of a BLT, or of no run at all.
+    """
+    run, params, step = ckpt.load_params(workdir)
+    if run.blt is not None:
+        raise ValueError(f"{workdir} trained a BLT, not a byte LM; entropies come from a byte LM")
+    identity = ckpt.identity(params) + newline_reset * "+newline_reset"
+    return EntropyModel(run.model, params, identity, newline_reset, run, step)
+
+
+def contexts(ids_N: np.ndarray, newline_reset: bool) -> np.ndarray:
+    """int32 [N], ascending from 1: which positions of one document share a context."""
+    if not newline_reset:
+        return np.ones(len(ids_N), np.int32)
+    # The newline itself is the first that the new context sees.
+    return 1 + np.cumsum(ids_N == OFFSET + ord("\n"), dtype=np.int32)
 
 
 def power_of_two(value: float) -> int:
@@ -53,10 +89,11 @@ def scoring_step(config: ByteLMConfig):
 
 
 def score_documents(
-    config: ByteLMConfig,
+    config: ByteLMConfig | ByteCNNConfig,
     params,
     texts: Sequence,
     *,
+    newline_reset: bool = False,
     lanes: int | None = None,
     chunk: int | None = None,
     scored: Callable[[int], None] = lambda positions: None,
@@ -66,6 +103,8 @@ def score_documents(
     Entry i of a document follows i of its bytes (entry 0 follows BOS). `scored` is called with the
     number of positions done at each step.
     """
+    if isinstance(config, ByteCNNConfig):
+        return look_up(config, params, texts, newline_reset, scored), 0
     lengths = [len(text) + 1 for text in texts]
     total = sum(lengths)
     most_lanes, longest = CPU_BATCH if jax.default_backend() == "cpu" else DEVICE_BATCH
@@ -85,8 +124,12 @@ def score_documents(
         ids.append(
             np.concatenate([np.zeros(0, np.int32)] + [encode(texts[i], eos=False) for i in lane])
         )
-        numbers = np.arange(1, len(lane) + 1, dtype=np.int32)
-        documents.append(np.repeat(numbers, [lengths[i] for i in lane]))
+        # Every document, and with newline_reset every line, is a document to the model.
+        begins = np.zeros(len(ids[-1]), bool)
+        begins[np.cumsum([0] + [lengths[i] for i in lane[:-1]])[: len(lane)]] = True
+        if newline_reset:
+            begins |= ids[-1] == OFFSET + ord("\n")
+        documents.append(np.cumsum(begins, dtype=np.int32))
         results.append(np.empty(len(ids[-1]), np.float32))
 
     step = scoring_step(config)
@@ -124,20 +167,40 @@ def score_documents(
     return entropies, padding
 
 
+def look_up(config: ByteCNNConfig, params, texts, newline_reset: bool, scored) -> list[np.ndarray]:
+    """Entropies under a byte CNN, from the table of all its contexts."""
+    table, entropies = entropy_table(config, params), []
+    for text in texts:
+        ids_N = encode(text, eos=False)
+        entropies.append(table_entropies(table, ids_N, contexts(ids_N, newline_reset)))
+        scored(len(ids_N))
+    return entropies
+
+
 def scored_source(
-    source: SourceConfig, patching: PatchingConfig | None, byte_lm, *, skip_bad: bool = False
+    source: SourceConfig,
+    patching: PatchingConfig | None,
+    byte_lm: EntropyModel | None,
+    *,
+    skip_bad: bool = False,
 ) -> Sequence[Document]:
     """The documents of a source, with entropies if `patching` needs them.
 
-    byte_lm: (config, params, identity) of the byte LM that places the patches. Records that it
-    scored are used as they are; raw text is scored here, in memory.
+    Records that `byte_lm` scored are used as they are; raw text is scored here, in memory.
     """
-    documents = open_source(source, skip_bad=skip_bad, expected_identity=byte_lm and byte_lm[2])
+    identity = None if byte_lm is None else byte_lm.identity
+    documents = open_source(source, skip_bad=skip_bad, expected_identity=identity)
     if patching is None or patching.mode != "entropy" or isinstance(documents, RecordDocuments):
         return documents
     if byte_lm is None:
         raise ValueError(f"{source.path} is raw text: entropy patching needs a byte LM to score it")
     texts = [documents[i].text for i in range(len(documents))]
     progress = Progress(f"scoring {source.path}", sum(len(text) + 1 for text in texts))
-    entropies, _ = score_documents(byte_lm[0], byte_lm[1], texts, scored=progress.advance)
+    entropies, _ = score_documents(
+        byte_lm.config,
+        byte_lm.params,
+        texts,
+        newline_reset=byte_lm.newline_reset,
+        scored=progress.advance,
+    )
     return [Document(*pair) for pair in zip(texts, entropies, strict=True)]

@@ -1,4 +1,4 @@
-"""One trainer for the byte LM and for BLT, read from top to bottom.
+"""One trainer for the byte LM, the byte CNN and BLT, read from top to bottom.
 
 The loop dispatches step n and only then fetches the report of step n - 1, so the host never stalls
 the device. A checkpoint holds the state, the data streams and the step together; running the same
@@ -7,16 +7,18 @@ command again resumes from the newest one, and its losses are those of a run nev
 
 import argparse
 import contextlib
+import shutil
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from bltjax import checkpoint as ckpt
 from bltjax.checkpoint import TrainState
-from bltjax.config import RunConfig, divides, to_dict
+from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, RunConfig, divides, to_dict
 from bltjax.config_file import load_config
 from bltjax.data.pipeline import fills, held_out_batches, training_batches
 from bltjax.flops import training_flops
@@ -24,8 +26,11 @@ from bltjax.metrics import Reporter, duration, quantity
 from bltjax.model import batch_logits, initial_params, make_model, parameter_count
 from bltjax.objective import Sums, target_sums
 from bltjax.optimizer import learning_rate, make_optimizer
-from bltjax.scoring import scored_source
+from bltjax.scoring import EntropyModel, load_entropy_model, scored_source
 from bltjax.sharding import make_mesh, replicated, row_sharding, tree_shardings
+
+KINDS = {BLTConfig: "BLT", ByteLMConfig: "byte LM", ByteCNNConfig: "byte CNN"}
+TOKENIZER = "tokenizer.json"  # the copy, in a work directory, of what bpe patching needs
 
 
 def compute_dtype(config: RunConfig):
@@ -70,10 +75,13 @@ def make_train_step(config: RunConfig, model, optimizer):
 
             zero = (jax.tree.map(jnp.zeros_like, state.params), Sums(*(jnp.zeros(()),) * 4))
             (grads, sums), _ = jax.lax.scan(add, zero, micro_batches(batch, count))
-        grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), grads)
+        # Gradients of sums: one factor makes them means and clips them, in one pass over them.
+        weight = jnp.maximum(sums.weight, 1)
+        norm = optax.tree.norm(grads) / weight
+        factor = jnp.minimum(1, config.optimizer.clip / norm) / weight
+        grads = jax.tree.map(lambda g: g * factor, grads)
         updates, opt = optimizer.update(grads, state.opt, state.params)
         params = jax.tree.map(lambda p, u: p + u, state.params, updates)
-        norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads)))
         return TrainState(state.step + 1, params, opt), {"sums": sums, "gradient_norm": norm}
 
     return step
@@ -98,13 +106,13 @@ def held_out_bits(scores, params, batches, sharding) -> float:
     return total[0] / np.log(2.0) / max(total[1], 1.0)
 
 
-def entropy_model(config: RunConfig, workdir: Path):
-    """(config, params, identity) of the byte LM that scored a BLT's data, and its run's config.
+def entropy_model(config: RunConfig, workdir: Path) -> EntropyModel | None:
+    """The byte LM that scored a BLT's data; None for runs that don't place patches by entropy.
 
-    None for runs that don't place patches by entropy. A resumed run takes its own copy.
+    A resumed run takes its own copy.
     """
     if config.blt is None or config.patching.mode != "entropy":
-        return None, None
+        return None
     if not config.entropy_model:
         raise ValueError(
             "entropy patching needs the byte LM that scored the data:"
@@ -112,10 +120,7 @@ def entropy_model(config: RunConfig, workdir: Path):
         )
     resumed = bool(ckpt.saved_steps(workdir))
     source = workdir / "byte_lm" if resumed else Path(config.entropy_model)
-    run, params, _ = ckpt.load_params(source)
-    if run.byte_lm is None:
-        raise ValueError(f"{source} trained a BLT, not a byte LM; entropies come from a byte LM")
-    return (run.byte_lm, params, ckpt.identity(params)), run
+    return load_entropy_model(source, newline_reset=config.patching.newline_reset)
 
 
 def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> dict[str, float]:
@@ -127,13 +132,13 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
     """
     begun = time.monotonic()
     ckpt.check_workdir(workdir, config)
-    byte_lm, byte_lm_run = entropy_model(config, workdir)
+    byte_lm = entropy_model(config, workdir)
     mesh = make_mesh(config.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     divides("mesh data x fsdp", shards, "data.rows", config.data.rows)
     rows = row_sharding(mesh)
     patching = config.patching if config.blt is not None else None
-    expected = byte_lm[2] if byte_lm else None
+    expected = byte_lm.identity if byte_lm else None
 
     dataset = training_batches(
         config.data,
@@ -168,7 +173,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
         config.model, config.data.rows, config.data.row_bytes, config.data.row_patches
     )
     print(
-        f"{'BLT' if config.blt else 'byte LM'}: {quantity(counts['total'])} parameters ("
+        f"{KINDS[type(config.model)]}: {quantity(counts['total'])} parameters ("
         + ", ".join(f"{part} {quantity(n)}" for part, n in counts.items() if part != "total")
         + f"); {quantity(flops)}FLOP a step; mesh {dict(mesh.shape)}; {compute_dtype(config).name}"
     )
@@ -177,7 +182,9 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
     if not ckpt.saved_steps(workdir):
         ckpt.write_config(workdir, config)
         if byte_lm:
-            ckpt.save_params(workdir / "byte_lm", byte_lm_run, byte_lm[1], 0)
+            ckpt.save_params(workdir / "byte_lm", byte_lm.run, byte_lm.params, 0)
+        if config.blt and config.patching.mode == "bpe":
+            shutil.copyfile(config.patching.tokenizer, workdir / TOKENIZER)
     manager = ckpt.make_manager(workdir, config)
     if manager.latest_step() is None:
         state = jax.jit(initial_state, out_shardings=shardings)(key)

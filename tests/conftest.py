@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,9 @@ import pytest
 from bltjax.__main__ import main
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Runs of one shape are compiled once, however many commands train them.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="bltjax-compiled-"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 TINY = str(Path(__file__).parent / "tiny.py")
 WORDS = "the patch begins where the next byte is hard to guess and ends before another one"

@@ -5,7 +5,7 @@ import pytest
 
 from bltjax.alphabet import EOS, OFFSET, encode
 from bltjax.checkpoint import load_params
-from bltjax.evaluate import run_byte_lm
+from bltjax.evaluate import run_patching
 from bltjax.generate import Predictor, Sampling, generate, sample
 
 
@@ -81,7 +81,7 @@ def test_settings_out_of_range(sampling, message):
 def test_trained_models_write_reproducibly(runs, model):
     workdir = getattr(runs, model)
     config, params, _ = load_params(workdir)
-    predictor = Predictor(config, params, run_byte_lm(config, workdir))
+    predictor = Predictor(config, params, *run_patching(config, workdir))
     sampling = Sampling(temperature=1.0, seed=3)
     first, again = (
         b"".join(generate(predictor, "the \udcff", max_bytes=12, sampling=sampling))

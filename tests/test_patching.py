@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bltjax.alphabet import encode
+from bltjax.alphabet import OFFSET, encode
 from bltjax.config import PatchingConfig
 from bltjax.patching import force_starts, patch_lengths, patch_starts
 
@@ -143,6 +143,9 @@ CONFIGS = [
         PatchingConfig(mode="space"),
         PatchingConfig(mode="static", patch_bytes=5),
         PatchingConfig(mode="byte"),
+        PatchingConfig(threshold=3.0, whole_characters=True),
+        PatchingConfig(mode="static", patch_bytes=3, whole_characters=True),
+        PatchingConfig(mode="byte", whole_characters=True),
     )
     for longest in (None, 3)
 ]
@@ -170,3 +173,61 @@ def test_numpy_equals_jax(config):
     )
     assert (np.asarray(found) == expected).all()
     assert (patch_starts(config, ids[1], entropies[1]) == expected[1]).all()
+
+
+WHOLE = [
+    dataclasses.replace(config, whole_characters=True)
+    for config in CONFIGS
+    if not config.whole_characters
+]
+
+
+@pytest.mark.parametrize("config", WHOLE, ids=str)
+@settings(print_blob=True, deadline=None, max_examples=50)
+@given(text=st.text(max_size=30), seed=st.integers(0, 2**32 - 1))
+def test_no_patch_begins_inside_a_character(config, text, seed):
+    ids = encode(text)
+    entropies = np.random.default_rng(seed).uniform(0, 6, len(ids)).astype(np.float32)
+    starts = force_starts(patch_starts(config, ids, entropies))[:-1]
+    continuation = (ids >= OFFSET + 0x80) & (ids <= OFFSET + 0xBF)
+    assert not (starts & continuation).any()
+    # Nothing is lost either: each start of the plain scheme has one at its character's end.
+    plain = dataclasses.replace(config, whole_characters=False, max_patch_bytes=None)
+    for place in np.flatnonzero(patch_starts(plain, ids, entropies)[:-1]):
+        end = place
+        while continuation[end]:
+            end += 1
+        assert starts[end]
+
+
+def test_whole_characters_by_hand():
+    # 3-byte characters: the third byte would open a patch, the next character does.
+    ids = encode("a你好b", eos=False)
+    entropies = np.zeros(len(ids), np.float32)
+    entropies[3] = 9  # uncertain inside the first character
+    plain, whole = (
+        patch_starts(PatchingConfig(whole_characters=flag), ids, entropies)
+        for flag in (False, True)
+    )
+    assert np.flatnonzero(plain).tolist() == [0, 1, 4]
+    assert np.flatnonzero(whole).tolist() == [0, 1, 5]
+    # A promise that is broken ends with the byte that breaks it.
+    broken = encode(b"\xe4a\xbdb\xff\xf0\x9f", eos=False)
+    byte = PatchingConfig(mode="byte", whole_characters=True)
+    assert np.flatnonzero(~patch_starts(byte, broken)).tolist() == [2, 7, 8]
+
+
+def test_pieces_of_a_long_patch_end_with_characters():
+    ids = encode("你" * 4, eos=False)
+    config = PatchingConfig(threshold=9, max_patch_bytes=4, whole_characters=True)
+    starts = patch_starts(config, ids, np.zeros(len(ids), np.float32))
+    assert np.flatnonzero(starts).tolist() == [0, 1, 7, 10, 13]
+
+
+def test_bpe_is_not_for_a_device_and_takes_a_tokenizer():
+    with pytest.raises(ValueError, match="takes a tokenizer file"):
+        PatchingConfig(mode="bpe")
+    with pytest.raises(ValueError, match="on the host"):
+        patch_starts(PatchingConfig(mode="bpe", tokenizer="x"), jnp.zeros((1, 3), jnp.int32))
+    with pytest.raises(ValueError, match="newline_reset is for entropy mode"):
+        PatchingConfig(mode="space", newline_reset=True)

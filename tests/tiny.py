@@ -16,6 +16,8 @@ def get_config(model: str):
                 hash=dict(sizes=(3, 5), functions=1, rows=300),
             )
         )
+    elif model == "byte_cnn":
+        config.byte_cnn = ConfigDict(dict(context=2, width=16, layers=1, hidden=32))
     else:
         config.byte_lm = ConfigDict(dict(layers=2, width=16, heads=2, hidden=32, window=8))
     config.entropy_model = ""

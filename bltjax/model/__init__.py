@@ -3,21 +3,29 @@
 import jax
 import jax.numpy as jnp
 
-from bltjax.config import BLTConfig, ByteLMConfig
+from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig
 from bltjax.model.blt import BLT
+from bltjax.model.byte_cnn import ByteCNN
 from bltjax.model.byte_lm import ByteLM
+
+Model = ByteLM | ByteCNN | BLT
 
 
 def make_model(
-    config: ByteLMConfig | BLTConfig, row_patches: int, dtype, implementation: str | None
-) -> ByteLM | BLT:
+    config: ByteLMConfig | ByteCNNConfig | BLTConfig,
+    row_patches: int,
+    dtype,
+    implementation: str | None,
+) -> Model:
     """The module of a config; `row_patches` is how many patches a row may hold (BLT)."""
     if isinstance(config, ByteLMConfig):
         return ByteLM(config, dtype, implementation)
+    if isinstance(config, ByteCNNConfig):
+        return ByteCNN(config, dtype)
     return BLT(config, row_patches, dtype, implementation)
 
 
-def batch_logits(model: ByteLM | BLT, params, batch) -> jax.Array:
+def batch_logits(model: Model, params, batch) -> jax.Array:
     """Logits, float32 [B, N, V], of a batch as the pipeline makes it."""
     inputs = (batch["bytes_BN"], batch["documents_BN"])
     if isinstance(model, BLT):
@@ -25,7 +33,7 @@ def batch_logits(model: ByteLM | BLT, params, batch) -> jax.Array:
     return model.apply({"params": params}, *inputs)[0]
 
 
-def initial_params(model: ByteLM | BLT, key) -> dict:
+def initial_params(model: Model, key) -> dict:
     """Fresh parameters; sizes don't depend on the row, so the shortest one will do."""
     one_BN = jnp.ones((1, 2), jnp.int32)
     inputs = (one_BN, one_BN)
@@ -35,11 +43,11 @@ def initial_params(model: ByteLM | BLT, key) -> dict:
     return model.init(key, *inputs)["params"]
 
 
-def parameter_count(params, config: ByteLMConfig | BLTConfig) -> dict[str, int]:
+def parameter_count(params, config) -> dict[str, int]:
     """Parameters by part and in total; the padding of the hash tables is not counted."""
     counts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        size, part = leaf.size, path[0].key if isinstance(config, BLTConfig) else "byte_lm"
+        size, part = leaf.size, path[0].key if isinstance(config, BLTConfig) else "all"
         if path[-1].key == "ngrams_RME":
             size = size // config.hash.stored_rows * config.hash.rows
             part = "hash_tables"

@@ -1,0 +1,86 @@
+"""A convolutional byte LM with a context of two or three bytes, and its entropies as a table.
+
+    x[n - 1] x[n]  --embed--> one convolution --> pointwise layers --> logits of x[n + 1]
+
+So small a receptive field has few contexts: the entropy after each is computed once, and scoring a
+text is looking it up (paper 4.2). Bytes before the document count as BOE.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from bltjax.alphabet import BOE, VOCABULARY
+from bltjax.config import ByteCNNConfig
+from bltjax.model.byte_lm import entropies_of
+from bltjax.model.layers import project, rms_norm, truncated_normal
+from bltjax.patches import document_begins, index_like
+
+
+class ByteCNN(nn.Module):
+    config: ByteCNNConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, bytes_BN, documents_BN):
+        """Logits, float32 [B, N, V], of the byte after each byte; None, as it carries nothing."""
+        config = self.config
+        E, F = config.width, config.hidden
+
+        def weight(name, shape, fan_in):
+            return self.param(name, truncated_normal(fan_in), shape).astype(self.dtype)
+
+        def normed(name, x_BNE):
+            return rms_norm(x_BNE, self.param(name, nn.initializers.ones, (E,)), config.norm_eps)
+
+        bytes_VE = self.param("bytes_VE", truncated_normal(E), (VOCABULARY, E)).astype(self.dtype)
+        since_BN = index_like(bytes_BN) - document_begins(documents_BN)
+        x_BNE = 0
+        for distance in range(config.context):
+            past_BN = jnp.pad(bytes_BN, ((0, 0), (distance, 0)))[:, : bytes_BN.shape[1]]
+            past_BN = jnp.where(since_BN >= distance, past_BN, BOE)
+            tap_EE = weight(f"tap_{distance}_EE", (E, E), E * config.context)
+            x_BNE += project(bytes_VE[past_BN], tap_EE)
+        for layer in range(config.layers):
+            y_BNE = normed(f"norm_{layer}_E", x_BNE)
+            gate_BNF = project(y_BNE, weight(f"gate_{layer}_EF", (E, F), E))
+            up_BNF = project(y_BNE, weight(f"up_{layer}_EF", (E, F), E))
+            x_BNE += project(nn.silu(gate_BNF) * up_BNF, weight(f"down_{layer}_FE", (F, E), F))
+        head_EV = weight("head_EV", (E, VOCABULARY), E)
+        return project(normed("norm_E", x_BNE), head_EV).astype(jnp.float32), None
+
+
+def entropy_table(config: ByteCNNConfig, params) -> np.ndarray:
+    """float32 [V, ..., V], as many axes as the context is long: nats after each context."""
+    model = ByteCNN(config)
+
+    @jax.jit
+    def after(params, contexts_BN):
+        with jax.default_matmul_precision("highest"):
+            logits_BNV, _ = model.apply({"params": params}, contexts_BN, jnp.ones_like(contexts_BN))
+        return entropies_of(logits_BNV[:, -1:])[:, 0]
+
+    last = np.stack(np.meshgrid(*[np.arange(VOCABULARY)] * min(2, config.context), indexing="ij"))
+    last = last.reshape(len(last), -1).T.astype(np.int32)
+    table = []
+    for first in itertools.product(range(VOCABULARY), repeat=config.context - last.shape[1]):
+        before = np.broadcast_to(np.array(first, np.int32), (len(last), len(first)))
+        contexts = jax.device_put(np.concatenate([before, last], axis=1))
+        table.append(jax.device_get(after(params, contexts)))
+    return np.concatenate(table).reshape((VOCABULARY,) * config.context)
+
+
+def table_entropies(table: np.ndarray, ids_N: np.ndarray, documents_N: np.ndarray) -> np.ndarray:
+    """float32 [N]: the entropy after each position, looked up."""
+    index = []
+    for distance in reversed(range(table.ndim)):
+        past_N = np.full(len(ids_N), BOE)
+        kept = len(ids_N) - distance
+        if kept > 0:
+            same_N = documents_N[distance:] == documents_N[:kept]
+            past_N[distance:] = np.where(same_N, ids_N[:kept], BOE)
+        index.append(past_N)
+    return table[tuple(index)]

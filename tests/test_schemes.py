@@ -1,0 +1,109 @@
+"""Every patching scheme trains a small BLT with falling loss, evaluates and, if able, generates."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from bltjax.__main__ import main
+
+ENTROPY = {
+    "cnn": (),
+    "newline_reset": ("--config.patching.newline_reset=True",),
+    "monotonic": ("--config.patching.monotonic=True", "--config.patching.threshold=0.0"),
+    "relative": ("--config.patching.threshold_add=0.0",),
+    "whole_characters": ("--config.patching.whole_characters=True",),
+}
+OTHERS = {
+    "space": ("--config.patching.mode=space",),
+    "static": ("--config.patching.mode=static",),
+    "byte": ("--config.patching.mode=byte", "--config.data.row_patches=64"),
+    "bpe": ("--config.patching.mode=bpe",),
+}
+
+
+@pytest.fixture(scope="module")
+def scorers(runs, tmp_path_factory):
+    """(byte LM or CNN, its records) by scheme."""
+    root = tmp_path_factory.mktemp("scorers")
+    runs.train("byte_cnn", root / "cnn")
+
+    def scored(name, byte_lm, *more):
+        for part in ("train", "held_out"):
+            source, out = runs.root / f"{part}.jsonl", root / name / part
+            runs.run(
+                "entropies", f"--byte_lm={byte_lm}", f"--source={source}", f"--out={out}", *more
+            )
+        return byte_lm, root / name
+
+    plain = (runs.byte_lm, runs.root / "records")
+    return {
+        "cnn": scored("cnn_records", root / "cnn"),
+        "newline_reset": scored("newline_records", runs.byte_lm, "--newline_reset"),
+    } | dict.fromkeys(("monotonic", "relative", "whole_characters"), plain)
+
+
+def tokenizer(path):
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["the patch begins where the next byte is hard to guess"], trainer)
+    made.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("scheme", [*ENTROPY, *OTHERS])
+def test_scheme(runs, scorers, scheme, tmp_path, capsys):
+    workdir = tmp_path / "blt"
+    words = ["train", "--config=tests/tiny.py:blt", f"--workdir={workdir}"]
+    words += ["--config.optimizer.steps=50", "--config.checkpoint.every=50"]
+    words += ["--config.evaluate_every=50", "--config.optimizer.lr=1e-2"]
+    folder, suffix = runs.root, ".jsonl"
+    if scheme in ENTROPY:
+        (byte_lm, folder), suffix = scorers[scheme], ""
+        words += [f"--config.entropy_model={byte_lm}", "--config.patching.threshold=4.0"]
+    for part in ("train", "held_out"):
+        words.append(f"--config.data.{part}.text.path={folder / part}{suffix}")
+    words += (ENTROPY | OTHERS)[scheme]
+    if scheme == "bpe":
+        made = tokenizer(tmp_path / "tokenizer.json")
+        words.append(f"--config.patching.tokenizer={made}")
+    runs.run(*words)
+    if scheme == "bpe":
+        made.unlink()  # the run has its own copy
+    losses = [json.loads(line).get("loss") for line in (workdir / "metrics.jsonl").open()]
+    losses = [loss for loss in losses if loss is not None]
+    assert len(losses) == 50 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    runs.run("evaluate", f"--workdir={workdir}", f"--out={tmp_path / 'result.json'}")
+    assert json.loads((tmp_path / "result.json").read_text())["bits_per_byte"] < 6
+    capsys.readouterr()
+    generate = ["generate", f"--workdir={workdir}", "--prompt=the next\n日", "--max_bytes=2"]
+    if scheme == "bpe":
+        assert main(generate) == 1
+        assert "bpe patching can't generate" in capsys.readouterr().err
+    else:
+        runs.run(*generate)
+
+
+def test_records_of_another_context_are_refused(runs, scorers, tmp_path, capsys):
+    _, records = scorers["newline_reset"]
+    words = ["train", "--config=tests/tiny.py:blt", f"--workdir={tmp_path / 'run'}"]
+    words += [*runs.blt_settings, f"--config.data.train.text.path={records / 'train'}"]
+    words += [f"--config.data.held_out.text.path={records / 'held_out'}"]
+    assert main(words) == 1
+    assert "+newline_reset" in capsys.readouterr().err
+
+
+def test_raw_text_scored_while_evaluating_is_the_same(runs, scorers, tmp_path):
+    """newline_reset holds for records and for text that is scored in memory."""
+    from bltjax.config import PatchingConfig, SourceConfig
+    from bltjax.scoring import load_entropy_model, scored_source
+
+    byte_lm, records = scorers["newline_reset"]
+    model = load_entropy_model(byte_lm, newline_reset=True)
+    patching = PatchingConfig(newline_reset=True)
+    raw = scored_source(SourceConfig(str(runs.root / "held_out.jsonl")), patching, model)
+    kept = scored_source(SourceConfig(str(records / "held_out")), patching, model)
+    for a, b in zip(raw, (kept[i] for i in range(len(kept))), strict=True):
+        assert abs(a.entropies - b.entropies).max() < 1e-5
