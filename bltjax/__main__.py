@@ -12,7 +12,12 @@ VERBS = {
     "calibrate": "find the threshold that gives a mean patch length",
     "evaluate": "bits per byte of a run on any text, beside gzip and xz",
     "generate": "continue a text",
+    "patches": "show how a text is cut: terminal, HTML, PNG",
+    "benchmark": "time a training step, beside the transformers port",
 }
+
+
+PROGRAMS = {"patches": "picture"}  # where a program is not called as its verb
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         # No abbreviations: --config.x must never be read as some longer option's beginning.
         sub = verbs.add_parser(verb, help=purpose, description=purpose, allow_abbrev=False)
         if verb == chosen:
-            program = importlib.import_module(f"bltjax.{verb}")
+            program = importlib.import_module(f"bltjax.{PROGRAMS.get(verb, verb)}")
             program.add_arguments(sub)
     args, rest = parser.parse_known_args(argv)
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]

@@ -8,17 +8,38 @@ RECORDS are folders that `python -m bltjax entropies` wrote. Hardware: 256 chips
 Not run here: this project's machines have no TPU. The paper's recipe: rows of about
 16k bytes, 16M bytes a step, lr 4e-4, cosine to zero.
 The paper's 8B, trained on 1T tokens, averages 61.1 on seven tasks (table 1).
+
+Variants, as `configs/blt_8b.py:patch_6`; their figures, where there are any, are the paper's:
+
+    patch_6    entropy patches of 6 bytes: a third fewer latent steps. Give the threshold that
+               `python -m bltjax calibrate --mean=6` finds: --config.patching.threshold=NATS
+    patch_8    of 8 bytes, with 3 encoder layers, as the paper has them; calibrate with --mean=8
+    space      a patch ends with a space or the like: 6.1 bytes in the paper, 58.0 on the seven
+               tasks. It needs no byte LM: give raw text as data
+    static     patches of 4 bytes, as in MegaByte; raw text as well
 """
 
 from ml_collections import ConfigDict
 
+# row_patches leaves room for each document's BOS, which is a patch of its own.
+VARIANTS = {
+    "": dict(row_patches=4096),
+    "patch_6": dict(row_patches=2752),
+    "patch_8": dict(row_patches=2064, encoder_layers=3),
+    "space": dict(row_patches=2752, patching=dict(mode="space")),
+    "static": dict(row_patches=4160, patching=dict(mode="static", patch_bytes=4)),
+}
 
-def get_config():
+
+def get_config(variant: str = ""):
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/blt_8b.py:{variant}: write one of {', '.join(VARIANTS)[2:]}")
+    settings = VARIANTS[variant]
     config = ConfigDict()
     config.blt = ConfigDict(
         dict(
             local=dict(
-                encoder_layers=1,
+                encoder_layers=settings.get("encoder_layers", 1),
                 decoder_layers=6,
                 width=1280,
                 heads=20,
@@ -40,16 +61,19 @@ def get_config():
             hash=dict(sizes=(3, 4, 5, 6, 7, 8), functions=1, rows=500002),
         )
     )
-    config.entropy_model = "runs/byte_lm_100m"
-    config.patching = ConfigDict(dict(mode="entropy", threshold=1.335442066192627))
-    source = dict(path="data/records", weight=1.0, field="text", split_bytes=0)
+    entropy = dict(mode="entropy", threshold=1.335442066192627)
+    config.patching = ConfigDict(settings.get("patching", entropy))
+    by_entropy = config.patching.mode == "entropy"
+    config.entropy_model = "runs/byte_lm_100m" if by_entropy else ""
+    kind = "records" if by_entropy else "text"
+    source = dict(path=f"data/{kind}", weight=1.0, field="text", split_bytes=0)
     config.data = ConfigDict(
         dict(
             train=dict(text=source),
-            held_out=dict(text=source | {"path": "data/held_out_records"}),
+            held_out=dict(text=source | {"path": f"data/held_out_{kind}"}),
             rows=1024,
             row_bytes=16384,
-            row_patches=4096,
+            row_patches=settings["row_patches"],
             look_ahead=32,
             skip_bad=False,
         )

@@ -58,4 +58,8 @@ prompt=()
 [ ${#text[@]} -gt 0 ] || prompt=(--prompt "And it came to pass")
 stage generate "${blt[@]}" generate --workdir="$workdir/blt" --max_bytes=200 --temperature=0.7 \
     "${prompt[@]}"
+works=("$workdir"/text/held_out/*.txt)
+stage picture "${blt[@]}" patches --workdir="$workdir/blt" --file="${works[0]}" --limit=480 \
+    --scheme=entropy --scheme=space --scheme=static \
+    --png="$workdir/patches.png" --html="$workdir/patches.html"
 python launch/quickstart_report.py "$workdir"

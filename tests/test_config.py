@@ -60,7 +60,7 @@ def test_overrides():
         ("blt.latent.key_value_heads=5", r"key_value_heads \(5\) must divide latent.heads \(16\)"),
         ("data.row_patches=99999", r"row_patches \(99999\) must not exceed row_bytes \(16384\)"),
         ("optimizer.accumulate=3", r"accumulate \(3\) must divide data.rows \(1024\)"),
-        ("patching.mode=bpe", r"patching.mode is 'bpe', not one of entropy, space, static, byte"),
+        ("patching.mode=bpes", r"patching.mode is 'bpes', not one of entropy, space, .*, bpe"),
         ("optimizer.warmup_steps=999999", r"warmup_steps \(999999\) must lie in 0"),
     ],
 )
@@ -82,7 +82,7 @@ def test_settings_that_the_file_does_not_mention_can_be_overridden():
 
 
 def test_arguments_of_a_config():
-    with pytest.raises(ValueError, match="write :byte_lm or :blt"):
+    with pytest.raises(ValueError, match="write :byte_lm, :byte_cnn or :blt"):
         load_config("configs/quickstart.py")
     with pytest.raises(ValueError, match="takes no argument; drop ':big'"):
         load_config("configs/blt_1b.py:big")
@@ -95,10 +95,20 @@ def test_missing_file_names_its_neighbour():
         load_config("configs/blt_1.py")
 
 
+@pytest.mark.parametrize("variant", ["patch_6", "patch_8", "space", "static"])
+def test_variants_of_the_8b(variant):
+    config = load_config(f"configs/blt_8b.py:{variant}")
+    by_entropy = variant.startswith("patch")
+    assert (config.patching.mode == "entropy") == by_entropy == bool(config.entropy_model)
+    assert config.blt.local.encoder_layers == (3 if variant == "patch_8" else 1)
+    with pytest.raises(ValueError, match="write one of patch_6, patch_8, space, static"):
+        load_config("configs/blt_8b.py:patch_7")
+
+
 def test_one_model_a_run():
-    with pytest.raises(ValueError, match="either byte_lm or blt"):
+    with pytest.raises(ValueError, match="one of byte_lm, byte_cnn and blt"):
         RunConfig()
-    with pytest.raises(ValueError, match="either byte_lm or blt"):
+    with pytest.raises(ValueError, match="one of byte_lm, byte_cnn and blt"):
         RunConfig(byte_lm=ByteLMConfig(), blt=BLTConfig())
 
 

@@ -195,7 +195,14 @@ def test_cross_attention_layers(encoder, decoder):
 
 @pytest.mark.parametrize(
     ("name", "total"),
-    [("byte_lm_100m", 99_512_064), ("blt_1b", 4_533_879_808), ("blt_8b", 10_553_570_560)],
+    [
+        ("byte_lm_100m", 99_512_064),
+        ("blt_400m", 2_872_692_480),
+        ("blt_1b", 4_533_879_808),
+        ("blt_2b", 5_323_750_400),
+        ("blt_4b", 7_332_647_936),
+        ("blt_8b", 10_553_570_560),
+    ],
 )
 def test_released_sizes(name, total):
     config = load_config(f"configs/{name}.py")

@@ -1,0 +1,366 @@
+"""How fast a training step is, against the transformers port of BLT, in one run on one machine.
+
+    benchmark train    one step of the model below, ours and the peer's in turn
+    benchmark rows     one step as rows grow from 1k to 32k bytes: time and peak memory
+    benchmark slots    how full rows of given folders of records are, with and without look-ahead
+
+In the first two, both sides run the same model on the same bytes and patches with AdamW in fp32.
+Each has a process of its own, pinned to the same CPUs, that works only when it is asked to; times
+are medians.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bltjax.alphabet import BOS, OFFSET
+from bltjax.calibrate import calibrate, sample_documents
+from bltjax.config import (
+    BLTConfig,
+    CrossConfig,
+    DataConfig,
+    HashConfig,
+    LatentConfig,
+    LocalConfig,
+    OptimizerConfig,
+    PatchingConfig,
+    RunConfig,
+    SourceConfig,
+)
+from bltjax.data.pipeline import fills, training_batches
+from bltjax.data.records import RecordDocuments
+from bltjax.flops import training_flops
+
+PEERS = ("transformers",)
+# Both sides keep their large buffers, as the launch scripts have it (launch/environment.sh).
+MALLOC = (
+    "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592"
+    ":glibc.malloc.trim_threshold=8589934592"
+)
+MEAN_PATCH = 4.49  # bytes
+ROW_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+MODEL = BLTConfig(
+    local=LocalConfig(encoder_layers=1, decoder_layers=4, width=256, heads=4, hidden=768),
+    cross=CrossConfig(slots=2, heads=4, encoder="last", decoder="all"),
+    latent=LatentConfig(layers=6, width=512, heads=8, key_value_heads=8, hidden=1536, remat=False),
+    hash=HashConfig(rows=30000),
+)
+
+
+def run_config(rows: int, row_bytes: int) -> RunConfig:
+    data = DataConfig(rows=rows, row_bytes=row_bytes, row_patches=round(row_bytes / MEAN_PATCH))
+    return RunConfig(blt=MODEL, data=data, optimizer=OptimizerConfig(), compute_dtype="float32")
+
+
+def sample_batch(data: DataConfig) -> dict[str, np.ndarray]:
+    """English of the standard library, a document a row, with P patches of random lengths."""
+    from pydoc_data.topics import topics
+
+    random = np.random.default_rng(0)
+    text = np.frombuffer("".join(topics.values()).encode(), np.uint8)
+    B, N, P = data.rows, data.row_bytes, data.row_patches
+    begins_B = random.integers(0, len(text) - N, B)
+    ids_BN1 = np.stack([text[begin : begin + N + 1] for begin in begins_B]).astype(np.int32)
+    ids_BN1 += OFFSET
+    ids_BN1[:, 0] = BOS
+    starts_BN1 = np.zeros((B, N + 1), bool)
+    starts_BN1[:, [0, 1, N]] = True
+    for starts_N1 in starts_BN1:
+        starts_N1[random.choice(np.arange(2, N), P - 2, replace=False)] = True
+    return {
+        "bytes_BN": ids_BN1[:, :-1],
+        "targets_BN": ids_BN1[:, 1:],
+        "weights_BN": np.ones((B, N), np.float32),
+        "starts_BN1": starts_BN1,
+        "documents_BN": np.ones((B, N), np.int32),
+    }
+
+
+def our_step(config: RunConfig):
+    """() -> loss: one optimizer step of the real trainer, on the device and back."""
+    import jax
+    import jax.numpy as jnp
+
+    from bltjax.checkpoint import TrainState
+    from bltjax.model import initial_params
+    from bltjax.optimizer import make_optimizer
+    from bltjax.train import make_train_step, run_model
+
+    model, optimizer = run_model(config), make_optimizer(config.optimizer)
+    params = jax.jit(lambda key: initial_params(model, key))(jax.random.key(0))
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
+    batch = jax.device_put(sample_batch(config.data))
+
+    def run() -> float:
+        nonlocal state
+        state, out = step(state, batch)
+        jax.block_until_ready(state)
+        return float(out["sums"].loss)
+
+    return run
+
+
+def transformers_step(config: RunConfig):
+    """The same for `transformers`: eager, sdpa, fused AdamW, which is its fastest on a CPU."""
+    try:
+        import torch
+        from transformers import BltConfig, BltForCausalLM
+    except ImportError as error:
+        raise ValueError(f"the peer is not installed ({error}): pip install '.[parity]'") from None
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    local, cross, latent, hashed = MODEL.local, MODEL.cross, MODEL.latent, MODEL.hash
+
+    def stack(layers, width, heads, hidden, **more):
+        return {
+            "num_hidden_layers": layers,
+            "hidden_size": width,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "intermediate_size": hidden,
+            "max_position_embeddings": config.data.row_bytes,
+        } | more
+
+    cross_settings = {"cross_attn_k": cross.slots, "hidden_size_global": latent.width}
+    byte_stack = (local.width, local.heads, local.hidden)
+    peer = BltForCausalLM(
+        BltConfig(
+            cross_attn_k=cross.slots,
+            encoder_hash_byte_group_size=list(hashed.sizes),
+            encoder_hash_byte_group_vocab=hashed.rows,
+            encoder_hash_byte_group_nb_functions=hashed.functions,
+            local_attention_window_len=local.window,
+            # Its byte LM takes no part: patch lengths are given.
+            patcher_config=stack(1, 64, 1, 64),
+            encoder_config=stack(
+                local.encoder_layers, *byte_stack, cross_attn_all_layers=False, **cross_settings
+            ),
+            decoder_config=stack(
+                local.decoder_layers, *byte_stack, cross_attn_all_layers=True, **cross_settings
+            ),
+            global_config=stack(latent.layers, latent.width, latent.heads, latent.hidden),
+            attn_implementation="sdpa",
+        )
+    ).train()
+    trained = [weight for weight in peer.parameters() if weight.requires_grad]
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=settings.lr,
+        betas=(settings.b1, settings.b2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    batch = sample_batch(config.data)
+    ids, targets = (torch.tensor(batch[name]).long() for name in ("bytes_BN", "targets_BN"))
+    begins = [np.flatnonzero(row) for row in batch["starts_BN1"]]
+    # Its lengths cover the row and not the next byte, which opens a patch: a last length of zero.
+    lengths = torch.tensor(np.stack([np.append(np.diff(row), 0) for row in begins]))
+
+    def run() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        logits = peer(ids, patch_lengths=lengths, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return run
+
+
+STEPS = {"ours": our_step, "transformers": transformers_step}
+
+
+class Worker:
+    """A process that holds one side's step and runs it when told to."""
+
+    def __init__(self, side: str, rows: int, row_bytes: int, threads: int):
+        self.side = side
+        command = [sys.executable, "-m", "bltjax.benchmark", side, rows, row_bytes, threads]
+        self.process = subprocess.Popen(
+            list(map(str, command)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={"GLIBC_TUNABLES": MALLOC} | os.environ,
+        )
+        self.answer()  # built, compiled and warm
+
+    def answer(self) -> dict:
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"{self.side} died; see above"}
+        if "error" in answer:
+            self.process.wait()
+            raise ValueError(answer["error"])
+        return answer
+
+    def step(self) -> dict:
+        """{"ms", "loss", "peak_mib"} of one more step."""
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(side: str, rows: int, row_bytes: int, threads: int) -> None:
+    """The worker's side of the pipe: one JSON line when ready, and one for each step."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    try:
+        run = STEPS[side](run_config(rows, row_bytes))
+        for _ in range(4):  # the heap grows for a few steps before it is as large as it will be
+            run()
+    except (ValueError, MemoryError, RuntimeError) as error:
+        print(json.dumps({"error": f"{side}, {rows} x {row_bytes}: {error}"}), flush=True)
+        return
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        begun = time.perf_counter()
+        loss = run()
+        ms = 1000 * (time.perf_counter() - begun)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"ms": ms, "loss": loss, "peak_mib": peak}), flush=True)
+
+
+def medians(sides: list[str], rows: int, row_bytes: int, repeats: int, threads: int) -> dict:
+    """By side, the median ms, every time, and the peak memory of steps taken in turn."""
+    workers: list[Worker] = []
+    try:
+        for side in sides:
+            workers.append(Worker(side, rows, row_bytes, threads))
+        answers = [[worker.step() for worker in workers] for _ in range(repeats)]
+    finally:
+        for worker in workers:
+            worker.close()
+    return {
+        side: {
+            "ms": statistics.median(answer["ms"] for answer in mine),
+            "all_ms": [round(answer["ms"], 1) for answer in mine],
+            "peak_mib": mine[-1]["peak_mib"],
+        }
+        for side, mine in zip(sides, zip(*answers, strict=True), strict=True)
+    }
+
+
+def benchmark_train(peer: str | None, repeats: int, threads: int) -> dict:
+    rows, row_bytes = 4, 1024
+    sides = ["ours"] + ([peer] if peer else [])
+    found = medians(sides, rows, row_bytes, repeats, threads)
+    data = run_config(rows, row_bytes).data
+    flops = training_flops(MODEL, data.rows, data.row_bytes, data.row_patches)
+    result = {"ours_ms": found["ours"]["ms"], "all_ms": {s: found[s]["all_ms"] for s in sides}}
+    if peer:
+        result |= {"peer": peer, "peer_ms": found[peer]["ms"]}
+        result["ratio"] = found[peer]["ms"] / found["ours"]["ms"]
+    result["step_gflop"] = flops / 1e9
+    result["ours_gflop_per_second"] = flops / 1e6 / found["ours"]["ms"]
+    return result | {"threads": threads}
+
+
+def benchmark_rows(peer: str | None, repeats: int, threads: int, longest: int) -> dict:
+    """One row a step. A side that fails at a length (memory, usually) is not asked for longer."""
+    lines, sides = [], ["ours"] + ([peer] if peer else [])
+    for row_bytes in (length for length in ROW_LENGTHS if length <= longest):
+        line = {"row_bytes": row_bytes}
+        for side in list(sides):
+            try:
+                found = medians([side], 1, row_bytes, repeats, threads)[side]
+            except ValueError as error:
+                sides.remove(side)
+                print(f"{side} stops here: {error}", file=sys.stderr)
+                continue
+            line[side] = {name: found[name] for name in ("ms", "peak_mib")}
+        lines.append(line)
+        print(row_line(line), file=sys.stderr, flush=True)
+    return {"rows": lines, "threads": threads}
+
+
+def benchmark_slots(records: list[str], row_bytes: int) -> dict:
+    """Shares of byte and patch slots that are used, at the threshold that suits such rows."""
+    documents = [RecordDocuments(Path(folder)) for folder in records]
+    sample = [document for folder in documents for document in sample_documents(folder, 1 << 20, 0)]
+    threshold, _ = calibrate(sample, PatchingConfig(), MEAN_PATCH)
+    result = {"threshold": threshold, "row_bytes": row_bytes}
+    for look_ahead in (1, 32):
+        data = DataConfig(
+            train={folder: SourceConfig(folder) for folder in records},
+            rows=4,
+            row_bytes=row_bytes,
+            row_patches=round(row_bytes / MEAN_PATCH),
+            look_ahead=look_ahead,
+        )
+        patching = PatchingConfig(threshold=threshold)
+        batches = iter(training_batches(data, patching, seed=0, streams=range(data.rows)))
+        drawn = [fills(next(batches), data.row_patches) for _ in range(max(8, 2**19 // row_bytes))]
+        batches.close()
+        byte_fill, patch_fill = (float(share) for share in np.mean(drawn, axis=0))
+        result[f"look_ahead_{look_ahead}"] = {"byte_fill": byte_fill, "patch_fill": patch_fill}
+    return result
+
+
+def row_line(line: dict) -> str:
+    parts = [
+        f"{side} {found['ms']:7.0f} ms ({found['ms'] * 1024 / line['row_bytes']:5.0f} a KiB)"
+        f" {found['peak_mib']:6.0f} MiB"
+        for side, found in line.items()
+        if side != "row_bytes"
+    ]
+    return f"{line['row_bytes']:6d} bytes  " + "   ".join(parts)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("train", "rows", "slots"), help="see above")
+    parser.add_argument("--peer", choices=PEERS, help="measure it too (extra: parity)")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each, after four more")
+    parser.add_argument("--threads", type=int, default=2, help="CPUs that each side may use")
+    parser.add_argument("--longest", type=int, default=ROW_LENGTHS[-1], help="rows: bytes")
+    parser.add_argument("--records", nargs="+", help="slots: folders of records, mixed equally")
+    parser.add_argument("--row_bytes", type=int, default=16384, help="slots: bytes in a row")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError("benchmark runs a model of its own; it has no --config settings")
+    if args.repeats < 1 or args.threads < 1:
+        raise ValueError(f"--repeats ({args.repeats}) and --threads ({args.threads}) must be >= 1")
+    if (args.what == "slots") != bool(args.records):
+        raise ValueError("benchmark slots, and no other, takes --records FOLDER...")
+    if args.what == "slots":
+        result = benchmark_slots(args.records, args.row_bytes)
+    elif args.what == "rows":
+        result = benchmark_rows(args.peer, args.repeats, args.threads, args.longest)
+    else:
+        result = benchmark_train(args.peer, args.repeats, args.threads)
+    if args.json:
+        print(json.dumps(result))
+    elif args.what == "slots":
+        for look_ahead in (1, 32):
+            found = result[f"look_ahead_{look_ahead}"]
+            print(
+                f"rows of {args.row_bytes} bytes, look-ahead {look_ahead}: {found['byte_fill']:.1%}"
+                f" of bytes, {found['patch_fill']:.1%} of patches"
+            )
+    elif args.what == "train":
+        print(
+            f"ours {result['ours_ms']:.0f} ms a step, {result['ours_gflop_per_second']:.0f} GFLOP/s"
+        )
+        if args.peer:
+            print(f"{args.peer} {result['peer_ms']:.0f} ms, {result['ratio']:.2f} times as long")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,0 +1,78 @@
+"""BLT 4B of the paper's family (table 10): 7,332,647,936 parameters, 3.07 billion in hash tables.
+
+    python -m bltjax train --config=configs/blt_4b.py --workdir=WORKDIR \
+        --config.entropy_model=BYTE_LM_WORKDIR \
+        --config.data.train.text.path=RECORDS --config.data.held_out.text.path=HELD_OUT_RECORDS
+
+RECORDS are folders that `python -m bltjax entropies` wrote. Hardware: 128 chips (v5p).
+Not run here: this project's machines have no TPU; its shapes and parameter count are tested. The
+paper's recipe: rows of about 16k bytes, 16M bytes a step, lr 4e-4, cosine to zero.
+Expect a point between 2B and 8B on the paper's scaling curves (figure 6), which give no table.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    config = ConfigDict()
+    config.blt = ConfigDict(
+        dict(
+            local=dict(
+                encoder_layers=1,
+                decoder_layers=9,
+                width=1024,
+                heads=16,
+                hidden=2816,
+                window=512,
+                rope_theta=500000.0,
+                remat=True,
+            ),
+            cross=dict(slots=3, heads=16, encoder="last", decoder="all"),
+            latent=dict(
+                layers=36,
+                width=3072,
+                heads=24,
+                key_value_heads=24,
+                hidden=8192,
+                rope_theta=500000.0,
+                remat=True,
+            ),
+            hash=dict(sizes=(3, 4, 5, 6, 7, 8), functions=1, rows=500002),
+        )
+    )
+    config.entropy_model = "runs/byte_lm_100m"
+    config.patching = ConfigDict(dict(mode="entropy", threshold=1.335442066192627))
+    source = dict(path="data/records", weight=1.0, field="text", split_bytes=0)
+    config.data = ConfigDict(
+        dict(
+            train=dict(text=source),
+            held_out=dict(text=source | {"path": "data/held_out_records"}),
+            rows=1024,
+            row_bytes=16384,
+            row_patches=4096,
+            look_ahead=32,
+            skip_bad=False,
+        )
+    )
+    config.optimizer = ConfigDict(
+        dict(
+            steps=240_000,
+            lr=4e-4,
+            warmup_steps=2000,
+            final_lr_ratio=0.0,
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            clip=1.0,
+            accumulate=4,
+        )
+    )
+    config.checkpoint = ConfigDict(dict(every=1000, keep=2))
+    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    config.compute_dtype = "auto"
+    config.attention = "auto"
+    config.seed = 0
+    config.log_every = 10
+    config.evaluate_every = 1000
+    return config
