@@ -206,7 +206,7 @@ class Worker:
         return answer
 
     def step(self) -> dict:
-        """{"ms", "loss", "peak_mib"} of one more step."""
+        """{"ms", "peak_mib"} of one more step."""
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
         return self.answer()
@@ -229,10 +229,10 @@ def serve(side: str, rows: int, row_bytes: int, threads: int) -> None:
     print("{}", flush=True)
     for _ in sys.stdin:
         begun = time.perf_counter()
-        loss = run()
+        run()
         ms = 1000 * (time.perf_counter() - begun)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"ms": ms, "loss": loss, "peak_mib": peak}), flush=True)
+        print(json.dumps({"ms": ms, "peak_mib": peak}), flush=True)
 
 
 def medians(sides: list[str], rows: int, row_bytes: int, repeats: int, threads: int) -> dict:

@@ -5,10 +5,13 @@ know, while it writes, where its patches begin (paper 2.4). Good for training, s
 """
 
 import functools
+import re
 
 import numpy as np
 
 from bltjax.alphabet import OFFSET
+
+NOT_UTF8 = re.compile("([\udc80-\udcff])")  # what surrogateescape makes of such a byte
 
 
 @functools.lru_cache(maxsize=8)
@@ -35,13 +38,9 @@ def token_lengths(path: str, text: bytes) -> list[int]:
     character count as one. A byte that is not UTF-8 is a token of its own.
     """
     lengths: list[int] = []
-    while text:
-        try:
-            valid, bad = text.decode(), 0
-        except UnicodeDecodeError as error:
-            valid, bad = text[: error.start].decode(), error.end - error.start
-        lengths += string_lengths(load_tokenizer(path), valid) + [1] * bad
-        text = text[len(valid.encode()) + bad :]
+    for piece in NOT_UTF8.split(text.decode(errors="surrogateescape")):
+        alone = NOT_UTF8.fullmatch(piece)
+        lengths += [1] if alone else string_lengths(load_tokenizer(path), piece)
     return lengths
 
 

@@ -6,6 +6,7 @@ so N / P of a row should equal it.
 
 import argparse
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def sample_documents(records: RecordDocuments, sample_bytes: int, seed: int) -> 
     return sample
 
 
-def mean_patch_bytes(documents: list[Document], patching: PatchingConfig) -> float:
+def mean_patch_bytes(documents: Iterable[Document], patching: PatchingConfig) -> float:
     positions = patches = 0
     for document in documents:
         _, starts_N1 = cut(document, patching)

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from bltjax import checkpoint as ckpt
+from bltjax.calibrate import mean_patch_bytes
 from bltjax.config import RunConfig, SourceConfig
 from bltjax.config_file import add_source_arguments, source_from
-from bltjax.data.packing import cut
 from bltjax.data.pipeline import held_out_batches
 from bltjax.data.sources import open_source
 from bltjax.metrics import Progress, quantity
@@ -68,12 +68,8 @@ def evaluate(workdir: Path, source: SourceConfig, *, skip_bad: bool = False) -> 
         "cuts": cuts,
     }
     if patching is not None:
-        positions = patches = 0
-        for index in range(len(documents)):
-            _, starts_N1 = cut(documents[index], patching)
-            positions += len(starts_N1) - 1
-            patches += int(starts_N1[:-1].sum())
-        result["mean_patch_bytes"] = positions / patches
+        every = (documents[index] for index in range(len(documents)))
+        result["mean_patch_bytes"] = mean_patch_bytes(every, patching)
     return result
 
 

@@ -116,14 +116,11 @@ def inside_character(xp, ids_N):
     follows_N = (byte_N >= 0x80) & (byte_N <= 0xBF)
     size_N = 1 + (byte_N >= 0xC2).astype(xp.int32) + (byte_N >= 0xE0) + (byte_N >= 0xF0)
     size_N = xp.where(byte_N > 0xF4, 1, size_N)
-    inside_N1 = unbroken_N1 = None
+    inside_N1, unbroken_N1 = False, True
     for distance in (1, 2, 3):
         begun_N1 = shifted(xp, size_N, distance, 1) > distance
-        if distance == 1:
-            inside_N1, unbroken_N1 = begun_N1, shifted(xp, follows_N, 1, False)
-        else:
-            inside_N1 = inside_N1 | (begun_N1 & unbroken_N1)
-            unbroken_N1 = unbroken_N1 & shifted(xp, follows_N, distance, False)
+        inside_N1 = inside_N1 | (begun_N1 & unbroken_N1)
+        unbroken_N1 = unbroken_N1 & shifted(xp, follows_N, distance, False)
     return inside_N1
 
 

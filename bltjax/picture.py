@@ -37,6 +37,12 @@ class Cut(NamedTuple):
     entropies: np.ndarray | None  # float32 [len], nats, known before the byte is
 
 
+def spans(text: bytes, cut: Cut) -> list[tuple[int, int]]:
+    """[begin, end) of each patch, in bytes."""
+    begins = cut.begins.tolist()
+    return list(zip(begins, [*begins[1:], len(text)], strict=True))
+
+
 def cut_text(text: bytes, title: str, patching: PatchingConfig, entropies_by_reset: dict) -> Cut:
     ids_N = encode(text, eos=False)
     entropies_N = entropies_by_reset.get(patching.newline_reset)
@@ -100,19 +106,17 @@ def page(text: bytes, cuts: list[Cut], note: str) -> str:
     """A self-contained HTML page: the patches of every scheme, entropies in their tooltips."""
     sections = []
     for cut in cuts:
-        ends = np.append(cut.begins[1:], len(text))
-        spans = []
-        for number, shown in enumerate(patch_strings(text, cut.begins)):
-            begin, end = cut.begins[number], ends[number]
+        marked, strings = [], patch_strings(text, cut.begins)
+        for number, (shown, (begin, end)) in enumerate(zip(strings, spans(text, cut), strict=True)):
             hint = f"patch {number + 1}: bytes {begin} to {end - 1}, {end - begin} long"
             if cut.entropies is not None:
                 hint += f", entropy {cut.entropies[begin]:.3f} nats"
             colour = HTML_COLOURS[number % len(HTML_COLOURS)]
             body = html.escape(shown).replace("\n", "<br>")
-            spans.append(f'<span style="background:{colour}" title="{hint}">{body}</span>')
+            marked.append(f'<span style="background:{colour}" title="{hint}">{body}</span>')
         sections.append(
             f"<h2>{html.escape(cut.title)}</h2><p>{summary(text, cut)}</p>{curve(text, cut)}"
-            f'<div class="text">{"".join(spans)}</div>'
+            f'<div class="text">{"".join(marked)}</div>'
         )
     return (
         '<!doctype html><html><head><meta charset="utf-8"><title>Patches</title><style>'
@@ -145,7 +149,7 @@ def curve(text: bytes, cut: Cut) -> str:
 
 
 def summary(text: bytes, cut: Cut) -> str:
-    lengths = np.diff(np.append(cut.begins, len(text)))
+    lengths = np.array([end - begin for begin, end in spans(text, cut)])
     kind = "" if cut.patching.incremental else "; not incremental"
     return (
         f"{len(lengths)} patches, {lengths.mean():.2f} bytes on average,"
@@ -227,8 +231,7 @@ def draw(text: bytes, cuts: list[Cut], path: Path) -> set[str]:
             axes.set_ylabel(
                 label, rotation=0, ha="right", va="center", fontsize=7 if "\n" in label else 8
             )
-            ends = np.append(cut.begins[1:], len(text))
-            for patch, (begin, end) in enumerate(zip(cut.begins, ends, strict=True)):
+            for patch, (begin, end) in enumerate(spans(text, cut)):
                 begin, end = max(begin, first), min(end, until)
                 if end > begin:
                     colour = HTML_COLOURS[patch % len(HTML_COLOURS)]

@@ -121,15 +121,14 @@ def score_documents(
         heapq.heappush(loads, (load + lengths[index], lane))
     ids, documents, results = [], [], []
     for lane in members:
-        ids.append(
-            np.concatenate([np.zeros(0, np.int32)] + [encode(texts[i], eos=False) for i in lane])
-        )
         # Every document, and with newline_reset every line, is a document to the model.
-        begins = np.zeros(len(ids[-1]), bool)
-        begins[np.cumsum([0] + [lengths[i] for i in lane[:-1]])[: len(lane)]] = True
-        if newline_reset:
-            begins |= ids[-1] == OFFSET + ord("\n")
-        documents.append(np.cumsum(begins, dtype=np.int32))
+        lane_ids, lane_documents, last = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], 0
+        for index in lane:
+            lane_ids.append(encode(texts[index], eos=False))
+            lane_documents.append(last + contexts(lane_ids[-1], newline_reset))
+            last = lane_documents[-1][-1]
+        ids.append(np.concatenate(lane_ids))
+        documents.append(np.concatenate(lane_documents))
         results.append(np.empty(len(ids[-1]), np.float32))
 
     step = scoring_step(config)

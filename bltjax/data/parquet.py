@@ -26,16 +26,24 @@ class ParquetDocuments:
     def __init__(self, paths: list[Path], field: str):
         """Raises ValueError for a file that is not Parquet, or has no such column of text."""
         self.paths, self.field = paths, field
+        self._files: dict[int, pq.ParquetFile] = {}
         self._kept: OrderedDict[tuple[int, int], pa.Array] = OrderedDict()
         spans = [np.zeros((0, 3), np.int64)]
-        for number, path in enumerate(paths):
-            for group in range(self.opened(path).num_row_groups):
+        for number in range(len(paths)):
+            for group in range(self.file(number).num_row_groups):
                 column = self.group(number, group)
                 rows = np.flatnonzero(pc.fill_null(pc.binary_length(column), 0).to_numpy())
                 spans.append(
                     np.stack([np.full(len(rows), number), np.full(len(rows), group), rows], 1)
                 )
         self.spans = np.concatenate(spans)
+
+    def file(self, number: int) -> pq.ParquetFile:
+        """The file used last stays open, so that a scan reads each footer once; no more than one,
+        because a corpus may have more files than a process may open."""
+        if number not in self._files:
+            self._files = {number: self.opened(self.paths[number])}
+        return self._files[number]
 
     def opened(self, path: Path) -> pq.ParquetFile:
         try:
@@ -58,7 +66,7 @@ class ParquetDocuments:
             self._kept.move_to_end(key)
             return self._kept[key]
         try:
-            table = self.opened(self.paths[number]).read_row_group(group, columns=[self.field])
+            table = self.file(number).read_row_group(group, columns=[self.field])
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{self.paths[number]}, row group {group}: {error}") from None
         self._kept[key] = pa.concat_arrays(table[self.field].cast(pa.large_binary()).chunks)
@@ -67,7 +75,7 @@ class ParquetDocuments:
         return self._kept[key]
 
     def __getstate__(self):
-        return self.__dict__ | {"_kept": OrderedDict()}
+        return self.__dict__ | {"_files": {}, "_kept": OrderedDict()}
 
     def __len__(self) -> int:
         return len(self.spans)

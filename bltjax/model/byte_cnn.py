@@ -6,6 +6,7 @@ So small a receptive field has few contexts: the entropy after each is computed 
 text is looking it up (paper 4.2). Bytes before the document count as BOE.
 """
 
+import functools
 import itertools
 
 import jax
@@ -53,8 +54,9 @@ class ByteCNN(nn.Module):
         return project(normed("norm_E", x_BNE), head_EV).astype(jnp.float32), None
 
 
-def entropy_table(config: ByteCNNConfig, params) -> np.ndarray:
-    """float32 [V, ..., V], as many axes as the context is long: nats after each context."""
+@functools.lru_cache(maxsize=4)
+def table_step(config: ByteCNNConfig):
+    """(params, contexts) -> the entropy after each; compiled once for all shards of a corpus."""
     model = ByteCNN(config)
 
     @jax.jit
@@ -63,6 +65,12 @@ def entropy_table(config: ByteCNNConfig, params) -> np.ndarray:
             logits_BNV, _ = model.apply({"params": params}, contexts_BN, jnp.ones_like(contexts_BN))
         return entropies_of(logits_BNV[:, -1:])[:, 0]
 
+    return after
+
+
+def entropy_table(config: ByteCNNConfig, params) -> np.ndarray:
+    """float32 [V, ..., V], as many axes as the context is long: nats after each context."""
+    after = table_step(config)
     last = np.stack(np.meshgrid(*[np.arange(VOCABULARY)] * min(2, config.context), indexing="ij"))
     last = last.reshape(len(last), -1).T.astype(np.int32)
     table = []
