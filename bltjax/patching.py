@@ -53,6 +53,8 @@ def patch_starts(config: PatchingConfig, ids_N, entropies_N=None):
         starts_N1 = split_long(xp, starts_N1, index_N1, config.max_patch_bytes)
         if config.whole_characters:
             starts_N1 = after_character(xp, starts_N1, inside_N1)
+    if not config.looks_past_end and config.max_patch_bytes is not None:
+        starts_N1 = starts_N1 & (index_N1 < length)
     return starts_N1
 
 

@@ -24,6 +24,7 @@ def block_size(latent) -> BlockSize:
         latent.rope_theta,
         letters="DHJ",
         stacked="L",
+        rope_scaling=latent.rope_scaling,
     )
 
 

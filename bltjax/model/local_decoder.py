@@ -51,7 +51,7 @@ class LocalDecoder(nn.Module):
                     name=f"cross_{layer}",
                 )(x_BNE, source_BSE, ranges)
             x_BNE, _ = block(
-                block_size(local),
+                block_size(local, local.hidden),
                 Sliding(local.window),
                 self.dtype,
                 self.implementation,

@@ -4,7 +4,8 @@
                                                    |
                                   max over patch --+--> K queries --cross-attend--> slots
 
-Pooling happens once, at the first cross-attention; later ones refine the same slots.
+Pooling happens once, at the first cross-attention; later ones refine the same slots. (With
+`cross.repools` each begins anew, and only the last one counts.)
 """
 
 import jax
@@ -13,7 +14,7 @@ from flax import linen as nn
 
 from bltjax.alphabet import VOCABULARY
 from bltjax.attention import Pooling, Sliding
-from bltjax.config import BLTConfig, HashConfig
+from bltjax.config import BLTConfig, HashConfig, LocalConfig
 from bltjax.model.cross_attention import CrossAttention
 from bltjax.model.layers import Block, BlockSize, project, truncated_normal
 from bltjax.ngram_hash import hash_ids
@@ -32,22 +33,26 @@ def hash_tables(config: HashConfig, width: int):
 
 @jax.custom_vjp
 def looked_up(tables_RME, ids_RBN):
-    """Sum over the tables of the row that each position has in them, [B, N, E]."""
-    pairs = zip(tables_RME, ids_RBN, strict=True)
-    return sum(table_ME.at[ids_BN].get(mode="promise_in_bounds") for table_ME, ids_BN in pairs)
+    """Sum over the tables of the row that each position has in them, float32 [B, N, E]."""
+    rows = (
+        table_ME.at[ids_BN].get(mode="promise_in_bounds").astype(jnp.float32)
+        for table_ME, ids_BN in zip(tables_RME, ids_RBN, strict=True)
+    )
+    return sum(rows)
 
 
 def looked_up_forward(tables_RME, ids_RBN):
-    return looked_up(tables_RME, ids_RBN), (ids_RBN, tables_RME.shape[1])
+    return looked_up(tables_RME, ids_RBN), (ids_RBN, tables_RME[:, :, :0])
 
 
 def looked_up_backward(kept, grad_BNE):
     """Table by table; differentiating the slices would add up as many whole gradients."""
-    ids_RBN, stored_rows = kept
+    ids_RBN, tables_RM0 = kept  # no columns: what is left of the tables is their shape and dtype
     flat = grad_BNE.reshape(-1, grad_BNE.shape[-1])
 
     def of_table(ids_BN):
-        return jax.ops.segment_sum(flat, ids_BN.reshape(-1), num_segments=stored_rows)
+        grad_ME = jax.ops.segment_sum(flat, ids_BN.reshape(-1), num_segments=tables_RM0.shape[1])
+        return grad_ME.astype(tables_RM0.dtype)
 
     return jax.lax.map(of_table, ids_RBN), None
 
@@ -55,9 +60,9 @@ def looked_up_backward(kept, grad_BNE):
 looked_up.defvjp(looked_up_forward, looked_up_backward)
 
 
-def block_size(local) -> BlockSize:
+def block_size(local: LocalConfig, hidden: int) -> BlockSize:
     return BlockSize(
-        local.width, local.heads, local.heads, local.hidden, local.norm_eps, local.rope_theta
+        local.width, local.heads, local.heads, hidden, local.norm_eps, local.rope_theta
     )
 
 
@@ -73,7 +78,7 @@ class LocalEncoder(nn.Module):
         E, K, P = local.width, cross.slots, patch_slots
         rows = bytes_BN.shape[0]
         bytes_VE = self.param("bytes_VE", truncated_normal(E), (VOCABULARY, E))
-        embeds_BNE = bytes_VE[bytes_BN]
+        embeds_BNE = bytes_VE[bytes_BN].astype(jnp.float32)
         if hashed.tables:
             tables_RME = self.param(
                 "ngrams_RME", hash_tables(hashed, E), (hashed.tables, hashed.stored_rows, E)
@@ -88,7 +93,7 @@ class LocalEncoder(nn.Module):
         block = nn.remat(Block) if local.remat else Block
         for layer in range(local.encoder_layers):
             x_BNE, _ = block(
-                block_size(local),
+                block_size(local, local.encoder_hidden or local.hidden),
                 Sliding(local.window),
                 self.dtype,
                 self.implementation,
@@ -96,7 +101,7 @@ class LocalEncoder(nn.Module):
             )(x_BNE, patches.bytes_ranges)
             last = layer == local.encoder_layers - 1
             attends = cross.encoder == "all" or (cross.encoder == "last" and last)
-            if slots_BSE is None and (attends or last):
+            if (slots_BSE is None or cross.repools) and (attends or last):
                 pooled_BPE = pool_max(x_BNE, patches.patch_of_BN, P)
                 slots_BSE = project(pooled_BPE, pool_EKE).reshape(rows, P * K, E)
             if attends:
