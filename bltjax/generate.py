@@ -16,10 +16,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from bltjax import checkpoint as ckpt
 from bltjax.alphabet import BOS, EOS, OFFSET, as_bytes, encode, text_stream
 from bltjax.config import ByteCNNConfig, PatchingConfig, RunConfig
+from bltjax.config_file import add_workdir_argument
 from bltjax.evaluate import run_patching
+from bltjax.export import load_params
 from bltjax.metrics import quantity
 from bltjax.model import batch_logits, make_model
 from bltjax.model.byte_cnn import entropy_table, table_entropies
@@ -177,7 +178,7 @@ def generate(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, type=Path, help="work directory of a run")
+    add_workdir_argument(parser)
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
         "--prompt", default="", help="text to continue (default: nothing, BOS alone)"
@@ -197,7 +198,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     logging.getLogger("bltjax").setLevel(logging.WARNING)  # nothing but the text on the terminal
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     check_sampling(sampling)
-    config, params, _ = ckpt.load_params(args.workdir)
+    config, params, _ = load_params(args.workdir)
     predictor = Predictor(config, params, *run_patching(config, args.workdir))
     prompt = args.prompt_file.read_bytes() if args.prompt_file else as_bytes(args.prompt)
     stream, begun, count = text_stream(), time.monotonic(), 0

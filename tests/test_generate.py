@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from bltjax.alphabet import EOS, OFFSET, encode
-from bltjax.checkpoint import load_params
 from bltjax.evaluate import run_patching
+from bltjax.export import load_params
 from bltjax.generate import Predictor, Sampling, generate, sample
 
 
