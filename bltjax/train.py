@@ -7,6 +7,7 @@ command again resumes from the newest one, and its losses are those of a run nev
 
 import argparse
 import contextlib
+import dataclasses
 import shutil
 import time
 from pathlib import Path
@@ -18,7 +19,15 @@ import optax
 
 from bltjax import checkpoint as ckpt
 from bltjax.checkpoint import TrainState
-from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, RunConfig, divides, to_dict
+from bltjax.config import (
+    BLTConfig,
+    ByteCNNConfig,
+    ByteLMConfig,
+    PatchingConfig,
+    RunConfig,
+    divides,
+    to_dict,
+)
 from bltjax.config_file import load_config
 from bltjax.data.pipeline import fills, held_out_batches, training_batches
 from bltjax.flops import training_flops
@@ -123,6 +132,18 @@ def entropy_model(config: RunConfig, workdir: Path) -> EntropyModel | None:
     return load_entropy_model(source, newline_reset=config.patching.newline_reset)
 
 
+def placed_patches(config: RunConfig, workdir: Path) -> PatchingConfig | None:
+    """How a BLT's patches are placed; None for a byte LM.
+
+    A resumed run takes its own copy of a tokenizer, whatever has become of the original.
+    """
+    if config.blt is None:
+        return None
+    if config.patching.mode != "bpe" or not ckpt.saved_steps(workdir):
+        return config.patching
+    return dataclasses.replace(config.patching, tokenizer=str(workdir / TOKENIZER))
+
+
 def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> dict[str, float]:
     """Trains to `optimizer.steps` (or until `stop_at`), resuming what is there; the last report.
 
@@ -137,7 +158,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     divides("mesh data x fsdp", shards, "data.rows", config.data.rows)
     rows = row_sharding(mesh)
-    patching = config.patching if config.blt is not None else None
+    patching = placed_patches(config, workdir)
     expected = byte_lm.identity if byte_lm else None
 
     dataset = training_batches(
