@@ -23,7 +23,7 @@ import numpy as np
 from bltjax import checkpoint as ckpt
 from bltjax.alphabet import OFFSET, encode
 from bltjax.config import ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig, SourceConfig
-from bltjax.data.records import Document, RecordDocuments
+from bltjax.data.records import NEWLINE_RESET, Document, RecordDocuments
 from bltjax.data.sources import open_source
 from bltjax.metrics import Progress
 from bltjax.model.byte_cnn import entropy_table, table_entropies
@@ -55,7 +55,7 @@ def load_entropy_model(workdir: Path, *, newline_reset: bool) -> EntropyModel:
     run, params, step = ckpt.load_params(workdir)
     if run.blt is not None:
         raise ValueError(f"{workdir} trained a BLT, not a byte LM; entropies come from a byte LM")
-    identity = ckpt.identity(params) + newline_reset * "+newline_reset"
+    identity = ckpt.identity(params) + newline_reset * NEWLINE_RESET
     return EntropyModel(run.model, params, identity, newline_reset, run, step)
 
 
@@ -166,9 +166,22 @@ def score_documents(
     return entropies, padding
 
 
+# The table of the byte CNN used last: a corpus is scored shard by shard.
+TABLE: dict[tuple[ByteCNNConfig, str], np.ndarray] = {}
+
+
+def table_of(config: ByteCNNConfig, params) -> np.ndarray:
+    """`entropy_table`, made once for a model; its parameters are known by their checksum."""
+    key = (config, ckpt.identity(params))
+    if key not in TABLE:
+        TABLE.clear()
+        TABLE[key] = entropy_table(config, params)
+    return TABLE[key]
+
+
 def look_up(config: ByteCNNConfig, params, texts, newline_reset: bool, scored) -> list[np.ndarray]:
     """Entropies under a byte CNN, from the table of all its contexts."""
-    table, entropies = entropy_table(config, params), []
+    table, entropies = table_of(config, params), []
     for text in texts:
         ids_N = encode(text, eos=False)
         entropies.append(table_entropies(table, ids_N, contexts(ids_N, newline_reset)))
