@@ -10,6 +10,7 @@ are medians.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -207,12 +208,14 @@ class Worker:
 
     def step(self) -> dict:
         """{"ms", "peak_mib"} of one more step."""
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it died, as the lack of an answer will say
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
         return self.answer()
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -291,7 +294,9 @@ def benchmark_rows(peer: str | None, repeats: int, threads: int, longest: int) -
 def benchmark_slots(records: list[str], row_bytes: int) -> dict:
     """Shares of byte and patch slots that are used, at the threshold that suits such rows."""
     documents = [RecordDocuments(Path(folder)) for folder in records]
-    sample = [document for folder in documents for document in sample_documents(folder, 1 << 20, 0)]
+    # As much of each, as the mixture has it.
+    share = min([1 << 20, *(folder.manifest.total("text_bytes") for folder in documents)])
+    sample = [document for folder in documents for document in sample_documents(folder, share, 0)]
     threshold, _ = calibrate(sample, PatchingConfig(), MEAN_PATCH)
     result = {"threshold": threshold, "row_bytes": row_bytes}
     for look_ahead in (1, 32):
@@ -337,6 +342,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError("benchmark runs a model of its own; it has no --config settings")
     if args.repeats < 1 or args.threads < 1:
         raise ValueError(f"--repeats ({args.repeats}) and --threads ({args.threads}) must be >= 1")
+    there = len(os.sched_getaffinity(0))
+    if args.what != "slots" and args.threads > there:
+        raise ValueError(f"--threads ({args.threads}) must be at most {there}, the CPUs there are")
+    if args.what == "rows" and args.longest < ROW_LENGTHS[0]:
+        raise ValueError(
+            f"--longest ({args.longest}) must be at least {ROW_LENGTHS[0]}, the shortest row"
+        )
     if (args.what == "slots") != bool(args.records):
         raise ValueError("benchmark slots, and no other, takes --records FOLDER...")
     if args.what == "slots":

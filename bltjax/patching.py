@@ -22,7 +22,7 @@ def patch_starts(config: PatchingConfig, ids_N, entropies_N=None):
 
     Raises:
       ValueError: if the entropies that the mode needs are missing or of another length; for bpe
-        mode on a device, where there is no tokenizer.
+        mode on a device, where there is no tokenizer, or with several documents at once.
     """
     xp = jnp if isinstance(ids_N, jax.Array) else np
     length = ids_N.shape[-1]
@@ -35,6 +35,8 @@ def patch_starts(config: PatchingConfig, ids_N, entropies_N=None):
     elif config.mode == "bpe":
         if xp is jnp:
             raise ValueError("bpe patching tokenizes the whole text on the host: give numpy ids")
+        if ids_N.ndim != 1:
+            raise ValueError(f"bpe patching takes one document, ids [N], not {ids_N.shape}")
         starts_N1 = token_starts(config.tokenizer, ids_N)
     elif config.mode == "space":
         starts_N1 = (index_N1 < 2) | space_starts(xp, ids_N)

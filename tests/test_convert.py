@@ -59,7 +59,7 @@ def test_a_run_becomes_an_export_that_every_program_takes(runs, tmp_path, capsys
 def test_training_goes_on_from_an_export(runs, tmp_path, capsys):
     export = tmp_path / "export"
     run(runs.blt, export)
-    more = ("--config.optimizer.lr=1e-9", "--config.optimizer.steps=1", "--config.optimizer.warmup_steps=0")
+    more = [f"--config.optimizer.{x}" for x in ("lr=1e-9", "steps=1", "warmup_steps=0")]
     runs.train("blt", tmp_path / "warm", *runs.blt_settings, *more, f"--init_from={export}")
     warm, cold = bltjax.load(tmp_path / "warm"), bltjax.load(export)
     np.testing.assert_allclose(warm.logits("a patch"), cold.logits("a patch"), atol=1e-4)
