@@ -145,3 +145,12 @@ def test_refused(capsys):
     assert f"--threads ({there + 1}) must be at most {there}" in capsys.readouterr().err
     assert main(["benchmark", "rows", "--longest=1000"]) == 1
     assert "--longest (1000) must be at least 1024" in capsys.readouterr().err
+
+
+def test_convert(tmp_path, capsys):
+    """The quickstart's shapes; with no options it is those of the released 1B."""
+    configs = ["--config=configs/quickstart.py:blt", "--byte_lm=configs/quickstart.py:byte_lm"]
+    assert main(["benchmark", "convert", *configs, f"--folder={tmp_path}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes"] > found["largest_tensor_bytes"] > 0 < found["peak_bytes"]
+    assert not list(tmp_path.iterdir())

@@ -65,6 +65,7 @@ def test_training_goes_on_from_an_export(runs, tmp_path, capsys):
     np.testing.assert_allclose(warm.logits("a patch"), cold.logits("a patch"), atol=1e-4)
     words = ["train", f"--config={port.__file__.replace('port', 'tiny')}:blt"]
     words += [f"--workdir={tmp_path / 'other'}", *runs.blt_settings, f"--init_from={export}"]
+    words += [f"--config.data.{part}.text.path={runs.root}" for part in ("train", "held_out")]
     said = error_of(capsys, *words, "--config.blt.latent.layers=3")
     assert "holds a model with other settings" in said and "latent.layers: 2 -> 3" in said
 
