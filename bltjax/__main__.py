@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         # Whoever read the output, such as `head`, has seen enough; what is left of it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell has it: ended by SIGPIPE
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if args.debug:
             raise
         print(f"bltjax {args.verb}: {describe(error)}", file=sys.stderr)

@@ -25,6 +25,8 @@ from absl import logging as absl_logging
 
 from bltjax.config import RunConfig, differences, from_dict, to_dict
 
+CHUNK_BYTES = 64 << 20
+
 
 class TrainState(NamedTuple):
     """Everything that a step reads and writes: a pytree of arrays."""
@@ -101,11 +103,16 @@ def save(manager: ocp.CheckpointManager, state: TrainState, progress: dict) -> N
     manager.save(
         int(progress["step"]),
         args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
+            params=ocp.args.StandardSave(state.params, save_args=in_chunks(state.params)),
             opt=ocp.args.StandardSave(state.opt),
             progress=ocp.args.JsonSave(progress),
         ),
     )
+
+
+def in_chunks(params):
+    """Chunks on disk that can be read one by one, whatever a device held."""
+    return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
 
 
 @contextlib.contextmanager
@@ -113,12 +120,12 @@ def reading(folder: Path):
     """Says which checkpoint is damaged, and what to do, instead of how Orbax noticed."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except Exception as error:  # Orbax and its storage raise many kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"checkpoint {folder} can't be read: {reason[0][:200]}\n"
-            "Remove that folder to go on from the one before it, if there is one."
-        ) from error
+        way_out = "Write that export again."
+        if folder.parent.parent.name == "checkpoints" or folder.parent.name == "checkpoints":
+            way_out = "Remove that folder to go on from the one before it, if there is one."
+        raise ValueError(f"{folder} can't be read: {reason[0][:200]}\n{way_out}") from error
 
 
 def restore(

@@ -26,6 +26,7 @@ import numpy as np
 from etils import epath
 
 from bltjax.alphabet import encode
+from bltjax.config import PatchingConfig
 from bltjax.export import is_export, open_stored, write_export
 from bltjax.metrics import Progress, duration, quantity
 from bltjax.model import parameter_count
@@ -33,10 +34,10 @@ from bltjax.notebook import LoadedModel
 from bltjax.patching import force_starts, patch_starts
 from bltjax.scoring import EntropyModel
 from bltjax.weights.meta import is_meta, read_meta, write_meta
-from bltjax.weights.model_files import ModelFiles, model_shapes, read_json
+from bltjax.weights.model_files import ModelFiles, model_shapes
 from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces, tensors_of
 from bltjax.weights.port import is_port, port_settings, read_port, write_port
-from bltjax.weights.tensors import DTYPES, cast, tree_of
+from bltjax.weights.tensors import DTYPES, cast, read_json, tree_of
 
 LAYOUTS = {
     "export": "an export",
@@ -112,7 +113,13 @@ def convert(
     """
     if destination.exists():
         raise ValueError(f"{destination} exists; give another destination, or remove it")
+    if to == "meta" and "://" in str(destination):
+        raise ValueError(f"{destination}: torch writes to disks only; convert to a folder first")
     opened = open_model(source, as_port=as_port)
+    if as_port and opened.layout != "transformers":
+        raise ValueError(
+            f"--as_port is for the transformers port; {source} is {LAYOUTS[opened.layout]}"
+        )
     if byte_lm is not None:
         beside = open_model(byte_lm, as_port=as_port)
         opened = opened._replace(byte_lm=beside if beside.config.blt is None else beside.byte_lm)
@@ -205,6 +212,11 @@ def our_model(files: ModelFiles) -> LoadedModel:
     return LoadedModel(config, jax.device_put(tree_of(files.leaves)), patching, entropy_model)
 
 
+def fixed_starts(ids_N: np.ndarray) -> np.ndarray:
+    """Patches of four bytes, to compare logits where no byte LM places any."""
+    return force_starts(patch_starts(PatchingConfig(mode="static"), ids_N))
+
+
 def ours(files: ModelFiles):
     model = our_model(files)
 
@@ -216,8 +228,10 @@ def ours(files: ModelFiles):
         own_N1 = None
         if has_entropies or model.config.patching.mode != "entropy":
             own_N1 = model.starts(text)
+        ids_N = encode(text, eos=False)
         used_N1 = own_N1 if starts_N1 is None else starts_N1
-        logits = model.logits_with(encode(text, eos=False), used_N1)
+        used_N1 = fixed_starts(ids_N) if used_N1 is None else used_N1
+        logits = model.logits_with(ids_N, used_N1)
         return Scores(entropies_N, own_N1, logits)
 
     return score
@@ -233,10 +247,13 @@ def port(files: ModelFiles):
     except ImportError:
         return None
     byte_lm = files.byte_lm and files.byte_lm.config
+    try:
+        settings = port_settings(files.config, byte_lm)
+    except ValueError as error:
+        print(f"not compared with transformers: {error}")
+        return None
     if files.origin.get("layout") == "transformers":
         settings = files.origin["json"]["config.json"]
-    else:
-        settings = port_settings(files.config, byte_lm)
     peer = BltForCausalLM(BltConfig(**settings)).eval().float()
     tensors = tensors_of(files.leaves, blt_pieces(PORT, files.config.blt), {})
     if files.byte_lm:
@@ -255,6 +272,7 @@ def port(files: ModelFiles):
                 entropies_N = peer.model.patcher(ids, patch_size=4, threshold=1.0)[0][0].numpy()
                 own_N1 = force_starts(patch_starts(files.config.patching, ids_N, entropies_N))
             used_N1 = own_N1 if starts_N1 is None else starts_N1
+            used_N1 = fixed_starts(ids_N) if used_N1 is None else used_N1
             begins = np.flatnonzero(used_N1)
             # Its lengths cover the row alone; one of zero says that the next byte opens a patch.
             lengths = torch.from_numpy(np.diff(np.append(begins, len(ids_N))))[None]
@@ -284,7 +302,7 @@ def verify(source: ModelFiles, written: ModelFiles) -> Verdict:
         scorers.append(theirs or ours(files))
         by.append("transformers" if theirs else "bltjax")
     config = source.config
-    window = config.blt.local.window if config.blt else config.byte_lm.window
+    window = config.blt.local.window if config.blt else getattr(config.model, "window", 0)
     size = min(window + 100, config.data.row_bytes - 1)  # where no window is, ours is the row
     long = " ".join(VERIFY_TEXTS * (1 + size // 200)).encode()[:size]
     entropies = logits = 0.0
@@ -300,8 +318,11 @@ def verify(source: ModelFiles, written: ModelFiles) -> Verdict:
             continue
         differs_N1 = one.starts != other.starts
         # A start at n is decided by the entropy before it, or by a rise that one of two decides.
-        margin_N = np.abs(one.entropies - source.config.patching.threshold)
-        near_N1 = np.append(True, margin_N < NEAR_TIE)
+        patching, rise_N = source.config.patching, np.diff(one.entropies, prepend=np.inf)
+        margins = [np.abs(one.entropies - patching.threshold), np.abs(rise_N - patching.threshold)]
+        if patching.threshold_add is not None:
+            margins.append(np.abs(rise_N - patching.threshold_add))
+        near_N1 = np.append(True, np.min(margins, axis=0) < NEAR_TIE)
         boundaries += int(one.starts.sum())
         near_ties += int((differs_N1 & near_N1).sum())
         differing += int((differs_N1 & ~near_N1).sum())

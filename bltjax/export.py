@@ -24,8 +24,8 @@ from etils import epath
 
 from bltjax import checkpoint as ckpt
 from bltjax.config import RunConfig, from_dict, to_dict
-from bltjax.weights.model_files import ModelFiles, leaf_shapes, read_json
-from bltjax.weights.tensors import BLOCK_BYTES, DTYPES, Leaf, blocks, flattened
+from bltjax.weights.model_files import ModelFiles, leaf_shapes
+from bltjax.weights.tensors import BLOCK_BYTES, DTYPES, Leaf, blocks, flattened, read_json
 
 FORMAT, VERSION = "bltjax export", 1
 MANIFEST = "export.json"
@@ -65,6 +65,9 @@ def read_config(path) -> RunConfig:
     if is_export(path):
         manifest = read_manifest(path)
         return from_dict(RunConfig, manifest.get("config"), str(path / MANIFEST))
+    config = path / "config.json"
+    if config.exists() and {"model_type", "args"} & read_json(config).keys():
+        raise ValueError(f"{path} holds released weights: `convert` makes an export of them first")
     return ckpt.read_config(path)
 
 
@@ -85,7 +88,7 @@ def load_params(path, shardings=None, dtype=None) -> Loaded:
     path = epath.Path(path)
     config = read_config(path)
     folder, step = params_folder(path)
-    with ckpt.reading(folder if is_export(path) else folder.parent):
+    with ckpt.reading(folder):
         check_shapes(config, flattened(ckpt.stored_shapes(folder)), folder)
         return Loaded(config, ckpt.restore_params(folder, shardings, dtype), step)
 
@@ -112,7 +115,8 @@ def open_array(folder: epath.Path, path: str, context: tensorstore.Context):
         kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"}
     else:
         kvstore = f"{base}/{name}/"
-    spec = {"driver": "zarr", "kvstore": kvstore}
+    # What was lost from the disk must not read as zeros.
+    spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
     return tensorstore.open(spec, open=True, read=True, context=context).result()
 
 
@@ -129,13 +133,14 @@ def open_stored(path) -> ModelFiles:
 
     def leaf(name: str) -> Leaf:
         array = open_array(folder, name, context)
-        return Leaf(
-            tuple(array.shape),
-            array.dtype.numpy_dtype,
-            lambda place, rows: array[(*place, rows)].read().result(),
-        )
 
-    with ckpt.reading(folder if is_export(path) else folder.parent):
+        def read(place: tuple[int, ...], rows: slice) -> np.ndarray:
+            with ckpt.reading(folder):
+                return array[(*place, rows)].read().result()
+
+        return Leaf(tuple(array.shape), array.dtype.numpy_dtype, read)
+
+    with ckpt.reading(folder):
         stored = flattened(ckpt.stored_shapes(folder))
         check_shapes(config, stored, folder)
         leaves = {name: leaf(name) for name in stored}

@@ -6,7 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from bltjax.checkpoint import check_workdir, identity, save_params, saved_steps
+from bltjax.checkpoint import (
+    TrainState,
+    check_workdir,
+    identity,
+    make_manager,
+    save,
+    save_params,
+    saved_steps,
+    stored_shapes,
+)
 from bltjax.config import ByteLMConfig, RunConfig
 from bltjax.export import load_params
 from bltjax.model import initial_params, make_model
@@ -37,7 +46,7 @@ def test_damaged_checkpoints_are_named(runs, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(runs.byte_lm, copy)
     shutil.rmtree(copy / "checkpoints" / "12" / "params")
-    with pytest.raises(ValueError, match=r"checkpoints/12 can't be read: .*\n.*one before it"):
+    with pytest.raises(ValueError, match=r"checkpoints/12/params can't be read: .*\n.*one before it"):
         load_params(copy)
     shutil.rmtree(copy / "checkpoints" / "12")
     assert load_params(copy)[2] == 8
@@ -48,3 +57,18 @@ def test_damaged_checkpoints_are_named(runs, tmp_path):
     shutil.copy(runs.byte_lm / "config.json", copy)
     with pytest.raises(ValueError, match="has no checkpoint yet"):
         load_params(copy)
+
+
+def test_parameters_lie_in_chunks(tmp_path, monkeypatch):
+    """So that a converter can read a table of many gigabytes in pieces, whatever a device held."""
+    monkeypatch.setattr("bltjax.checkpoint.CHUNK_BYTES", 1 << 16)
+    manager = make_manager(tmp_path, CONFIG)
+    params = {"ngrams_RME": jax.numpy.ones((3, 512, 64))}
+    save(
+        manager,
+        TrainState(jax.numpy.zeros((), int), params, {"a_E": jax.numpy.ones(2)}),
+        {"step": 1},
+    )
+    manager.close()
+    stored = stored_shapes(tmp_path / "checkpoints" / "1" / "params")
+    assert np.prod(stored["ngrams_RME"].storage.chunk_shape) * 4 <= 1 << 16

@@ -109,11 +109,50 @@ def test_a_byte_lm_from_elsewhere(runs, tmp_path, capsys):
     assert bltjax.load(tmp_path / "alone").config.blt is None
 
 
+def test_tables_pass_through_in_pieces(tmp_path, monkeypatch):
+    """No read, of a table or of anything else, is larger than a block or one small matrix."""
+    monkeypatch.setattr("bltjax.weights.tensors.BLOCK_BYTES", 4096)
+    written(tmp_path / "in", "projected")
+    files = program.open_model(epath.Path(tmp_path / "in"))
+    sizes = []
+    read = files.leaves["encoder/ngrams_RME"].read
+
+    def counted(place, rows):
+        sizes.append(read(place, rows).nbytes)
+        return read(place, rows)
+
+    files.leaves["encoder/ngrams_RME"] = files.leaves["encoder/ngrams_RME"]._replace(read=counted)
+    for write in (program.write_export, program.write_port):
+        out = epath.Path(tmp_path / write.__name__)
+        out.mkdir()
+        write(files, out, lambda _: None)
+    assert len(sizes) > 10 and max(sizes) <= 4096
+
+
+def test_a_lost_chunk_is_no_zero(runs, tmp_path, capsys):
+    run(runs.blt, tmp_path / "export")
+    (tmp_path / "export" / "params" / "decoder.head_EV" / "0.0").unlink()
+    said = error_of(capsys, "convert", tmp_path / "export", tmp_path / "out")
+    assert "export/params can't be read" in said and "Write that export again" in said
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="export/params can't be read"):
+        bltjax.load(tmp_path / "export")
+
+
+def test_verify_without_a_byte_lm(tmp_path, capsys):
+    hub_folder(tmp_path / "in", byte_lm=False)
+    run(tmp_path / "in", tmp_path / "out", "--verify")
+    assert "0 in logits; 0 patch boundaries" in capsys.readouterr().out
+
+
 def test_nothing_is_left_behind(runs, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     assert "out exists; give another" in error_of(capsys, "convert", runs.blt, out)
     out.rmdir()
+    assert "--as_port is for the transformers port" in error_of(
+        capsys, "convert", runs.blt, out, "--as_port"
+    )
     assert "none does not exist" in error_of(capsys, "convert", tmp_path / "none", out)
     assert "holds no model that is known (it has nothing)" in error_of(
         capsys, "convert", (tmp_path / "empty").mkdir() or tmp_path / "empty", out
@@ -122,6 +161,8 @@ def test_nothing_is_left_behind(runs, tmp_path, capsys, monkeypatch):
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
     assert "--init_latent_from" in error_of(capsys, "convert", tmp_path / "llama", out)
     written(tmp_path / "cut", "projected")
+    said = error_of(capsys, "generate", f"--workdir={tmp_path / 'cut'}")
+    assert "holds released weights: `convert` makes an export of them first" in said
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert "it was cut" in error_of(capsys, "convert", tmp_path / "cut", out)

@@ -75,6 +75,15 @@ def test_another_shape_is_refused(folder):
         latent_config({}, "x", False)
 
 
+def test_a_tensor_that_has_no_place(folder, tmp_path):
+    tensors = port.tensors_by_rule(port.llama_shapes(LATENT))
+    tensors["model.layers.9.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"]
+    port.write_tensors(tmp_path, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(port.LLAMA_CONFIG))
+    with pytest.raises(ValueError, match=r"has tensor model.layers.9.mlp.up_proj.weight"):
+        llama_leaves(epath.Path(tmp_path), LATENT)
+
+
 def test_learning_rates():
     """The blocks stand still, then learn at their share; the rest of the model does not notice."""
     params = {"latent": {"blocks": {"up_LDF": jnp.ones(3)}, "widen_KED": jnp.ones(3)}}

@@ -94,6 +94,14 @@ def test_what_is_left_out_is_said(tmp_path):
     ]
 
 
+def test_a_byte_lm_with_its_whole_training_file(tmp_path):
+    """Its params.json may speak of a BLT too: the tensors say what it is."""
+    write_tensors(tmp_path, tensors("entropy_lm"))
+    settings = {"model": ARGS, "entropy_model": BYTE_LM}
+    (tmp_path / "params.json").write_text(json.dumps(settings))
+    assert read_meta(epath.Path(tmp_path)).config.byte_lm.layers == 2
+
+
 def same_files(one: epath.Path, other: epath.Path) -> None:
     """Every tensor bit for bit, and every JSON file."""
     from bltjax.weights.safetensors import read_folder
@@ -158,6 +166,8 @@ def test_our_own_models_in_their_files(runs, tmp_path):
     [
         ({"dim_globl": 3}, r"field 'dim_globl' \(3\) that is not known; did you mean 'dim_global'"),
         ({"cross_attn_encoder": False}, r"cross_attn_encoder is False; supported: True"),
+        ({"dim_global": "48"}, r"dim_global is '48', not int"),
+        ({"cross_attn_k": None}, r"does not give cross_attn_k"),
         ({"dim_local_decoder": 64}, r"dim_local_encoder \(32\) and dim_local_decoder \(64\)"),
         ({"n_layers_global": 3}, r"lacks tensor global_transformer.layers.2.* and 8 more"),
         ({"n_layers_global": 1}, r"has tensor global_transformer.layers.1.*no place for"),

@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from bltjax.alphabet import encode
+from bltjax.config import PatchingConfig
 from bltjax.convert import our_model
 from bltjax.patching import patch_lengths
 from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces
@@ -68,6 +69,31 @@ def test_other_patching_modes(tmp_path):
     assert read_port(epath.Path(tmp_path), as_port=True).config.patching.mode == "byte"
 
 
+def test_what_the_conversion_of_metas_files_leaves():
+    """Fields that the port never reads: without effect, or settings of the patching."""
+    config = port.CASES["projected"] | {
+        "realtime_patching": True, "patching_device": "cuda", "pm_size": 0, "monotonicity": True,
+        "patching_threshold_add": 0.0,
+    }  # fmt: skip
+    for part in ("encoder_config", "decoder_config", "global_config", "patcher_config"):
+        config[part] = config[part] | {"norm_eps": 1e-5, "attn_impl": "sdpa", "pm_size": 0}
+    run, _, _ = read_settings(config, "x", False)
+    assert run.patching.monotonic and run.patching.threshold_add is None
+    run, _, notes = read_settings(config | {"patching_threshold_add": 0.2}, "x", True)
+    assert not run.patching.monotonic and "left out: the port has none" in notes[0]
+    config["encoder_config"]["norm_eps"] = 1e-6
+    with pytest.raises(ValueError, match=r"norm_eps \(1e-06\) and rms_norm_eps \(1e-05\)"):
+        read_settings(config, "x", False)
+
+
+def test_patches_of_a_byte_need_no_byte_lm():
+    run, _ = port.configs_of(port.CASES["projected"], 1.5)
+    run = dataclasses.replace(run, patching=PatchingConfig(mode="byte"))
+    for as_port in (False, True):
+        again = read_settings(port_settings(run, None), "written", as_port)
+        assert again[0].patching.mode == "byte" and again[1] is None
+
+
 @pytest.mark.parametrize("name", [n for n in port.CASES if n != "no_window"])
 def test_settings_survive_being_written(name):
     """Their config -> ours -> theirs -> ours: nothing that the model depends on is lost."""
@@ -91,6 +117,16 @@ def test_settings_that_the_port_lacks():
         ({"cross_attn_k": 5}, r"tensor lm_head|lacks tensor|has shape"),
         ({"encoder_hash_byte_group_vocab": 96}, r"encoder_hash_tok_embedding.weight has shape"),
         ({"tie_word_embeddings": True}, r"tie_word_embeddings is True; supported: False"),
+        ({"patching_threshold": "1"}, r"patching_threshold is '1', not float"),
+        (
+            {"patching_threshold": None},
+            r"patching_mode is 'entropy' and patching_threshold is null",
+        ),
+        ({"global_config": []}, r"global_config is list, not an object"),
+        (
+            {"global_config": {"rope_parameters": {"rope_type": "llama3"}}},
+            r"rotary settings of type 'llama3' lack factor",
+        ),
     ],
 )
 def test_bad_config(change, message, tmp_path):

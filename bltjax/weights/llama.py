@@ -8,16 +8,19 @@ rotary channels (i, i + C / 2), BLT (2i, 2i + 1): query and key channels are re-
 from etils import epath
 
 from bltjax.config import LatentConfig
-from bltjax.weights.model_files import check_values, read_json
+from bltjax.weights.model_files import check_values
 from bltjax.weights.pieces import LLAMA, check_tensors, latent_pieces, leaves_of
 from bltjax.weights.port import read_scaling
 from bltjax.weights.safetensors import read_folder
-from bltjax.weights.tensors import Leaf
+from bltjax.weights.tensors import Leaf, read_json
 
 REQUIRED = {
     "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),
     "mlp_bias": (False,),
 }  # fmt: skip
+
+
+LEFT_BEHIND = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 
 def latent_config(found: dict, where: str, remat: bool) -> LatentConfig:
@@ -27,6 +30,9 @@ def latent_config(found: dict, where: str, remat: bool) -> LatentConfig:
       ValueError: for the config of something else.
     """
     check_values({"model_type": None} | found, REQUIRED, where)
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
+        if not isinstance(found.get(name), int):
+            raise ValueError(f"{where}: {name} is {found.get(name)!r}, not int")
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
     return LatentConfig(
         layers=found["num_hidden_layers"],
@@ -61,7 +67,12 @@ def llama_leaves(folder: epath.Path, config: LatentConfig) -> dict[str, Leaf]:
     pieces = latent_pieces(LLAMA, config, rotary="half_split")
     shapes = block_shapes(config)
     tensors = read_folder(folder)
-    check_tensors(tensors, pieces, shapes, str(folder), extra_allowed=True)
+    blocks = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in LEFT_BEHIND and not name.endswith("rotary_emb.inv_freq")
+    }
+    check_tensors(blocks, pieces, shapes, str(folder))
     return leaves_of(tensors, pieces, shapes)
 
 

@@ -29,13 +29,15 @@ from bltjax.config import (
 from bltjax.weights.model_files import (
     ModelFiles,
     check_fields,
+    check_heads,
     check_values,
     model_files,
-    read_json,
+    refuse,
+    same,
 )
 from bltjax.weights.pieces import META, blt_pieces, byte_lm_pieces, tensors_of
 from bltjax.weights.safetensors import read_folder, write_folder
-from bltjax.weights.tensors import DTYPES
+from bltjax.weights.tensors import DTYPES, read_json
 from bltjax.weights.torch_file import read_pth, write_pth
 
 BYTE_LM = "entropy_model"  # the folder, and the key in its params.json
@@ -54,6 +56,8 @@ BLT = TRANSFORMER | {
     "cross_attn_all_layers_decoder": False, "cross_attn_window_encoder": None,
     "cross_attn_window_decoder": None, "encoder_hash_byte_group_size": None,
     "encoder_hash_byte_group_vocab": 30000, "encoder_hash_byte_group_nb_functions": 3,
+    "cross_attn_encoder": False, "cross_attn_decoder": False, "cross_attn_init_by_pooling": False,
+    "use_local_encoder_transformer": False, "downsampling_by_pooling": None,
 }  # fmt: skip
 REQUIRED = {
     "vocab_size": (260, -1), "weight_tying": (False,), "head_dim": (None,), "use_rope": (True,),
@@ -82,6 +86,10 @@ PATCHER = {
     "patching_mode": "entropy", "threshold": 1.335442066192627, "threshold_add": None,
     "monotonicity": False, "max_patch_length": None, "patch_size": 4.5,
 }  # fmt: skip
+UNUSED = (  # by Meta's code, which patches data by data.patcher_args
+    "patching_mode", "patching_threshold", "patching_threshold_add", "monotonicity",
+    "max_patch_length",
+)  # fmt: skip
 PATCHER_WITHOUT_EFFECT = set(
     "patching_device entropy_model_checkpoint_dir realtime_patching patching_batch_size "
     "device log_time".split()
@@ -117,9 +125,8 @@ def read_meta(folder: epath.Path) -> ModelFiles:
     if "params.json" in json_files:
         settings, where = json_files["params.json"], str(folder / "params.json")
     else:
-        settings = json_files.get("train_args.json", {}) | {
-            "model": json_files["config.json"]["args"]
-        }
+        args = json_files["config.json"]["args"]
+        settings = json_files.get("train_args.json", {}) | {"model": args, BYTE_LM: None}
         where = str(folder / "config.json")
     tensors = read_pth(folder / "consolidated.pth") if pickled else read_folder(folder)
     if not tensors:
@@ -131,17 +138,19 @@ def read_meta(folder: epath.Path) -> ModelFiles:
         "json": json_files,
     }
     args = settings.get("model") or {}
-    if "local_encoder.tok_embeddings.weight" in tensors or "dim_global" in args:
+    if any(name.startswith(META.encoder) for name in tensors):
         return read_blt(folder, args, settings, tensors, origin, where)
-    if BYTE_LM in settings:
+    if settings.get(BYTE_LM):
         args, where = settings[BYTE_LM], f"{where}: {BYTE_LM}"
     return read_byte_lm(args, tensors, origin, where, str(folder))
 
 
 def read_blt(folder, args, settings, tensors, origin, where) -> ModelFiles:
-    check_fields(args, BLT.keys() | REQUIRED.keys() | WITHOUT_EFFECT, where)
-    check_values(args, REQUIRED, where)
+    check_fields(args, BLT, REQUIRED.keys() | WITHOUT_EFFECT, where)
     found, notes = BLT | args, []
+    check_values(found, REQUIRED, where)
+    if found["cross_attn_k"] is None:
+        raise ValueError(f"{where} does not give cross_attn_k, the slots of a patch")
     same(found, where, "dim_local_encoder", "dim_local_decoder")
     same(found, where, "n_heads_local_encoder", "n_heads_local_decoder")
     E, D = found["dim_local_encoder"], found["dim_global"]
@@ -149,11 +158,7 @@ def read_blt(folder, args, settings, tensors, origin, where) -> ModelFiles:
         raise ValueError(
             f"{where}: dim_token ({found['dim_token']}) must be dim_local_encoder ({E})"
         )
-    if found["n_kv_heads"] not in (None, found["n_heads_local_encoder"]):
-        raise ValueError(
-            f"{where}: n_kv_heads ({found['n_kv_heads']}) must be n_heads_local_encoder"
-            f" ({found['n_heads_local_encoder']}): byte stacks have no grouped heads"
-        )
+    check_heads(found["n_heads_local_encoder"], found["n_kv_heads"], f"{where}: a byte stack")
     if D == E:
         raise ValueError(f"{where}: dim_global ({D}) must differ from dim_local_encoder ({E})")
     for name in ("cross_attn_window_encoder", "cross_attn_window_decoder"):
@@ -215,11 +220,15 @@ def read_blt(folder, args, settings, tensors, origin, where) -> ModelFiles:
 def read_patching(settings: dict, where: str, notes: list[str]) -> PatchingConfig:
     """The settings that the training data was patched with: those of data.patcher_args."""
     given = (settings.get("data") or {}).get("patcher_args") or {}
-    check_fields(given, PATCHER.keys() | PATCHER_WITHOUT_EFFECT, f"{where}: data.patcher_args")
+    check_fields(given, PATCHER, PATCHER_WITHOUT_EFFECT, f"{where}: data.patcher_args")
     missing = [name for name in ("patching_mode", "threshold") if name not in given]
     if missing:
         released = ", ".join(f"{name} {PATCHER[name]}" for name in missing)
         notes.append(f"the files don't say how bytes were patched: {released}, as released")
+        args = settings.get("model") or {}
+        unused = [f"{name}={args[name]}" for name in UNUSED if args.get(name)]
+        if unused:
+            notes.append(f"the model's own {', '.join(unused)} are not what data was patched by")
     found = PATCHER | given
     mode = found["patching_mode"]
     check_values(found, {"patching_mode": ("entropy", "space", "static", "byte")}, where)
@@ -236,15 +245,12 @@ def read_patching(settings: dict, where: str, notes: list[str]) -> PatchingConfi
 
 
 def read_byte_lm(args, tensors, origin, where, folder) -> ModelFiles:
-    check_fields(args, TRANSFORMER.keys() | REQUIRED.keys() | WITHOUT_EFFECT, where)
+    check_fields(args, TRANSFORMER, REQUIRED.keys() | WITHOUT_EFFECT, where)
     check_values(args, REQUIRED, where)
     found, notes = TRANSFORMER | args, []
     if found["n_heads"] is None:
         raise ValueError(f"{where} does not give n_heads")
-    if found["n_kv_heads"] not in (None, found["n_heads"]):
-        raise ValueError(
-            f"{where}: n_kv_heads ({found['n_kv_heads']}) must be n_heads ({found['n_heads']})"
-        )
+    check_heads(found["n_heads"], found["n_kv_heads"], f"{where}: a byte LM")
     window = args.get("sliding_window")
     if window is None:
         window = WINDOW
@@ -262,14 +268,6 @@ def read_byte_lm(args, tensors, origin, where, folder) -> ModelFiles:
     config = RunConfig(byte_lm=byte_lm, data=data)
     pieces = byte_lm_pieces(META, byte_lm)
     return model_files(config, tensors, pieces, "meta", origin, notes, folder)
-
-
-def same(found: dict, where: str, one: str, other: str) -> None:
-    if found[one] != found[other]:
-        raise ValueError(
-            f"{where}: {one} ({found[one]}) and {other} ({found[other]}) must be equal: the decoder"
-            " starts from the encoder's states"
-        )
 
 
 def feed_forward_rule(stacks: list[tuple[int, int]]) -> dict:
@@ -338,13 +336,6 @@ def blt_settings(config: RunConfig) -> dict:
     return {"model": model, "data": {"patcher_args": patcher, "tokenizer_args": tokenizer}}
 
 
-def refuse(refused: dict[str, bool], who: str) -> None:
-    """Raises ValueError for the first setting that is used and can't be written there."""
-    for what, used in refused.items():
-        if used:
-            raise ValueError(f"{who} have no way to say {what}, which this model uses")
-
-
 def byte_lm_settings(config: RunConfig) -> dict:
     lm = config.byte_lm
     return feed_forward_rule([(lm.width, lm.hidden)]) | {
@@ -357,6 +348,8 @@ def byte_lm_settings(config: RunConfig) -> dict:
 
 def write_meta(files: ModelFiles, folder: Path, written) -> None:
     """Writes a model in the container that it came in from Meta, or as consolidated.pth."""
+    if files.config.byte_cnn is not None:
+        raise ValueError("Meta's files have no byte CNN; write --to orbax")
     from_meta = files.origin.get("layout") == "meta"
     if from_meta:
         json_files = files.origin["json"]

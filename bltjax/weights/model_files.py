@@ -1,11 +1,9 @@
 """A model as it is stored somewhere: its settings, its parameters in pieces, and its origin."""
 
-import json
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
 from bltjax.config import RunConfig, nearest
 from bltjax.model import initial_params, make_model
@@ -54,27 +52,54 @@ def model_files(
     check_tensors(tensors, pieces, shapes, where)
     leaves = leaves_of(tensors, pieces, shapes)
     origin = origin | {"dtypes": odd_dtypes(tensors, leaves, pieces)}
+    if "float16" in origin["dtypes"].values():
+        notes = [*notes, "float16 tensors are kept as float32, which holds all of them"]
     return ModelFiles(config, leaves, layout, origin, tuple(notes))
 
 
-def read_json(path: epath.Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+def check_fields(found: dict, defaults: dict, others: set[str], where: str) -> None:
+    """Raises ValueError for a field that nothing here reads or knowingly leaves aside, or whose
+    value is of another type than its default."""
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}, not an object")
-    return found
-
-
-def check_fields(found: dict, known: set[str], where: str) -> None:
-    """Raises ValueError for a field that nothing here reads or knowingly leaves aside."""
-    for name in found:
+        raise ValueError(f"{where} is {type(found).__name__}, not an object of settings")
+    known = defaults.keys() | others
+    for name, value in found.items():
         if name not in known:
             raise ValueError(
-                f"{where} has a field {name!r} ({found[name]!r}) that is not known"
-                f"{nearest(name, known)}"
+                f"{where} has a field {name!r} ({value!r}) that is not known{nearest(name, known)}"
             )
+        default = defaults.get(name)
+        if default is None:
+            continue
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        wrong = not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)
+        if wrong and value is not None:
+            raise ValueError(f"{where}: {name} is {value!r}, not {type(default).__name__}")
+
+
+def same(found: dict, where: str, one: str, other: str) -> None:
+    """Raises ValueError unless two fields are equal."""
+    if found[one] != found[other]:
+        raise ValueError(
+            f"{where}: {one} ({found[one]}) and {other} ({found[other]}) must be equal: the decoder"
+            " starts from the encoder's states"
+        )
+
+
+def check_heads(heads: int, shared: int | None, where: str) -> None:
+    """Raises ValueError for grouped heads where there can be none."""
+    if shared not in (None, heads):
+        raise ValueError(
+            f"{where} has {heads} heads and {shared} key/value heads; only the latent transformer"
+            " has grouped heads"
+        )
+
+
+def refuse(refused: dict[str, bool], who: str) -> None:
+    """Raises ValueError for the first setting that is used and can't be written there."""
+    for what, used in refused.items():
+        if used:
+            raise ValueError(f"{who} have no way to say {what}, which this model uses")
 
 
 def check_values(found: dict, required: dict[str, tuple], where: str) -> None:

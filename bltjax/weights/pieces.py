@@ -200,8 +200,6 @@ def check_tensors(
     pieces: list[Piece],
     shapes: dict[str, tuple[int, ...]],
     where: str,
-    *,
-    extra_allowed: bool = False,
 ) -> None:
     """Raises ValueError unless `tensors` are just those of `pieces`, in shape and dtype."""
     expected = tensor_shapes(pieces, shapes)
@@ -213,7 +211,7 @@ def check_tensors(
             f" asks for {len(expected)} tensors, the files have {len(tensors)}"
         )
     extra = sorted(tensors.keys() - expected.keys())
-    if extra and not extra_allowed:
+    if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise ValueError(
             f"{tensors[extra[0]].where} has tensor {extra[0]} of shape {tensors[extra[0]].shape}"

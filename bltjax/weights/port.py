@@ -27,17 +27,18 @@ from bltjax.config import (
     RunConfig,
     divides,
 )
-from bltjax.weights.meta import refuse, same
 from bltjax.weights.model_files import (
     ModelFiles,
     check_fields,
+    check_heads,
     check_values,
     model_files,
-    read_json,
+    refuse,
+    same,
 )
 from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces, tensors_of
 from bltjax.weights.safetensors import read_folder, write_folder
-from bltjax.weights.tensors import DTYPES
+from bltjax.weights.tensors import DTYPES, read_json
 
 TOP = {
     "vocab_size": 260, "patch_in_forward": True, "patching_mode": "entropy",
@@ -45,6 +46,8 @@ TOP = {
     "local_attention_window_len": 512, "cross_attn_k": 2, "encoder_hash_byte_group_size": None,
     "encoder_hash_byte_group_vocab": 500002, "encoder_hash_byte_group_nb_functions": 1,
     "patcher_config": None, "encoder_config": None, "decoder_config": None, "global_config": None,
+    # Left by the conversion of Meta's files; the port itself reads none of them.
+    "monotonicity": False, "patching_threshold_add": 0.0,
 }  # fmt: skip
 STACK = {
     "num_key_value_heads": None, "rms_norm_eps": 1e-5, "rope_parameters": None,
@@ -71,7 +74,7 @@ BYTE_LM = STACK | {
 }  # fmt: skip
 REQUIRED = {
     "vocab_size": (260,), "tie_word_embeddings": (False,), "hidden_act": ("silu",),
-    "attention_bias": (False,), "mlp_bias": (False,),
+    "attention_bias": (False,), "mlp_bias": (False,), "pm_size": (0, None),
 }  # fmt: skip
 # Fields that transformers writes into any config, now or in earlier versions, and that change
 # nothing of what the model computes.
@@ -89,9 +92,13 @@ WITHOUT_EFFECT = set(
     "output_scores prefix pruned_heads remove_invalid_values repetition_penalty "
     "return_dict_in_generate suppress_tokens task_specific_params temperature tf_legacy_loss "
     "tie_encoder_decoder tokenizer_class top_k top_p torchscript typical_p use_bfloat16 "
-    "attention_dropout pretraining_tp max_position_embeddings rope_parameters rope_theta "
+    "attention_dropout pretraining_tp norm_eps realtime_patching patching_device attn_impl "
+    "attn_bias_type _attn_implementation max_position_embeddings rope_parameters rope_theta "
     "auto_map".split()
 )
+
+
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def is_port(folder: epath.Path) -> bool:
@@ -101,10 +108,12 @@ def is_port(folder: epath.Path) -> bool:
 
 def read_stack(found: dict | None, defaults: dict, where: str) -> dict:
     """A sub-config with the port's defaults, its rotary settings as `theta` and `scaling`."""
-    found = found or {}
-    check_fields(found, defaults.keys() | REQUIRED.keys() | WITHOUT_EFFECT, where)
+    found = {} if found is None else found
+    check_fields(found, defaults, REQUIRED.keys() | WITHOUT_EFFECT, where)
     check_values(found, REQUIRED, where)
     stack = defaults | found
+    if "norm_eps" in found:
+        same(stack, where, "norm_eps", "rms_norm_eps")
     stack["num_key_value_heads"] = stack["num_key_value_heads"] or stack["num_attention_heads"]
     width, heads = stack["hidden_size"], stack["num_attention_heads"]
     divides(f"{where}: num_attention_heads", heads, "hidden_size", width)
@@ -126,6 +135,9 @@ def read_scaling(rope: dict, where: str) -> RopeScalingConfig | None:
         return None
     if kind != "llama3":
         raise ValueError(f"{where}: rope_type is {kind!r}; supported: 'default', 'llama3'")
+    lacking = [name for name in LLAMA3 if name not in rope]
+    if lacking:
+        raise ValueError(f"{where}: rotary settings of type 'llama3' lack {lacking[0]}")
     return RopeScalingConfig(
         factor=float(rope["factor"]),
         low_turns=float(rope["low_freq_factor"]),
@@ -138,7 +150,7 @@ def read_settings(
     found: dict, where: str, as_port: bool
 ) -> tuple[RunConfig, RunConfig | None, list[str]]:
     """The BLT's and the byte LM's configs of a config.json, and what was assumed."""
-    check_fields(found, TOP.keys() | REQUIRED.keys() | WITHOUT_EFFECT, where)
+    check_fields(found, TOP, REQUIRED.keys() | WITHOUT_EFFECT, where)
     check_values(found, REQUIRED, where)
     top, notes = TOP | found, []
     encoder = read_stack(top["encoder_config"], ENCODER, f"{where}: encoder_config")
@@ -152,12 +164,7 @@ def read_settings(
     for name in ("hidden_size", "num_attention_heads", "rms_norm_eps", "theta"):
         same(both, where, f"encoder_config.{name}", f"decoder_config.{name}")
     for part, stack in (("encoder_config", encoder), ("decoder_config", decoder)):
-        if stack["num_key_value_heads"] != stack["num_attention_heads"] or stack["scaling"]:
-            raise ValueError(
-                f"{where}: {part} has {stack['num_attention_heads']} heads,"
-                f" {stack['num_key_value_heads']} key/value heads and rope scaling"
-                f" {stack['scaling']}; byte stacks have neither grouped heads nor scaling"
-            )
+        check_byte_stack(stack, f"{where}: {part}")
     window = top["local_attention_window_len"]
     if window is None:
         window = encoder["max_position_embeddings"]
@@ -204,12 +211,22 @@ def read_settings(
     )
     if all_layers and encoder["num_hidden_layers"] > 1 and not as_port:
         notes.append("slots are pooled once, as released; the port pools at each layer (--as_port)")
-    mode = top["patching_mode"] if top["patch_in_forward"] else "entropy"
-    if mode != "entropy" and as_port:
+    mode, relative = top["patching_mode"], {}
+    if as_port and not (mode == "entropy" and top["patch_in_forward"]):
         mode = "byte"
+    if mode == "entropy" and (top["monotonicity"] or top["patching_threshold_add"]):
+        if as_port:
+            notes.append("monotonicity and patching_threshold_add are left out: the port has none")
+        elif top["monotonicity"]:
+            relative = {"monotonic": True}
+        else:
+            relative = {"threshold_add": float(top["patching_threshold_add"])}
+    if mode == "entropy" and top["patching_threshold"] is None:
+        raise ValueError(f"{where}: patching_mode is 'entropy' and patching_threshold is null")
     patching = PatchingConfig(
         mode=mode,
-        threshold=float(top["patching_threshold"]),
+        **relative,
+        threshold=float(top["patching_threshold"] or TOP["patching_threshold"]),
         max_patch_bytes=top["max_patch_length"],
         looks_past_end=not (as_port and top["max_patch_length"] is not None),
     )
@@ -254,11 +271,7 @@ def read_port(folder: epath.Path, *, as_port: bool = False) -> ModelFiles:
 def byte_lm_config(found: dict | None, where: str) -> RunConfig:
     stack = read_stack(found, BYTE_LM, f"{where}: patcher_config")
     longest = stack["max_position_embeddings"]
-    if stack["num_key_value_heads"] != stack["num_attention_heads"] or stack["scaling"]:
-        raise ValueError(
-            f"{where}: patcher_config has {stack['num_attention_heads']} heads and"
-            f" {stack['num_key_value_heads']} key/value heads; a byte LM has no grouped heads"
-        )
+    check_byte_stack(stack, f"{where}: patcher_config")
     config = ByteLMConfig(
         layers=stack["num_hidden_layers"],
         width=stack["hidden_size"],
@@ -269,6 +282,12 @@ def byte_lm_config(found: dict | None, where: str) -> RunConfig:
         norm_eps=stack["rms_norm_eps"],
     )
     return RunConfig(byte_lm=config, data=DataConfig(row_bytes=longest, row_patches=longest))
+
+
+def check_byte_stack(stack: dict, where: str) -> None:
+    check_heads(stack["num_attention_heads"], stack["num_key_value_heads"], where)
+    if stack["scaling"]:
+        raise ValueError(f"{where} has scaled rotary rates; only the latent transformer can")
 
 
 def stack_settings(kind: str, width: int, heads: int, hidden: int, layers: int, **more) -> dict:

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from bltjax.weights.tensors import Tensor, row_runs
+from bltjax.weights.tensors import Tensor, read_json, row_runs
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
@@ -45,9 +45,13 @@ def read_file(path: epath.Path) -> dict[str, Tensor]:
         except ValueError:
             raise ValueError(f"{path} is no safetensors file: its header is not JSON") from None
     tensors, begins, expected = {}, 8 + header_bytes, 0
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is no safetensors file: its header is a {type(header).__name__}")
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            raise ValueError(f"{path}: the header's entry of tensor {name} is {entry!r}")
         dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
         if dtype is None:
             raise ValueError(
@@ -95,7 +99,9 @@ def read_folder(folder: epath.Path) -> dict[str, Tensor]:
     """
     index = folder / INDEX
     if index.exists():
-        placed = json.loads(index.read_text())["weight_map"]
+        placed = read_json(index).get("weight_map")
+        if not isinstance(placed, dict):
+            raise ValueError(f"{index} has no weight_map")
         files = sorted(set(placed.values()))
     else:
         placed, files = None, sorted(path.name for path in folder.glob("*.safetensors"))

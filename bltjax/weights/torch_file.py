@@ -59,7 +59,11 @@ def read_pth(path: epath.Path) -> dict[str, Tensor]:
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: {name} is {type(value).__name__}, not a tensor")
-        dtype = numpy_of(value.reshape(-1)[:0]).dtype
+        value = value.detach()
+        try:
+            dtype = numpy_of(value.reshape(-1)[:0]).dtype
+        except TypeError:
+            raise ValueError(f"{path}: tensor {name} has dtype {value.dtype}") from None
         tensors[name] = Tensor(
             tuple(value.shape), dtype, lambda a, b, t=value: numpy_of(t[a:b]), str(path)
         )
