@@ -1,17 +1,27 @@
-"""One suite over all implementations: `dense` is the meaning, values and gradients."""
+"""One suite over all implementations: `dense` is the meaning, values and gradients.
+
+Kernels run interpreted. The random case draws its shapes from a seed that it prints.
+"""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 import bltjax.attention.tiled as tiled
-from bltjax.attention import IMPLEMENTATIONS, Pooling, Reading, Sliding, range_attention
+from bltjax.attention import KERNELS, Pooling, Reading, Sliding, range_attention
 from bltjax.attention.dense import dense
+from bltjax.attention.staircase import Tiles, whole_patches
 
 N = 150
+INTERPRETED = tuple(name for name in KERNELS if name.endswith("_interpreted"))
 
 
 def cuts(kind: str, random) -> np.ndarray:
@@ -23,6 +33,9 @@ def cuts(kind: str, random) -> np.ndarray:
         "alternating": np.array([0, 1, 90, 91, 149]),
         "ragged": np.unique(np.append(0, random.integers(1, N, 40))),
     }[kind]
+
+
+KINDS = ("ones", "giant", "one", "alternating", "ragged")
 
 
 def patch_ranges(kinds, patches, slots, random):
@@ -37,13 +50,19 @@ def patch_ranges(kinds, patches, slots, random):
     return np.array(start), np.array(end)
 
 
+def read_ranges(kinds, slots, random):
+    """Ranges of a reading attention, [B, N]: each byte reads the patch before its own."""
+    patch = np.array([np.searchsorted(cuts(k, random), np.arange(N), "right") - 1 for k in kinds])
+    start = np.maximum(patch - 1, 0) * slots
+    return start, start + slots
+
+
 def cases():
     random = np.random.default_rng(0)
-    kinds = ("ones", "giant", "one", "alternating", "ragged")
     for slots in (1, 3):
-        yield f"pooling K={slots}", Pooling(slots), N, *patch_ranges(kinds, N, slots, random), 2, 2
-    index = np.tile(np.arange(N), (len(kinds), 1))
-    document = np.array([np.repeat(b := cuts(k, random), np.diff(np.append(b, N))) for k in kinds])
+        yield f"pooling K={slots}", Pooling(slots), N, *patch_ranges(KINDS, N, slots, random), 2, 2
+    index = np.tile(np.arange(N), (len(KINDS), 1))
+    document = np.array([np.repeat(b := cuts(k, random), np.diff(np.append(b, N))) for k in KINDS])
     for window, shared in ((16, 4), (50, 2), (200, 1)):
         start = np.maximum(index - window + 1, document)
         end = index + 1
@@ -57,44 +76,203 @@ def cases():
         full = np.where(index < 140, slots, 0)
         start = np.where(index < 140, reads, 40) * slots
         yield f"reading K={slots}", Reading(slots), 40 * slots, start, start + full, 2, 2
+    yield "reading patches", Reading(3), N * 3, *read_ranges(KINDS, 3, random), 2, 2
+    nothing = np.zeros_like(index)
+    yield "nothing seen", Pooling(3), N, nothing, nothing, 2, 1
 
 
 CASES = {case[0]: case[1:] for case in cases()}
 
 
-@pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if i != "dense"])
-@pytest.mark.parametrize("name", CASES)
-def test_matches_dense(name, implementation):
-    pattern, keys, start, end, heads, shared = CASES[name]
+def tensors(start, keys, heads, shared, channels=8, dtype=jnp.float32, seed=1):
+    """q, k, v and a weight for each output."""
     rows, queries = start.shape
-    random = np.random.default_rng(1)
-    q, k, v, weight = (
-        jnp.asarray(random.normal(size=(rows, length, count, 8)), jnp.float32)
+    random = np.random.default_rng(seed)
+    return tuple(
+        jnp.asarray(random.normal(size=(rows, length, count, channels)), dtype)
         for length, count in ((queries, heads), (keys, shared), (keys, shared), (queries, heads))
     )
+
+
+def outcome(implementation, pattern, start, end, q, k, v, weight):
+    """Output, and gradients of q, k and v."""
     start, end = jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32)
 
     @functools.partial(jax.jit, static_argnames="way")
     def value_and_gradients(q, k, v, way):
         def loss(q, k, v):
             out = range_attention(q, k, v, start, end, pattern=pattern, implementation=way)
-            return (out * weight).sum(), out
+            return (out * weight).sum(dtype=jnp.float32), out
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
 
-    expected, out = value_and_gradients(q, k, v, "dense")
-    found, out_found = value_and_gradients(q, k, v, implementation)
-    np.testing.assert_allclose(out_found, out, atol=5e-6, rtol=1e-5)
-    for name, ours, theirs in zip("qkv", found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5, err_msg=f"d{name}")
+    gradients, out = value_and_gradients(q, k, v, implementation)
+    return out, *gradients
+
+
+def assert_close(found, expected, start, end, scale=1.0):
+    for name, ours, theirs in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+        atol = scale * (5e-6 if name == "out" else 2e-5)
+        np.testing.assert_allclose(ours, theirs, atol=atol, rtol=scale * 1e-5, err_msg=name)
     empty = np.asarray(start == end)
-    assert not np.asarray(out_found)[empty].any(), "an empty range must give zeros"
+    assert not np.asarray(found[0])[empty].any(), "an empty range must give zeros"
+    assert not np.asarray(found[1])[empty].any(), "an empty range must have no gradient"
+
+
+@pytest.mark.parametrize("implementation", ["xla", *INTERPRETED])
+@pytest.mark.parametrize("name", CASES)
+def test_matches_dense(name, implementation):
+    pattern, keys, start, end, heads, shared = CASES[name]
+    given = (pattern, start, end, *tensors(start, keys, heads, shared))
+    assert_close(outcome(implementation, *given), outcome("dense", *given), start, end)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of a few positions, so that a short row has many of them."""
+
+    def of_tpu(pattern, queries, keys, group):
+        query_slots = pattern.slots if isinstance(pattern, Pooling) else 1
+        key_slots = pattern.slots if isinstance(pattern, Reading) else 1
+        return Tiles(whole_patches(24, 8, query_slots), whole_patches(16, 8, key_slots))
+
+    # The package's names of these modules are taken by the functions in them.
+    modules = (sys.modules[f"bltjax.attention.{name}"] for name in ("pallas_tpu", "pallas_gpu"))
+    tpu, gpu = modules
+    monkeypatch.setattr(tpu, "tile_sizes", of_tpu)
+    monkeypatch.setattr(gpu, "tile_sizes", lambda *_: (Tiles(32, 16), Tiles(16, 32)))
+
+
+def random_case(random):
+    """A pattern, its ranges with gaps and empty ranges anywhere, and the other sizes."""
+    rows, slots = random.integers(1, 4), int(random.integers(1, 5))
+    shared, group = random.integers(1, 3), random.integers(1, 4)
+    kind = random.choice(["pooling", "reading", "sliding"])
+    keys = int(random.integers(1, 120))
+    queries = int(random.integers(1, 120))
+    if kind == "pooling":
+        runs = -(-queries // slots)
+        edges = np.sort(random.integers(0, keys + 1, (rows, 2 * runs)), axis=1)
+        start, end = (np.repeat(x, slots, axis=1) for x in (edges[:, ::2], edges[:, 1::2]))
+        pattern = Pooling(slots)
+    elif kind == "reading":
+        groups = -(-keys // slots)
+        keys = groups * slots
+        start = np.sort(random.integers(0, groups, (rows, queries)), axis=1) * slots
+        end = start + slots
+        pattern = Reading(slots)
+    else:
+        lead = random.integers(0, 30)
+        keys, span = queries + lead, random.integers(1, 60)
+        last = np.arange(queries) + lead
+        drawn = np.sort(random.integers(0, keys, (rows, queries)), axis=1)
+        start = np.clip(drawn, np.maximum(last - span + 1, 0), last)
+        end = np.tile(last + 1, (rows, 1))
+        pattern = Sliding(int(span))
+    hidden = random.random(start.shape) < 0.2
+    if kind == "pooling":  # queries of one run share their range
+        hidden = np.repeat(hidden[:, ::slots], slots, axis=1)
+    return pattern, keys, start, np.where(hidden, start, end), int(shared * group), int(shared)
+
+
+@pytest.mark.parametrize("draw", range(4))
+def test_random_shapes(draw, small_tiles):
+    seed = int(np.random.default_rng().integers(2**32))
+    print(f"seed {seed}")
+    pattern, keys, start, end, heads, shared = random_case(np.random.default_rng(seed))
+    print(pattern, f"keys {keys} queries {start.shape} heads {heads} over {shared}")
+    given = (pattern, start, end, *tensors(start, keys, heads, shared))
+    expected = outcome("dense", *given)
+    for implementation in INTERPRETED:
+        assert_close(outcome(implementation, *given), expected, start, end)
+
+
+@pytest.mark.parametrize("implementation", INTERPRETED)
+def test_bfloat16(implementation):
+    """bfloat16 in and out, fp32 in between: as near to fp32 as the inputs' own rounding."""
+    pattern, keys, start, end, heads, shared = CASES["window 50 J=2"]
+    given = tensors(start, keys, heads, shared, dtype=jnp.bfloat16)
+    found = outcome(implementation, pattern, start, end, *given)
+    assert all(x.dtype == jnp.bfloat16 for x in found)
+    wide = (x.astype(jnp.float32) for x in given)
+    assert_close(found, outcome("dense", pattern, start, end, *wide), start, end, scale=3e3)
+
+
+def test_no_races(small_tiles, capfd):
+    """Two simulated cores, memory that begins as NaN, transfers that end as late as they may."""
+    start = np.maximum(np.arange(30) - 19, 0)[None]
+    end = np.where(np.arange(30) < 26, np.arange(30) + 1, start)
+    given = (Sliding(20), start, end, *tensors(start, 30, 2, 2))
+    expected = outcome("dense", *given)
+    parameters = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    with pltpu.force_tpu_interpret_mode(parameters):
+        found = jax.block_until_ready(outcome("pallas_tpu", *given))
+    assert_close(found, expected, start, end)
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_mesh():
+    """Every split of rows and heads over 8 devices gives what one device gives."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from bltjax.attention import Pooling, Sliding, range_attention
+from bltjax.config import MeshConfig
+from bltjax.sharding import make_mesh
+
+random = np.random.default_rng(0)
+for pattern, rows, heads, shared in ((Sliding(9), 4, 4, 2), (Pooling(3), 4, 3, 3)):
+    q, k, v = (jnp.asarray(random.normal(size=(rows, 48, count, 8)), jnp.float32)
+               for count in (heads, shared, shared))
+    place = np.tile(np.arange(48), (rows, 1))
+    bounds = (place - 8, place + 1) if isinstance(pattern, Sliding) else (place // 3 * 3,) * 2
+    start, end = np.maximum(bounds[0], 0), bounds[1] + (3 if isinstance(pattern, Pooling) else 0)
+
+    def loss(q, k, v, start, end, way):
+        out = range_attention(q, k, v, start, end, pattern=pattern, implementation=way)
+        return (out ** 2).sum()
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=5)
+    expected = step(q, k, v, start, end, "dense")
+    for sizes in ((2, 2, 2), (1, 1, 8)):
+        mesh = make_mesh(MeshConfig(*sizes))
+        with jax.set_mesh(mesh):
+            split = NamedSharding(mesh, PartitionSpec("fsdp"))
+            given = jax.device_put((q, k, v, start, end), split)
+            for way in ("pallas_tpu_interpreted", "pallas_gpu_interpreted"):
+                text = step.lower(*given, way).as_text()
+                assert "sdy.manual_computation" in text or "shard_map" in text, sizes
+                jax.tree.map(
+                    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+                    step(*given, way), expected)
+print("equal")
+"""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.strip() == "equal", run.stderr
 
 
 def test_unknown_implementation_raises():
     x, bound = jnp.ones((1, 4, 1, 2)), jnp.zeros((1, 4), jnp.int32)
-    with pytest.raises(ValueError, match="'fast' is not one of dense, xla"):
+    with pytest.raises(ValueError, match="'fast' is not one of dense, xla, pallas_tpu, pallas_gpu"):
         range_attention(x, x, x, bound, bound, pattern=Sliding(4), implementation="fast")
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_no_kernel_falls_back(implementation):
+    x, bound = jnp.ones((1, 4, 1, 2)), jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
+        range_attention(x, x, x, bound, bound, pattern=Sliding(4), implementation=implementation)
 
 
 def test_heads_must_divide():
@@ -102,6 +280,12 @@ def test_heads_must_divide():
     bound = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match=r"heads \(2\) must divide query heads \(3\)"):
         range_attention(q, k, k, bound, bound, pattern=Sliding(4))
+
+
+def test_too_wide_heads():
+    x, bound = jnp.ones((1, 512, 1, 4096)), jnp.zeros((1, 512), jnp.int32)
+    with pytest.raises(ValueError, match=r"4096 channels a head .* more than 16777216"):
+        range_attention(x, x, x, bound, bound, pattern=Sliding(512), implementation="pallas_tpu")
 
 
 @pytest.mark.parametrize("tiles", [(4, 6), (8, 30), (5, 3)], ids=str)
