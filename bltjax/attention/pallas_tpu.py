@@ -9,8 +9,9 @@ with positions along the lanes, [C, positions], and scores with keys along the s
     dv, dk   [C, keys]      += g p^T, q ds^T
 
 So heads of 64 channels waste no lane, bounds cost 4 bytes a query, a key's position needs no array
-at all, and only k and v are ever transposed, a tile at a time. The query heads that share a
-key/value head lie side by side in a tile, as if they were more queries: no kernel knows of heads.
+at all, and only k and v are ever transposed, a tile at a time. XLA lays the model's [B, Q, H, C]
+out as [B, H, C, Q] of itself, so nothing is copied on the way in or out. The query heads that share
+a key/value head stand side by side in a step, as if they were more queries.
 
 Weights are powers of two, which saves a multiplication a score; the logarithms that the forward
 pass leaves to the backward pass are to base 2.
@@ -91,89 +92,75 @@ def pallas_tpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, inter
             f" query heads a key/value head need {needed} bytes of VMEM, more than {VMEM_BYTES}"
         )
     work = rows_and_columns(pattern, start_BQ, end_BQ, keys, tiles)
-    # Each head of a group has the same bounds; a query past the last sees nothing.
-    start_BQJ, end_BQJ = (
-        jnp.broadcast_to(x[:, :, None], (*x.shape, group)) for x in (start_BQ, end_BQ)
-    )
-    bounds = tuple(
-        folded_queries(x[..., None], 1, tiles.queries)[:, 0] for x in (start_BQJ, end_BQJ)
-    )
-    out = attend(
-        folded_queries(q_BQHC, shared, tiles.queries),
-        folded_keys(k_BTJC, tiles.keys),
-        folded_keys(v_BTJC, tiles.keys),
-        bounds,
+    # A query past the last sees nothing.
+    extra = ((0, 0), (0, -queries % tiles.queries))
+    start_B1Q, end_B1Q = (jnp.pad(x, extra)[:, None] for x in (start_BQ, end_BQ))
+    out_BHCQ = attend(
+        positions_last(q_BQHC, tiles.queries),
+        positions_last(k_BTJC, tiles.keys),
+        positions_last(v_BTJC, tiles.keys),
+        (start_B1Q, end_B1Q),
         work,
-        Plan(tiles, tiles.queries * group, interpret),
+        Plan(tiles, group, interpret),
     )
-    return unfolded_queries(out, q_BQHC.shape, tiles.queries)
+    return out_BHCQ[..., :queries].transpose(0, 3, 1, 2)
 
 
-def folded_queries(x_BQHC, shared: int, tile: int):
-    """[B, J, C, tiles x heads of a group x queries of a tile], with zeros after the last query."""
-    rows, queries, heads, channels = x_BQHC.shape
-    x = jnp.pad(x_BQHC, ((0, 0), (0, -queries % tile), (0, 0), (0, 0)))
-    x = x.reshape(rows, -1, tile, shared, heads // shared, channels)
-    return x.transpose(0, 3, 5, 1, 4, 2).reshape(rows, shared, channels, -1)
-
-
-def unfolded_queries(x_BJCQ, shape: tuple[int, ...], tile: int):
-    rows, queries, heads, channels = shape
-    shared = x_BJCQ.shape[1]
-    x = x_BJCQ.reshape(rows, shared, channels, -1, heads // shared, tile)
-    return x.transpose(0, 3, 5, 1, 4, 2).reshape(rows, -1, heads, channels)[:, :queries]
-
-
-def folded_keys(x_BTJC, tile: int):
-    """[B, J, C, T], with zeros after the last key."""
-    x = jnp.pad(x_BTJC, ((0, 0), (0, -x_BTJC.shape[1] % tile), (0, 0), (0, 0)))
+def positions_last(x_BQHC, tile: int):
+    """[B, H, C, Q], with zeros after the last position up to a whole tile."""
+    x = jnp.pad(x_BQHC, ((0, 0), (0, -x_BQHC.shape[1] % tile), (0, 0), (0, 0)))
     return x.transpose(0, 2, 3, 1)
 
 
 class Plan(NamedTuple):
-    """What is fixed when the kernels are compiled; `lanes` are a tile's queries of all heads."""
+    """What is fixed when the kernels are compiled; `group` heads share a key/value head."""
 
     tiles: Tiles
-    lanes: int
+    group: int
     interpret: bool
+
+    @property
+    def lanes(self) -> int:
+        """Queries of a step, those of all its heads."""
+        return self.tiles.queries * self.group
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend(q_BJCQ, k_BJCT, v_BJCT, bounds, work, plan: Plan):
-    """Attention of folded arrays; `bounds` are start and end [B, 1, Q], `work` both work lists."""
-    return attend_forward(q_BJCQ, k_BJCT, v_BJCT, bounds, work, plan)[0]
+def attend(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan: Plan):
+    """Attention with positions last; `bounds` are start and end [B, 1, Q], `work` both lists."""
+    return attend_forward(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan)[0]
 
 
-def attend_forward(q_BJCQ, k_BJCT, v_BJCT, bounds, work, plan: Plan):
-    channels = q_BJCQ.shape[2]
-    row_of_each = (*q_BJCQ.shape[:2], 1, q_BJCQ.shape[3])
+def attend_forward(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan: Plan):
+    channels = q_BHCQ.shape[2]
+    row_of_each = (*q_BHCQ.shape[:2], 1, q_BHCQ.shape[3])
     out, log_sum = call(
         forward_kernel,
         work[0],
-        dict(start=bounds[0], end=bounds[1], q=q_BJCQ, k=k_BJCT, v=v_BJCT),
+        dict(start=bounds[0], end=bounds[1], q=q_BHCQ, k=k_BJCT, v=v_BJCT),
         dict(
-            out=jax.ShapeDtypeStruct(q_BJCQ.shape, v_BJCT.dtype),
+            out=jax.ShapeDtypeStruct(q_BHCQ.shape, v_BJCT.dtype),
             log_sum=jax.ShapeDtypeStruct(row_of_each, FP32),
         ),
         [(1, plan.lanes), (1, plan.lanes), (channels, plan.lanes)],
         plan,
         products=2,
     )
-    return out, (q_BJCQ, k_BJCT, v_BJCT, bounds, work, out, log_sum)
+    return out, (q_BHCQ, k_BJCT, v_BJCT, bounds, work, out, log_sum)
 
 
-def attend_backward(plan: Plan, kept, grad_BJCQ):
-    q_BJCQ, k_BJCT, v_BJCT, bounds, work, out, log_sum = kept
-    channels = q_BJCQ.shape[2]
+def attend_backward(plan: Plan, kept, grad_BHCQ):
+    q_BHCQ, k_BJCT, v_BJCT, bounds, work, out, log_sum = kept
+    channels = q_BHCQ.shape[2]
     # sum over keys of p dp, for every query: what the softmax takes off each of its gradients.
-    delta = (grad_BJCQ.astype(FP32) * out.astype(FP32)).sum(axis=2, keepdims=True)
-    inputs = dict(start=bounds[0], end=bounds[1], q=q_BJCQ, k=k_BJCT, v=v_BJCT)
-    inputs |= dict(grad=grad_BJCQ, log_sum=log_sum, delta=delta)
+    delta = (grad_BHCQ.astype(FP32) * out.astype(FP32)).sum(axis=2, keepdims=True)
+    inputs = dict(start=bounds[0], end=bounds[1], q=q_BHCQ, k=k_BJCT, v=v_BJCT)
+    inputs |= dict(grad=grad_BHCQ, log_sum=log_sum, delta=delta)
     (dq,) = call(
         queries_kernel,
         work[0],
         inputs,
-        dict(q=jax.ShapeDtypeStruct(q_BJCQ.shape, q_BJCQ.dtype)),
+        dict(q=jax.ShapeDtypeStruct(q_BHCQ.shape, q_BHCQ.dtype)),
         [(channels, plan.lanes)],
         plan,
         products=3,
@@ -195,8 +182,8 @@ attend.defvjp(attend_forward, attend_backward)
 
 def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: int):
     """Runs a kernel over a work list, each array cut into the tiles that its name calls for."""
-    rows, shared, channels, _ = inputs["q"].shape
-    steps, tiles, lanes = work.tile.shape[1], plan.tiles, plan.lanes
+    rows, shared, channels, _ = inputs["k"].shape
+    steps, tiles = work.tile.shape[1], plan.tiles
 
     def query_tile(row, step, tile, meets):
         return (meets if kernel is keys_kernel else tile)[row * steps + step]
@@ -213,13 +200,13 @@ def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: 
     def of_keys(row, head, step, tile, meets, _):
         return row, head, 0, key_tile(row, step, tile, meets)
 
-    bound = pl.BlockSpec((None, 1, lanes), of_bounds)
-    row_of_each = pl.BlockSpec((None, None, 1, lanes), of_queries)
-    query = pl.BlockSpec((None, None, channels, lanes), of_queries)
+    bound = pl.BlockSpec((None, 1, tiles.queries), of_bounds)
+    query = pl.BlockSpec((None, plan.group, channels, tiles.queries), of_queries)
+    row_of_each = pl.BlockSpec((None, plan.group, 1, tiles.queries), of_queries)
     key = pl.BlockSpec((None, None, channels, tiles.keys), of_keys)
     specs = dict(start=bound, end=bound, log_sum=row_of_each, delta=row_of_each)
     specs |= dict(q=query, grad=query, out=query, k=key, v=key)
-    scores = rows * shared * steps * lanes * tiles.keys
+    scores = rows * shared * steps * plan.lanes * tiles.keys
     return pl.pallas_call(
         functools.partial(kernel, steps=steps, channels=channels),
         out_shape=tuple(outputs.values()),
@@ -253,11 +240,24 @@ def product(a, b, over_a: int, over_b: int):
     )
 
 
+def abreast(x):
+    """[heads, rows, positions] as [rows, heads * positions]."""
+    return jnp.concatenate([x[head] for head in range(x.shape[0])], axis=1)
+
+
+def write_abreast(out, x) -> None:
+    """The other way about."""
+    width = out.shape[2]
+    for head in range(out.shape[0]):
+        out[head] = x[:, head * width : (head + 1) * width].astype(out.dtype)
+
+
 def scores(q, k, start, end, key_tile, scale: float):
     """Scores [keys, queries] of a pair of tiles, to base 2."""
-    s = product(k[...], q[...], 0, 0) * (scale * math.log2(math.e))
-    key = key_tile * s.shape[0] + jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
-    return jnp.where((start[...] <= key) & (key < end[...]), s, HIDDEN)
+    s = product(k[...], abreast(q[...]), 0, 0) * (scale * math.log2(math.e))
+    key = key_tile * k.shape[1] + jax.lax.broadcasted_iota(jnp.int32, (k.shape[1], q.shape[2]), 0)
+    seen = (start[...] <= key) & (key < end[...])
+    return jnp.where(abreast(jnp.broadcast_to(seen[None], (q.shape[0], *seen.shape))), s, HIDDEN)
 
 
 def forward_kernel(
@@ -285,8 +285,15 @@ def forward_kernel(
     def _():
         some = total[...] > 0  # an empty range gives zeros
         divisor = jnp.where(some, total[...], 1)
-        out[...] = (summed[...] / divisor).astype(out.dtype)
-        log_sum[...] = jnp.where(some, top[...] + jnp.log2(divisor), 0)
+        write_abreast(out, summed[...] / divisor)
+        write_abreast(log_sum, jnp.where(some, top[...] + jnp.log2(divisor), 0))
+
+
+def weights_and_their_gradients(q, k, v, start, end, grad, log_sum, delta, key_tile, scale):
+    """Softmax weights [keys, queries] once more, and the gradients of the scores."""
+    s = scores(q, k, start, end, key_tile, scale)
+    weights = jnp.exp2(s - abreast(log_sum[...]))
+    return weights, weights * (product(v[...], grad, 0, 0) - abreast(delta[...]))
 
 
 def queries_kernel(
@@ -300,36 +307,20 @@ def queries_kernel(
 
     @pl.when(does[at] & SEES != 0)
     def _():
-        s = scores(q, k, start, end, meets[at], channels**-0.5)
-        weights = jnp.exp2(s - log_sum[...])
-        ds = weights * (product(v[...], grad[...], 0, 0) - delta[...])
+        _, ds = weights_and_their_gradients(
+            q, k, v, start, end, abreast(grad[...]), log_sum, delta, meets[at], channels**-0.5
+        )
         total[...] += product(k[...], ds.astype(k.dtype), 1, 0)
 
     @pl.when(does[at] & CLOSES != 0)
     def _():
-        dq[...] = (total[...] * channels**-0.5).astype(dq.dtype)
+        write_abreast(dq, total[...] * channels**-0.5)
 
 
 def keys_kernel(
-    tile,
-    meets,
-    does,
-    start,
-    end,
-    q,
-    k,
-    v,
-    grad,
-    log_sum,
-    delta,
-    dk,
-    dv,
-    total_k,
-    total_v,
-    *,
-    steps,
-    channels,
-):
+    tile, meets, does, start, end, q, k, v, grad, log_sum, delta, dk, dv, total_k, total_v, *,
+    steps, channels,
+):  # fmt: skip
     at = pl.program_id(0) * steps + pl.program_id(2)
 
     @pl.when(does[at] & OPENS != 0)
@@ -339,11 +330,12 @@ def keys_kernel(
 
     @pl.when(does[at] & SEES != 0)
     def _():
-        s = scores(q, k, start, end, tile[at], channels**-0.5)
-        weights = jnp.exp2(s - log_sum[...])
-        ds = weights * (product(v[...], grad[...], 0, 0) - delta[...])
-        total_k[...] += product(q[...], ds.astype(q.dtype), 1, 1)
-        total_v[...] += product(grad[...], weights.astype(grad.dtype), 1, 1)
+        flat = abreast(grad[...])
+        weights, ds = weights_and_their_gradients(
+            q, k, v, start, end, flat, log_sum, delta, tile[at], channels**-0.5
+        )
+        total_k[...] += product(abreast(q[...]), ds.astype(q.dtype), 1, 1)
+        total_v[...] += product(flat, weights.astype(flat.dtype), 1, 1)
 
     @pl.when(does[at] & CLOSES != 0)
     def _():

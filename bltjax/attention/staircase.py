@@ -108,37 +108,45 @@ def seeing_tiles(first, end, columns: int):
     A query tile that sees nothing, between two that see the same key tile, is among them.
     """
     # Both limits of the tiles that see something ascend; the others take a neighbour's.
-    none = end == first
-    low = jax.lax.cummin(jnp.where(none, columns, first), axis=1, reverse=True)
+    low = jax.lax.cummin(jnp.where(end == first, columns, first), axis=1, reverse=True)
     high = jax.lax.cummax(end, axis=1)
     column = jnp.arange(columns, dtype=jnp.int32)
-    before, until = (
-        jax.vmap(lambda x: jnp.searchsorted(x, column, side="right", method="compare_all"))(limits)
-        for limits in (high, low)
-    )
-    return before, jnp.maximum(before, until)
+    before = passed(high, column)
+    return before, jnp.maximum(before, passed(low, column))
+
+
+def passed(limits, place):
+    """How many of each row's ascending limits are no more than each place, int32 [B, places].
+
+    A search by looking at all of them: a few thousand comparisons, which a TPU does at once, where
+    a binary search or a table look-up would go one by one.
+    """
+    return (limits[:, None] <= place[None, :, None]).sum(axis=2, dtype=jnp.int32)
 
 
 def work_list(first, end, steps: int) -> Work:
     """The pairs of each tile i with tiles first[i] <= t < end[i], tile by tile."""
+    tiles = first.shape[1]
     count = jnp.maximum(end - first, 1)
     done = jnp.cumsum(count, axis=1, dtype=jnp.int32)
     step = jnp.arange(steps, dtype=jnp.int32)
+    tile = passed(done, step)
+    idle = tile == tiles
+    tile = jnp.minimum(tile, tiles - 1)
+    here = tile[..., None] == jnp.arange(tiles)[None, None]
 
-    def of_row(first, end, count, done):
-        tile = jnp.searchsorted(done, step, side="right", method="compare_all").astype(jnp.int32)
-        idle = tile == len(done)
-        tile = jnp.minimum(tile, len(done) - 1)
-        # Idle steps stay at the last pair, so that they move no data.
-        place = jnp.minimum(step - (done[tile] - count[tile]), count[tile] - 1)
-        does = (
-            OPENS * (place == 0)
-            + SEES * (first[tile] + place < end[tile])
-            + CLOSES * (place == count[tile] - 1)
-        )
-        return Work(tile, first[tile] + place, jnp.where(idle, 0, does).astype(jnp.int32))
+    def of_tile(x):
+        return jnp.where(here, x[:, None], 0).sum(axis=2)
 
-    return jax.vmap(of_row)(first, end, count, done)
+    # Idle steps stay at the last pair, so that they move no data.
+    place = jnp.minimum(step[None] - of_tile(done - count), of_tile(count) - 1)
+    meets = of_tile(first) + place
+    does = (
+        OPENS * (place == 0)
+        + SEES * (meets < of_tile(end))
+        + CLOSES * (place == of_tile(count) - 1)
+    )
+    return Work(tile, meets, jnp.where(idle, 0, does))
 
 
 def rows_and_columns(pattern: Pattern, start_BQ, end_BQ, keys: int, tiles: Tiles):
