@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 import bltjax.attention.tiled as tiled
 from bltjax.attention import KERNELS, Pooling, Reading, Sliding, range_attention
 from bltjax.attention.dense import dense
+from bltjax.attention.pallas_tpu import Plan
 from bltjax.attention.staircase import Tiles, whole_patches
 
 N = 150
@@ -132,15 +133,16 @@ def test_matches_dense(name, implementation):
 def small_tiles(monkeypatch):
     """Tiles of a few positions, so that a short row has many of them."""
 
-    def of_tpu(pattern, queries, keys, group):
+    def plan_of_tpu(pattern, queries, keys, shared, group):
         query_slots = pattern.slots if isinstance(pattern, Pooling) else 1
         key_slots = pattern.slots if isinstance(pattern, Reading) else 1
-        return Tiles(whole_patches(24, 8, query_slots), whole_patches(16, 8, key_slots))
+        tiles = Tiles(whole_patches(24, 8, query_slots), whole_patches(16, 8, key_slots))
+        return Plan(tiles, group, shared)
 
     # The package's names of these modules are taken by the functions in them.
     modules = (sys.modules[f"bltjax.attention.{name}"] for name in ("pallas_tpu", "pallas_gpu"))
     tpu, gpu = modules
-    monkeypatch.setattr(tpu, "tile_sizes", of_tpu)
+    monkeypatch.setattr(tpu, "make_plan", plan_of_tpu)
     monkeypatch.setattr(gpu, "tile_sizes", lambda *_: (Tiles(32, 16), Tiles(16, 32)))
 
 

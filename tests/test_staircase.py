@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bltjax.attention import Pooling, Reading, Sliding
-from bltjax.attention.pallas_tpu import tile_sizes
+from bltjax.attention.pallas_tpu import make_plan
 from bltjax.attention.staircase import (
     CLOSES,
     OPENS,
@@ -84,7 +84,7 @@ def cross_ranges(kind: str, pattern):
 def test_cross_attentions_are_linear(kind, pattern):
     """At most nQ + nT - 1 steps, zeros of what sees nothing included, whatever the lengths are."""
     start, end, keys = cross_ranges(kind, pattern)
-    tiles = tile_sizes(pattern, len(start), keys, 1)
+    tiles = make_plan(pattern, len(start), keys, 4, 1).tiles
     rows, columns = tiles.count(len(start), keys)
     most = rows + columns - 1
     assert row_steps(pattern, len(start), keys, tiles) == most

@@ -19,7 +19,7 @@ pass leaves to the backward pass are to base 2.
 
 import functools
 import math
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -44,35 +44,57 @@ FP32 = jnp.float32
 VMEM_BYTES = 16 * 2**20
 
 
-def tile_sizes(pattern: Pattern, queries: int, keys: int, group: int) -> Tiles:
-    """Tiles for `group` query heads that share a key/value head.
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed when the kernels are compiled."""
 
-    A step's own cost is about that of 256 x 256 scores. A cross-attention needs few scores of a
-    tile, so its tiles are that small; a window or a long context fills larger ones. Both are
-    multiples of the lanes, and neither splits a patch's slots.
+    tiles: Tiles
+    group: int  # query heads that share a key/value head
+    heads: int  # key/value heads of one step
+    interpret: bool = False
+
+    @property
+    def lanes(self) -> int:
+        """Queries that meet one head's keys in a step."""
+        return self.tiles.queries * self.group
+
+    def vmem_bytes(self, channels: int, itemsize: int) -> int:
+        """What the hungriest kernel, that of dk and dv, keeps in VMEM."""
+        query = self.heads * channels * self.lanes  # elements of a step's tile
+        key = self.heads * channels * self.tiles.keys
+        scores = self.tiles.keys * self.lanes
+        buffers = 2  # while one is worked on, the next one arrives
+        return (
+            buffers * 2 * query * itemsize  # q and the gradient of out
+            + buffers * 2 * key * itemsize  # k and v
+            + buffers * 2 * 8 * self.tiles.queries * 4  # start and end: one row of 8 sublanes
+            + buffers * 2 * self.heads * self.lanes * 4  # log_sum and delta, a row a head
+            + buffers * 2 * key * itemsize  # dk and dv on their way out
+            + 2 * key * 4  # dk and dv as they grow
+            + 3 * scores * 4  # of one head: weights, their gradients, those of the scores
+            + 2 * scores * itemsize  # two of them as operands of a product
+            + 2 * channels * self.tiles.keys * 4  # k and v of a head turned, or terms of dk and dv
+        )
+
+
+def make_plan(pattern: Pattern, queries: int, keys: int, shared: int, group: int) -> Plan:
+    """Tiles that are multiples of the lanes and split no patch's slots, and heads of a step.
+
+    A step costs some 250 cycles by itself (of v5e's static schedule, as are the others). A window
+    or a long context fills tiles of 512 x 512, 1205 cycles forward. A cross-attention needs few
+    scores of a tile, so its tiles are 256 x 256: 433 cycles, but 389 a head when a step takes four,
+    whose instructions interleave, at a quarter of the step's own cost: 460 in all instead of 680.
     """
-    target = 512 if isinstance(pattern, Sliding) else 256
+    slides = isinstance(pattern, Sliding)
+    target = 512 if slides else 256
     query_slots = pattern.slots if isinstance(pattern, Pooling) else 1
     key_slots = pattern.slots if isinstance(pattern, Reading) else 1
-    return Tiles(
+    tiles = Tiles(
         whole_patches(min(max(target // group, LANES), queries), LANES, query_slots),
         whole_patches(min(target, keys), LANES, key_slots),
     )
-
-
-def vmem_bytes(tiles: Tiles, group: int, channels: int, itemsize: int) -> int:
-    """What the hungriest kernel, that of dk and dv, keeps in VMEM."""
-    lanes, buffers = tiles.queries * group, 2  # while one is worked on, the next one arrives
-    return (
-        buffers * 2 * channels * lanes * itemsize  # q and the gradient of out
-        + buffers * 2 * channels * tiles.keys * itemsize  # k and v
-        + buffers * 4 * 8 * lanes * 4  # start, end, log_sum, delta: a row each, of 8 sublanes
-        + buffers * 2 * channels * tiles.keys * itemsize  # dk and dv on their way out
-        + 2 * channels * tiles.keys * 4  # dk and dv as they grow
-        + 3 * tiles.keys * lanes * 4  # weights, their gradients, those of the scores
-        + 2 * tiles.keys * lanes * itemsize  # two of them as operands of a product
-        + 2 * channels * (tiles.keys + lanes) * itemsize  # k and v turned, new terms of dk and dv
-    )
+    heads = max(count for count in range(1, 2 if slides else 5) if shared % count == 0)
+    return Plan(tiles, group, heads)
 
 
 def pallas_tpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, interpret: bool = False):
@@ -83,13 +105,13 @@ def pallas_tpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, inter
     """
     queries, heads, channels = q_BQHC.shape[1:]
     keys, shared = k_BTJC.shape[1:3]
-    group = heads // shared
-    tiles = tile_sizes(pattern, queries, keys, group)
-    needed = vmem_bytes(tiles, group, channels, q_BQHC.dtype.itemsize)
+    plan = replace(make_plan(pattern, queries, keys, shared, heads // shared), interpret=interpret)
+    tiles = plan.tiles
+    needed = plan.vmem_bytes(channels, q_BQHC.dtype.itemsize)
     if needed > VMEM_BYTES:
         raise ValueError(
-            f"tiles of {tiles.queries} x {tiles.keys} with {channels} channels a head and {group}"
-            f" query heads a key/value head need {needed} bytes of VMEM, more than {VMEM_BYTES}"
+            f"tiles of {tiles.queries} x {tiles.keys} with {channels} channels a head need {needed}"
+            f" bytes of VMEM, more than {VMEM_BYTES}"
         )
     work = rows_and_columns(pattern, start_BQ, end_BQ, keys, tiles)
     # A query past the last sees nothing.
@@ -101,7 +123,7 @@ def pallas_tpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, inter
         positions_last(v_BTJC, tiles.keys),
         (start_B1Q, end_B1Q),
         work,
-        Plan(tiles, group, interpret),
+        plan,
     )
     return out_BHCQ[..., :queries].transpose(0, 3, 1, 2)
 
@@ -110,19 +132,6 @@ def positions_last(x_BQHC, tile: int):
     """[B, H, C, Q], with zeros after the last position up to a whole tile."""
     x = jnp.pad(x_BQHC, ((0, 0), (0, -x_BQHC.shape[1] % tile), (0, 0), (0, 0)))
     return x.transpose(0, 2, 3, 1)
-
-
-class Plan(NamedTuple):
-    """What is fixed when the kernels are compiled; `group` heads share a key/value head."""
-
-    tiles: Tiles
-    group: int
-    interpret: bool
-
-    @property
-    def lanes(self) -> int:
-        """Queries of a step, those of all its heads."""
-        return self.tiles.queries * self.group
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -142,7 +151,7 @@ def attend_forward(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan: Plan):
             out=jax.ShapeDtypeStruct(q_BHCQ.shape, v_BJCT.dtype),
             log_sum=jax.ShapeDtypeStruct(row_of_each, FP32),
         ),
-        [(1, plan.lanes), (1, plan.lanes), (channels, plan.lanes)],
+        [(plan.heads, 1, plan.lanes)] * 2 + [(plan.heads, channels, plan.lanes)],
         plan,
         products=2,
     )
@@ -161,7 +170,7 @@ def attend_backward(plan: Plan, kept, grad_BHCQ):
         work[0],
         inputs,
         dict(q=jax.ShapeDtypeStruct(q_BHCQ.shape, q_BHCQ.dtype)),
-        [(channels, plan.lanes)],
+        [(plan.heads, channels, plan.lanes)],
         plan,
         products=3,
     )
@@ -170,7 +179,7 @@ def attend_backward(plan: Plan, kept, grad_BHCQ):
         work[1],
         inputs,
         {name: jax.ShapeDtypeStruct(inputs[name].shape, inputs[name].dtype) for name in "kv"},
-        [(channels, plan.tiles.keys)] * 2,
+        [(plan.heads, channels, plan.tiles.keys)] * 2,
         plan,
         products=4,
     )
@@ -200,19 +209,20 @@ def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: 
     def of_keys(row, head, step, tile, meets, _):
         return row, head, 0, key_tile(row, step, tile, meets)
 
+    query_heads = plan.heads * plan.group
     bound = pl.BlockSpec((None, 1, tiles.queries), of_bounds)
-    query = pl.BlockSpec((None, plan.group, channels, tiles.queries), of_queries)
-    row_of_each = pl.BlockSpec((None, plan.group, 1, tiles.queries), of_queries)
-    key = pl.BlockSpec((None, None, channels, tiles.keys), of_keys)
+    query = pl.BlockSpec((None, query_heads, channels, tiles.queries), of_queries)
+    row_of_each = pl.BlockSpec((None, query_heads, 1, tiles.queries), of_queries)
+    key = pl.BlockSpec((None, plan.heads, channels, tiles.keys), of_keys)
     specs = dict(start=bound, end=bound, log_sum=row_of_each, delta=row_of_each)
     specs |= dict(q=query, grad=query, out=query, k=key, v=key)
     scores = rows * shared * steps * plan.lanes * tiles.keys
     return pl.pallas_call(
-        functools.partial(kernel, steps=steps, channels=channels),
+        functools.partial(kernel, steps=steps),
         out_shape=tuple(outputs.values()),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(rows, shared, steps),
+            grid=(rows, shared // plan.heads, steps),
             in_specs=[specs[name] for name in inputs],
             out_specs=[specs[name] for name in outputs],
             scratch_shapes=[pltpu.VMEM(size, FP32) for size in scratch],
@@ -240,30 +250,37 @@ def product(a, b, over_a: int, over_b: int):
     )
 
 
-def abreast(x):
-    """[heads, rows, positions] as [rows, heads * positions]."""
-    return jnp.concatenate([x[head] for head in range(x.shape[0])], axis=1)
+def abreast(x, head: int, heads: int):
+    """What meets one key/value head, of [query heads, rows, positions], as [rows, positions]."""
+    group = x.shape[0] // heads
+    return jnp.concatenate([x[head * group + each] for each in range(group)], axis=1)
 
 
-def write_abreast(out, x) -> None:
+def write_abreast(out, head: int, heads: int, x) -> None:
     """The other way about."""
-    width = out.shape[2]
-    for head in range(out.shape[0]):
-        out[head] = x[:, head * width : (head + 1) * width].astype(out.dtype)
+    group, width = out.shape[0] // heads, out.shape[2]
+    for each in range(group):
+        out[head * group + each] = x[:, each * width : (each + 1) * width].astype(out.dtype)
 
 
-def scores(q, k, start, end, key_tile, scale: float):
-    """Scores [keys, queries] of a pair of tiles, to base 2."""
-    s = product(k[...], abreast(q[...]), 0, 0) * (scale * math.log2(math.e))
-    key = key_tile * k.shape[1] + jax.lax.broadcasted_iota(jnp.int32, (k.shape[1], q.shape[2]), 0)
-    seen = (start[...] <= key) & (key < end[...])
-    return jnp.where(abreast(jnp.broadcast_to(seen[None], (q.shape[0], *seen.shape))), s, HIDDEN)
+def unseen_keys(start, end, key_tile, q, k):
+    """Which scores [keys, queries] of a pair of tiles are hidden, the same for every head."""
+    shape, group = (k.shape[2], q.shape[2]), q.shape[0] // k.shape[0]
+    key = key_tile * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return jnp.concatenate([(key < start[...]) | (key >= end[...])] * group, axis=1)
+
+
+def scores(q, k, unseen):
+    """Scores [keys, queries] to base 2."""
+    s = product(k, q, 0, 0) * (k.shape[0] ** -0.5 * math.log2(math.e))
+    return jnp.where(unseen, HIDDEN, s)
 
 
 def forward_kernel(
-    tile, meets, does, start, end, q, k, v, out, log_sum, top, total, summed, *, steps, channels
+    tile, meets, does, start, end, q, k, v, out, log_sum, top, total, summed, *, steps
 ):
     at = pl.program_id(0) * steps + pl.program_id(2)
+    heads = k.shape[0]
 
     @pl.when(does[at] & OPENS != 0)
     def _():
@@ -273,33 +290,32 @@ def forward_kernel(
 
     @pl.when(does[at] & SEES != 0)
     def _():
-        s = scores(q, k, start, end, meets[at], channels**-0.5)
-        new_top = jnp.maximum(top[...], s.max(axis=0, keepdims=True))
-        weights = jnp.exp2(s - new_top)
-        shrink = jnp.exp2(top[...] - new_top)
-        top[...] = new_top
-        total[...] = total[...] * shrink + weights.sum(axis=0, keepdims=True)
-        summed[...] = summed[...] * shrink + product(v[...], weights.astype(v.dtype), 1, 0)
+        unseen = unseen_keys(start, end, meets[at], q, k)
+        for head in range(heads):
+            s = scores(abreast(q, head, heads), k[head], unseen)
+            new_top = jnp.maximum(top[head], s.max(axis=0, keepdims=True))
+            weights = jnp.exp2(s - new_top)
+            shrink = jnp.exp2(top[head] - new_top)
+            top[head] = new_top
+            total[head] = total[head] * shrink + weights.sum(axis=0, keepdims=True)
+            more = product(v[head], weights.astype(v.dtype), 1, 0)
+            summed[head] = summed[head] * shrink + more
 
     @pl.when(does[at] & CLOSES != 0)
     def _():
-        some = total[...] > 0  # an empty range gives zeros
-        divisor = jnp.where(some, total[...], 1)
-        write_abreast(out, summed[...] / divisor)
-        write_abreast(log_sum, jnp.where(some, top[...] + jnp.log2(divisor), 0))
-
-
-def weights_and_their_gradients(q, k, v, start, end, grad, log_sum, delta, key_tile, scale):
-    """Softmax weights [keys, queries] once more, and the gradients of the scores."""
-    s = scores(q, k, start, end, key_tile, scale)
-    weights = jnp.exp2(s - abreast(log_sum[...]))
-    return weights, weights * (product(v[...], grad, 0, 0) - abreast(delta[...]))
+        for head in range(heads):
+            some = total[head] > 0  # an empty range gives zeros
+            divisor = jnp.where(some, total[head], 1)
+            write_abreast(out, head, heads, summed[head] / divisor)
+            logs = jnp.where(some, top[head] + jnp.log2(divisor), 0)
+            write_abreast(log_sum, head, heads, logs)
 
 
 def queries_kernel(
-    tile, meets, does, start, end, q, k, v, grad, log_sum, delta, dq, total, *, steps, channels
+    tile, meets, does, start, end, q, k, v, grad, log_sum, delta, dq, total, *, steps
 ):
     at = pl.program_id(0) * steps + pl.program_id(2)
+    heads = k.shape[0]
 
     @pl.when(does[at] & OPENS != 0)
     def _():
@@ -307,21 +323,25 @@ def queries_kernel(
 
     @pl.when(does[at] & SEES != 0)
     def _():
-        _, ds = weights_and_their_gradients(
-            q, k, v, start, end, abreast(grad[...]), log_sum, delta, meets[at], channels**-0.5
-        )
-        total[...] += product(k[...], ds.astype(k.dtype), 1, 0)
+        unseen = unseen_keys(start, end, meets[at], q, k)
+        for head in range(heads):
+            s = scores(abreast(q, head, heads), k[head], unseen)
+            weights = jnp.exp2(s - abreast(log_sum, head, heads))
+            dweights = product(v[head], abreast(grad, head, heads), 0, 0)
+            ds = weights * (dweights - abreast(delta, head, heads))
+            total[head] += product(k[head], ds.astype(k.dtype), 1, 0)
 
     @pl.when(does[at] & CLOSES != 0)
     def _():
-        write_abreast(dq, total[...] * channels**-0.5)
+        for head in range(heads):
+            write_abreast(dq, head, heads, total[head] * k.shape[1] ** -0.5)
 
 
 def keys_kernel(
-    tile, meets, does, start, end, q, k, v, grad, log_sum, delta, dk, dv, total_k, total_v, *,
-    steps, channels,
-):  # fmt: skip
+    tile, meets, does, start, end, q, k, v, grad, log_sum, delta, dk, dv, total_k, total_v, *, steps
+):
     at = pl.program_id(0) * steps + pl.program_id(2)
+    heads = k.shape[0]
 
     @pl.when(does[at] & OPENS != 0)
     def _():
@@ -330,14 +350,16 @@ def keys_kernel(
 
     @pl.when(does[at] & SEES != 0)
     def _():
-        flat = abreast(grad[...])
-        weights, ds = weights_and_their_gradients(
-            q, k, v, start, end, flat, log_sum, delta, tile[at], channels**-0.5
-        )
-        total_k[...] += product(abreast(q[...]), ds.astype(q.dtype), 1, 1)
-        total_v[...] += product(flat, weights.astype(flat.dtype), 1, 1)
+        unseen = unseen_keys(start, end, tile[at], q, k)
+        for head in range(heads):
+            wide_q, wide_grad = abreast(q, head, heads), abreast(grad, head, heads)
+            weights = jnp.exp2(scores(wide_q, k[head], unseen) - abreast(log_sum, head, heads))
+            dweights = product(v[head], wide_grad, 0, 0)
+            ds = weights * (dweights - abreast(delta, head, heads))
+            total_k[head] += product(wide_q, ds.astype(q.dtype), 1, 1)
+            total_v[head] += product(wide_grad, weights.astype(grad.dtype), 1, 1)
 
     @pl.when(does[at] & CLOSES != 0)
     def _():
-        dk[...] = (total_k[...] * channels**-0.5).astype(dk.dtype)
+        dk[...] = (total_k[...] * k.shape[1] ** -0.5).astype(dk.dtype)
         dv[...] = total_v[...].astype(dv.dtype)
