@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from bltjax.attention import Pooling, Reading, Sliding, range_attention
@@ -69,8 +70,10 @@ def devices():
 
     # A program for a machine that isn't here can't be read back from the cache.
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     yield device
     jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def arrays(text: str) -> set[tuple[int, ...]]:
