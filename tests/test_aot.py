@@ -1,4 +1,6 @@
-"""Kernels compiled for machines that aren't here: TPUs by libtpu, GPUs as far as Triton's language.
+"""Kernels compiled for machines that aren't here: TPUs by libtpu, GPUs by jax's CUDA plugin.
+
+Without that plugin (`pip install '.[gpu]'`; no GPU needed) they are lowered to Triton's language.
 
 Sizes are those of the 8B: rows of 16,384 bytes, 4,096 patches, 4 slots a patch.
 """
@@ -6,6 +8,7 @@ Sizes are those of the 8B: rows of 16,384 bytes, 4,096 patches, 4 slots a patch.
 import importlib.util
 import math
 import os
+import pkgutil
 import re
 
 import jax
@@ -26,6 +29,8 @@ CASES = {
     "latent": (Sliding(P), P, P, 32, 32, 128),
     "latent J=8": (Sliding(P), P, P, 32, 8, 128),
     "no multiples": (Sliding(100), 1000, 1040, 6, 3, 40),
+    "many slots": (Pooling(31), 31 * 256, 1024, 4, 4, 64),
+    "one shared head": (Sliding(1024), 1024, 1024, 32, 1, 128),
 }
 KERNELS = ("forward_kernel", "queries_kernel", "keys_kernel")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -46,17 +51,60 @@ def traced(name, implementation, sharding=None, rows=1, dtype=jnp.bfloat16):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(*arguments)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("name", CASES)
-def test_lowers_for_cuda(name, dtype):
-    text = traced(name, "pallas_gpu", dtype=dtype).lower(lowering_platforms=("cuda",)).as_text()
+def test_lowers_for_cuda(name):
+    text = traced(name, "pallas_gpu").lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 3
     for kernel in KERNELS:
         assert kernel in text
 
 
 @pytest.fixture(scope="module")
-def devices():
+def no_cache():
+    """A program for a machine that isn't here can't be read back from the cache."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+# Shared memory is what differs most: threads, registers and the rest are those of an H100.
+GPU = """platform_name: "CUDA" device_description_str: "test"
+dnn_version_info {{ major: 9 minor: 8 }}
+gpu_device_info {{ cuda_compute_capability {{ major: {major} minor: {minor} }}
+threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
+fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+registers_per_core_limit: 65536 registers_per_block_limit: 65536 shared_memory_per_block: 49152
+shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared} l2_cache_size: 52428800
+memory_bandwidth: 3352320000000 clock_rate_ghz: 1.98 device_memory_size: 24000000000 }}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "capability", [(8, 0, 166912), (8, 9, 101376), (9, 0, 232448)], ids=["A100", "L4", "H100"]
+)
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_for_cuda(name, capability, dtype, no_cache):
+    plugins = importlib.util.find_spec("jax_plugins")
+    folders = plugins.submodule_search_locations if plugins else []
+    if not any("cuda" in module.name for module in pkgutil.iter_modules(folders)):
+        pytest.skip("no CUDA plugin: pip install 'jax[cuda13]' (Linux, x86-64)")
+    major, minor, shared = capability
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="one",
+        topology="1x1x1",
+        target_config=GPU.format(major=major, minor=minor, shared=shared),
+    )
+    program = traced(name, "pallas_gpu", SingleDeviceSharding(topology.devices[0]), dtype=dtype)
+    text = program.lower().compile().as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+
+
+@pytest.fixture(scope="module")
+def devices(no_cache):
     """From a chip's name to a device that one can compile for."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install 'jax[tpu]' (Linux, x86-64)")
@@ -68,12 +116,7 @@ def devices():
         name = TOPOLOGIES[chip]
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
 
-    # A program for a machine that isn't here can't be read back from the cache.
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield device
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
+    return device
 
 
 def arrays(text: str) -> set[tuple[int, ...]]:

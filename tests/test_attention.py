@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import bltjax.attention.tiled as tiled
-from bltjax.attention import KERNELS, Pooling, Reading, Sliding, range_attention
+from bltjax.attention import KERNELS, Pooling, Reading, Sliding, fastest, range_attention
 from bltjax.attention.dense import dense
 from bltjax.attention.pallas_tpu import Plan
 from bltjax.attention.staircase import Tiles, whole_patches
@@ -143,7 +144,7 @@ def test_matches_dense(name, implementation):
 def small_tiles(monkeypatch):
     """Tiles of a few positions, so that a short row has many of them."""
 
-    def plan_of_tpu(pattern, queries, keys, shared, group):
+    def plan_of_tpu(pattern, queries, keys, shared, group, head):
         query_slots = pattern.slots if isinstance(pattern, Pooling) else 1
         key_slots = pattern.slots if isinstance(pattern, Reading) else 1
         tiles = Tiles(whole_patches(24, 8, query_slots), whole_patches(16, 8, key_slots))
@@ -300,7 +301,7 @@ def test_heads_must_divide():
 
 def test_too_wide_heads():
     x, bound = jnp.ones((1, 512, 1, 4096)), jnp.zeros((1, 512), jnp.int32)
-    with pytest.raises(ValueError, match=r"4096 channels a head .* more than 16777216"):
+    with pytest.raises(ValueError, match=r"with 4096 channels a head need .* more than 16777216"):
         range_attention(x, x, x, bound, bound, pattern=Sliding(512), implementation="pallas_tpu")
 
 
@@ -329,3 +330,21 @@ def test_tiles_of_any_size(tiles, monkeypatch):
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert (np.asarray(found[0])[0, :3] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "platform, capability, chosen",
+    [
+        ("tpu", None, "pallas_tpu"),
+        ("gpu", "9.0", "pallas_gpu"),
+        ("gpu", "10.0", "pallas_gpu"),
+        ("gpu", "7.5", "xla"),
+        ("gpu", "gfx942", "xla"),
+        ("cpu", None, "xla"),
+    ],
+)
+def test_choice_by_device(platform, capability, chosen):
+    device = SimpleNamespace(platform=platform)
+    if capability:
+        device.compute_capability = capability
+    assert fastest(device) == chosen

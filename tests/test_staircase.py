@@ -84,7 +84,7 @@ def cross_ranges(kind: str, pattern):
 def test_cross_attentions_are_linear(kind, pattern):
     """At most nQ + nT - 1 steps, zeros of what sees nothing included, whatever the lengths are."""
     start, end, keys = cross_ranges(kind, pattern)
-    tiles = make_plan(pattern, len(start), keys, 4, 1).tiles
+    tiles = make_plan(pattern, len(start), keys, 4, 1, (64, 2)).tiles
     rows, columns = tiles.count(len(start), keys)
     most = rows + columns - 1
     assert row_steps(pattern, len(start), keys, tiles) == most

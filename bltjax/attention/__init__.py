@@ -32,8 +32,18 @@ KERNELS = {
     "pallas_tpu_interpreted": functools.partial(pallas_tpu, interpret=True),
     "pallas_gpu_interpreted": functools.partial(pallas_gpu, interpret=True),
 }
-BY_PLATFORM = {"cpu": "xla", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 _said: set[str] = set()
+
+
+def fastest(device) -> str:
+    """The implementation for a device: its kernels, where they compile."""
+    if device.platform == "tpu":
+        return "pallas_tpu"
+    # Triton needs compute capability 8.0, so no T4; AMD's capabilities are names (gfx942).
+    capability = getattr(device, "compute_capability", "")
+    if device.platform == "gpu" and capability.partition(".")[0].isdecimal():
+        return "pallas_gpu" if float(capability) >= 8 else "xla"
+    return "xla"
 
 
 def range_attention(
@@ -56,11 +66,12 @@ def range_attention(
         raise ValueError(f"key/value heads ({shared}) must divide query heads ({heads})")
     arrays = (q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ)
     if implementation is None:
-        platform = jax.default_backend()
-        implementation = BY_PLATFORM.get(platform, "xla")
-        if platform not in _said:
-            _said.add(platform)
-            logging.getLogger(__name__).info("attention on %s: %s", platform, implementation)
+        device = jax.devices()[0]
+        implementation = fastest(device)
+        if device.device_kind not in _said:
+            _said.add(device.device_kind)
+            text = "attention on %s: %s"
+            logging.getLogger(__name__).info(text, device.device_kind, implementation)
     if implementation == "dense":
         return dense(*arrays)
     if implementation == "xla":

@@ -39,29 +39,34 @@ class Plan(NamedTuple):
     interpret: bool
 
 
-def tile_sizes(queries: int, keys: int) -> tuple[Tiles, Tiles]:
-    """Tiles forward and backward; each backward step holds twice as many operands."""
+def tile_sizes(queries: int, keys: int, channel_bytes: int) -> tuple[Tiles, Tiles]:
+    """Tiles forward and backward; each backward step holds twice as many operands.
+
+    They are as large as the 99 KiB of shared memory of the smaller cards (8.6, 8.9) allow.
+    """
+    side = max(LEAST, 64 * 256 // max(256, channel_bytes))
 
     def fit(tile: int, length: int) -> int:
         return max(LEAST, min(tile, pl.next_power_of_2(length)))
 
     return (
-        Tiles(fit(128, queries), fit(64, keys)),
-        Tiles(fit(64, queries), fit(64, keys)),
+        Tiles(fit(2 * side, queries), fit(side, keys)),
+        Tiles(fit(side, queries), fit(side, keys)),
     )
 
 
 def pallas_gpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, interpret: bool = False):
     """Range attention; `interpret` runs the kernels on any platform, slowly."""
     queries, channels = q_BQHC.shape[1], q_BQHC.shape[3]
-    forward, backward = tile_sizes(queries, k_BTJC.shape[1])
+    # Zeros in more channels change no score.
+    padded_channels = max(LEAST, pl.next_power_of_2(channels))
+    channel_bytes = padded_channels * q_BQHC.dtype.itemsize
+    forward, backward = tile_sizes(queries, k_BTJC.shape[1], channel_bytes)
     extra_queries = -queries % max(forward.queries, backward.queries)
     extra_keys = -k_BTJC.shape[1] % max(forward.keys, backward.keys)
-    # Zeros in more channels change no score.
-    extra_channels = max(LEAST, pl.next_power_of_2(channels)) - channels
 
     def padded(x, extra: int):
-        return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, extra_channels)))
+        return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, padded_channels - channels)))
 
     start, end = (jnp.pad(x, ((0, 0), (0, extra_queries))) for x in (start_BQ, end_BQ))
     out = attend(
