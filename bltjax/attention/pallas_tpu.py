@@ -234,6 +234,14 @@ def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: 
     specs = dict(start=bound, end=bound, log_sum=row_of_each, delta=row_of_each)
     specs |= dict(q=query, grad=query, out=query, k=key, v=key)
     scores = rows * shared * steps * plan.lanes * tiles.keys
+
+    def moved(name: str, x) -> int:
+        """Bytes: an array of the tiles that the list goes through once, another one every step."""
+        if (name in "kv") == (kernel is keys_kernel):
+            return x.size * x.dtype.itemsize
+        tile = math.prod(filter(None, specs[name].block_shape))
+        return rows * (shared // plan.heads) * steps * tile * x.dtype.itemsize
+
     return pl.pallas_call(
         functools.partial(kernel, steps=steps),
         out_shape=tuple(outputs.values()),
@@ -251,9 +259,7 @@ def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: 
         cost_estimate=pl.CostEstimate(
             flops=2 * products * scores * channels,
             transcendentals=scores,
-            bytes_accessed=sum(
-                x.size * x.dtype.itemsize for x in (*inputs.values(), *outputs.values())
-            ),
+            bytes_accessed=sum(moved(*x) for x in (*inputs.items(), *outputs.items())),
         ),
         name=f"range_attention_{kernel.__name__}",
         interpret=plan.interpret,

@@ -110,43 +110,41 @@ def seeing_tiles(first, end, columns: int):
     # Both limits of the tiles that see something ascend; the others take a neighbour's.
     low = jax.lax.cummin(jnp.where(end == first, columns, first), axis=1, reverse=True)
     high = jax.lax.cummax(end, axis=1)
-    column = jnp.arange(columns, dtype=jnp.int32)
-    before = passed(high, column)
-    return before, jnp.maximum(before, passed(low, column))
+    before = passed(high, columns)
+    return before, jnp.maximum(before, passed(low, columns))
 
 
-def passed(limits, place):
-    """How many of each row's ascending limits are no more than each place, int32 [B, places].
+def passed(limits, places: int):
+    """How many of each row's ascending limits are no more than 0, 1, ..., int32 [B, places].
 
-    A search by looking at all of them: a few thousand comparisons, which a TPU does at once, where
-    a binary search or a table look-up would go one by one.
+    Counted by a product with ones, of a few hundred tiles by as many steps: a binary search goes
+    one by one on a TPU, and XLA unrolls a sum over comparisons into megabytes of code.
     """
-    return (limits[:, None] <= place[None, :, None]).sum(axis=2, dtype=jnp.int32)
+    shape = (*limits.shape, places)
+    under = limits[..., None] <= jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+    ones = jnp.ones((limits.shape[0], 1, limits.shape[1]))
+    return jnp.einsum("bxi,bit->bxt", ones, under.astype(ones.dtype))[:, 0].astype(jnp.int32)
 
 
 def work_list(first, end, steps: int) -> Work:
     """The pairs of each tile i with tiles first[i] <= t < end[i], tile by tile."""
     tiles = first.shape[1]
-    count = jnp.maximum(end - first, 1)
-    done = jnp.cumsum(count, axis=1, dtype=jnp.int32)
-    step = jnp.arange(steps, dtype=jnp.int32)
-    tile = passed(done, step)
-    idle = tile == tiles
-    tile = jnp.minimum(tile, tiles - 1)
-    here = tile[..., None] == jnp.arange(tiles)[None, None]
-
-    def of_tile(x):
-        return jnp.where(here, x[:, None], 0).sum(axis=2)
-
+    done = jnp.cumsum(jnp.maximum(end - first, 1), axis=1, dtype=jnp.int32)
+    begin = jnp.pad(done, ((0, 0), (1, 0)))[:, :-1]
+    # The tile of each step, and of one more; that of an idle step is one too many.
+    reached = passed(done, steps + 1)
+    idle = reached[:, :-1] == tiles
+    tile = jnp.minimum(reached[:, :-1], tiles - 1)
+    # One look-up for both: which tile step 0 would meet, and whether this tile meets any.
+    found = jnp.take_along_axis(2 * (first - begin) + (end > first), tile, axis=1)
     # Idle steps stay at the last pair, so that they move no data.
-    place = jnp.minimum(step[None] - of_tile(done - count), of_tile(count) - 1)
-    meets = of_tile(first) + place
+    step = jnp.minimum(jax.lax.broadcasted_iota(jnp.int32, tile.shape, 1), done[:, -1:] - 1)
     does = (
-        OPENS * (place == 0)
-        + SEES * (meets < of_tile(end))
-        + CLOSES * (place == of_tile(count) - 1)
+        OPENS * (jnp.diff(tile, axis=1, prepend=-1) > 0)
+        + SEES * (found & 1)
+        + CLOSES * (jnp.diff(reached, axis=1) > 0)
     )
-    return Work(tile, meets, jnp.where(idle, 0, does))
+    return Work(tile, step + (found >> 1), jnp.where(idle, 0, does))
 
 
 def rows_and_columns(pattern: Pattern, start_BQ, end_BQ, keys: int, tiles: Tiles):
