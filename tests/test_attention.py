@@ -17,10 +17,19 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import bltjax.attention.tiled as tiled
-from bltjax.attention import KERNELS, Pooling, Reading, Sliding, fastest, range_attention
+from bltjax.attention import (
+    IMPLEMENTATIONS,
+    KERNELS,
+    Pooling,
+    Reading,
+    Sliding,
+    fastest,
+    range_attention,
+)
 from bltjax.attention.dense import dense
 from bltjax.attention.pallas_tpu import Plan
 from bltjax.attention.staircase import Tiles, whole_patches
+from bltjax.config import ATTENTION
 
 N = 150
 INTERPRETED = tuple(name for name in KERNELS if name.endswith("_interpreted"))
@@ -290,6 +299,10 @@ def test_no_kernel_falls_back(implementation):
     x, bound = jnp.ones((1, 4, 1, 2)), jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
         range_attention(x, x, x, bound, bound, pattern=Sliding(4), implementation=implementation)
+
+
+def test_config_knows_every_name():
+    assert set(ATTENTION) == {"auto", *IMPLEMENTATIONS, *KERNELS}
 
 
 def test_heads_must_divide():

@@ -19,6 +19,7 @@ from bltjax.attention.staircase import (
 
 N = 16384
 P = 4096
+both_lists = jax.jit(rows_and_columns, static_argnums=(0, 3, 4))
 
 
 def pairs(work, row: int) -> list[tuple[int, int]]:
@@ -90,9 +91,7 @@ def test_cross_attentions_are_linear(kind, pattern):
     assert row_steps(pattern, len(start), keys, tiles) == most
     assert column_steps(pattern, len(start), keys, tiles) == most
     bounds = (jnp.asarray(x, jnp.int32)[None] for x in (start, end))
-    by_rows, by_columns = jax.jit(rows_and_columns, static_argnums=(0, 3, 4))(
-        pattern, *bounds, keys, tiles
-    )
+    by_rows, by_columns = both_lists(pattern, *bounds, keys, tiles)
     expected = meeting(start, end, keys, tiles)
     visited = pairs(by_rows, 0)
     assert len(visited) <= most and set(visited) >= expected
@@ -111,7 +110,7 @@ def test_windows_stay_within_their_bound(span, tile, documents):
     start = np.where(real, np.maximum(place - span + 1, begin), N - 3000)
     end = np.where(real, place + 1, N - 3000)
     bounds = (jnp.asarray(x, jnp.int32)[None] for x in (start, end))
-    by_rows, by_columns = rows_and_columns(pattern, *bounds, N, tiles)
+    by_rows, by_columns = both_lists(pattern, *bounds, N, tiles)
     expected = sorted(meeting(start, end, N, tiles))
     assert pairs(by_rows, 0) == expected
     assert sorted((row, column) for column, row in pairs(by_columns, 0)) == expected
@@ -131,7 +130,7 @@ def test_gaps_and_empty_tiles():
     hidden = np.repeat(random.random((20, 25)) < 0.4, 4, axis=1)
     end = np.where(hidden, start, end)
     bounds = (jnp.asarray(x, jnp.int32) for x in (start, end))
-    lists = rows_and_columns(Pooling(1), *bounds, 500, tiles)
+    lists = both_lists(Pooling(1), *bounds, 500, tiles)
     for row in range(20):
         expected = meeting(start[row], end[row], 500, tiles)
         by_rows, by_columns = (pairs(work, row) for work in lists)

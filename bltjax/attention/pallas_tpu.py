@@ -22,9 +22,9 @@ that sees, forward, dq, and dk with dv:
 
                                            temporaries   code       cycles
     window of 512, N = 16384    splash     482 MiB       1292 KiB   1214, 1581, 1984
-    20 heads of 64 channels     here         0 MiB        692 KiB   1205, 1295, 1453
+    20 heads of 64 channels     here         0 MiB        724 KiB   1205, 1295, 1453
     latent, P = 4096            splash      68 MiB       3784 KiB   1187, 1465, 1839
-    32 heads of 128 channels    here        65 MiB       1228 KiB   1455, 1518, 2000
+    32 heads of 128 channels    here        65 MiB       1274 KiB   1455, 1518, 2000
 
 A row that is one document makes both visit the same tiles, 63 and 36; but splash has as many steps
 whatever the documents are, and 64 of them for the 36, where a row of eight documents here visits 8
@@ -94,10 +94,11 @@ class Plan:
 def make_plan(pattern: Pattern, queries: int, keys: int, shared: int, group: int, head) -> Plan:
     """Tiles that are multiples of the lanes and split no patch's slots, and heads of a step.
 
-    A step costs some 250 cycles by itself (of v5e's static schedule, as are the others). A window
-    or a long context fills tiles of 512 x 512, 1205 cycles forward. A cross-attention needs few
-    scores of a tile, so its tiles are 256 x 256: 433 cycles, but 389 a head when a step takes four,
-    whose instructions interleave, at a quarter of the step's own cost: 460 in all instead of 680.
+    Cycles here are those of v5e's static schedule; v5p's is the same within 3 %, v6e's up to 30 %
+    shorter, so all chips have the same plan. A step costs 200 cycles by itself (v6e 280, v5p 360).
+    A window or a long context fills tiles of 512 x 512, 1205 cycles forward. A cross-attention
+    needs few scores of a tile, so its tiles are 256 x 256: 433 cycles, or 389 a head when a step
+    takes four, whose instructions interleave, at a quarter of the step's own cost.
 
     head: channels and bytes of each, which decide how many heads a step can hold.
 
