@@ -30,7 +30,7 @@ CASES = {
     "latent J=8": (Sliding(P), P, P, 32, 8, 128),
     "no multiples": (Sliding(100), 1000, 1040, 6, 3, 40),
     "many slots": (Pooling(31), 31 * 256, 1024, 4, 4, 64),
-    "one shared head": (Sliding(1024), 1024, 1024, 32, 1, 128),
+    "one shared head": (Sliding(1024), 1024, 1024, 16, 1, 128),
 }
 KERNELS = ("forward_kernel", "queries_kernel", "keys_kernel")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
