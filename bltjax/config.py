@@ -18,6 +18,11 @@ HASH_PRIMES = (
     1000000007, 5915587277, 1500450271, 3267000013, 5754853343, 4093082899,
     9576890767, 3628273133, 2860486313, 5463458053, 3367900313,
 )  # fmt: skip
+# Ways to compute attention; the interpreted ones run a TPU's or a GPU's kernels anywhere, slowly.
+ATTENTION = (
+    "auto", "dense", "xla", "pallas_tpu", "pallas_gpu",
+    "pallas_tpu_interpreted", "pallas_gpu_interpreted",
+)  # fmt: skip
 
 
 def divides(small_name: str, small: int, large_name: str, large: int) -> None:
@@ -371,7 +376,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
     compute_dtype: str = "auto"  # auto: bfloat16 on TPU and GPU, float32 on CPU
-    attention: str = "auto"  # auto, dense, xla
+    attention: str = "auto"  # auto: by platform; or one of ATTENTION
     seed: int = 0
     log_every: int = 10  # steps
     evaluate_every: int = 100  # steps
@@ -380,7 +385,7 @@ class RunConfig:
         if [self.byte_lm, self.byte_cnn, self.blt].count(None) != 2:
             raise ValueError("a run trains one model: give one of byte_lm, byte_cnn and blt")
         one_of("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
-        one_of("attention", self.attention, ("auto", "dense", "xla"))
+        one_of("attention", self.attention, ATTENTION)
         positive(self, "log_every", "evaluate_every")
         divides("optimizer.accumulate", self.optimizer.accumulate, "data.rows", self.data.rows)
         if self.latent_init.path and (self.blt is None or self.init_from):

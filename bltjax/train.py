@@ -338,6 +338,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
         exits.callback(batches.close)
         exits.callback(reporter.close)
         exits.callback(manager.close)  # waits for a checkpoint that is being written
+        exits.enter_context(jax.set_mesh(mesh))  # by which kernels are split among devices
         # A transfer that nobody asked for would stall every step; it is an error here.
         exits.enter_context(jax.transfer_guard("disallow"))
         pending = None

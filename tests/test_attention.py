@@ -1,17 +1,38 @@
-"""One suite over all implementations: `dense` is the meaning, values and gradients."""
+"""One suite over all implementations: `dense` is the meaning, values and gradients.
+
+Kernels run interpreted. The random case draws its shapes from a seed that it prints.
+"""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 import bltjax.attention.tiled as tiled
-from bltjax.attention import IMPLEMENTATIONS, Pooling, Reading, Sliding, range_attention
+from bltjax.attention import (
+    IMPLEMENTATIONS,
+    KERNELS,
+    Pooling,
+    Reading,
+    Sliding,
+    fastest,
+    range_attention,
+)
 from bltjax.attention.dense import dense
+from bltjax.attention.pallas_tpu import Plan
+from bltjax.attention.staircase import Tiles, whole_patches
+from bltjax.config import ATTENTION
 
 N = 150
+INTERPRETED = tuple(name for name in KERNELS if name.endswith("_interpreted"))
 
 
 def cuts(kind: str, random) -> np.ndarray:
@@ -23,6 +44,9 @@ def cuts(kind: str, random) -> np.ndarray:
         "alternating": np.array([0, 1, 90, 91, 149]),
         "ragged": np.unique(np.append(0, random.integers(1, N, 40))),
     }[kind]
+
+
+KINDS = ("ones", "giant", "one", "alternating", "ragged")
 
 
 def patch_ranges(kinds, patches, slots, random):
@@ -37,13 +61,19 @@ def patch_ranges(kinds, patches, slots, random):
     return np.array(start), np.array(end)
 
 
+def read_ranges(kinds, slots, random):
+    """Ranges of a reading attention, [B, N]: each byte reads the patch before its own."""
+    patch = np.array([np.searchsorted(cuts(k, random), np.arange(N), "right") - 1 for k in kinds])
+    start = np.maximum(patch - 1, 0) * slots
+    return start, start + slots
+
+
 def cases():
     random = np.random.default_rng(0)
-    kinds = ("ones", "giant", "one", "alternating", "ragged")
     for slots in (1, 3):
-        yield f"pooling K={slots}", Pooling(slots), N, *patch_ranges(kinds, N, slots, random), 2, 2
-    index = np.tile(np.arange(N), (len(kinds), 1))
-    document = np.array([np.repeat(b := cuts(k, random), np.diff(np.append(b, N))) for k in kinds])
+        yield f"pooling K={slots}", Pooling(slots), N, *patch_ranges(KINDS, N, slots, random), 2, 2
+    index = np.tile(np.arange(N), (len(KINDS), 1))
+    document = np.array([np.repeat(b := cuts(k, random), np.diff(np.append(b, N))) for k in KINDS])
     for window, shared in ((16, 4), (50, 2), (200, 1)):
         start = np.maximum(index - window + 1, document)
         end = index + 1
@@ -57,44 +87,222 @@ def cases():
         full = np.where(index < 140, slots, 0)
         start = np.where(index < 140, reads, 40) * slots
         yield f"reading K={slots}", Reading(slots), 40 * slots, start, start + full, 2, 2
+    yield "reading patches", Reading(3), N * 3, *read_ranges(KINDS, 3, random), 2, 2
+    nothing = np.zeros_like(index)
+    yield "nothing seen", Pooling(3), N, nothing, nothing, 2, 1
 
 
 CASES = {case[0]: case[1:] for case in cases()}
 
 
-@pytest.mark.parametrize("implementation", [i for i in IMPLEMENTATIONS if i != "dense"])
-@pytest.mark.parametrize("name", CASES)
-def test_matches_dense(name, implementation):
-    pattern, keys, start, end, heads, shared = CASES[name]
+def tensors(start, keys, heads, shared, channels=8, dtype=jnp.float32, seed=1):
+    """q, k, v and a weight for each output."""
     rows, queries = start.shape
-    random = np.random.default_rng(1)
-    q, k, v, weight = (
-        jnp.asarray(random.normal(size=(rows, length, count, 8)), jnp.float32)
+    random = np.random.default_rng(seed)
+    return tuple(
+        jnp.asarray(random.normal(size=(rows, length, count, channels)), dtype)
         for length, count in ((queries, heads), (keys, shared), (keys, shared), (queries, heads))
     )
+
+
+def outcome(implementation, pattern, start, end, q, k, v, weight):
+    """Output, and gradients of q, k and v."""
     start, end = jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32)
 
-    @functools.partial(jax.jit, static_argnames="way")
-    def value_and_gradients(q, k, v, way):
+    # Arrays are small: what takes time is compiling.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def value_and_gradients(q, k, v, start, end):
         def loss(q, k, v):
-            out = range_attention(q, k, v, start, end, pattern=pattern, implementation=way)
-            return (out * weight).sum(), out
+            out = range_attention(
+                q, k, v, start, end, pattern=pattern, implementation=implementation
+            )
+            return (out * weight).sum(dtype=jnp.float32), out
 
         return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
 
-    expected, out = value_and_gradients(q, k, v, "dense")
-    found, out_found = value_and_gradients(q, k, v, implementation)
-    np.testing.assert_allclose(out_found, out, atol=5e-6, rtol=1e-5)
-    for name, ours, theirs in zip("qkv", found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5, err_msg=f"d{name}")
+    gradients, out = value_and_gradients(q, k, v, start, end)
+    return out, *gradients
+
+
+@functools.cache
+def case(name: str):
+    """What `outcome` is given, and what is right."""
+    pattern, keys, start, end, heads, shared = CASES[name]
+    given = (pattern, start, end, *tensors(start, keys, heads, shared))
+    return given, outcome("dense", *given)
+
+
+def assert_close(found, expected, start, end, scale=1.0):
+    for name, ours, theirs in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+        atol = scale * (5e-6 if name == "out" else 2e-5)
+        np.testing.assert_allclose(ours, theirs, atol=atol, rtol=scale * 1e-5, err_msg=name)
     empty = np.asarray(start == end)
-    assert not np.asarray(out_found)[empty].any(), "an empty range must give zeros"
+    assert not np.asarray(found[0])[empty].any(), "an empty range must give zeros"
+    assert not np.asarray(found[1])[empty].any(), "an empty range must have no gradient"
+
+
+@pytest.mark.parametrize("implementation", ["xla", *INTERPRETED])
+@pytest.mark.parametrize("name", CASES)
+def test_matches_dense(name, implementation):
+    given, expected = case(name)
+    assert_close(outcome(implementation, *given), expected, *given[1:3])
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of a few positions, so that a short row has many of them."""
+
+    def plan_of_tpu(pattern, queries, keys, shared, group, head):
+        query_slots = pattern.slots if isinstance(pattern, Pooling) else 1
+        key_slots = pattern.slots if isinstance(pattern, Reading) else 1
+        tiles = Tiles(whole_patches(24, 8, query_slots), whole_patches(16, 8, key_slots))
+        return Plan(tiles, group, shared)
+
+    # The package's names of these modules are taken by the functions in them.
+    modules = (sys.modules[f"bltjax.attention.{name}"] for name in ("pallas_tpu", "pallas_gpu"))
+    tpu, gpu = modules
+    monkeypatch.setattr(tpu, "make_plan", plan_of_tpu)
+    monkeypatch.setattr(gpu, "tile_sizes", lambda *_: (Tiles(32, 16), Tiles(16, 32)))
+
+
+def random_case(random):
+    """A pattern, its ranges with gaps and empty ranges anywhere, and the other sizes."""
+    rows, slots = random.integers(1, 4), int(random.integers(1, 5))
+    shared, group = random.integers(1, 3), random.integers(1, 4)
+    kind = random.choice(["pooling", "reading", "sliding"])
+    keys = int(random.integers(1, 120))
+    queries = int(random.integers(1, 120))
+    if kind == "pooling":
+        runs = -(-queries // slots)
+        edges = np.sort(random.integers(0, keys + 1, (rows, 2 * runs)), axis=1)
+        start, end = (np.repeat(x, slots, axis=1) for x in (edges[:, ::2], edges[:, 1::2]))
+        pattern = Pooling(slots)
+    elif kind == "reading":
+        groups = -(-keys // slots)
+        keys = groups * slots
+        start = np.sort(random.integers(0, groups, (rows, queries)), axis=1) * slots
+        end = start + slots
+        pattern = Reading(slots)
+    else:
+        lead = random.integers(0, 30)
+        keys, span = queries + lead, random.integers(1, 60)
+        last = np.arange(queries) + lead
+        drawn = np.sort(random.integers(0, keys, (rows, queries)), axis=1)
+        start = np.clip(drawn, np.maximum(last - span + 1, 0), last)
+        end = np.tile(last + 1, (rows, 1))
+        pattern = Sliding(int(span))
+    hidden = random.random(start.shape) < 0.2
+    if kind == "pooling":  # queries of one run share their range
+        hidden = np.repeat(hidden[:, ::slots], slots, axis=1)
+    return pattern, keys, start, np.where(hidden, start, end), int(shared * group), int(shared)
+
+
+@pytest.mark.parametrize("draws", [2, pytest.param(30, marks=pytest.mark.slow)])
+def test_random_shapes(draws, small_tiles):
+    seed = int(np.random.default_rng().integers(2**32))
+    print(f"seed {seed}")
+    random = np.random.default_rng(seed)
+    for _ in range(draws):
+        pattern, keys, start, end, heads, shared = random_case(random)
+        print(pattern, f"keys {keys} queries {start.shape} heads {heads} over {shared}")
+        given = (pattern, start, end, *tensors(start, keys, heads, shared))
+        expected = outcome("dense", *given)
+        for implementation in INTERPRETED:
+            assert_close(outcome(implementation, *given), expected, start, end)
+
+
+@pytest.mark.parametrize("implementation", INTERPRETED)
+def test_bfloat16(implementation):
+    """bfloat16 in and out, fp32 in between: as near to fp32 as the inputs' own rounding."""
+    pattern, keys, start, end, heads, shared = CASES["window 50 J=2"]
+    given = tensors(start, keys, heads, shared, dtype=jnp.bfloat16)
+    found = outcome(implementation, pattern, start, end, *given)
+    assert all(x.dtype == jnp.bfloat16 for x in found)
+    wide = (x.astype(jnp.float32) for x in given)
+    assert_close(found, outcome("dense", pattern, start, end, *wide), start, end, scale=3e3)
+
+
+def test_no_races(small_tiles, capfd):
+    """Two simulated cores, memory that begins as NaN, transfers that end as late as they may."""
+    place = np.tile(np.arange(30), (2, 1))
+    start = np.maximum(place - 19, 0)
+    end = np.where(place < 26, place + 1, start)
+    given = (Sliding(20), start, end, *tensors(start, 30, 2, 1))
+    expected = outcome("dense", *given)
+    parameters = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    with pltpu.force_tpu_interpret_mode(parameters):
+        found = jax.block_until_ready(outcome("pallas_tpu", *given))
+    assert_close(found, expected, start, end)
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_mesh():
+    """Rows and heads split over 8 devices, where they can be, give what one device gives."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from bltjax.attention import Pooling, Sliding, range_attention
+from bltjax.config import MeshConfig
+from bltjax.sharding import make_mesh
+
+random = np.random.default_rng(0)
+place = np.tile(np.arange(48), (4, 1))
+window = Sliding(9), 4, 2, np.maximum(place - 8, 0), place + 1
+patches = Pooling(3), 3, 3, place // 3 * 3, place // 3 * 3 + 3
+for sizes, way, (pattern, heads, shared, start, end) in (
+    ((2, 2, 2), "pallas_tpu_interpreted", window),
+    ((1, 1, 8), "pallas_tpu_interpreted", patches),
+    ((1, 4, 2), "pallas_gpu_interpreted", window),
+):
+    q, k, v = (jnp.asarray(random.normal(size=(4, 48, count, 8)), jnp.float32)
+               for count in (heads, shared, shared))
+
+    def loss(q, k, v, start, end, way):
+        out = range_attention(q, k, v, start, end, pattern=pattern, implementation=way)
+        return (out ** 2).mean()
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=5)
+    expected = step(q, k, v, start, end, "dense")
+    mesh = make_mesh(MeshConfig(*sizes))
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+        given = jax.device_put((q, k, v, start, end), rows)
+        lowered = step.lower(*given, way)
+        assert "manual_computation" in lowered.as_text(), sizes
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+                     lowered.compile()(*given), expected)
+print("equal")
+"""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.strip() == "equal", run.stderr
 
 
 def test_unknown_implementation_raises():
     x, bound = jnp.ones((1, 4, 1, 2)), jnp.zeros((1, 4), jnp.int32)
-    with pytest.raises(ValueError, match="'fast' is not one of dense, xla"):
+    with pytest.raises(ValueError, match="'fast' is not one of dense, xla, pallas_tpu, pallas_gpu"):
         range_attention(x, x, x, bound, bound, pattern=Sliding(4), implementation="fast")
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_no_kernel_falls_back(implementation):
+    x, bound = jnp.ones((1, 4, 1, 2)), jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match="Only interpret mode is supported on CPU"):
+        range_attention(x, x, x, bound, bound, pattern=Sliding(4), implementation=implementation)
+
+
+def test_config_knows_every_name():
+    assert set(ATTENTION) == {"auto", *IMPLEMENTATIONS, *KERNELS}
 
 
 def test_heads_must_divide():
@@ -102,6 +310,12 @@ def test_heads_must_divide():
     bound = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match=r"heads \(2\) must divide query heads \(3\)"):
         range_attention(q, k, k, bound, bound, pattern=Sliding(4))
+
+
+def test_too_wide_heads():
+    x, bound = jnp.ones((1, 512, 1, 4096)), jnp.zeros((1, 512), jnp.int32)
+    with pytest.raises(ValueError, match=r"with 4096 channels a head need .* more than 16777216"):
+        range_attention(x, x, x, bound, bound, pattern=Sliding(512), implementation="pallas_tpu")
 
 
 @pytest.mark.parametrize("tiles", [(4, 6), (8, 30), (5, 3)], ids=str)
@@ -129,3 +343,21 @@ def test_tiles_of_any_size(tiles, monkeypatch):
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert (np.asarray(found[0])[0, :3] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "platform, capability, chosen",
+    [
+        ("tpu", None, "pallas_tpu"),
+        ("gpu", "9.0", "pallas_gpu"),
+        ("gpu", "10.0", "pallas_gpu"),
+        ("gpu", "7.5", "xla"),
+        ("gpu", "gfx942", "xla"),
+        ("cpu", None, "xla"),
+    ],
+)
+def test_choice_by_device(platform, capability, chosen):
+    device = SimpleNamespace(platform=platform)
+    if capability:
+        device.compute_capability = capability
+    assert fastest(device) == chosen

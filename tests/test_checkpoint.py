@@ -46,7 +46,9 @@ def test_damaged_checkpoints_are_named(runs, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(runs.byte_lm, copy)
     shutil.rmtree(copy / "checkpoints" / "12" / "params")
-    with pytest.raises(ValueError, match=r"checkpoints/12/params can't be read: .*\n.*one before it"):
+    with pytest.raises(
+        ValueError, match=r"checkpoints/12/params can't be read: .*\n.*one before it"
+    ):
         load_params(copy)
     shutil.rmtree(copy / "checkpoints" / "12")
     assert load_params(copy)[2] == 8

@@ -225,3 +225,30 @@ def test_byte_lm_sees_its_window_and_no_more():
     ids = jnp.asarray(encode("windows of five bytes"), jnp.int32)[None]
     change = np.asarray(run(ids.at[0, 8].add(1)) != run(ids)).any(-1)[0]
     assert change.nonzero()[0].tolist() == [8, 9, 10, 11, 12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["pallas_tpu_interpreted", "pallas_gpu_interpreted"])
+def test_kernels_in_the_whole_model(implementation):
+    """Scanned, rematerialised and packed, kernels give the loss and gradients of plain XLA."""
+    given = [jnp.asarray(part)[None] for part in row(TEXTS)]
+    config = dataclasses.replace(
+        CONFIG,
+        latent=dataclasses.replace(CONFIG.latent, remat=True),
+        local=dataclasses.replace(CONFIG.local, remat=True),
+    )
+
+    def outcome(name):
+        model = BLT(config, P, implementation=name)
+
+        def loss(params):
+            return (model.apply({"params": params}, *given)[0] ** 2).mean()
+
+        options = {"xla_backend_optimization_level": 0}
+        return jax.jit(jax.value_and_grad(loss), compiler_options=options)(params())
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        outcome(implementation),
+        outcome("xla"),
+    )

@@ -5,21 +5,45 @@ local self-attention       byte n          bytes    [max(n - W + 1, document sta
 encoder cross-attention    slot of patch   bytes    the patch's bytes
 latent self-attention      patch p         patches  [document's first patch, p + 1)
 decoder cross-attention    byte n          slots    the slots of the patch that n reads
+
+Each implementation runs where it was written for: the Pallas kernels on a TPU, or on a GPU. With
+`_interpreted` after their names they run anywhere, step by step and slowly, to be tested.
 """
 
+import functools
 import logging
 
 import jax
 
 from bltjax.attention.dense import dense
+from bltjax.attention.pallas_gpu import pallas_gpu
+from bltjax.attention.pallas_tpu import pallas_tpu
 from bltjax.attention.pattern import Pattern, Pooling, Reading, Sliding
+from bltjax.attention.shards import by_rows_and_heads
 from bltjax.attention.xla import xla
 from bltjax.shapes import check_shapes
 
 __all__ = ["IMPLEMENTATIONS", "Pattern", "Pooling", "Reading", "Sliding", "range_attention"]
 
-IMPLEMENTATIONS = ("dense", "xla")
+IMPLEMENTATIONS = ("dense", "xla", "pallas_tpu", "pallas_gpu")
+KERNELS = {
+    "pallas_tpu": pallas_tpu,
+    "pallas_gpu": pallas_gpu,
+    "pallas_tpu_interpreted": functools.partial(pallas_tpu, interpret=True),
+    "pallas_gpu_interpreted": functools.partial(pallas_gpu, interpret=True),
+}
 _said: set[str] = set()
+
+
+def fastest(device) -> str:
+    """The implementation for a device: its kernels, where they compile."""
+    if device.platform == "tpu":
+        return "pallas_tpu"
+    # Triton needs compute capability 8.0, so no T4; AMD's capabilities are names (gfx942).
+    capability = getattr(device, "compute_capability", "")
+    if device.platform == "gpu" and capability.partition(".")[0].isdecimal():
+        return "pallas_gpu" if float(capability) >= 8 else "xla"
+    return "xla"
 
 
 def range_attention(
@@ -30,7 +54,8 @@ def range_attention(
     Starts and ends never decrease along Q and keep the `pattern`'s promise. An empty range gives
     zeros. Query head h uses key/value head h // (H / J). Scores and softmax are fp32.
 
-    implementation: None picks by platform, and says so once; a name works or raises.
+    implementation: None picks by platform, and says so once; a name works or raises (a kernel that
+    is compiled for a platform that it was not written for raises there).
 
     Raises:
       ValueError: for an unknown implementation, or sizes that differ or don't divide.
@@ -39,16 +64,22 @@ def range_attention(
     heads, shared = q_BQHC.shape[2], k_BTJC.shape[2]
     if heads % shared:
         raise ValueError(f"key/value heads ({shared}) must divide query heads ({heads})")
+    arrays = (q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ)
     if implementation is None:
-        implementation = "xla"
-        platform = jax.default_backend()
-        if platform not in _said:
-            _said.add(platform)
-            logging.getLogger(__name__).info("attention on %s: %s", platform, implementation)
+        device = jax.devices()[0]
+        implementation = fastest(device)
+        if device.device_kind not in _said:
+            _said.add(device.device_kind)
+            text = "attention on %s: %s"
+            logging.getLogger(__name__).info(text, device.device_kind, implementation)
     if implementation == "dense":
-        return dense(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ)
+        return dense(*arrays)
     if implementation == "xla":
-        return xla(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern)
+        return xla(*arrays, pattern)
+    if implementation in KERNELS:
+        return by_rows_and_heads(
+            functools.partial(KERNELS[implementation], pattern=pattern), *arrays
+        )
     raise ValueError(
         f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}"
     )

@@ -3,7 +3,7 @@
 The ranges themselves are data; their pattern is a promise about them that lets an implementation
 choose static shapes. Each of BLT's attentions keeps one of three:
 
-    Sliding(span)    query i sees at most `span` keys and none after key i + (T - Q)
+    Sliding(span)    query i sees keys from i + (T - Q) - span + 1 to i + (T - Q), or some of them
     Pooling(slots)   each run of `slots` queries shares a range; ranges of different runs are
                      disjoint and ascending: every key is seen by one run, or by none
     Reading(slots)   a range is empty or exactly `slots` keys, aligned to a multiple of `slots`

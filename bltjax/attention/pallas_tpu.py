@@ -1,0 +1,389 @@
+"""Range attention for TPUs (Mosaic): one kernel forward, two backward, over a staircase of tiles.
+
+A grid step takes one pair of a work list: a tile of queries and a tile of keys. Everything is laid
+with positions along the lanes, [C, positions], and scores with keys along the sublanes:
+
+    scores   [keys, queries] = k^T q      softmax reduces over sublanes: mostly plain additions
+    out      [C, queries]   += v p        maximum, sum, bounds, gradients' delta: [1, queries] rows
+    dq       [C, queries]   += k ds
+    dv, dk   [C, keys]      += g p^T, q ds^T
+
+So heads of 64 channels waste no lane, bounds cost 4 bytes a query, a key's position needs no array
+at all, and only k and v are ever transposed, a tile at a time. XLA lays the model's [B, Q, H, C]
+out as [B, H, C, Q] of itself, so nothing is copied on the way in or out. The query heads that share
+a key/value head stand side by side in a step, as if they were more queries.
+
+Weights are powers of two, which saves a multiplication a score; the logarithms that the forward
+pass leaves to the backward pass are to base 2.
+
+Self-attention uses these kernels too, not jax's own (`splash_attention`). Compiled for a v5e, bf16,
+one row, forward and backward, 512 x 512 tiles; cycles are those of the static schedules of a step
+that sees, forward, dq, and dk with dv:
+
+                                           temporaries   code       cycles
+    window of 512, N = 16384    splash     482 MiB       1292 KiB   1214, 1581, 1984
+    20 heads of 64 channels     here         0 MiB        724 KiB   1205, 1295, 1453
+    latent, P = 4096            splash      68 MiB       3784 KiB   1187, 1465, 1839
+    32 heads of 128 channels    here        65 MiB       1274 KiB   1455, 1518, 2000
+
+A row that is one document makes both visit the same tiles, 63 and 36; but splash has as many steps
+whatever the documents are, and 64 of them for the 36, where a row of eight documents here visits 8
+to 15. The few cycles less with 128 channels don't outweigh that.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from bltjax.attention.pattern import Pattern, Pooling, Reading, Sliding
+from bltjax.attention.staircase import (
+    CLOSES,
+    OPENS,
+    SEES,
+    Tiles,
+    Work,
+    rows_and_columns,
+    whole_patches,
+)
+from bltjax.attention.tiled import FLOOR, HIDDEN
+
+LANES = 128
+FP32 = jnp.float32
+# What a program may use of a core's VMEM unless a flag says otherwise: so on v5e, v5p and v6e.
+VMEM_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed when the kernels are compiled."""
+
+    tiles: Tiles
+    group: int  # query heads that share a key/value head
+    heads: int  # key/value heads of one step
+    interpret: bool = False
+
+    @property
+    def lanes(self) -> int:
+        """Queries that meet one head's keys in a step."""
+        return self.tiles.queries * self.group
+
+    def vmem_bytes(self, channels: int, itemsize: int) -> int:
+        """What the hungriest kernel, that of dk and dv, keeps in VMEM."""
+        query = self.heads * channels * self.lanes  # elements of a step's tile
+        key = self.heads * channels * self.tiles.keys
+        scores = self.tiles.keys * self.lanes
+        buffers = 2  # while one is worked on, the next one arrives
+        return (
+            buffers * 2 * query * itemsize  # q and the gradient of out
+            + buffers * 2 * key * itemsize  # k and v
+            + buffers * 2 * 8 * self.tiles.queries * 4  # start and end: one row of 8 sublanes
+            + buffers * 2 * self.heads * self.lanes * 4  # log_sum and delta, a row a head
+            + buffers * 2 * key * itemsize  # dk and dv on their way out
+            + 2 * key * 4  # dk and dv as they grow
+            + 3 * scores * 4  # of one head: weights, their gradients, those of the scores
+            + 2 * scores * itemsize  # two of them as operands of a product
+            + 2 * channels * self.tiles.keys * 4  # k and v of a head turned, or terms of dk and dv
+        )
+
+
+def make_plan(pattern: Pattern, queries: int, keys: int, shared: int, group: int, head) -> Plan:
+    """Tiles that are multiples of the lanes and split no patch's slots, and heads of a step.
+
+    Cycles here are those of v5e's static schedule; v5p's is the same within 3 %, v6e's up to 30 %
+    shorter, so all chips have the same plan. A step costs 200 cycles by itself (v6e 280, v5p 360).
+    A window or a long context fills tiles of 512 x 512, 1205 cycles forward. A cross-attention
+    needs few scores of a tile, so its tiles are 256 x 256: 433 cycles, or 389 a head when a step
+    takes four, whose instructions interleave, at a quarter of the step's own cost.
+
+    head: channels and bytes of each, which decide how many heads a step can hold.
+
+    Raises:
+      ValueError: if not even one head fits, with both numbers.
+    """
+    slides = isinstance(pattern, Sliding)
+    side = 512 if slides else 256
+    query_slots = pattern.slots if isinstance(pattern, Pooling) else 1
+    key_slots = pattern.slots if isinstance(pattern, Reading) else 1
+    # Many heads or slots make a tile of queries longer, and one of keys as much shorter.
+    tile = whole_patches(min(side // group, queries), LANES, query_slots)
+    other = whole_patches(min(side * side // (tile * group), keys), LANES, key_slots)
+    counts = (1,) if slides else (4, 3, 2, 1)
+    plans = [Plan(Tiles(tile, other), group, count) for count in counts if shared % count == 0]
+    for plan in plans:
+        if plan.vmem_bytes(*head) <= VMEM_BYTES:
+            return plan
+    raise ValueError(
+        f"tiles of {tile} x {other} with {head[0]} channels a head need"
+        f" {plans[-1].vmem_bytes(*head)} bytes of VMEM, more than {VMEM_BYTES}"
+    )
+
+
+def pallas_tpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, interpret: bool = False):
+    """Range attention; `interpret` runs the kernels on any platform, slowly."""
+    queries, heads, channels = q_BQHC.shape[1:]
+    keys, shared = k_BTJC.shape[1:3]
+    head = (channels, q_BQHC.dtype.itemsize)
+    plan = make_plan(pattern, queries, keys, shared, heads // shared, head)
+    plan = replace(plan, interpret=interpret)
+    tiles = plan.tiles
+    work = rows_and_columns(pattern, start_BQ, end_BQ, keys, tiles)
+    # A query past the last sees nothing.
+    extra = ((0, 0), (0, -queries % tiles.queries))
+    start_B1Q, end_B1Q = (jnp.pad(x, extra)[:, None] for x in (start_BQ, end_BQ))
+    out_BHCQ = attend(
+        positions_last(q_BQHC, tiles.queries),
+        positions_last(k_BTJC, tiles.keys),
+        positions_last(v_BTJC, tiles.keys),
+        (start_B1Q, end_B1Q),
+        work,
+        plan,
+    )
+    return out_BHCQ[..., :queries].transpose(0, 3, 1, 2)
+
+
+def positions_last(x_BQHC, tile: int):
+    """[B, H, C, Q], with zeros after the last position up to a whole tile."""
+    x = jnp.pad(x_BQHC, ((0, 0), (0, -x_BQHC.shape[1] % tile), (0, 0), (0, 0)))
+    return x.transpose(0, 2, 3, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def attend(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan: Plan):
+    """Attention with positions last; `bounds` are start and end [B, 1, Q], `work` both lists."""
+    return attend_forward(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan)[0]
+
+
+def attend_forward(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan: Plan):
+    channels = q_BHCQ.shape[2]
+    row_of_each = (*q_BHCQ.shape[:2], 1, q_BHCQ.shape[3])
+    out, log_sum = call(
+        forward_kernel,
+        work[0],
+        dict(start=bounds[0], end=bounds[1], q=q_BHCQ, k=k_BJCT, v=v_BJCT),
+        dict(
+            out=jax.ShapeDtypeStruct(q_BHCQ.shape, v_BJCT.dtype),
+            log_sum=jax.ShapeDtypeStruct(row_of_each, FP32),
+        ),
+        [(plan.heads, 1, plan.lanes)] * 2 + [(plan.heads, channels, plan.lanes)],
+        plan,
+        products=2,
+    )
+    return out, (q_BHCQ, k_BJCT, v_BJCT, bounds, work, out, log_sum)
+
+
+def attend_backward(plan: Plan, kept, grad_BHCQ):
+    q_BHCQ, k_BJCT, v_BJCT, bounds, work, out, log_sum = kept
+    channels = q_BHCQ.shape[2]
+    # sum over keys of p dp, for every query: what the softmax takes off each of its gradients.
+    delta = (grad_BHCQ.astype(FP32) * out.astype(FP32)).sum(axis=2, keepdims=True)
+    inputs = dict(start=bounds[0], end=bounds[1], q=q_BHCQ, k=k_BJCT, v=v_BJCT)
+    inputs |= dict(grad=grad_BHCQ, log_sum=log_sum, delta=delta)
+    (dq,) = call(
+        queries_kernel,
+        work[0],
+        inputs,
+        dict(q=jax.ShapeDtypeStruct(q_BHCQ.shape, q_BHCQ.dtype)),
+        [(plan.heads, channels, plan.lanes)],
+        plan,
+        products=3,
+    )
+    dk, dv = call(
+        keys_kernel,
+        work[1],
+        inputs,
+        {name: jax.ShapeDtypeStruct(inputs[name].shape, inputs[name].dtype) for name in "kv"},
+        [(plan.heads, channels, plan.tiles.keys)] * 2,
+        plan,
+        products=4,
+    )
+    return dq, dk, dv, None, None
+
+
+attend.defvjp(attend_forward, attend_backward)
+
+
+def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: int):
+    """Runs a kernel over a work list, each array cut into the tiles that its name calls for."""
+    rows, shared, channels, _ = inputs["k"].shape
+    steps, tiles = work.tile.shape[1], plan.tiles
+
+    def query_tile(row, step, tile, meets):
+        return (meets if kernel is keys_kernel else tile)[row * steps + step]
+
+    def key_tile(row, step, tile, meets):
+        return (tile if kernel is keys_kernel else meets)[row * steps + step]
+
+    def of_bounds(row, _, step, tile, meets, __):
+        return row, 0, query_tile(row, step, tile, meets)
+
+    def of_queries(row, head, step, tile, meets, _):
+        return row, head, 0, query_tile(row, step, tile, meets)
+
+    def of_keys(row, head, step, tile, meets, _):
+        return row, head, 0, key_tile(row, step, tile, meets)
+
+    query_heads = plan.heads * plan.group
+    bound = pl.BlockSpec((None, 1, tiles.queries), of_bounds)
+    query = pl.BlockSpec((None, query_heads, channels, tiles.queries), of_queries)
+    row_of_each = pl.BlockSpec((None, query_heads, 1, tiles.queries), of_queries)
+    key = pl.BlockSpec((None, plan.heads, channels, tiles.keys), of_keys)
+    specs = dict(start=bound, end=bound, log_sum=row_of_each, delta=row_of_each)
+    specs |= dict(q=query, grad=query, out=query, k=key, v=key)
+    scores = rows * shared * steps * plan.lanes * tiles.keys
+
+    def moved(name: str, x) -> int:
+        """Bytes: an array of the tiles that the list goes through once, another one every step."""
+        if (name in "kv") == (kernel is keys_kernel):
+            return x.size * x.dtype.itemsize
+        tile = math.prod(filter(None, specs[name].block_shape))
+        return rows * (shared // plan.heads) * steps * tile * x.dtype.itemsize
+
+    return pl.pallas_call(
+        functools.partial(kernel, steps=steps),
+        out_shape=tuple(outputs.values()),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(rows, shared // plan.heads, steps),
+            in_specs=[specs[name] for name in inputs],
+            out_specs=[specs[name] for name in outputs],
+            scratch_shapes=[pltpu.VMEM(size, FP32) for size in scratch],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        # As if every step were a pair that sees.
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * scores * channels,
+            transcendentals=scores,
+            bytes_accessed=sum(moved(*x) for x in (*inputs.items(), *outputs.items())),
+        ),
+        name=f"range_attention_{kernel.__name__}",
+        interpret=plan.interpret,
+    )(*(x.reshape(-1) for x in work), *inputs.values())
+
+
+def product(a, b, over_a: int, over_b: int):
+    """fp32 product of two matrices, summed over one axis of each."""
+    return jax.lax.dot_general(
+        a, b, (((over_a,), (over_b,)), ((), ())), preferred_element_type=FP32
+    )
+
+
+def abreast(x, head: int, heads: int):
+    """What meets one key/value head, of [query heads, rows, positions], as [rows, positions]."""
+    group = x.shape[0] // heads
+    return jnp.concatenate([x[head * group + each] for each in range(group)], axis=1)
+
+
+def write_abreast(out, head: int, heads: int, x) -> None:
+    """The other way about."""
+    group, width = out.shape[0] // heads, out.shape[2]
+    for each in range(group):
+        out[head * group + each] = x[:, each * width : (each + 1) * width].astype(out.dtype)
+
+
+def unseen_keys(start, end, key_tile, q, k):
+    """Which scores [keys, queries] of a pair of tiles are hidden, the same for every head."""
+    shape, group = (k.shape[2], q.shape[2]), q.shape[0] // k.shape[0]
+    key = key_tile * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return jnp.concatenate([(key < start[...]) | (key >= end[...])] * group, axis=1)
+
+
+def scores(q, k, unseen):
+    """Scores [keys, queries] to base 2."""
+    s = product(k, q, 0, 0) * (k.shape[0] ** -0.5 * math.log2(math.e))
+    return jnp.where(unseen, HIDDEN, s)
+
+
+def forward_kernel(
+    tile, meets, does, start, end, q, k, v, out, log_sum, top, total, summed, *, steps
+):
+    at = pl.program_id(0) * steps + pl.program_id(2)
+    heads = k.shape[0]
+
+    @pl.when(does[at] & OPENS != 0)
+    def _():
+        top[...] = jnp.full(top.shape, FLOOR, FP32)
+        total[...] = jnp.zeros(total.shape, FP32)
+        summed[...] = jnp.zeros(summed.shape, FP32)
+
+    @pl.when(does[at] & SEES != 0)
+    def _():
+        unseen = unseen_keys(start, end, meets[at], q, k)
+        for head in range(heads):
+            s = scores(abreast(q, head, heads), k[head], unseen)
+            new_top = jnp.maximum(top[head], s.max(axis=0, keepdims=True))
+            weights = jnp.exp2(s - new_top)
+            shrink = jnp.exp2(top[head] - new_top)
+            top[head] = new_top
+            total[head] = total[head] * shrink + weights.sum(axis=0, keepdims=True)
+            more = product(v[head], weights.astype(v.dtype), 1, 0)
+            summed[head] = summed[head] * shrink + more
+
+    @pl.when(does[at] & CLOSES != 0)
+    def _():
+        for head in range(heads):
+            some = total[head] > 0  # an empty range gives zeros
+            divisor = jnp.where(some, total[head], 1)
+            write_abreast(out, head, heads, summed[head] / divisor)
+            logs = jnp.where(some, top[head] + jnp.log2(divisor), 0)
+            write_abreast(log_sum, head, heads, logs)
+
+
+def queries_kernel(
+    tile, meets, does, start, end, q, k, v, grad, log_sum, delta, dq, total, *, steps
+):
+    at = pl.program_id(0) * steps + pl.program_id(2)
+    heads = k.shape[0]
+
+    @pl.when(does[at] & OPENS != 0)
+    def _():
+        total[...] = jnp.zeros(total.shape, FP32)
+
+    @pl.when(does[at] & SEES != 0)
+    def _():
+        unseen = unseen_keys(start, end, meets[at], q, k)
+        for head in range(heads):
+            s = scores(abreast(q, head, heads), k[head], unseen)
+            weights = jnp.exp2(s - abreast(log_sum, head, heads))
+            dweights = product(v[head], abreast(grad, head, heads), 0, 0)
+            ds = weights * (dweights - abreast(delta, head, heads))
+            total[head] += product(k[head], ds.astype(k.dtype), 1, 0)
+
+    @pl.when(does[at] & CLOSES != 0)
+    def _():
+        for head in range(heads):
+            write_abreast(dq, head, heads, total[head] * k.shape[1] ** -0.5)
+
+
+def keys_kernel(
+    tile, meets, does, start, end, q, k, v, grad, log_sum, delta, dk, dv, total_k, total_v, *, steps
+):
+    at = pl.program_id(0) * steps + pl.program_id(2)
+    heads = k.shape[0]
+
+    @pl.when(does[at] & OPENS != 0)
+    def _():
+        total_k[...] = jnp.zeros(total_k.shape, FP32)
+        total_v[...] = jnp.zeros(total_v.shape, FP32)
+
+    @pl.when(does[at] & SEES != 0)
+    def _():
+        unseen = unseen_keys(start, end, tile[at], q, k)
+        for head in range(heads):
+            wide_q, wide_grad = abreast(q, head, heads), abreast(grad, head, heads)
+            weights = jnp.exp2(scores(wide_q, k[head], unseen) - abreast(log_sum, head, heads))
+            dweights = product(v[head], wide_grad, 0, 0)
+            ds = weights * (dweights - abreast(delta, head, heads))
+            total_k[head] += product(wide_q, ds.astype(q.dtype), 1, 1)
+            total_v[head] += product(wide_grad, weights.astype(grad.dtype), 1, 1)
+
+    @pl.when(does[at] & CLOSES != 0)
+    def _():
+        dk[...] = (total_k[...] * k.shape[1] ** -0.5).astype(dk.dtype)
+        dv[...] = total_v[...].astype(dv.dtype)

@@ -1,0 +1,152 @@
+"""Kernels compiled for machines that aren't here: TPUs by libtpu, GPUs by jax's CUDA plugin.
+
+Without that plugin (`pip install '.[gpu]'`; no GPU needed) they are lowered to Triton's language.
+
+Sizes are those of the 8B: rows of 16,384 bytes, 4,096 patches, 4 slots a patch.
+"""
+
+import importlib.util
+import math
+import os
+import pkgutil
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import SingleDeviceSharding
+
+from bltjax.attention import Pooling, Reading, Sliding, range_attention
+
+N, P, K = 16384, 4096, 4
+CASES = {
+    "window": (Sliding(512), N, N, 20, 20, 64),
+    "pooling": (Pooling(K), P * K, N, 20, 20, 64),
+    "pooling K=3": (Pooling(3), P * 3, N, 20, 20, 64),
+    "reading": (Reading(K), N, P * K, 20, 20, 64),
+    "latent": (Sliding(P), P, P, 32, 32, 128),
+    "latent J=8": (Sliding(P), P, P, 32, 8, 128),
+    "no multiples": (Sliding(100), 1000, 1040, 6, 3, 40),
+    "many slots": (Pooling(31), 31 * 256, 1024, 4, 4, 64),
+    "one shared head": (Sliding(1024), 1024, 1024, 16, 1, 128),
+}
+KERNELS = ("forward_kernel", "queries_kernel", "keys_kernel")
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+
+def traced(name, implementation, sharding=None, rows=1, dtype=jnp.bfloat16):
+    """Value and gradients of one attention, and its arguments' shapes."""
+    pattern, queries, keys, heads, shared, channels = CASES[name]
+
+    def loss(q, k, v, start, end):
+        out = range_attention(q, k, v, start, end, pattern=pattern, implementation=implementation)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    shapes = [(queries, heads, channels), (keys, shared, channels), (keys, shared, channels)]
+    arguments = [
+        jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding) for shape in shapes
+    ] + [jax.ShapeDtypeStruct((rows, queries), jnp.int32, sharding=sharding)] * 2
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(*arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lowers_for_cuda(name):
+    text = traced(name, "pallas_gpu").lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 3
+    for kernel in KERNELS:
+        assert kernel in text
+
+
+@pytest.fixture(scope="module")
+def no_cache():
+    """A program for a machine that isn't here can't be read back from the cache."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+# Shared memory is what differs most: threads, registers and the rest are those of an H100.
+GPU = """platform_name: "CUDA" device_description_str: "test"
+dnn_version_info {{ major: 9 minor: 8 }}
+gpu_device_info {{ cuda_compute_capability {{ major: {major} minor: {minor} }}
+threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132
+fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+registers_per_core_limit: 65536 registers_per_block_limit: 65536 shared_memory_per_block: 49152
+shared_memory_per_core: {shared} shared_memory_per_block_optin: {shared} l2_cache_size: 52428800
+memory_bandwidth: 3352320000000 clock_rate_ghz: 1.98 device_memory_size: 24000000000 }}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "capability", [(8, 0, 166912), (8, 9, 101376), (9, 0, 232448)], ids=["A100", "L4", "H100"]
+)
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_for_cuda(name, capability, dtype, no_cache):
+    plugins = importlib.util.find_spec("jax_plugins")
+    folders = plugins.submodule_search_locations if plugins else []
+    if not any("cuda" in module.name for module in pkgutil.iter_modules(folders)):
+        pytest.skip("no CUDA plugin: pip install 'jax[cuda13]' (Linux, x86-64)")
+    major, minor, shared = capability
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="one",
+        topology="1x1x1",
+        target_config=GPU.format(major=major, minor=minor, shared=shared),
+    )
+    program = traced(name, "pallas_gpu", SingleDeviceSharding(topology.devices[0]), dtype=dtype)
+    text = program.lower().compile().as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
+
+
+@pytest.fixture(scope="module")
+def devices(no_cache):
+    """From a chip's name to a device that one can compile for."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install 'jax[tpu]' (Linux, x86-64)")
+    # No TPU to ask for its surroundings; others on this machine may compile too.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+    def device(chip: str):
+        name = TOPOLOGIES[chip]
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+
+    return device
+
+
+def arrays(text: str) -> set[tuple[int, ...]]:
+    """The shapes of all arrays in a compiled program (uint8 are stretches of memory, no arrays)."""
+    found = re.findall(r"\b(?:pred|bf16|f32|s32)\[([\d,]+)\]", text)
+    return {tuple(map(int, sizes.split(","))) for sizes in found}
+
+
+def check_compiles(device, name, rows=1, dtype=jnp.bfloat16):
+    program = traced(name, "pallas_tpu", SingleDeviceSharding(device), rows, dtype)
+    text = program.lower().compile().as_text()
+    for kernel in KERNELS:
+        calls = re.findall(rf"^ .*range_attention_{kernel}\S* = .* custom-call\(", text, re.M)
+        assert len(calls) == 1, kernel
+    _, queries, keys, heads, _, channels = CASES[name]
+    # No array is larger than what goes in, and none is queries by keys, or N by P.
+    longest = -(-max(queries, keys) // 768) * 768
+    for shape in arrays(text):
+        assert math.prod(shape) <= rows * longest * heads * channels, shape
+        assert sum(size >= min(queries, keys) for size in shape) <= 1, shape
+
+
+@pytest.mark.parametrize("name", ["window", "pooling", "reading", "latent J=8", "no multiples"])
+def test_compiles_for_v5e(name, devices):
+    check_compiles(devices("v5e"), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_for_every_chip(name, chip, dtype, devices):
+    check_compiles(devices(chip), name, rows=2, dtype=dtype)
