@@ -225,7 +225,7 @@ def after_character(xp, starts_N1, inside_N1):
 def force_starts(starts_N1):
     """The first two positions open patches: of every document (BOS is its own) and every row."""
     xp = jnp if isinstance(starts_N1, jax.Array) else np
-    return starts_N1 | (xp.arange(starts_N1.shape[-1]) < 2)
+    return starts_N1 | xp.broadcast_to(xp.arange(starts_N1.shape[-1]) < 2, starts_N1.shape)
 
 
 def patch_lengths(starts_N1) -> np.ndarray:
