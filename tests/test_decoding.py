@@ -38,19 +38,19 @@ BLT_CONFIG = BLTConfig(
     HashConfig(sizes=(3, 5), functions=2, rows=101),
 )
 TEXT = "Ein kurzer Text.\nA BLT 日本 has é no tokens;\n\nzażółć 🥓 gęślą jaźń, 12 x 34 = 408.\n" * 2
-# Entropies of a random byte LM lie between 4.9 and 5.5 nats.
+# Entropies of this byte LM: 4.84 to 5.23 nats, a quarter of them above 5.14; of the CNN, 5.31.
 MODES = {
-    "entropy": (PatchingConfig(threshold=5.3), {}),
+    "entropy": (PatchingConfig(threshold=5.14), {}),
     "one long patch": (PatchingConfig(threshold=9.0), {"encoder": "all"}),
-    "longest 3": (PatchingConfig(threshold=5.3, max_patch_bytes=3), {"encoder": "none"}),
+    "longest 3": (PatchingConfig(threshold=5.14, max_patch_bytes=3), {"encoder": "none"}),
     "monotonic": (PatchingConfig(threshold=0.05, monotonic=True), {"decoder": "first"}),
-    "relative": (PatchingConfig(threshold=5.0, threshold_add=0.0), {"decoder": "none"}),
-    "newline": (PatchingConfig(threshold=5.3, newline_reset=True), {"encoder": "all"}),
-    "whole": (PatchingConfig(threshold=5.2, whole_characters=True, max_patch_bytes=5), {}),
+    "relative": (PatchingConfig(threshold=5.05, threshold_add=0.0), {"decoder": "none"}),
+    "newline": (PatchingConfig(threshold=5.14, newline_reset=True), {"encoder": "all"}),
+    "whole": (PatchingConfig(threshold=5.1, whole_characters=True, max_patch_bytes=5), {}),
     "space": (PatchingConfig(mode="space"), {"slots": 1}),
     "static": (PatchingConfig(mode="static", patch_bytes=5), {}),
     "byte": (PatchingConfig(mode="byte", whole_characters=True), {}),
-    "cnn": (PatchingConfig(threshold=5.3, newline_reset=True), {}),
+    "cnn": (PatchingConfig(threshold=5.31, newline_reset=True), {}),
 }
 
 
@@ -164,7 +164,7 @@ def test_cached_equals_full(mode):
 
 
 def written(decoder: Decoder, prompts, **settings):
-    """By row: text, log-probabilities, entropies, whether each byte opens a patch, and why it ended."""
+    """By row: text, log-probabilities, entropies, whether each byte opens a patch, why it ended."""
     pieces = [[] for _ in prompts]
     for piece in decoder.generate(prompts, **settings):
         pieces[piece.row].append(piece)
@@ -183,14 +183,13 @@ RANDOM = Sampling(temperature=0.7, top_k=200, top_p=0.95, min_p=0.001, repetitio
 
 
 def test_rows_do_not_depend_on_each_other():
-    """A batch of 8 is 8 batches of 1, though its rows wait for each other; and it ends row by row."""
+    """A batch of 8 is 8 batches of 1, though its rows wait for each other and end one by one."""
     decoder, *_ = made("entropy")
     settings = {"max_bytes": 50, "sampling": RANDOM}
     together = written(decoder, PROMPTS, seed=5, **settings)
     counts = decoder.counts
-    assert counts.bytes == 400 - sum(row[4] == "eos" for row in together)
+    assert counts.bytes == sum(len(row[0]) for row in together) > 200
     assert counts.patches / 8 < counts.latent_runs < 0.8 * counts.patches  # one run for many rows
-    alone_patches = 0
     for row in (0, 3, 7):
         (alone,) = written(decoder, PROMPTS[row : row + 1], seed=5 + row, **settings)
         assert alone[0] == together[row][0] and alone[4] == together[row][4]
@@ -205,9 +204,9 @@ def test_one_latent_step_for_each_patch_written():
     ((text, _, entropies, opens, _),) = written(decoder, ["A BLT"], max_bytes=300, sampling=RANDOM)
     # The last byte may have closed a patch that nothing has read yet; BOS opened one, "A" another.
     assert decoder.counts.latent_runs == decoder.counts.patches == opens.sum()
-    expected, starts, _ = full_forward("entropy", [b"A BLT" + text])
+    _, starts, _ = full_forward("entropy", [b"A BLT" + text])
     np.testing.assert_array_equal(opens, starts[0, 6 : 6 + len(text)])
-    assert len(text) > 100 and ((entropies > 5.3) == opens).all()
+    assert len(text) > 100 and ((entropies > 5.14) == opens).all()
 
 
 def test_buffers_grow():
