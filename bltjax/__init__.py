@@ -1,3 +1,32 @@
-"""bltjax: the Byte Latent Transformer in JAX."""
+"""bltjax: the Byte Latent Transformer in JAX.
+
+    import bltjax
+
+    blt = bltjax.load("runs/quickstart/blt")      # or an export, or gs://bucket/export
+    blt.config                                    # settings of both models, patching, threshold
+    blt.logits(text)                              # float32 [len + 1, 260]: row i follows i bytes
+    blt.entropies(text)                           # float32 [len + 1], nats
+    blt.patches(text)                             # list of bytes that joins to the text
+    blt.bits_per_byte(text)
+    for piece in blt.generate("A BLT has", max_bytes=200):
+        print(piece, end="")
+
+This is the whole of the promised interface; a text is str or bytes. `python -m bltjax` has the
+programs.
+"""
 
 __version__ = "0.1.0"
+__all__ = ["load"]
+
+
+def load(path):
+    """The model of an export or of a training run's work directory, as a `LoadedModel`.
+
+    path: a folder, or gs://BUCKET/...
+
+    Raises:
+      ValueError: naming the folder, if it holds neither or is damaged.
+    """
+    from bltjax import notebook  # jax starts only when a model is asked for
+
+    return notebook.load(path)

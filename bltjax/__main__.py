@@ -13,6 +13,7 @@ VERBS = {
     "evaluate": "bits per byte of a run on any text, beside gzip and xz",
     "generate": "continue a text",
     "patches": "show how a text is cut: terminal, HTML, PNG",
+    "convert": "released weights into an export; a model into what others load",
     "benchmark": "time a training step, beside the transformers port",
 }
 

@@ -75,9 +75,10 @@ def write_config(workdir: Path, config: RunConfig) -> None:
 
 def read_config(workdir: Path) -> RunConfig:
     path = workdir / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
-            f"{workdir} is not a work directory of a training run: no {path.name} in it"
+            f"{workdir} is neither a training run nor an export: no {path.name} and no export.json"
+            " in it"
         )
     try:
         return from_dict(RunConfig, json.loads(path.read_text()))
@@ -142,29 +143,41 @@ def restore(
     return TrainState(step, restored["params"], restored["opt"]), restored["progress"]
 
 
-def load_params(workdir: Path) -> tuple[RunConfig, dict, int]:
-    """Config, parameters (on the default device) and step of a run's newest checkpoint.
+def newest_checkpoint(workdir: Path) -> tuple[Path, int]:
+    """The folder and the step of a run's newest checkpoint.
 
     Raises:
-      ValueError: if the directory holds no run, no checkpoint yet, or a damaged one.
+      ValueError: if there is none yet.
     """
-    config = read_config(workdir)
     steps = saved_steps(workdir)
     if not steps:
         raise ValueError(f"{workdir} has no checkpoint yet; run the training command to its end")
-    folder = workdir / "checkpoints" / str(steps[-1])
-    with reading(folder), quiet(), ocp.StandardCheckpointer() as checkpointer:
-        path = (folder / "params").absolute()
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = checkpointer.metadata(path).item_metadata
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), dict(shapes)
-        )
-        return config, checkpointer.restore(path, target), steps[-1]
+    return workdir / "checkpoints" / str(steps[-1]), steps[-1]
+
+
+def stored_shapes(folder: Path) -> dict:
+    """Nested dicts of what Orbax knows of each array (shape, dtype) in a folder of parameters."""
+    with quiet(), ocp.StandardCheckpointer() as checkpointer:
+        return dict(checkpointer.metadata(folder.absolute()).item_metadata)
+
+
+def restore_params(folder: Path, shardings=None, dtype=None) -> dict:
+    """The parameters that Orbax wrote to `folder`, each on its sharding (default: one device)."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = stored_shapes(folder)
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: one, shapes)
+    target = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
+    with quiet(), ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder.absolute(), target)
 
 
 def save_params(workdir: Path, config: RunConfig, params, step: int) -> None:
-    """A work directory with parameters alone, which `load_params` reads; replaces what is there."""
+    """A work directory with parameters alone; replaces what is there."""
     shutil.rmtree(workdir, ignore_errors=True)
     workdir.mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:

@@ -118,6 +118,7 @@ class LocalConfig:
     width: int = 1024  # E
     heads: int = 16  # G
     hidden: int = 2816  # F
+    encoder_hidden: int | None = None  # F of the encoder; None: as the decoder's
     window: int = 512
     rope_theta: float = 5e5
     norm_eps: float = 1e-5
@@ -125,6 +126,8 @@ class LocalConfig:
 
     def __post_init__(self):
         positive(self, "encoder_layers", "decoder_layers", "width", "heads", "hidden", "window")
+        if self.encoder_hidden is not None:
+            positive(self, "encoder_hidden")
         divides("local.heads", self.heads, "local.width", self.width)
         divides("2", 2, "local channels per head", self.width // self.heads)
 
@@ -137,11 +140,34 @@ class CrossConfig:
     heads: int = 16
     encoder: str = "last"  # none, last, all: after which encoder layers
     decoder: str = "all"  # none, first, all: before which decoder layers
+    repools: bool = False  # the transformers port pools anew at each layer; ours and Meta's once
 
     def __post_init__(self):
         positive(self, "slots", "heads")
         one_of("cross.encoder", self.encoder, ("none", "last", "all"))
         one_of("cross.decoder", self.decoder, ("none", "first", "all"))
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """Llama 3.1's scaling of rotary rates, for contexts longer than they were trained at.
+
+    Channels that turn fewer than `low_turns` times within `positions` turn `factor` times slower,
+    those that turn more than `high_turns` times as before, and those between partly.
+    """
+
+    factor: float = 8.0
+    low_turns: float = 1.0
+    high_turns: float = 4.0
+    positions: int = 8192
+
+    def __post_init__(self):
+        positive(self, "factor", "low_turns", "positions")
+        if self.high_turns <= self.low_turns:
+            raise ValueError(
+                f"rope_scaling.high_turns ({self.high_turns}) must exceed low_turns"
+                f" ({self.low_turns})"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +180,7 @@ class LatentConfig:
     key_value_heads: int = 16  # J
     hidden: int = 5632  # F
     rope_theta: float = 5e5
+    rope_scaling: RopeScalingConfig | None = None
     norm_eps: float = 1e-5
     remat: bool = True
 
@@ -184,6 +211,8 @@ class PatchingConfig:
     if `threshold_add` is given, has also risen by more than that. `newline_reset` says that the
     entropies' context begins anew with each newline, against entropy drift (paper 4.4).
     `whole_characters` moves a start that would fall inside a UTF-8 character to its end.
+    `looks_past_end` is False to reproduce the transformers port, which forgets with
+    `max_patch_bytes` whether the byte after the text opens a patch; then nothing is incremental.
     """
 
     mode: str = "entropy"
@@ -194,6 +223,7 @@ class PatchingConfig:
     max_patch_bytes: int | None = None  # whole_characters: up to 3 more, to end a character
     newline_reset: bool = False
     whole_characters: bool = False
+    looks_past_end: bool = True
     tokenizer: str = ""  # bpe mode: a Hugging Face tokenizers file
 
     def __post_init__(self):
@@ -214,7 +244,7 @@ class PatchingConfig:
     @property
     def incremental(self) -> bool:
         """Whether the starts of a prefix are the prefix of the starts (paper 2.4)."""
-        return self.mode != "bpe"
+        return self.mode != "bpe" and self.looks_past_end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,6 +315,22 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentInitConfig:
+    """A latent transformer that begins as a Llama 3 (paper 6.2); none where `path` is empty."""
+
+    path: str = ""  # folder of Llama 3 or 3.1 safetensors
+    lr_multiplier: float = 0.1  # of the latent transformer's layers
+    frozen_steps: int = 0  # first updates that leave them as they are: local models learn first
+
+    def __post_init__(self):
+        if self.lr_multiplier < 0 or self.frozen_steps < 0:
+            raise ValueError(
+                f"latent_init.lr_multiplier ({self.lr_multiplier}) and latent_init.frozen_steps"
+                f" ({self.frozen_steps}) must be >= 0"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 100  # steps
     keep: int = 2
@@ -314,7 +360,9 @@ class RunConfig:
     byte_lm: ByteLMConfig | None = None
     byte_cnn: ByteCNNConfig | None = None
     blt: BLTConfig | None = None
-    entropy_model: str = ""  # BLT, entropy mode: work directory of the byte LM that scored the data
+    entropy_model: str = ""  # BLT, entropy mode: run or export of the byte LM that scored the data
+    init_from: str = ""  # run or export whose parameters training begins with; empty: random ones
+    latent_init: LatentInitConfig = LatentInitConfig()
     patching: PatchingConfig = PatchingConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -333,6 +381,8 @@ class RunConfig:
         one_of("attention", self.attention, ("auto", "dense", "xla"))
         positive(self, "log_every", "evaluate_every")
         divides("optimizer.accumulate", self.optimizer.accumulate, "data.rows", self.data.rows)
+        if self.latent_init.path and (self.blt is None or self.init_from):
+            raise ValueError("latent_init.path is for a BLT that does not begin from init_from")
 
     @property
     def model(self) -> ByteLMConfig | ByteCNNConfig | BLTConfig:

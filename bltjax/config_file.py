@@ -13,6 +13,7 @@ import typing
 from ast import literal_eval
 from pathlib import Path
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from bltjax.config import PatchingConfig, RunConfig, SourceConfig, from_dict, nearest
@@ -116,6 +117,16 @@ def parse_scheme(text: str, base: PatchingConfig = DEFAULT_PATCHING) -> Patching
     for setting in filter(None, settings.split(",")):
         apply_override(tree, f"patching.{setting}")
     return from_dict(PatchingConfig, tree.to_dict()["patching"], f"scheme {text!r}")
+
+
+def add_workdir_argument(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """--workdir of the programs that use a model."""
+    parser.add_argument(
+        "--workdir",
+        required=required,
+        type=epath.Path,
+        help="a training run's work directory, or an export; a folder or gs://",
+    )
 
 
 def add_source_arguments(

@@ -11,6 +11,8 @@ import json
 import zlib
 from pathlib import Path
 
+from etils import epath
+
 from bltjax import checkpoint as ckpt
 from bltjax.config import SourceConfig
 from bltjax.config_file import add_source_arguments, source_from
@@ -121,7 +123,9 @@ def write_entropies(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--byte_lm", required=True, type=Path, help="work directory of a byte LM")
+    parser.add_argument(
+        "--byte_lm", required=True, type=epath.Path, help="run or export of a byte LM"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder for the records")
     add_source_arguments(parser, required=True)
     parser.add_argument(

@@ -15,38 +15,48 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
 from bltjax import checkpoint as ckpt
 from bltjax.calibrate import mean_patch_bytes
 from bltjax.config import RunConfig, SourceConfig
-from bltjax.config_file import add_source_arguments, source_from
+from bltjax.config_file import add_source_arguments, add_workdir_argument, source_from
 from bltjax.data.pipeline import held_out_batches
 from bltjax.data.sources import open_source
+from bltjax.export import TOKENIZER, load_params, read_config
 from bltjax.metrics import Progress, quantity
 from bltjax.model import parameter_count
 from bltjax.scoring import load_entropy_model, scored_source
-from bltjax.train import TOKENIZER, make_scores, run_model
+from bltjax.train import make_scores, run_model
 
 XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
 
 
-def run_patching(config: RunConfig, workdir: Path):
-    """(PatchingConfig, EntropyModel) of a run, each None where it has none.
+def run_patching(config: RunConfig, workdir: epath.Path):
+    """(PatchingConfig, EntropyModel) of a run or an export, each None where it has none.
 
-    What the patches need lies in the work directory, so that the two travel together.
+    What the patches need lies in the same folder, so that the two travel together.
+
+    Raises:
+      ValueError: for entropy patching without a byte LM.
     """
     patching = config.patching if config.blt is not None else None
     if patching is not None and patching.mode == "bpe":
         return dataclasses.replace(patching, tokenizer=str(workdir / TOKENIZER)), None
     if patching is None or patching.mode != "entropy":
         return patching, None
+    if not (workdir / "byte_lm").exists():
+        raise ValueError(
+            f"{workdir} has no byte LM, which its entropy patching needs: convert it again with"
+            " --byte_lm"
+        )
     model = load_entropy_model(workdir / "byte_lm", newline_reset=patching.newline_reset)
     return patching, model
 
 
-def evaluate(workdir: Path, source: SourceConfig, *, skip_bad: bool = False) -> dict:
-    """Bits per byte of the run in `workdir` on `source`, with counts of what was scored."""
-    config, params, step = ckpt.load_params(workdir)
+def evaluate(workdir: epath.Path, source: SourceConfig, *, skip_bad: bool = False) -> dict:
+    """Bits per byte on `source` of a run or an export, with counts of what was scored."""
+    config, params, step = load_params(workdir)
     patching, byte_lm = run_patching(config, workdir)
     documents = scored_source(source, patching, byte_lm, skip_bad=skip_bad)
     batches, cuts = held_out_batches(documents, config.data, patching)
@@ -92,7 +102,7 @@ def joined_text(source: SourceConfig, skip_bad: bool) -> bytes:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, type=Path, help="work directory of a run")
+    add_workdir_argument(parser)
     add_source_arguments(parser, required=False, default="the run's held-out")
     parser.add_argument("--compressors", action="store_true", help="also gzip -9 and xz -9")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
@@ -101,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("evaluate takes its config from the work directory; drop --config.*")
-    config = ckpt.read_config(args.workdir)
+    config = read_config(args.workdir)
     if args.source:
         sources = [source_from(args)]
     elif config.data.held_out:

@@ -40,8 +40,10 @@ def row_forward_flops(
         return blocks + 2 * N * config.width * VOCABULARY
     local, cross, latent = config.local, config.cross, config.latent
     E, K, D = local.width, cross.slots, latent.width
-    byte_block = block_flops(N, local.window, E, local.hidden, E)
-    total = (local.encoder_layers + local.decoder_layers) * byte_block + 2 * N * E * VOCABULARY
+    encoder_block = block_flops(N, local.window, E, local.encoder_hidden or local.hidden, E)
+    decoder_block = block_flops(N, local.window, E, local.hidden, E)
+    total = local.encoder_layers * encoder_block + local.decoder_layers * decoder_block
+    total += 2 * N * E * VOCABULARY
     total += 2 * P * E * K * E  # pooled vector -> K queries
     attends = {"none": 0, "last": 1, "all": local.encoder_layers}[cross.encoder]
     total += attends * cross_flops(P * K, N, N * K, E)

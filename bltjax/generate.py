@@ -20,11 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from bltjax import checkpoint as ckpt
 from bltjax.alphabet import as_bytes, text_stream
+from bltjax.config_file import add_workdir_argument
 from bltjax.decoding import CONTEXT, Decoder, Piece
 from bltjax.decoding.sampling import Sampling
 from bltjax.evaluate import run_patching
+from bltjax.export import load_params
 from bltjax.metrics import quantity
 from bltjax.picture import TERMINAL_COLOURS
 
@@ -136,7 +137,7 @@ def groups(prompts: list[bytes], size: int) -> Iterator[list[bytes]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, type=Path, help="work directory of a run")
+    add_workdir_argument(parser)
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
         "--prompt", default="", help="text to continue (default: nothing, BOS alone)"
@@ -189,7 +190,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         prompts = [as_bytes(prompt) for prompt in read_prompts(args.prompts)]
     else:
         prompts = [args.prompt_file.read_bytes() if args.prompt_file else as_bytes(args.prompt)]
-    config, params, _ = ckpt.load_params(args.workdir)
+    config, params, _ = load_params(args.workdir)
     decoder = Decoder(config, params, *run_patching(config, args.workdir), context=args.context)
 
     def written(texts: list[bytes], first: int) -> Iterator[Piece]:

@@ -1,9 +1,13 @@
-"""AdamW with warm-up and cosine (paper 4.6); norms, byte embeddings and tables don't decay."""
+"""AdamW with warm-up and cosine (paper 4.6); norms, byte embeddings and tables don't decay.
+
+A latent transformer that began as a Llama learns more slowly than the rest, and can wait for it
+(paper 6.2).
+"""
 
 import jax
 import optax
 
-from bltjax.config import OptimizerConfig
+from bltjax.config import LatentInitConfig, OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig):
@@ -33,10 +37,28 @@ def decays(params):
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def of_latent_blocks(params):
+    """True for the parameters that can come from a Llama."""
+
+    def of_leaf(path, _):
+        return [key.key for key in path[:2]] == ["latent", "blocks"]
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+def make_optimizer(
+    config: OptimizerConfig, latent: LatentInitConfig | None = None
+) -> optax.GradientTransformation:
     """AdamW without the clipping, which the training step does while it averages."""
-    return optax.chain(
+    steps = [
         optax.scale_by_adam(config.b1, config.b2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.scale_by_learning_rate(learning_rate(config)),
-    )
+    ]
+    if latent is not None and latent.path:
+        share = optax.constant_schedule(latent.lr_multiplier)
+        if latent.frozen_steps:
+            frozen = optax.constant_schedule(0.0)
+            share = optax.join_schedules([frozen, share], [latent.frozen_steps])
+        steps.append(optax.masked(optax.scale_by_schedule(share), of_latent_blocks))
+    return optax.chain(*steps)

@@ -91,6 +91,8 @@ def trace_starts(config: PatchingConfig, ids_N, entropies_N=None) -> Trace:
         if config.whole_characters:
             starts_N1, waiting = after_character(xp, starts_N1, inside_N1)
             waits += (waiting,)
+    if not config.looks_past_end and config.max_patch_bytes is not None:
+        starts_N1 = starts_N1 & (index_N1 < length)
     return Trace(starts_N1, began_N1, waits)
 
 

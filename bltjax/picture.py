@@ -17,8 +17,9 @@ import numpy as np
 from bltjax import checkpoint as ckpt
 from bltjax.alphabet import as_bytes, encode
 from bltjax.config import PatchingConfig
-from bltjax.config_file import parse_scheme
+from bltjax.config_file import add_workdir_argument, parse_scheme
 from bltjax.evaluate import run_patching
+from bltjax.export import read_config
 from bltjax.patching import force_starts, patch_starts
 from bltjax.scoring import EntropyModel, load_entropy_model, score_documents
 
@@ -261,7 +262,7 @@ def whole_characters_up_to(text: bytes, limit: int) -> bytes:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=Path, help="a BLT's run, or that of a byte LM")
+    add_workdir_argument(parser, required=False)
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--text", help="the text")
     given.add_argument("--file", type=Path, help="a file with the text, UTF-8 or any bytes")
@@ -291,7 +292,7 @@ def asked_schemes(
     """
     own, model = PatchingConfig(mode="space"), None
     if args.workdir:
-        run = ckpt.read_config(args.workdir)
+        run = read_config(args.workdir)
         if run.blt is None:
             own, model = PatchingConfig(), load_entropy_model(args.workdir, newline_reset=False)
         else:

@@ -1,12 +1,28 @@
 """Rotary positions on interleaved channel pairs (2i, 2i + 1), angles and rotation in fp32."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 
+from bltjax.config import RopeScalingConfig
 
-def rotary_angles(position_BT, channels: int, theta: float):
+
+def scaled_rates(rate_C, scaling: RopeScalingConfig):
+    """Llama 3.1's rates: slow channels slowed down by `factor`, fast ones kept, a ramp between."""
+    turns_C = rate_C * (scaling.positions / (2 * math.pi))
+    kept_C = (turns_C - scaling.low_turns) / (scaling.high_turns - scaling.low_turns)
+    kept_C = jnp.clip(kept_C, 0.0, 1.0)
+    return rate_C * (kept_C + (1 - kept_C) / scaling.factor)
+
+
+def rotary_angles(
+    position_BT, channels: int, theta: float, scaling: RopeScalingConfig | None = None
+):
     """cos and sin, each float32 [B, T, C / 2], of position * theta^(-2i / C)."""
     rate_C = theta ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
+    if scaling is not None:
+        rate_C = scaled_rates(rate_C, scaling)
     angle_BTC = position_BT[..., None].astype(jnp.float32) * rate_C[None, None]
     return jnp.cos(angle_BTC), jnp.sin(angle_BTC)
 

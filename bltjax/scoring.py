@@ -14,17 +14,17 @@ no difference beyond rounding. A step runs a power of two of lanes, so few progr
 import functools
 import heapq
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from bltjax import checkpoint as ckpt
 from bltjax.alphabet import OFFSET, encode
+from bltjax.checkpoint import identity
 from bltjax.config import ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig, SourceConfig
 from bltjax.data.records import Document, RecordDocuments
 from bltjax.data.sources import open_source
+from bltjax.export import load_params
 from bltjax.metrics import Progress
 from bltjax.model.byte_cnn import entropy_table, table_entropies
 from bltjax.model.byte_lm import ByteLM, empty_carry, entropies_of
@@ -46,17 +46,20 @@ class EntropyModel(NamedTuple):
     step: int
 
 
-def load_entropy_model(workdir: Path, *, newline_reset: bool) -> EntropyModel:
-    """The byte LM or byte CNN that was trained in a work directory.
+def load_entropy_model(path, *, newline_reset: bool) -> EntropyModel:
+    """The byte LM or byte CNN of a run or an export.
 
     Raises:
-      ValueError: for the directory of a BLT, or of no run at all.
+      ValueError: for a BLT, or a folder that is neither.
     """
-    run, params, step = ckpt.load_params(workdir)
+    run, params, step = load_params(path)
     if run.blt is not None:
-        raise ValueError(f"{workdir} trained a BLT, not a byte LM; entropies come from a byte LM")
-    identity = ckpt.identity(params) + newline_reset * "+newline_reset"
-    return EntropyModel(run.model, params, identity, newline_reset, run, step)
+        raise ValueError(
+            f"{path} is a BLT, not a byte LM; entropies come from a byte LM"
+            f" (that of this BLT is {path}/byte_lm)"
+        )
+    named = identity(params) + newline_reset * "+newline_reset"
+    return EntropyModel(run.model, params, named, newline_reset, run, step)
 
 
 def contexts(ids_N: np.ndarray, newline_reset: bool) -> np.ndarray:

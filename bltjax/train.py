@@ -7,6 +7,7 @@ command again resumes from the newest one, and its losses are those of a run nev
 
 import argparse
 import contextlib
+import dataclasses
 import shutil
 import time
 from pathlib import Path
@@ -15,12 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
 from bltjax import checkpoint as ckpt
 from bltjax.checkpoint import TrainState
-from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, RunConfig, divides, to_dict
+from bltjax.config import (
+    BLTConfig,
+    ByteCNNConfig,
+    ByteLMConfig,
+    RunConfig,
+    differences,
+    divides,
+    to_dict,
+)
 from bltjax.config_file import load_config
 from bltjax.data.pipeline import fills, held_out_batches, training_batches
+from bltjax.export import TOKENIZER, load_params, read_config
 from bltjax.flops import training_flops
 from bltjax.metrics import Reporter, duration, quantity
 from bltjax.model import batch_logits, initial_params, make_model, parameter_count
@@ -28,9 +39,9 @@ from bltjax.objective import Sums, target_sums
 from bltjax.optimizer import learning_rate, make_optimizer
 from bltjax.scoring import EntropyModel, load_entropy_model, scored_source
 from bltjax.sharding import make_mesh, replicated, row_sharding, tree_shardings
+from bltjax.weights.llama import llama_leaves
 
 KINDS = {BLTConfig: "BLT", ByteLMConfig: "byte LM", ByteCNNConfig: "byte CNN"}
-TOKENIZER = "tokenizer.json"  # the copy, in a work directory, of what bpe patching needs
 
 
 def compute_dtype(config: RunConfig):
@@ -119,8 +130,56 @@ def entropy_model(config: RunConfig, workdir: Path) -> EntropyModel | None:
             " --config.entropy_model=WORKDIR of its training run"
         )
     resumed = bool(ckpt.saved_steps(workdir))
-    source = workdir / "byte_lm" if resumed else Path(config.entropy_model)
+    source = workdir / "byte_lm" if resumed else config.entropy_model
     return load_entropy_model(source, newline_reset=config.patching.newline_reset)
+
+
+def check_start(config: RunConfig) -> None:
+    """Raises ValueError if the weights that training is to begin with don't fit its model."""
+    if config.latent_init.path:
+        llama_leaves(epath.Path(config.latent_init.path), config.blt.latent)
+    if config.init_from:
+        models = (read_config(config.init_from).model, config.model)
+        lines = differences(*(dataclasses.asdict(model) for model in models))
+        lines = [line for line in lines if "remat" not in line]  # memory, not meaning
+        if lines:
+            raise ValueError(
+                f"{config.init_from} holds a model with other settings (its value -> yours):\n  "
+                + "\n  ".join(lines)
+            )
+
+
+def started(config: RunConfig, params, shardings):
+    """Fresh parameters, replaced by those that training is to begin with, if any are given."""
+    if config.init_from:
+        loaded = load_params(config.init_from, shardings, jnp.float32)
+        print(f"begins with the parameters of {config.init_from}, step {loaded.step}")
+        return loaded.params
+    if not config.latent_init.path:
+        return params
+    leaves = llama_leaves(epath.Path(config.latent_init.path), config.blt.latent)
+    blocks = params["latent"].pop("blocks")  # freed before the others come
+    for name in blocks:
+        blocks[name] = placed(leaves[f"latent/blocks/{name}"], shardings["latent"]["blocks"][name])
+    params["latent"]["blocks"] = blocks
+    print(
+        f"the latent transformer begins as {config.latent_init.path}: its learning rate is"
+        f" {config.latent_init.lr_multiplier} of the others', from step"
+        f" {config.latent_init.frozen_steps} on"
+    )
+    return params
+
+
+def placed(leaf, sharding):
+    """A stored leaf of stacked layers as a float32 array; a process reads what its devices hold."""
+
+    def part(index):
+        layers = range(leaf.shape[0])[index[0]]
+        rows = slice(*index[1].indices(leaf.shape[1]))
+        found = [leaf.read((layer,), rows)[(slice(None), *index[2:])] for layer in layers]
+        return np.stack(found).astype(np.float32)
+
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
 def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> dict[str, float]:
@@ -132,6 +191,8 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
     """
     begun = time.monotonic()
     ckpt.check_workdir(workdir, config)
+    if not ckpt.saved_steps(workdir):
+        check_start(config)
     byte_lm = entropy_model(config, workdir)
     mesh = make_mesh(config.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -157,7 +218,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
             print(f"held-out {name}: {found_cuts} cuts in documents longer than a row")
 
     model = run_model(config)
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, config.latent_init)
 
     def initial_state(key):
         params = initial_params(model, key)
@@ -188,6 +249,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
     manager = ckpt.make_manager(workdir, config)
     if manager.latest_step() is None:
         state = jax.jit(initial_state, out_shardings=shardings)(key)
+        state = state._replace(params=started(config, state.params, shardings.params))
         first = 0
     else:
         target = jax.tree.map(
@@ -342,9 +404,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workdir", required=True, type=Path, help="where the run lives")
     parser.add_argument("--stop_at", type=int, help="stop after this step, as if interrupted")
+    parser.add_argument("--init_from", help="run or export whose parameters training begins with")
+    parser.add_argument(
+        "--init_latent_from",
+        help="folder of Llama 3 safetensors that the latent transformer begins as; see the"
+        " settings of config.latent_init",
+    )
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.init_from:
+        overrides = [*overrides, f"init_from={args.init_from}"]
+    if args.init_latent_from:
+        overrides = [*overrides, f"latent_init.path={args.init_latent_from}"]
     config = load_config(args.config, overrides)
     train(config, args.workdir, stop_at=args.stop_at)
     print(f"finished; the run is in {args.workdir}")

@@ -6,14 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from bltjax.checkpoint import check_workdir, identity, load_params, save_params, saved_steps
+from bltjax.checkpoint import check_workdir, identity, save_params, saved_steps
 from bltjax.config import ByteLMConfig, RunConfig
+from bltjax.export import load_params
+from bltjax.model import initial_params, make_model
 
 CONFIG = RunConfig(byte_lm=ByteLMConfig(layers=1, width=8, heads=1, hidden=8, window=4))
 
 
 def test_parameters_round_trip_with_their_identity(tmp_path):
-    params = {"block_0": {"q_EGC": np.arange(8, dtype=np.float32).reshape(2, 2, 2)}}
+    model = make_model(CONFIG.model, 2, np.float32, None)
+    params = jax.tree.map(np.array, initial_params(model, jax.random.key(0)))
     save_params(tmp_path / "run", CONFIG, params, 3)
     config, restored, step = load_params(tmp_path / "run")
     assert (config, step) == (CONFIG, 3) and identity(restored) == identity(params)
@@ -26,7 +29,7 @@ def test_a_checkpoint_being_written_is_not_one(tmp_path):
     (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
     assert saved_steps(tmp_path) == []
     check_workdir(tmp_path, CONFIG)  # nothing was saved, so nothing is in the way
-    with pytest.raises(ValueError, match="is not a work directory"):
+    with pytest.raises(ValueError, match="is neither a training run nor an export"):
         load_params(tmp_path)
 
 

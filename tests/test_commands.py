@@ -144,7 +144,9 @@ def test_bad_input(runs, tmp_path, capsys):
     assert "bad.jsonl, line 2: not JSON" in error_of(capsys, *train, f"{path}={tmp_path}/bad.jsonl")
     unknown = error_of(capsys, *train, "--config.optimizer.lrate=3")
     assert "config.optimizer.lrate is no setting; did you mean" in unknown
-    assert "is not a work directory" in error_of(capsys, "evaluate", f"--workdir={tmp_path}")
+    assert "neither a training run nor an export" in error_of(
+        capsys, "evaluate", f"--workdir={tmp_path}"
+    )
     assert "is not a finished folder" in error_of(capsys, "calibrate", f"--records={tmp_path}")
     records = runs.root / "records" / "train"
     assert "not a byte LM" in error_of(

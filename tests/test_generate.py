@@ -8,10 +8,10 @@ import pytest
 
 from bltjax.__main__ import main
 from bltjax.alphabet import EOS, encode
-from bltjax.checkpoint import load_params
 from bltjax.decoding import Decoder, Held, Piece
 from bltjax.decoding.whole import Predictor
 from bltjax.evaluate import run_patching
+from bltjax.export import load_params
 from bltjax.generate import Painter
 
 

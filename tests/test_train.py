@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from bltjax.__main__ import main
-from bltjax.checkpoint import TrainState, load_params
+from bltjax.checkpoint import TrainState
 from bltjax.config_file import load_config
+from bltjax.export import load_params
 from bltjax.model import initial_params
 from bltjax.optimizer import make_optimizer
 from bltjax.train import make_train_step, run_model

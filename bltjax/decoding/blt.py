@@ -157,6 +157,7 @@ class CachedBLT:
             jnp.broadcast_to(jnp.arange(patches)[None], (rows, patches)),
             latent.width // latent.heads,
             latent.rope_theta,
+            latent.rope_scaling,
         )
         last_B11 = (scored.closed_B - 1)[:, None, None]
         reads = self.decoder.apply(

@@ -26,6 +26,7 @@ def block_size(latent) -> BlockSize:
         latent.rope_theta,
         letters="DHJ",
         stacked="L",
+        rope_scaling=latent.rope_scaling,
     )
 
 
@@ -85,7 +86,7 @@ class LatentTransformer(nn.Module):
         places = Places(
             jnp.minimum(index_BP, slots - 1),
             seen_BPT,
-            rotary_angles(index_BP, size.channels, size.rope_theta),
+            rotary_angles(index_BP, size.channels, size.rope_theta, size.rope_scaling),
         )
         x_BPD, kept = self.widened(slots_BSE), []
         for block, cache in zip(self.blocks, caches, strict=True):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bltjax.attention import Pattern, range_attention
+from bltjax.config import RopeScalingConfig
 from bltjax.model.cache import Cache, Places, cached_attention, written
 from bltjax.patches import Ranges
 from bltjax.rotary import rotary_angles, rotate
@@ -53,6 +54,7 @@ class BlockSize(NamedTuple):
     rope_theta: float
     letters: str = "EGG"  # width, query heads, key/value heads
     stacked: str = ""  # "L" when parameters of all layers are stacked along a first axis
+    rope_scaling: RopeScalingConfig | None = None
 
     @property
     def channels(self) -> int:
@@ -101,7 +103,7 @@ class Block(nn.Module):
                 k = jnp.concatenate([past[0], k], axis=1)
                 v = jnp.concatenate([past[1], v], axis=1)
                 kept = (k[:, k.shape[1] - count :], v[:, v.shape[1] - count :])
-            cos, sin = rotary_angles(ranges.position_BT, C, size.rope_theta)
+            cos, sin = rotary_angles(ranges.position_BT, C, size.rope_theta, size.rope_scaling)
             own = q.shape[1]
             out = range_attention(
                 rotate(q, (cos[:, -own:], sin[:, -own:])),

@@ -33,7 +33,7 @@ class LocalDecoder(nn.Module):
         block = nn.remat(Block) if local.remat else Block
         self.blocks = [
             block(
-                block_size(local),
+                block_size(local, local.hidden),
                 Sliding(local.window),
                 self.dtype,
                 self.implementation,

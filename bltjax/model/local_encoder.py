@@ -4,7 +4,8 @@
                                                    |
                                   max over patch --+--> K queries --cross-attend--> slots
 
-Pooling happens once, at the first cross-attention; later ones refine the same slots.
+Pooling happens once, at the first cross-attention; later ones refine the same slots. (With
+`cross.repools` each begins anew, and only the last one counts.)
 """
 
 import jax
@@ -13,7 +14,7 @@ from flax import linen as nn
 
 from bltjax.alphabet import VOCABULARY
 from bltjax.attention import Pooling, Sliding
-from bltjax.config import BLTConfig, HashConfig
+from bltjax.config import BLTConfig, HashConfig, LocalConfig
 from bltjax.model.cache import Places
 from bltjax.model.cross_attention import CrossAttention, attending_layers
 from bltjax.model.layers import Block, BlockSize, project, truncated_normal
@@ -33,22 +34,26 @@ def hash_tables(config: HashConfig, width: int):
 
 @jax.custom_vjp
 def looked_up(tables_RME, ids_RBN):
-    """Sum over the tables of the row that each position has in them, [B, N, E]."""
-    pairs = zip(tables_RME, ids_RBN, strict=True)
-    return sum(table_ME.at[ids_BN].get(mode="promise_in_bounds") for table_ME, ids_BN in pairs)
+    """Sum over the tables of the row that each position has in them, float32 [B, N, E]."""
+    rows = (
+        table_ME.at[ids_BN].get(mode="promise_in_bounds").astype(jnp.float32)
+        for table_ME, ids_BN in zip(tables_RME, ids_RBN, strict=True)
+    )
+    return sum(rows)
 
 
 def looked_up_forward(tables_RME, ids_RBN):
-    return looked_up(tables_RME, ids_RBN), (ids_RBN, tables_RME.shape[1])
+    return looked_up(tables_RME, ids_RBN), (ids_RBN, tables_RME[:, :, :0])
 
 
 def looked_up_backward(kept, grad_BNE):
     """Table by table; differentiating the slices would add up as many whole gradients."""
-    ids_RBN, stored_rows = kept
+    ids_RBN, tables_RM0 = kept  # no columns: what is left of the tables is their shape and dtype
     flat = grad_BNE.reshape(-1, grad_BNE.shape[-1])
 
     def of_table(ids_BN):
-        return jax.ops.segment_sum(flat, ids_BN.reshape(-1), num_segments=stored_rows)
+        grad_ME = jax.ops.segment_sum(flat, ids_BN.reshape(-1), num_segments=tables_RM0.shape[1])
+        return grad_ME.astype(tables_RM0.dtype)
 
     return jax.lax.map(of_table, ids_RBN), None
 
@@ -56,9 +61,9 @@ def looked_up_backward(kept, grad_BNE):
 looked_up.defvjp(looked_up_forward, looked_up_backward)
 
 
-def block_size(local) -> BlockSize:
+def block_size(local: LocalConfig, hidden: int) -> BlockSize:
     return BlockSize(
-        local.width, local.heads, local.heads, local.hidden, local.norm_eps, local.rope_theta
+        local.width, local.heads, local.heads, hidden, local.norm_eps, local.rope_theta
     )
 
 
@@ -79,7 +84,7 @@ class LocalEncoder(nn.Module):
         block = nn.remat(Block) if local.remat else Block
         self.blocks = [
             block(
-                block_size(local),
+                block_size(local, local.encoder_hidden or local.hidden),
                 Sliding(local.window),
                 self.dtype,
                 self.implementation,
@@ -108,10 +113,12 @@ class LocalEncoder(nn.Module):
     @property
     def pooling(self) -> tuple[int, ...]:
         """Layers after which the states of a patch's bytes are pooled."""
+        if self.config.cross.repools:
+            return self.attending or (self.config.local.encoder_layers - 1,)
         return self.attending[:1] or (self.config.local.encoder_layers - 1,)
 
     def embedded(self, bytes_BN, ids_RBN):
-        embeds_BNE = self.bytes_VE[bytes_BN]
+        embeds_BNE = self.bytes_VE[bytes_BN].astype(jnp.float32)
         if self.config.hash.tables:
             embeds_BNE += looked_up(self.ngrams_RME, ids_RBN)
         return embeds_BNE.astype(self.dtype)

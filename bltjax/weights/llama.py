@@ -1,0 +1,85 @@
+"""Llama 3's layers as a latent transformer's (paper 6.2): a start that costs no pre-training.
+
+Taken over are the blocks: attention, feed-forward and their norms. Left behind are Llama's token
+embedding, output head and final norm, which the latent transformer has no use for. Llama pairs
+rotary channels (i, i + C / 2), BLT (2i, 2i + 1): query and key channels are re-ordered.
+"""
+
+from etils import epath
+
+from bltjax.config import LatentConfig
+from bltjax.weights.model_files import check_values, read_json
+from bltjax.weights.pieces import LLAMA, check_tensors, latent_pieces, leaves_of
+from bltjax.weights.port import read_scaling
+from bltjax.weights.safetensors import read_folder
+from bltjax.weights.tensors import Leaf
+
+REQUIRED = {
+    "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),
+    "mlp_bias": (False,),
+}  # fmt: skip
+
+
+def llama_latent_config(folder: epath.Path, remat: bool) -> LatentConfig:
+    """The latent transformer that a folder's Llama is.
+
+    Raises:
+      ValueError: for a folder of something else.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no Llama: there is no config.json in it")
+    found = read_json(path)
+    check_values({"model_type": None} | found, REQUIRED, str(path))
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    return LatentConfig(
+        layers=found["num_hidden_layers"],
+        width=found["hidden_size"],
+        heads=found["num_attention_heads"],
+        key_value_heads=found.get("num_key_value_heads") or found["num_attention_heads"],
+        hidden=found["intermediate_size"],
+        rope_theta=float(rope.get("rope_theta", found.get("rope_theta", 10000.0))),
+        rope_scaling=read_scaling(rope, str(path)),
+        norm_eps=found.get("rms_norm_eps", 1e-6),
+        remat=remat,
+    )
+
+
+def llama_leaves(folder: epath.Path, config: LatentConfig) -> dict[str, Leaf]:
+    """The leaves "latent/blocks/..." of a latent transformer with `config`, read from a Llama.
+
+    Raises:
+      ValueError: for a Llama of another shape, with the first setting that differs.
+    """
+    theirs = llama_latent_config(folder, config.remat)
+    for name in theirs.__dataclass_fields__:
+        ours, other = getattr(config, name), getattr(theirs, name)
+        if ours != other:
+            raise ValueError(
+                f"latent.{name} is {ours}, but the Llama in {folder} has {other}: a latent"
+                " transformer that begins as a Llama has all of its sizes"
+            )
+    pieces = latent_pieces(LLAMA, config, rotary="half_split")
+    shapes = block_shapes(config)
+    tensors = read_folder(folder)
+    check_tensors(tensors, pieces, shapes, str(folder), extra_allowed=True)
+    return leaves_of(tensors, pieces, shapes)
+
+
+def block_shapes(config: LatentConfig) -> dict[str, tuple[int, ...]]:
+    L, D, F = config.layers, config.width, config.hidden
+    H, J, C = config.heads, config.key_value_heads, config.width // config.heads
+    return {
+        f"latent/blocks/{name}": shape
+        for name, shape in {
+            "attention_norm_LD": (L, D),
+            "q_LDHC": (L, D, H, C),
+            "k_LDJC": (L, D, J, C),
+            "v_LDJC": (L, D, J, C),
+            "o_LHCD": (L, H, C, D),
+            "feed_forward_norm_LD": (L, D),
+            "gate_LDF": (L, D, F),
+            "up_LDF": (L, D, F),
+            "down_LFD": (L, F, D),
+        }.items()
+    }

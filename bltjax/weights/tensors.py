@@ -1,0 +1,116 @@
+"""What is read in pieces: a tensor of somebody's file, and a parameter of ours.
+
+A `Tensor` is read in rows of its first axis. A `Leaf` is one of our parameters, read at a place on
+its leading axis: a layer of L stacked ones, or rows of one of R hash tables.
+
+    q_LDHC   places (0,), (1,), ... (L - 1,)       one layer each
+    ngrams_RME   places (0,), ... (R - 1,)         one table each, cut further into runs of rows
+    q_EGC    the only place ()                     whole
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from bltjax.shapes import suffix_axes
+
+BLOCK_BYTES = 64 << 20  # what is read or written at once
+DTYPES = {  # by the names that people know them by
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+class Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[int, int], np.ndarray]  # rows [begin, end) of the first axis
+    where: str  # the file, for messages
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def all(self) -> np.ndarray:
+        return self.read(0, self.shape[0])
+
+
+class Leaf(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[tuple[int, ...], slice], np.ndarray]  # at a place, rows of what is there
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class Block(NamedTuple):
+    """One piece of a leaf: its place, and rows of what is at that place."""
+
+    place: tuple[int, ...]
+    rows: slice
+
+
+def stacked(path: str) -> bool:
+    """Whether a parameter's first axis is layers or tables."""
+    return suffix_axes(path)[0][0] in "LR"
+
+
+def row_runs(rows: int, row_bytes: int) -> Iterator[slice]:
+    """Runs of rows of about BLOCK_BYTES each."""
+    run = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for begin in range(0, rows, run):
+        yield slice(begin, min(begin + run, rows))
+
+
+def blocks(path: str, leaf: Leaf) -> Iterator[Block]:
+    """The pieces that a leaf is copied by. Only hash tables are large enough to be cut by rows."""
+    places = [(index,) for index in range(leaf.shape[0])] if stacked(path) else [()]
+    inner = leaf.shape[len(places[0]) :]
+    for place in places:
+        if path.endswith("ngrams_RME"):
+            row_bytes = int(np.prod(inner[1:])) * leaf.dtype.itemsize
+            for rows in row_runs(inner[0], row_bytes):
+                yield Block(place, rows)
+        else:
+            yield Block(place, slice(0, inner[0]))
+
+
+def leaf_of(array: np.ndarray) -> Leaf:
+    """A leaf that is in memory."""
+    return Leaf(array.shape, array.dtype, lambda place, rows: array[(*place, rows)])
+
+
+def cast(leaf: Leaf, dtype: np.dtype | None) -> Leaf:
+    """The leaf in another dtype; each piece is rounded to nearest as it is read."""
+    if dtype is None or dtype == leaf.dtype:
+        return leaf
+    return Leaf(leaf.shape, dtype, lambda place, rows: leaf.read(place, rows).astype(dtype))
+
+
+def tree_of(leaves: dict[str, Leaf]) -> dict:
+    """Nested parameters, all in memory, of leaves by path."""
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        whole = np.empty(leaf.shape, leaf.dtype)
+        for place, rows in blocks(path, leaf):
+            whole[(*place, rows)] = leaf.read(place, rows)
+        *groups, name = path.split("/")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = whole
+    return tree
+
+
+def flattened(tree: dict, prefix: str = "") -> dict:
+    """Leaves of nested dicts by path, `encoder/block_0/q_EGC`."""
+    flat = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat |= flattened(value, f"{path}/") if isinstance(value, dict) else {path: value}
+    return flat
