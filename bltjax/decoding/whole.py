@@ -87,7 +87,7 @@ class Predictor:
         ids, margins = encode(prompt, eos=False), []
         begun = len(ids)
         for _ in range(max_bytes):
-            logits_V = self(ids)
+            logits_V = np.array(self(ids))
             logits_V[[i for i in range(OFFSET) if i != EOS]] = -np.inf
             second, first = np.sort(logits_V)[-2:]
             margins.append(float(first - second))
