@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import os
 import sys
 
 # What each verb does; its program has add_arguments(parser) and main(args, overrides).
@@ -49,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     logger.handlers = [logging.StreamHandler(sys.stderr)]
     try:
         program.main(args, overrides)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has seen enough; what is left of it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell has it: ended by SIGPIPE
     except (ValueError, OSError, FloatingPointError) as error:
         if args.debug:
             raise

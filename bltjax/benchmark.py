@@ -1,9 +1,10 @@
-"""How fast a training step is, against the transformers port of BLT, in one run on one machine.
+"""How fast we are, against the transformers port of BLT, in one run on one machine.
 
     benchmark train    one step of the model below, ours and the peer's in turn
     benchmark rows     one step as rows grow from 1k to 32k bytes: time and peak memory
     benchmark slots    how full rows of given folders of records are, with and without look-ahead
     benchmark generate 128 bytes after a prompt, greedily: `benchmark_generate.py` has the sides
+    benchmark convert  time and peak memory of importing the released 1B's shapes, made-up weights
 
 In the first two, both sides run the same model on the same bytes and patches with AdamW in fp32.
 Each has a process of its own, pinned to the same CPUs, that works only when it is asked to; times
@@ -11,16 +12,19 @@ are medians.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from bltjax.alphabet import BOS, OFFSET
 from bltjax.benchmark_generate import BYTES, WHOLE_BYTES, cached_side, port_side, whole_side
@@ -37,9 +41,16 @@ from bltjax.config import (
     RunConfig,
     SourceConfig,
 )
+from bltjax.config_file import load_config
 from bltjax.data.pipeline import fills, training_batches
 from bltjax.data.records import RecordDocuments
 from bltjax.flops import training_flops
+from bltjax.metrics import duration, quantity
+from bltjax.weights.model_files import leaf_shapes
+from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces, tensor_shapes
+from bltjax.weights.port import port_settings
+from bltjax.weights.safetensors import write_folder
+from bltjax.weights.tensors import DTYPES, Tensor
 
 PEERS = ("transformers",)
 # Both sides keep their large buffers, as the launch scripts have it (launch/environment.sh).
@@ -121,39 +132,9 @@ def transformers_step(config: RunConfig):
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    local, cross, latent, hashed = MODEL.local, MODEL.cross, MODEL.latent, MODEL.hash
-
-    def stack(layers, width, heads, hidden, **more):
-        return {
-            "num_hidden_layers": layers,
-            "hidden_size": width,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "intermediate_size": hidden,
-            "max_position_embeddings": config.data.row_bytes,
-        } | more
-
-    cross_settings = {"cross_attn_k": cross.slots, "hidden_size_global": latent.width}
-    byte_stack = (local.width, local.heads, local.hidden)
-    peer = BltForCausalLM(
-        BltConfig(
-            cross_attn_k=cross.slots,
-            encoder_hash_byte_group_size=list(hashed.sizes),
-            encoder_hash_byte_group_vocab=hashed.rows,
-            encoder_hash_byte_group_nb_functions=hashed.functions,
-            local_attention_window_len=local.window,
-            # Its byte LM takes no part: patch lengths are given.
-            patcher_config=stack(1, 64, 1, 64),
-            encoder_config=stack(
-                local.encoder_layers, *byte_stack, cross_attn_all_layers=False, **cross_settings
-            ),
-            decoder_config=stack(
-                local.decoder_layers, *byte_stack, cross_attn_all_layers=True, **cross_settings
-            ),
-            global_config=stack(latent.layers, latent.width, latent.heads, latent.hidden),
-            attn_implementation="sdpa",
-        )
-    ).train()
+    # Its byte LM takes no part: patch lengths are given.
+    settings = port_settings(config, None)
+    peer = BltForCausalLM(BltConfig(**settings, attn_implementation="sdpa")).train()
     trained = [weight for weight in peer.parameters() if weight.requires_grad]
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
@@ -217,12 +198,14 @@ class Worker:
 
     def step(self) -> dict:
         """{"ms", "peak_mib"} of one more step, and what it says of itself."""
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it died, as the lack of an answer will say
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
         return self.answer()
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -330,7 +313,9 @@ def benchmark_generate(peer: str | None, repeats: int, threads: int, prompt_byte
 def benchmark_slots(records: list[str], row_bytes: int) -> dict:
     """Shares of byte and patch slots that are used, at the threshold that suits such rows."""
     documents = [RecordDocuments(Path(folder)) for folder in records]
-    sample = [document for folder in documents for document in sample_documents(folder, 1 << 20, 0)]
+    # As much of each, as the mixture has it.
+    share = min([1 << 20, *(folder.manifest.total("text_bytes") for folder in documents)])
+    sample = [document for folder in documents for document in sample_documents(folder, share, 0)]
     threshold, _ = calibrate(sample, PatchingConfig(), MEAN_PATCH)
     result = {"threshold": threshold, "row_bytes": row_bytes}
     for look_ahead in (1, 32):
@@ -350,6 +335,39 @@ def benchmark_slots(records: list[str], row_bytes: int) -> dict:
     return result
 
 
+def made_up(shape: tuple[int, ...], noise: np.ndarray) -> Tensor:
+    row = int(np.prod(shape[1:], dtype=np.int64))
+
+    def read(begin: int, end: int) -> np.ndarray:
+        return np.resize(noise, (end - begin) * row).reshape(end - begin, *shape[1:])
+
+    return Tensor(shape, noise.dtype, read, "made up")
+
+
+def benchmark_convert(config: str, byte_lm: str, folder: Path) -> dict:
+    """Writes a folder of the transformers port with made-up weights, and times its import."""
+    run, lm, dtype = load_config(config), load_config(byte_lm), DTYPES["bfloat16"]
+    shapes = tensor_shapes(blt_pieces(PORT, run.blt), leaf_shapes(run))
+    shapes |= tensor_shapes(byte_lm_pieces(PORT, lm.byte_lm), leaf_shapes(lm))
+    noise = np.random.default_rng(0).standard_normal(1 << 24, np.float32).astype(dtype)
+    tensors = {name: made_up(shape, noise) for name, shape in shapes.items()}
+    with tempfile.TemporaryDirectory(dir=folder, prefix="bltjax-convert-") as room:
+        source, out = Path(room) / "source", Path(room) / "out"
+        source.mkdir()
+        write_folder(epath.Path(source), tensors, lambda _: None)
+        (source / "config.json").write_text(json.dumps(port_settings(run, lm, dtype.name)))
+        begun = time.perf_counter()
+        command = [sys.executable, "-m", "bltjax", "convert", str(source), str(out)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        seconds = time.perf_counter() - begun
+    return {
+        "bytes": sum(tensor.bytes for tensor in tensors.values()),
+        "largest_tensor_bytes": max(tensor.bytes for tensor in tensors.values()),
+        "seconds": seconds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+    }
+
+
 def row_line(line: dict) -> str:
     parts = [
         f"{side} {found['ms']:7.0f} ms ({found['ms'] * 1024 / line['row_bytes']:5.0f} a KiB)"
@@ -361,7 +379,9 @@ def row_line(line: dict) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("train", "rows", "slots", "generate"), help="see above")
+    parser.add_argument(
+        "what", choices=("train", "rows", "slots", "convert", "generate"), help="see above"
+    )
     parser.add_argument("--peer", choices=PEERS, help="measure it too (extra: parity)")
     parser.add_argument(
         "--repeats", type=int, help="steps of each (default: 5, after four more; generate: 3)"
@@ -371,6 +391,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--longest", type=int, default=ROW_LENGTHS[-1], help="rows: bytes")
     parser.add_argument("--records", nargs="+", help="slots: folders of records, mixed equally")
     parser.add_argument("--row_bytes", type=int, default=16384, help="slots: bytes in a row")
+    parser.add_argument("--config", default="configs/blt_1b.py", help="convert: the BLT's config")
+    parser.add_argument(
+        "--byte_lm", default="configs/byte_lm_100m.py", help="convert: its byte LM's config"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="convert: where there is room (default: the system's own)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
@@ -381,6 +408,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         args.repeats = 3 if args.what == "generate" else 5
     if args.repeats < 1 or args.threads < 1 or args.prompt_bytes < 1:
         raise ValueError(f"--repeats ({args.repeats}) and --threads ({args.threads}) must be >= 1")
+    there = len(os.sched_getaffinity(0))
+    if args.what in ("train", "rows") and args.threads > there:
+        raise ValueError(f"--threads ({args.threads}) must be at most {there}, the CPUs there are")
+    if args.what == "rows" and args.longest < ROW_LENGTHS[0]:
+        raise ValueError(
+            f"--longest ({args.longest}) must be at least {ROW_LENGTHS[0]}, the shortest row"
+        )
     if (args.what == "slots") != bool(args.records):
         raise ValueError("benchmark slots, and no other, takes --records FOLDER...")
     if args.what == "slots":
@@ -389,6 +423,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         result = benchmark_generate(args.peer, args.repeats, args.threads, args.prompt_bytes)
     elif args.what == "rows":
         result = benchmark_rows(args.peer, args.repeats, args.threads, args.longest)
+    elif args.what == "convert":
+        result = benchmark_convert(args.config, args.byte_lm, args.folder)
     else:
         result = benchmark_train(args.peer, args.repeats, args.threads)
     if args.json:
@@ -410,6 +446,12 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
                 f"{args.peer} {result['peer_ms_per_byte']:.1f} ms, {result['ratio']:.1f} times as"
                 f" long, {'the same' if result['same_text'] else 'another'} text"
             )
+    elif args.what == "convert":
+        print(
+            f"{quantity(result['bytes'])}B, the largest tensor"
+            f" {quantity(result['largest_tensor_bytes'])}B: {duration(result['seconds'])}, peak"
+            f" memory {quantity(result['peak_bytes'])}B"
+        )
     elif args.what == "train":
         print(
             f"ours {result['ours_ms']:.0f} ms a step, {result['ours_gflop_per_second']:.0f} GFLOP/s"

@@ -16,7 +16,12 @@ NOT_UTF8 = re.compile("([\udc80-\udcff])")  # what surrogateescape makes of such
 
 @functools.lru_cache(maxsize=8)
 def load_tokenizer(path: str):
-    """Raises ValueError for a file that is no tokenizer, OSError for one that isn't there."""
+    """The tokenizer, without the limits of length that its file may set for a model.
+
+    Raises:
+      ValueError: for a file that is no tokenizer.
+      OSError: for one that isn't there.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -24,11 +29,15 @@ def load_tokenizer(path: str):
     with open(path, "rb"):  # its own message would not name the file
         pass
     try:
-        return Tokenizer.from_file(path)
+        tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # it raises plain Exception
         raise ValueError(
             f"{path} is not a tokenizer file of Hugging Face's tokenizers (tokenizer.json): {error}"
         ) from None
+    # Tokens that were cut off, or added to fill a length, are no boundaries of the text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def token_lengths(path: str, text: bytes) -> list[int]:
@@ -36,18 +45,26 @@ def token_lengths(path: str, text: bytes) -> list[int]:
 
     Tokens of a byte-level tokenizer may end inside a character; those of another kind that share a
     character count as one. A byte that is not UTF-8 is a token of its own.
+
+    Raises:
+      ValueError: for text that the tokenizer can't cut: some know no token for an unknown word.
     """
     lengths: list[int] = []
     for piece in NOT_UTF8.split(text.decode(errors="surrogateescape")):
         alone = NOT_UTF8.fullmatch(piece)
-        lengths += [1] if alone else string_lengths(load_tokenizer(path), piece)
+        lengths += [1] if alone else string_lengths(path, piece)
     return lengths
 
 
-def string_lengths(tokenizer, text: str) -> list[int]:
+def string_lengths(path: str, text: str) -> list[int]:
     if not text:
         return []
-    encoding, size = tokenizer.encode(text, add_special_tokens=False), len(text.encode())
+    tokenizer, size = load_tokenizer(path), len(text.encode())
+    try:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # it raises plain Exception
+        begin = text if len(text) <= 40 else text[:40] + "..."
+        raise ValueError(f"{path} can't cut {begin!r} into tokens: {error}") from None
     exact = [len(token) for token in encoding.tokens]
     if sum(exact) == size and "ByteLevel" in str(tokenizer.pre_tokenizer):
         return exact  # byte-level tokens are written with one letter for each byte

@@ -86,15 +86,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("calibrate takes no --config settings")
-    documents = sample_documents(RecordDocuments(args.records), args.sample_bytes, args.seed)
-    patching = parse_scheme(args.scheme)
+    records, patching = RecordDocuments(args.records), parse_scheme(args.scheme)
     if patching.mode != "entropy":
         raise ValueError(f"scheme {args.scheme!r} has no threshold; calibrate is for entropy")
+    resets = records.manifest.newline_reset
+    if patching.newline_reset and not resets:
+        raise ValueError(
+            f"scheme {args.scheme!r} is for entropies whose context begins anew with each newline,"
+            f" but {args.records} was scored without it, by byte LM {records.manifest.byte_lm}:"
+            " score the corpus with entropies --newline_reset"
+        )
+    documents = sample_documents(records, args.sample_bytes, args.seed)
     threshold, tried = calibrate(documents, patching, args.mean)
     print(f"{len(documents)} documents of {args.records}")
     print("threshold (nats)   mean patch (bytes)")
     for value, mean in sorted(tried):
         print(f"{value:16.6f}   {mean:18.3f}{'   <-' if value == threshold else ''}")
-    print(f"train a BLT with --config.patching.threshold={threshold:.6f}")
+    print(
+        f"train a BLT with --config.patching.threshold={threshold:.6f}"
+        + resets * " --config.patching.newline_reset=True"
+    )
     if args.out:
         args.out.write_text(f"{threshold:.6f}\n")

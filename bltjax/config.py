@@ -210,7 +210,9 @@ class PatchingConfig:
     entropy with `threshold`; otherwise a patch begins where the entropy exceeds `threshold` and,
     if `threshold_add` is given, has also risen by more than that. `newline_reset` says that the
     entropies' context begins anew with each newline, against entropy drift (paper 4.4).
-    `whole_characters` moves a start that would fall inside a UTF-8 character to its end.
+    `whole_characters` moves a start that would fall inside a UTF-8 character to its end, but for
+    the first two positions of a row that goes on with a cut document: a row opens patches there
+    wherever the cut fell.
     `looks_past_end` is False to reproduce the transformers port, which forgets with
     `max_patch_bytes` whether the byte after the text opens a patch; then nothing is incremental.
     """

@@ -27,7 +27,7 @@ from bltjax.decoding.sampling import Sampling
 from bltjax.evaluate import run_patching
 from bltjax.export import load_params
 from bltjax.metrics import quantity
-from bltjax.picture import TERMINAL_COLOURS
+from bltjax.picture import TERMINAL_COLOURS, visible
 
 # Of the 256 terminal colours, black to red: how uncertain a byte was, nat by nat.
 ENTROPY_COLOURS = (16, 16, 52, 88, 124, 160)
@@ -97,6 +97,7 @@ class Painter:
                 self.begin_character(float(entropy), bool(opens))
             shown = self.stream.decode(piece.text[place : place + 1])
             self.waiting = not shown
+            shown = "".join(x if x in "\n\t" else visible(x) for x in shown)
             # Colour ends with the line, or terminals paint the rest of it.
             end = "\x1b[0m\n" + self.style if self.colour else "\n"
             self.show(shown.replace("\n", end))

@@ -124,7 +124,8 @@ class LoadedModel:
           ValueError: for a byte LM.
         """
         data, begins = as_bytes(text), np.flatnonzero(self.starts(text)[1:-1])
-        return [data[a:b] for a, b in zip(begins, [*begins[1:], len(data)], strict=True)]
+        ends = np.append(begins[1:], len(data)) if len(data) else begins
+        return [data[a:b] for a, b in zip(begins, ends, strict=True)]
 
     def bits_per_byte(self, text: str | bytes) -> float:
         """Mean of -log2 p over the bytes of a text.

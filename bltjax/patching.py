@@ -47,7 +47,7 @@ def patch_starts(config: PatchingConfig, ids_N, entropies_N=None):
 
     Raises:
       ValueError: if the entropies that the mode needs are missing or of another length; for bpe
-        mode on a device, where there is no tokenizer.
+        mode on a device, where there is no tokenizer, or with several documents at once.
     """
     return trace_starts(config, ids_N, entropies_N).starts_N1
 
@@ -63,6 +63,8 @@ def trace_starts(config: PatchingConfig, ids_N, entropies_N=None) -> Trace:
     if config.mode == "bpe":
         if xp is jnp:
             raise ValueError("bpe patching tokenizes the whole text on the host: give numpy ids")
+        if ids_N.ndim != 1:
+            raise ValueError(f"bpe patching takes one document, ids [N], not {ids_N.shape}")
         starts_N1 = token_starts(config.tokenizer, ids_N)
     else:
         now_N1 = before_N1 = None

@@ -9,13 +9,14 @@ import argparse
 import html
 import os
 import sys
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from bltjax import checkpoint as ckpt
-from bltjax.alphabet import as_bytes, encode
+from bltjax.alphabet import encode
 from bltjax.config import PatchingConfig
 from bltjax.config_file import add_workdir_argument, parse_scheme
 from bltjax.evaluate import run_patching
@@ -25,6 +26,7 @@ from bltjax.scoring import EntropyModel, load_entropy_model, score_documents
 
 LIMIT, PNG_LIMIT = 4000, 1200  # bytes that are drawn
 LINE = 80  # bytes in a line of the PNG
+TITLE = 24  # characters in a line of a scheme's title, if it has commas to break at
 TERMINAL_COLOURS = (153, 223, 157, 218, 189, 229)  # of the 256: pastel, black is legible on all
 HTML_COLOURS = ("#aecbfa", "#fdd9a5", "#a8dab5", "#f5b7c5", "#d3c4f3", "#fdf1a3")
 
@@ -70,12 +72,34 @@ def characters(text: bytes) -> list[Character]:
     return found
 
 
+# Controls, formats (some turn the line around), and separators of lines and of paragraphs.
+HIDDEN = ("Cc", "Cf", "Zl", "Zp")
+JOINER = "\u200d"  # a format, too, but it makes one emoji of several characters
+SIGNS = {"\n": "↵", "\t": "→", "\x7f": "␡"}
+
+
+def is_hidden(shown: str) -> bool:
+    return unicodedata.category(shown) in HIDDEN and shown != JOINER
+
+
 def visible(shown: str) -> str:
-    """Control characters by their pictures."""
-    if shown == "\n":
-        return "↵"
+    r"""A character, or what stands for one that must not reach a terminal: ␛, or its \uXXXX."""
     code = ord(shown)
-    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else shown
+    if shown in SIGNS or not is_hidden(shown):
+        return SIGNS.get(shown, shown)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return f"\\u{code:04x}" if code < 1 << 16 else f"\\U{code:08x}"
+
+
+def glyph(shown: str) -> str:
+    """What the PNG draws: the character, or letters that every font has: ^[, or a code point."""
+    code = ord(shown)
+    if shown == " ":
+        return "␣"
+    if shown in "\n\t" or not is_hidden(shown):
+        return visible(shown)
+    return f"^{chr(code ^ 0x40)}" if code < 0x80 else f"{code:04x}"
 
 
 def patch_strings(text: bytes, begins: np.ndarray) -> list[str]:
@@ -182,8 +206,23 @@ def fonts_of(shown: set[str]) -> dict[str, str]:
     return found
 
 
-def draw(text: bytes, cuts: list[Cut], path: Path) -> set[str]:
-    """Writes the PNG; the characters that no installed font has, which are drawn as bytes."""
+def title_lines(title: str) -> str:
+    """A title, broken after its colon and at commas if it is long."""
+    if len(title) <= TITLE:
+        return title
+    mode, colon, settings = title.partition(":")
+    lines = [mode + colon]
+    for number, setting in enumerate(settings.split(",")):
+        setting += "," * (number < settings.count(","))
+        if number and len(lines[-1] + setting) <= TITLE:
+            lines[-1] += setting
+        else:
+            lines.append(setting)
+    return "\n".join(filter(None, lines))
+
+
+def draw(text: bytes, cuts: list[Cut]):
+    """A matplotlib Figure, and the characters that no installed font has, drawn as bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties
@@ -192,18 +231,29 @@ def draw(text: bytes, cuts: list[Cut], path: Path) -> set[str]:
     # One curve for each way that entropies were made.
     curves = {cut.patching.newline_reset: cut for cut in cuts if cut.entropies is not None}
     units = characters(text)
-    fonts = fonts_of({visible(unit.shown) for unit in units if unit.shown} | {"␣"})
-    missing = {u.shown for u in units if u.shown and visible(u.shown) not in fonts}
+    fonts = fonts_of({sign for unit in units if unit.shown for sign in glyph(unit.shown)})
+    missing = {u.shown for u in units if u.shown and not fonts.keys() >= set(glyph(u.shown))}
     lines = [0]  # the byte that each line begins with: never inside a character
     while lines[-1] + LINE < len(text):
         lines.append(lines[-1] + len(whole_characters_up_to(text[lines[-1] :], LINE)))
     shortest = min(LINE, len(text))
-    heights = [1.5] * bool(curves) + [0.5] * len(cuts) + [0.35]
-    figure = Figure(figsize=(2.6 + 0.155 * shortest, 0.5 + len(lines) * sum(heights)), dpi=110)
-    FigureCanvasAgg(figure)
+
+    figure = Figure(dpi=110)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    titles = [title_lines(cut.title) for cut in cuts]
+    sizes = [7 if "\n" in title else 8 for title in titles]
+    widths = [
+        renderer.get_text_width_height_descent(line, FontProperties(size=size), False)[0] / 110
+        for title, size in zip(titles, sizes, strict=True)
+        for line in title.split("\n")
+    ]
+    left = max(0.7, 0.2 + max(widths))  # inches, as all that follows; the axis of nats needs 0.7
+    below = [max(0.5, 0.1 + 0.13 * len(title.split("\n"))) for title in titles]
+    heights = [1.5] * bool(curves) + below + [0.35]
+    figure.set_size_inches(left + 0.7 + 0.155 * shortest, 0.5 + len(lines) * sum(heights))
     grid = figure.add_gridspec(
         len(lines) * len(heights), 1, height_ratios=heights * len(lines),
-        left=1.9 / figure.get_figwidth(), right=1 - 0.2 / figure.get_figwidth(),
+        left=left / figure.get_figwidth(), right=1 - 0.2 / figure.get_figwidth(),
         top=1 - 0.2 / figure.get_figheight(), bottom=0.1 / figure.get_figheight(), hspace=0,
     )  # fmt: skip
     for number, first in enumerate(lines):
@@ -214,8 +264,12 @@ def draw(text: bytes, cuts: list[Cut], path: Path) -> set[str]:
             row += 1
             places = np.arange(first, until)
             for reset, cut in curves.items():
-                label = "newline reset" if reset else None
+                label = "entropy, newline_reset" if reset else "entropy"
                 axes.plot(places + 0.5, cut.entropies[places], marker=".", lw=1, label=label)
+            if len(curves) > 1 and not number:
+                axes.legend(
+                    loc="lower right", bbox_to_anchor=(1, 0.97), fontsize=7, ncols=2, frameon=False
+                )
             for level in {c.patching.threshold for c in cuts if c.entropies is not None
                           and not c.patching.monotonic}:  # fmt: skip
                 axes.axhline(level, color="#c33333", lw=1, ls="--")
@@ -223,14 +277,14 @@ def draw(text: bytes, cuts: list[Cut], path: Path) -> set[str]:
             axes.set_ylabel("nats", fontsize=8)
             axes.tick_params(labelsize=7)
             axes.spines[["top", "right"]].set_visible(False)
-        for cut in cuts:
+        for cut, title, size in zip(cuts, titles, sizes, strict=True):
             axes = figure.add_subplot(grid[row, 0])
             row += 1
             axes.set(xlim=(first, last), ylim=(0, 1), xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-            label = cut.title if len(cut.title) <= 24 else cut.title.replace(":", ":\n", 1)
+            # A title or a text may have dollar signs, and neither is mathematics.
             axes.set_ylabel(
-                label, rotation=0, ha="right", va="center", fontsize=7 if "\n" in label else 8
+                title, rotation=0, ha="right", va="center", fontsize=size, parse_math=False
             )
             for patch, (begin, end) in enumerate(spans(text, cut)):
                 begin, end = max(begin, first), min(end, until)
@@ -241,24 +295,33 @@ def draw(text: bytes, cuts: list[Cut], path: Path) -> set[str]:
             for begin, end, shown in units:
                 if end <= first or begin >= until:
                     continue
-                glyph = "␣" if shown == " " else visible(shown) if shown else ""
-                middle = (begin + end) / 2
-                if glyph in fonts:
-                    font = FontProperties(fname=fonts[glyph], size=9 if end - begin < 3 else 12)
-                    axes.text(middle, 0.47, glyph, font=font, ha="center", va="center")
-                    continue
-                for place in range(begin, end):
-                    axes.text(place + 0.5, 0.47, f"{text[place]:02x}", fontsize=6, color="#555555",
-                              ha="center", va="center")  # fmt: skip
-    figure.savefig(path, format="png")
-    return missing
+                if shown and shown not in missing:
+                    sign = glyph(shown)
+                    points = 6 if len(sign) > 1 else 9 if end - begin < 3 else 12
+                    font = FontProperties(fname=fonts[sign[0]], size=points)
+                    marks = [((begin + end) / 2, sign, {"font": font})]
+                else:
+                    marks = [
+                        (place + 0.5, f"{text[place]:02x}", {"fontsize": 6, "color": "#555555"})
+                        for place in range(begin, end)
+                    ]
+                for middle, sign, style in marks:
+                    axes.text(middle, 0.47, sign, **style, ha="center", va="center",
+                              parse_math=False)  # fmt: skip
+    return figure, missing
 
 
 def whole_characters_up_to(text: bytes, limit: int) -> bytes:
-    """The first `limit` bytes at most, without a last character that would be cut."""
-    while limit < len(text) and limit > 0 and 0x80 <= text[limit] <= 0xBF:
-        limit -= 1
-    return text[:limit] or text[:1]
+    """The first `limit` bytes at most, without a last character that would be cut.
+
+    A character has at most three bytes after its first: among more of them there is no end to find.
+    """
+    if limit >= len(text):
+        return text
+    for end in range(limit, max(0, limit - 4), -1):
+        if not 0x80 <= text[end] <= 0xBF:
+            return text[:end]
+    return text[:limit]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -276,7 +339,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--png", type=Path, help="write a picture")
     parser.add_argument("--html", type=Path, help="write a page")
     parser.add_argument(
-        "--limit", type=int, default=LIMIT, help=f"bytes of text to show (default: {LIMIT})"
+        "--limit",
+        type=int,
+        default=LIMIT,
+        help=f"bytes of text to show (default: {LIMIT}; a PNG shows {PNG_LIMIT} at most)",
     )
     parser.add_argument("--table", action="store_true", help="only each scheme's mean patch")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
@@ -315,7 +381,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             import matplotlib  # noqa: F401
         except ImportError:
             raise ValueError("a PNG needs matplotlib: pip install 'bltjax[pictures]'") from None
-    whole = args.file.read_bytes() if args.file else as_bytes(args.text)
+    # The command line's own bytes, be they text or not.
+    whole = args.file.read_bytes() if args.file else os.fsencode(args.text)
     if not whole:
         raise ValueError(f"{args.file or '--text'} is empty: there is nothing to cut")
     text = whole if args.table else whole_characters_up_to(whole, args.limit)
@@ -327,28 +394,46 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         )
         entropies_by_reset[reset] = scored[0]
     cuts = [cut_text(text, title, scheme, entropies_by_reset) for title, scheme in schemes]
-    note = f"{len(text)} bytes"
+    note = f"{len(text):,} bytes"
     if len(text) < len(whole):
         note = f"the first {len(text):,} of {len(whole):,} bytes (--limit shows more)"
-        print(note)
+    # Files come first: whoever reads the terminal's output may stop reading, as `head` does.
+    written = []
+    if args.html:
+        ckpt.write_text(args.html, page(text, cuts, note))
+        written.append(f"page: {args.html}")
+    if args.png:
+        written += write_png(args.png, text, cuts, len(whole))
     colour = args.color == "always" or (
         args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     )
+    if len(text) < len(whole):
+        print(note)
     for cut in cuts:
         print(f"{cut.title}: {summary(text, cut)}")
         if not args.table:
             print(terminal(text, cut, colour) + "\n")
-    if args.html:
-        ckpt.write_text(args.html, page(text, cuts, note))
-        print(f"page: {args.html}")
-    if args.png:
-        drawn = whole_characters_up_to(text, PNG_LIMIT)
-        short = [cut._replace(begins=cut.begins[cut.begins < len(drawn)]) for cut in cuts]
-        missing = draw(drawn, short, args.png)
-        part = "" if len(drawn) == len(whole) else f" (the first {len(drawn):,} bytes)"
-        print(f"picture: {args.png}{part}")
-        if missing:
-            print(
-                f"no installed font has {''.join(sorted(missing)[:20])}: drawn as bytes. Debian and"
-                " Ubuntu: apt install fonts-noto-cjk fonts-symbola"
-            )
+    for line in written:
+        print(line)
+
+
+def write_png(path: Path, text: bytes, cuts: list[Cut], whole: int) -> list[str]:
+    """Draws as much of the text as a PNG can show; lines that say what it doesn't show."""
+    drawn = whole_characters_up_to(text, PNG_LIMIT)
+    short = [cut._replace(begins=cut.begins[cut.begins < len(drawn)]) for cut in cuts]
+    figure, missing = draw(drawn, short)
+    figure.savefig(path, format="png")
+    said = f"picture: {path}"
+    if len(drawn) < len(text):
+        said += f" (the first {len(drawn):,} of {whole:,} bytes: a PNG shows no more)"
+    elif len(drawn) < whole:
+        said += f" (the first {len(drawn):,} of {whole:,} bytes)"
+    if not missing:
+        return [said]
+    named = [f"{visible(shown)} (U+{ord(shown):04X})" for shown in sorted(missing)[:20]]
+    more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
+    return [
+        said,
+        f"no installed font has {', '.join(named)}{more}: drawn as bytes. Debian and Ubuntu:"
+        " apt install fonts-noto-cjk fonts-symbola",
+    ]

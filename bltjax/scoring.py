@@ -22,7 +22,7 @@ import numpy as np
 from bltjax.alphabet import OFFSET, encode
 from bltjax.checkpoint import identity
 from bltjax.config import ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig, SourceConfig
-from bltjax.data.records import Document, RecordDocuments
+from bltjax.data.records import NEWLINE_RESET, Document, RecordDocuments
 from bltjax.data.sources import open_source
 from bltjax.export import load_params
 from bltjax.metrics import Progress
@@ -58,7 +58,7 @@ def load_entropy_model(path, *, newline_reset: bool) -> EntropyModel:
             f"{path} is a BLT, not a byte LM; entropies come from a byte LM"
             f" (that of this BLT is {path}/byte_lm)"
         )
-    named = identity(params) + newline_reset * "+newline_reset"
+    named = identity(params) + newline_reset * NEWLINE_RESET
     return EntropyModel(run.model, params, named, newline_reset, run, step)
 
 
@@ -169,9 +169,22 @@ def score_documents(
     return entropies, padding
 
 
+# The table of the byte CNN used last: a corpus is scored shard by shard.
+TABLE: dict[tuple[ByteCNNConfig, str], np.ndarray] = {}
+
+
+def table_of(config: ByteCNNConfig, params) -> np.ndarray:
+    """`entropy_table`, made once for a model; its parameters are known by their checksum."""
+    key = (config, identity(params))
+    if key not in TABLE:
+        TABLE.clear()
+        TABLE[key] = entropy_table(config, params)
+    return TABLE[key]
+
+
 def look_up(config: ByteCNNConfig, params, texts, newline_reset: bool, scored) -> list[np.ndarray]:
     """Entropies under a byte CNN, from the table of all its contexts."""
-    table, entropies = entropy_table(config, params), []
+    table, entropies = table_of(config, params), []
     for text in texts:
         ids_N = encode(text, eos=False)
         entropies.append(table_entropies(table, ids_N, contexts(ids_N, newline_reset)))

@@ -24,6 +24,7 @@ from bltjax.config import (
     BLTConfig,
     ByteCNNConfig,
     ByteLMConfig,
+    PatchingConfig,
     RunConfig,
     differences,
     divides,
@@ -182,6 +183,18 @@ def placed(leaf, sharding):
     return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
+def placed_patches(config: RunConfig, workdir: Path) -> PatchingConfig | None:
+    """How a BLT's patches are placed; None for a byte LM.
+
+    A resumed run takes its own copy of a tokenizer, whatever has become of the original.
+    """
+    if config.blt is None:
+        return None
+    if config.patching.mode != "bpe" or not ckpt.saved_steps(workdir):
+        return config.patching
+    return dataclasses.replace(config.patching, tokenizer=str(workdir / TOKENIZER))
+
+
 def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> dict[str, float]:
     """Trains to `optimizer.steps` (or until `stop_at`), resuming what is there; the last report.
 
@@ -198,7 +211,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     divides("mesh data x fsdp", shards, "data.rows", config.data.rows)
     rows = row_sharding(mesh)
-    patching = config.patching if config.blt is not None else None
+    patching = placed_patches(config, workdir)
     expected = byte_lm.identity if byte_lm else None
 
     dataset = training_batches(

@@ -4,14 +4,14 @@
 #   bash launch/test.sh --all    the slow tests too
 set -euo pipefail
 cd "$(dirname "$0")/.."
-selection=(-m "not slow")
+selection=(-m "not slow") extras=test
 for argument in "$@"; do
     case "$argument" in
-        --all) selection=() ;;
+        --all) selection=(); extras=test,parity ;;
         *) echo "usage: bash launch/test.sh [--all]" >&2; exit 2 ;;
     esac
 done
-source launch/environment.sh test
+source launch/environment.sh "$extras"
 ruff format --check .
 ruff check .
 python -m pytest "${selection[@]}"

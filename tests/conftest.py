@@ -10,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bltjax.__main__ import main
 
@@ -29,6 +30,20 @@ def write_text(path: Path, documents: int, seed: int) -> None:
         for _ in range(documents):
             words = choose.choices([*WORDS.split(), "zażółć", "日本"], k=choose.randint(1, 30))
             file.write('{"text": "' + " ".join(words) + '."}\n')
+
+
+@pytest.fixture(scope="session")
+def byte_level_tokenizer(tmp_path_factory) -> Path:
+    """A tokenizer file with a token for every byte, and some for what is frequent in WORDS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([WORDS], trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
 
 
 @pytest.fixture(scope="session")

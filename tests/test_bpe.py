@@ -51,6 +51,28 @@ def test_starts(tmp_path):
     assert token_starts(path, encode("")).all()
 
 
+def test_a_files_limits_of_length_cut_nothing(tmp_path):
+    """A tokenizer.json often has the truncation and padding of the model that it came with."""
+    path = saved(tmp_path, "byte_level")
+    expected = token_lengths(path, TEXT.encode())
+    tokenizer = load_tokenizer(path)
+    tokenizer.enable_truncation(max_length=8)
+    tokenizer.enable_padding(length=2000)
+    tokenizer.save(str(tmp_path / "limited.json"))
+    assert token_lengths(str(tmp_path / "limited.json"), TEXT.encode()) == expected
+    assert len(expected) > 8
+
+
+def test_text_that_a_tokenizer_cannot_cut(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"the": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    path = str(tmp_path / "words.json")
+    tokenizer.save(path)
+    assert token_lengths(path, b"the the") == [3, 4]
+    with pytest.raises(ValueError, match=r"words.json can't cut 'the next' into tokens: .*UNK"):
+        token_lengths(path, b"the next")
+
+
 def test_what_is_no_tokenizer(tmp_path):
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no.json is not a tokenizer file"):

@@ -38,6 +38,23 @@ def test_table_is_the_forward_pass():
     assert reset[3] == table[0, 14]
 
 
+def test_the_table_is_made_once_for_a_model(monkeypatch):
+    made = []
+
+    def counted(config, params):
+        made.append(config)
+        return entropy_table(config, params)
+
+    monkeypatch.setattr("bltjax.scoring.entropy_table", counted)
+    ids_BN = np.ones((1, 4), np.int32)
+    text = np.frombuffer(b"ab", np.uint8)
+    models = [ByteCNN(CONFIG).init(jax.random.key(n), ids_BN, ids_BN)["params"] for n in (7, 8)]
+    scored = [score_documents(CONFIG, models[n], [text])[0][0] for n in (0, 0, 0, 1, 1)]
+    assert len(made) == 2
+    assert (scored[0] == scored[2]).all() and (scored[3] == scored[4]).all()
+    assert (scored[0] != scored[3]).any()
+
+
 def test_contexts_begin_with_newlines():
     ids = np.array([1, 101, 14, 14, 102])
     assert contexts(ids, False).tolist() == [1] * 5

@@ -1,6 +1,9 @@
+import argparse
 import ast
 import dataclasses
+import importlib
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -22,11 +25,17 @@ from bltjax.flops import training_flops
 CONFIGS = sorted(Path("configs").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=str)
-def test_every_config_loads_and_survives_json(path):
-    for argument in (":byte_lm", ":blt") if path.stem == "quickstart" else ("",):
-        config = load_config(f"{path}{argument}")
-        assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+ARGUMENTS = {
+    "quickstart": (":byte_lm", ":byte_cnn", ":blt"),
+    "blt_8b": ("", ":patch_6", ":patch_8", ":space", ":static"),
+}
+SPECS = [f"{path}{argument}" for path in CONFIGS for argument in ARGUMENTS.get(path.stem, ("",))]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_config_loads_and_survives_json(spec):
+    config = load_config(spec)
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
 def test_quickstart_spends_equal_flops():
@@ -95,12 +104,18 @@ def test_missing_file_names_its_neighbour():
         load_config("configs/blt_1.py")
 
 
-@pytest.mark.parametrize("variant", ["patch_6", "patch_8", "space", "static"])
-def test_variants_of_the_8b(variant):
-    config = load_config(f"configs/blt_8b.py:{variant}")
-    by_entropy = variant.startswith("patch")
+@pytest.mark.parametrize(
+    ("variant", "mean"),
+    [("", 4.1), (":patch_6", 6), (":patch_8", 8), (":space", 6.1), (":static", 4)],
+)
+def test_variants_of_the_8b(variant, mean):
+    config = load_config(f"configs/blt_8b.py{variant}")
+    by_entropy = variant in ("", ":patch_6", ":patch_8")
     assert (config.patching.mode == "entropy") == by_entropy == bool(config.entropy_model)
-    assert config.blt.local.encoder_layers == (3 if variant == "patch_8" else 1)
+    assert config.blt.local.encoder_layers == (3 if variant == ":patch_8" else 1)
+    # Rows are full of bytes just before they are full of patches of that mean.
+    data = config.data
+    assert 0.97 * mean <= data.row_bytes / data.row_patches <= mean
     with pytest.raises(ValueError, match="write one of patch_6, patch_8, space, static"):
         load_config("configs/blt_8b.py:patch_7")
 
@@ -131,19 +146,71 @@ def test_overriding_one_source_leaves_the_other():
     assert (data.train["text"].path, data.held_out["text"].path) == ("a", "b")
 
 
+def docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text()), clean=False)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_the_commands_in_docstrings_are_valid(path):
-    """Each names its own file, and every setting that it overrides exists."""
-    docstring = ast.get_docstring(ast.parse(path.read_text()), clean=False).replace("\\\n", " ")
-    commands = [shlex.split(line) for line in docstring.splitlines() if "bltjax train" in line]
-    assert commands
+    """Each names its own file, every setting that it overrides exists, and so does every option."""
+    lines = docstring(path).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("    python -m bltjax ")]
+    told = set()
     for words in commands:
-        assert words[:4] == ["python", "-m", "bltjax", "train"]
-        options = dict(word.split("=", 1) for word in words[4:])
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        importlib.import_module(f"bltjax.{words[3]}").add_arguments(parser)
+        args, rest = parser.parse_known_args(words[4:])
+        if words[3] != "train":
+            assert not rest
+            continue
         overrides = [
-            f"{key.removeprefix('--config.')}={'1.5' if value == 'NATS' else value}"
-            for key, value in options.items()
-            if key.startswith("--config.")
+            word.removeprefix("--config.").replace("NATS", "1.5")
+            for word in rest
+            if word.startswith("--config.")
         ]
-        assert options["--config"].partition(":")[0] == str(path) and "--workdir" in options
-        load_config(options["--config"], overrides)
+        assert args.config.partition(":")[0] == str(path) and len(overrides) == len(rest)
+        config = load_config(args.config, overrides)
+        told.add(args.config)
+        # Only who places patches by entropy needs a byte LM, its threshold and its records.
+        by_entropy = config.blt is not None and config.patching.mode == "entropy"
+        named = {override.partition("=")[0] for override in overrides}
+        assert by_entropy == ({"entropy_model", "patching.threshold"} <= named)
+    assert told == {spec for spec in SPECS if spec.partition(":")[0] == str(path)}
+
+
+def test_the_arithmetic_of_the_quickstart():
+    told = docstring(Path("configs/quickstart.py")).replace("\n", " ")
+    for model, pattern in (
+        ("byte_lm", r"A step is ([\d.]+) GFLOP of the byte LM"),
+        ("blt", r"GFLOP of the byte LM and ([\d.]+) of BLT"),
+        ("byte_cnn", r"A step is ([\d.]+) GFLOP; state"),
+    ):
+        config = load_config(f"configs/quickstart.py:{model}")
+        data = config.data
+        flops = training_flops(config.model, data.rows, data.row_bytes, data.row_patches)
+        assert float(re.search(pattern, told).group(1)) == pytest.approx(flops / 1e9, abs=0.06)
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "quickstart"], ids=str)
+def test_the_arithmetic_in_docstrings(path):
+    told, config = docstring(path).replace("\n", " "), load_config(str(path))
+
+    def number(pattern: str) -> float:
+        return float(re.search(pattern, told).group(1).replace(",", ""))
+
+    data, chips = config.data, number(r"(\d+) chips")
+    flops = training_flops(config.model, data.rows, data.row_bytes, data.row_patches)
+    assert number(r"([\d.]+) PFLOP ") == pytest.approx(flops / 1e15, rel=0.003)
+    seconds = flops / (0.4 * 459e12 * chips)
+    assert number(r"([\d.]+) s if the chips") == pytest.approx(seconds, rel=0.03)
+    state = 16 * number(r"([\d,]+) parameters") / 1e9
+    assert number(r"([\d.]+) GB in all") == pytest.approx(state, rel=0.01)
+    assert number(r"([\d.]+) GB a chip") == pytest.approx(state / chips, rel=0.01)
+    hours = config.optimizer.steps * seconds / 3600
+    per = {"days": 24, "hours": 1}[re.search(r"take \d+ (\w+)", told).group(1)]
+    assert number(r"take (\d+) \w+") == pytest.approx(hours / per, abs=0.7)
+    for variant, peta in re.findall(r"(patch_\d|space|static) +([\d.]+) ", told):
+        variant = load_config(f"{path}:{variant}")
+        data = variant.data
+        flops = training_flops(variant.model, data.rows, data.row_bytes, data.row_patches)
+        assert float(peta) == pytest.approx(flops / 1e15, abs=0.06)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from bltjax.alphabet import OFFSET, encode
 from bltjax.config import PatchingConfig
+from bltjax.data.packing import Packer, cut, pack_exact
+from bltjax.data.records import Document
 from bltjax.patching import (
     cursor_at,
     force_starts,
@@ -210,10 +212,14 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize("config", WHOLE, ids=str)
+@pytest.mark.parametrize("config", [*WHOLE, "bpe"], ids=str)
 @settings(print_blob=True, deadline=None, max_examples=50)
 @given(text=st.text(max_size=30), seed=st.integers(0, 2**32 - 1))
-def test_no_patch_begins_inside_a_character(config, text, seed):
+def test_no_patch_begins_inside_a_character(byte_level_tokenizer, config, text, seed):
+    if config == "bpe":  # whose tokens of one byte begin inside every character
+        config = PatchingConfig(
+            mode="bpe", tokenizer=str(byte_level_tokenizer), whole_characters=True
+        )
     ids = encode(text)
     entropies = np.random.default_rng(seed).uniform(0, 6, len(ids)).astype(np.float32)
     starts = force_starts(patch_starts(config, ids, entropies))[:-1]
@@ -252,10 +258,45 @@ def test_pieces_of_a_long_patch_end_with_characters():
     assert np.flatnonzero(starts).tolist() == [0, 1, 7, 10, 13]
 
 
+@settings(print_blob=True, deadline=None, max_examples=50)
+@given(
+    text=st.text(st.characters(min_codepoint=0x80, codec="utf-8"), min_size=20, max_size=60),
+    row_bytes=st.integers(8, 40),
+    exact=st.booleans(),
+)
+def test_only_the_first_two_positions_of_a_cut_row_may_lie_inside_a_character(
+    text, row_bytes, exact
+):
+    config = PatchingConfig(mode="byte", whole_characters=True)
+    document = cut(Document(np.frombuffer(text.encode(), np.uint8)), config)
+    if exact:
+        rows, _ = pack_exact([document], row_bytes, row_bytes)
+    else:
+        packer = Packer(lambda: 0, lambda key: document, row_bytes, row_bytes, 1)
+        rows = [packer.next_row() for _ in range(12)]
+    assert len(rows) > 1
+    for row in rows:
+        continuation = (row["bytes_BN"] >= OFFSET + 0x80) & (row["bytes_BN"] <= OFFSET + 0xBF)
+        inside = np.flatnonzero(row["starts_BN1"][:-1] & continuation)
+        assert set(inside) <= {0, 1}
+
+
+def test_a_cut_row_opens_patches_at_its_first_two_positions():
+    document = cut(
+        Document(np.frombuffer("你好你好".encode(), np.uint8)),
+        PatchingConfig(mode="byte", whole_characters=True),
+    )
+    rows, _ = pack_exact([document], 5, 5)  # the second row begins with the second byte of 好
+    assert np.flatnonzero(rows[0]["starts_BN1"]).tolist() == [0, 1, 4]
+    assert np.flatnonzero(rows[1]["starts_BN1"][:-1]).tolist() == [0, 1, 2]
+
+
 def test_bpe_is_not_for_a_device_and_takes_a_tokenizer():
     with pytest.raises(ValueError, match="takes a tokenizer file"):
         PatchingConfig(mode="bpe")
     with pytest.raises(ValueError, match="on the host"):
         patch_starts(PatchingConfig(mode="bpe", tokenizer="x"), jnp.zeros((1, 3), jnp.int32))
+    with pytest.raises(ValueError, match=r"takes one document, ids \[N\], not \(2, 3\)"):
+        patch_starts(PatchingConfig(mode="bpe", tokenizer="x"), np.zeros((2, 3), np.int32))
     with pytest.raises(ValueError, match="newline_reset is for entropy mode"):
         PatchingConfig(mode="space", newline_reset=True)

@@ -1,11 +1,14 @@
 """Every patching scheme trains a small BLT with falling loss, evaluates and, if able, generates."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models
 
 from bltjax.__main__ import main
+from bltjax.bpe import load_tokenizer
 
 ENTROPY = {
     "cnn": (),
@@ -43,18 +46,8 @@ def scorers(runs, tmp_path_factory):
     } | dict.fromkeys(("monotonic", "relative", "whole_characters"), plain)
 
 
-def tokenizer(path):
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(["the patch begins where the next byte is hard to guess"], trainer)
-    made.save(str(path))
-    return path
-
-
 @pytest.mark.parametrize("scheme", [*ENTROPY, *OTHERS])
-def test_scheme(runs, scorers, scheme, tmp_path, capsys):
+def test_scheme(runs, scorers, byte_level_tokenizer, scheme, tmp_path, capsys):
     workdir = tmp_path / "blt"
     words = ["train", "--config=tests/tiny.py:blt", f"--workdir={workdir}"]
     words += ["--config.optimizer.steps=50", "--config.checkpoint.every=50"]
@@ -67,11 +60,12 @@ def test_scheme(runs, scorers, scheme, tmp_path, capsys):
         words.append(f"--config.data.{part}.text.path={folder / part}{suffix}")
     words += (ENTROPY | OTHERS)[scheme]
     if scheme == "bpe":
-        made = tokenizer(tmp_path / "tokenizer.json")
-        words.append(f"--config.patching.tokenizer={made}")
+        original = shutil.copy(byte_level_tokenizer, tmp_path)
+        words.append(f"--config.patching.tokenizer={original}")
     runs.run(*words)
     if scheme == "bpe":
-        made.unlink()  # the run has its own copy
+        Path(original).unlink()  # the run has its own copy
+        load_tokenizer.cache_clear()
     losses = [json.loads(line).get("loss") for line in (workdir / "metrics.jsonl").open()]
     losses = [loss for loss in losses if loss is not None]
     assert len(losses) == 50 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
@@ -86,6 +80,35 @@ def test_scheme(runs, scorers, scheme, tmp_path, capsys):
         runs.run(*generate)
 
 
+@pytest.mark.parametrize("becomes", ["nothing", "another"])
+def test_resumed_bpe_takes_its_own_tokenizer(runs, byte_level_tokenizer, becomes, tmp_path):
+    def losses(name, stop_at):
+        """Of a run up to a step, on whatever lies at `original` now."""
+        words = [
+            f"--config.data.{p}.text.path={runs.root / p}.jsonl" for p in ("train", "held_out")
+        ]
+        words += ["--config.patching.mode=bpe", f"--config.patching.tokenizer={original}"]
+        load_tokenizer.cache_clear()  # as in a process of its own
+        runs.run(
+            "train", "--config=tests/tiny.py:blt", f"--workdir={tmp_path / name}",
+            f"--stop_at={stop_at}", *words,
+        )  # fmt: skip
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").open())
+        return [line["loss"] for line in lines if "loss" in line]
+
+    original = Path(shutil.copy(byte_level_tokenizer, tmp_path))
+    straight = losses("straight", 6)
+    losses("resumed", 4)
+    original.unlink()
+    if becomes == "another":
+        Tokenizer(models.BPE(vocab={chr(n): n for n in range(33, 127)}, merges=[])).save(
+            str(original)
+        )
+    assert losses("resumed", 6) == straight
+    if becomes == "another":  # which would have made a difference
+        assert losses("other", 6) != straight
+
+
 def test_records_of_another_context_are_refused(runs, scorers, tmp_path, capsys):
     _, records = scorers["newline_reset"]
     words = ["train", "--config=tests/tiny.py:blt", f"--workdir={tmp_path / 'run'}"]
@@ -93,6 +116,17 @@ def test_records_of_another_context_are_refused(runs, scorers, tmp_path, capsys)
     words += [f"--config.data.held_out.text.path={records / 'held_out'}"]
     assert main(words) == 1
     assert "+newline_reset" in capsys.readouterr().err
+
+
+def test_calibration_says_which_context_the_records_have(runs, scorers, capsys):
+    reset = ["--scheme=entropy:newline_reset=True", "--mean=4"]
+    plain = runs.root / "records" / "train"
+    assert main(["calibrate", f"--records={plain}", *reset]) == 1
+    assert f"but {plain} was scored without it" in capsys.readouterr().err
+    runs.run("calibrate", f"--records={scorers['newline_reset'][1] / 'train'}", *reset)
+    assert "--config.patching.newline_reset=True" in capsys.readouterr().out
+    runs.run("calibrate", f"--records={plain}", "--mean=4")
+    assert "newline_reset" not in capsys.readouterr().out
 
 
 def test_raw_text_scored_while_evaluating_is_the_same(runs, scorers, tmp_path):

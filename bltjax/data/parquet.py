@@ -18,6 +18,16 @@ from bltjax.data.records import Document
 KEPT_BYTES = 1 << 30
 
 
+def text_kind(kind: pa.DataType) -> pa.DataType | None:
+    """The string or binary type of a column's values, however they are encoded; None for others."""
+    if pa.types.is_dictionary(kind):
+        return text_kind(kind.value_type)
+    types = pa.types
+    plain = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    views = (types.is_string_view, types.is_binary_view)
+    return kind if any(is_kind(kind) for is_kind in (*plain, *views)) else None
+
+
 class ParquetDocuments:
     """Rows with text of one column; null and empty ones are left out."""
 
@@ -54,8 +64,7 @@ class ParquetDocuments:
         if self.field not in names:
             raise ValueError(f"{path} has no column {self.field!r}{nearest(self.field, names)}")
         kind = file.schema_arrow.field(self.field).type
-        text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
-        if not any(is_kind(kind) for is_kind in (*text, pa.types.is_large_binary)):
+        if text_kind(kind) is None:
             raise ValueError(f"{path}: column {self.field!r} is {kind}, not string or binary")
         return file
 
@@ -66,10 +75,11 @@ class ParquetDocuments:
             self._kept.move_to_end(key)
             return self._kept[key]
         try:
-            table = self.file(number).read_row_group(group, columns=[self.field])
-        except (pa.ArrowInvalid, OSError) as error:
+            column = self.file(number).read_row_group(group, columns=[self.field])[self.field]
+            column = column.cast(text_kind(column.type)).cast(pa.large_binary())
+        except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{self.paths[number]}, row group {group}: {error}") from None
-        self._kept[key] = pa.concat_arrays(table[self.field].cast(pa.large_binary()).chunks)
+        self._kept[key] = column.combine_chunks()  # of an empty group there are no chunks
         while len(self._kept) > 1 and sum(a.nbytes for a in self._kept.values()) > KEPT_BYTES:
             self._kept.popitem(last=False)
         return self._kept[key]

@@ -22,6 +22,8 @@ MAGIC = b"BLT1"
 HEADER = struct.Struct("<4sII")
 MANIFEST = "manifest.json"
 VERSION = 1
+# Ends the identity of a byte LM whose context began anew with each newline.
+NEWLINE_RESET = "+newline_reset"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,11 @@ class Manifest:
     source: str
     shards: tuple[ShardInfo, ...]
     version: int = VERSION
+
+    @property
+    def newline_reset(self) -> bool:
+        """Whether the byte LM's context began anew with each newline."""
+        return self.byte_lm.endswith(NEWLINE_RESET)
 
     def total(self, field: str) -> int:
         return sum(getattr(shard, field) for shard in self.shards)

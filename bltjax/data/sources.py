@@ -24,7 +24,7 @@ from bltjax.data.tfds import TFDSDocuments
 BLANK_LINES = re.compile(rb"\n(?:\r?\n)+")
 # Their bytes would train, and teach nothing.
 NOT_TEXT = (".gz", ".zst", ".xz", ".bz2", ".zip", ".arrow", ".array_record")
-KINDS = {".jsonl": "JSONL", ".parquet": "Parquet", "": "text"}
+KINDS = {".jsonl": "JSONL", ".parquet": "Parquet", ".pq": "Parquet"}
 
 
 class TextDocuments:
@@ -131,6 +131,20 @@ class JsonlDocuments:
         return Document(np.frombuffer(text, np.uint8))
 
 
+def kind_of(path: Path) -> str:
+    """JSONL, Parquet or text: by the name's ending, and Parquet under any name by its first bytes.
+
+    Raises:
+      ValueError: for a packed or binary file, whose bytes would train as text.
+    """
+    suffix = path.suffix.lower()
+    if suffix in NOT_TEXT:
+        raise ValueError(f"{path} is no text ({path.suffix}): unpack it, or narrow the path")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    return "Parquet" if magic == b"PAR1" else KINDS.get(suffix, "text")
+
+
 Documents = TextDocuments | JsonlDocuments | ParquetDocuments | TFDSDocuments | RecordDocuments
 
 
@@ -140,7 +154,8 @@ def open_source(
     """The documents of a source, recognised by its path.
 
     `tfds:NAME` is a dataset of TensorFlow Datasets; a folder with a manifest holds records; *.jsonl
-    is JSONL, *.parquet Parquet, anything else plain text (a folder stands for its *.txt files).
+    is JSONL, *.parquet and *.pq Parquet, anything else plain text unless it begins as Parquet does
+    (a folder stands for its *.txt files).
 
     Raises:
       ValueError: for a path without files, an empty corpus, a bad line, damaged records.
@@ -168,22 +183,16 @@ def open_source(
                 f"{source.path}: no such file, and no file matches it as a glob"
                 f" (working directory: {Path.cwd()})"
             )
-        for found in paths:
-            if found.suffix in NOT_TEXT:
+        kinds = [kind_of(found) for found in paths]
+        for found, kind in zip(paths, kinds, strict=True):
+            if kind != kinds[0]:
                 raise ValueError(
-                    f"{found} is no text ({found.suffix}): unpack it, or narrow the path"
-                )
-        kind = paths[0].suffix if paths[0].suffix in KINDS else ""
-        for found in paths:
-            other = found.suffix if found.suffix in KINDS else ""
-            if other != kind:
-                raise ValueError(
-                    f"{source.path} mixes {KINDS[kind]} ({paths[0]}) and {KINDS[other]} ({found}):"
+                    f"{source.path} mixes {kinds[0]} ({paths[0]}) and {kind} ({found}):"
                     " make them two sources"
                 )
-        if kind == ".jsonl":
+        if kinds[0] == "JSONL":
             documents = JsonlDocuments(paths, source.field, skip_bad)
-        elif kind == ".parquet":
+        elif kinds[0] == "Parquet":
             documents = ParquetDocuments(paths, source.field)
         else:
             documents = TextDocuments(paths, source.split_bytes)

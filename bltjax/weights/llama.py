@@ -20,17 +20,13 @@ REQUIRED = {
 }  # fmt: skip
 
 
-def llama_latent_config(folder: epath.Path, remat: bool) -> LatentConfig:
-    """The latent transformer that a folder's Llama is.
+def latent_config(found: dict, where: str, remat: bool) -> LatentConfig:
+    """The latent transformer that the Llama of a config.json is.
 
     Raises:
-      ValueError: for a folder of something else.
+      ValueError: for the config of something else.
     """
-    path = folder / "config.json"
-    if not path.exists():
-        raise ValueError(f"{folder} holds no Llama: there is no config.json in it")
-    found = read_json(path)
-    check_values({"model_type": None} | found, REQUIRED, str(path))
+    check_values({"model_type": None} | found, REQUIRED, where)
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
     return LatentConfig(
         layers=found["num_hidden_layers"],
@@ -39,7 +35,7 @@ def llama_latent_config(folder: epath.Path, remat: bool) -> LatentConfig:
         key_value_heads=found.get("num_key_value_heads") or found["num_attention_heads"],
         hidden=found["intermediate_size"],
         rope_theta=float(rope.get("rope_theta", found.get("rope_theta", 10000.0))),
-        rope_scaling=read_scaling(rope, str(path)),
+        rope_scaling=read_scaling(rope, where),
         norm_eps=found.get("rms_norm_eps", 1e-6),
         remat=remat,
     )
@@ -51,7 +47,10 @@ def llama_leaves(folder: epath.Path, config: LatentConfig) -> dict[str, Leaf]:
     Raises:
       ValueError: for a Llama of another shape, with the first setting that differs.
     """
-    theirs = llama_latent_config(folder, config.remat)
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no Llama: there is no config.json in it")
+    theirs = latent_config(read_json(path), str(path), config.remat)
     for name in theirs.__dataclass_fields__:
         ours, other = getattr(config, name), getattr(theirs, name)
         if ours != other:

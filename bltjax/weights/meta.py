@@ -60,6 +60,7 @@ REQUIRED = {
     "pm_size": (0,), "cross_attn_encoder": (True,), "cross_attn_decoder": (True,),
     "cross_attn_init_by_pooling": (True,), "use_local_encoder_transformer": (True,),
     "downsampling_by_pooling": ("max",), "encoder_enable_byte_ngrams": (False,),
+    "dim_token_emb": (None,), "dim_patch_emb": (None,), "ngram_vocab_sizes": (None,),
 }  # fmt: skip
 # Fields that change nothing of what a trained model computes.
 WITHOUT_EFFECT = set(
@@ -74,7 +75,8 @@ WITHOUT_EFFECT = set(
     "global_local_decoder_residual_layer tokenize_with_bpe_delimiter patching_thresholds_str "
     "tie_local_encoder_decoder encoder_preds_low_entropy_toks encoder_preds_random_toks "
     "encoder_ngram_table_dir entropy_model_is_ngram_model conv_kernel_size sequence_parallel "
-    "loss_parallel fuse_sequence_parallel use_fsdp attn_to_keep".split()
+    "loss_parallel fuse_sequence_parallel use_fsdp attn_to_keep patching_batch_size "
+    "patching_device pad_to_max_length entropy_model_checkpoint_dir".split()
 )
 PATCHER = {
     "patching_mode": "entropy", "threshold": 1.335442066192627, "threshold_add": None,

@@ -134,18 +134,12 @@ def read_scaling(rope: dict, where: str) -> RopeScalingConfig | None:
     )
 
 
-def read_port(folder: epath.Path, *, as_port: bool = False) -> ModelFiles:
-    """A BLT and its byte LM; `as_port` keeps the port's deviations (see above).
-
-    Raises:
-      ValueError: naming the file, the field or the tensor that is not as it must be.
-    """
-    where = str(folder / "config.json")
-    found = read_json(folder / "config.json")
+def read_settings(
+    found: dict, where: str, as_port: bool
+) -> tuple[RunConfig, RunConfig | None, list[str]]:
+    """The BLT's and the byte LM's configs of a config.json, and what was assumed."""
     check_fields(found, TOP.keys() | REQUIRED.keys() | WITHOUT_EFFECT, where)
     check_values(found, REQUIRED, where)
-    names = ("config.json", "generation_config.json")
-    json_files = {name: read_json(folder / name) for name in names if (folder / name).exists()}
     top, notes = TOP | found, []
     encoder = read_stack(top["encoder_config"], ENCODER, f"{where}: encoder_config")
     decoder = read_stack(top["decoder_config"], DECODER, f"{where}: decoder_config")
@@ -223,23 +217,41 @@ def read_port(folder: epath.Path, *, as_port: bool = False) -> ModelFiles:
     data = DataConfig(
         row_bytes=row_bytes, row_patches=min(row_bytes, latent["max_position_embeddings"])
     )
+    config = RunConfig(blt=blt, patching=patching, data=data)
+    if not top["patch_in_forward"]:
+        notes.append("the port was saved without its byte LM (patch_in_forward is False)")
+        return config, None, notes
+    return config, byte_lm_config(top["patcher_config"], where), notes
+
+
+def read_port(folder: epath.Path, *, as_port: bool = False) -> ModelFiles:
+    """A BLT and its byte LM; `as_port` keeps the port's deviations (see above).
+
+    Raises:
+      ValueError: naming the file, the field or the tensor that is not as it must be.
+    """
+    path = folder / "config.json"
+    config, byte_lm, notes = read_settings(read_json(path), str(path), as_port)
+    names = ("config.json", "generation_config.json")
+    json_files = {name: read_json(folder / name) for name in names if (folder / name).exists()}
     tensors = read_folder(folder)
     if not tensors:
         raise ValueError(f"{folder} has a config.json but no *.safetensors")
-    origin = {"layout": "transformers", "json": json_files}
-    own = {name: t for name, t in tensors.items() if not name.startswith(PORT.byte_lm)}
-    files = model_files(
-        RunConfig(blt=blt, patching=patching, data=data),
-        own, blt_pieces(PORT, blt), "transformers", origin, notes, str(folder),
-    )  # fmt: skip
-    if not top["patch_in_forward"]:
-        note = "the port was saved without its byte LM (patch_in_forward is False)"
-        return files._replace(notes=(*files.notes, note))
-    theirs = {name: t for name, t in tensors.items() if name.startswith(PORT.byte_lm)}
-    return files._replace(byte_lm=read_byte_lm(top["patcher_config"], theirs, folder, where))
+    layout, where = "transformers", str(folder)
+    origin = {"layout": layout, "json": json_files}
+    own, theirs = {}, {}
+    for name, tensor in tensors.items():
+        (theirs if byte_lm and name.startswith(PORT.byte_lm) else own)[name] = tensor
+    pieces = blt_pieces(PORT, config.blt)
+    files = model_files(config, own, pieces, layout, origin, notes, where)
+    if byte_lm is None:
+        return files
+    pieces = byte_lm_pieces(PORT, byte_lm.byte_lm)
+    origin = {"layout": layout, "json": {}}
+    return files._replace(byte_lm=model_files(byte_lm, theirs, pieces, layout, origin, [], where))
 
 
-def read_byte_lm(found: dict | None, tensors: dict, folder: epath.Path, where: str) -> ModelFiles:
+def byte_lm_config(found: dict | None, where: str) -> RunConfig:
     stack = read_stack(found, BYTE_LM, f"{where}: patcher_config")
     longest = stack["max_position_embeddings"]
     if stack["num_key_value_heads"] != stack["num_attention_heads"] or stack["scaling"]:
@@ -256,10 +268,7 @@ def read_byte_lm(found: dict | None, tensors: dict, folder: epath.Path, where: s
         rope_theta=stack["theta"],
         norm_eps=stack["rms_norm_eps"],
     )
-    run = RunConfig(byte_lm=config, data=DataConfig(row_bytes=longest, row_patches=longest))
-    pieces = byte_lm_pieces(PORT, config)
-    origin = {"layout": "transformers", "json": {}}
-    return model_files(run, tensors, pieces, "transformers", origin, [], str(folder))
+    return RunConfig(byte_lm=config, data=DataConfig(row_bytes=longest, row_patches=longest))
 
 
 def stack_settings(kind: str, width: int, heads: int, hidden: int, layers: int, **more) -> dict:

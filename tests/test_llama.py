@@ -1,0 +1,111 @@
+"""A Llama's layers as a latent transformer: the same hidden states, and training that begins so."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import port
+import pytest
+from etils import epath
+
+from bltjax.config import BLTConfig, CrossConfig, LatentInitConfig, LocalConfig, OptimizerConfig
+from bltjax.model.latent_transformer import LatentTransformer
+from bltjax.optimizer import make_optimizer
+from bltjax.patches import Ranges
+from bltjax.weights.llama import latent_config, llama_leaves
+from bltjax.weights.tensors import tree_of
+
+LATENT = latent_config(port.LLAMA_CONFIG, "case", remat=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    port.write_tensors(path, port.tensors_by_rule(port.llama_shapes(LATENT)))
+    (path / "config.json").write_text(json.dumps(port.LLAMA_CONFIG))
+    return epath.Path(path)
+
+
+def test_hidden_states(folder):
+    """Grouped-query heads, Llama 3.1's scaling, positions beyond the original ones."""
+    recorded = np.load(port.RECORDED)["llama/hidden"]
+    x_BPD = port.llama_inputs()
+    config = BLTConfig(
+        local=LocalConfig(width=24, heads=2), cross=CrossConfig(heads=2), latent=LATENT
+    )
+    index_BP = jnp.arange(x_BPD.shape[1], dtype=jnp.int32)[None]
+    ranges = Ranges(jnp.zeros_like(index_BP), index_BP + 1, index_BP)
+    params = tree_of(llama_leaves(folder, LATENT))["latent"]
+    model = LatentTransformer(config, jnp.float32, None)
+    slots_BSE = jnp.asarray(x_BPD.reshape(1, -1, 24))
+    ours = jax.jit(model.apply)({"params": params}, slots_BSE, ranges)[0]
+    np.testing.assert_allclose(ours, recorded, atol=2e-5, rtol=0)
+    if torch_is_there():
+        tensors = port.tensors_by_rule(port.llama_shapes(LATENT))
+        np.testing.assert_allclose(port.record_llama(tensors), recorded, atol=1e-5, rtol=0)
+
+
+def torch_is_there() -> bool:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def test_old_spelling_of_the_rotary_settings():
+    old = {k: v for k, v in port.LLAMA_CONFIG.items() if k != "rope_parameters"}
+    scaling = {k: v for k, v in port.LLAMA3.items() if k != "rope_theta"}
+    old |= {"rope_theta": 500000.0, "rope_scaling": scaling}
+    assert latent_config(old, "old", False) == LATENT
+    with pytest.raises(ValueError, match="rope_type is 'yarn'; supported"):
+        latent_config(old | {"rope_scaling": {"type": "yarn"}}, "old", False)
+
+
+def test_another_shape_is_refused(folder):
+    import dataclasses
+
+    with pytest.raises(ValueError, match=r"latent.hidden is 96, but the Llama in .* has 80"):
+        llama_leaves(folder, dataclasses.replace(LATENT, hidden=96))
+    with pytest.raises(ValueError, match=r"latent.rope_scaling is None, but the Llama"):
+        llama_leaves(folder, dataclasses.replace(LATENT, rope_scaling=None))
+    with pytest.raises(ValueError, match=r"model_type is None; supported: 'llama'"):
+        latent_config({}, "x", False)
+
+
+def test_learning_rates():
+    """The blocks stand still, then learn at their share; the rest of the model does not notice."""
+    params = {"latent": {"blocks": {"up_LDF": jnp.ones(3)}, "widen_KED": jnp.ones(3)}}
+    grads = jax.tree.map(jnp.ones_like, params)
+    settings = OptimizerConfig(steps=10, lr=1e-2, warmup_steps=0, weight_decay=0.0)
+    init = LatentInitConfig(path="x", lr_multiplier=0.5, frozen_steps=2)
+    optimizer, plain = make_optimizer(settings, init), make_optimizer(settings)
+    state, plain_state = optimizer.init(params), plain.init(params)
+    for step in range(4):
+        updates, state = optimizer.update(grads, state, params)
+        expected, plain_state = plain.update(grads, plain_state, params)
+        share = 0.0 if step < 2 else 0.5
+        found = updates["latent"]["blocks"]["up_LDF"] / expected["latent"]["blocks"]["up_LDF"]
+        np.testing.assert_allclose(found, share, rtol=1e-6)
+        same = updates["latent"]["widen_KED"] == expected["latent"]["widen_KED"]
+        assert same.all()
+
+
+def test_training_begins_as_a_llama(runs, folder, tmp_path):
+    from bltjax.export import load_params
+
+    latent = (
+        "layers=3", "width=48", "heads=6", "key_value_heads=2", "hidden=80",
+        "rope_theta=5e5", "rope_scaling={'factor': 8.0, 'positions': 32}",
+    )  # fmt: skip
+    settings = [f"--config.blt.latent.{setting}" for setting in latent]
+    settings += ["--config.optimizer.steps=2", "--config.latent_init.frozen_steps=2"]
+    runs.train(
+        "blt", tmp_path / "run", *runs.blt_settings, *settings, f"--init_latent_from={folder}"
+    )
+    params = load_params(tmp_path / "run").params
+    begun = tree_of(llama_leaves(folder, LATENT))["latent"]["blocks"]
+    for name, leaf in begun.items():  # frozen: as they came, bit for bit
+        assert (params["latent"]["blocks"][name] == leaf).all(), name

@@ -1,0 +1,76 @@
+"""The public door: what `bltjax.load` gives says the same as the programs."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bltjax
+from bltjax.model import batch_logits, make_model
+from bltjax.patching import patch_starts
+
+TEXT = "the patch begins where the next byte is hard to guess; 日本 żółć"
+
+
+@pytest.fixture(scope="module")
+def blt(runs):
+    return bltjax.load(str(runs.blt))
+
+
+@pytest.fixture(scope="module")
+def byte_lm(runs):
+    return bltjax.load(runs.byte_lm)
+
+
+def test_config(blt, byte_lm):
+    assert blt.config.threshold == 4.0 and blt.config.patching.max_patch_bytes == 12
+    assert blt.config.blt.latent.width == 32 and blt.config.byte_lm == byte_lm.config.byte_lm
+    assert byte_lm.config.blt is None and byte_lm.config.threshold is None
+
+
+def test_logits_are_the_models(blt, byte_lm):
+    for model in (blt, byte_lm):
+        logits = model.logits(TEXT)
+        assert logits.shape == (len(TEXT.encode()) + 1, 260) and logits.dtype == np.float32
+        ids = np.concatenate([[1], np.frombuffer(TEXT.encode(), np.uint8) + 4]).astype(np.int32)
+        batch = {"bytes_BN": jnp.asarray(ids)[None], "documents_BN": jnp.ones((1, len(ids)), int)}
+        if model is blt:
+            starts = patch_starts(model.config.patching, ids, model.entropies(TEXT))
+            batch["starts_BN1"] = jnp.asarray(starts)[None]
+        module = make_model(model.run.model, len(ids), jnp.float32, "dense")
+        whole = batch_logits(module, model.params, batch)[0]
+        np.testing.assert_allclose(logits, whole, atol=2e-5, rtol=0)
+        for prefix in ("", TEXT[:7]):  # nothing that follows changes a row
+            size = len(prefix.encode()) + 1
+            np.testing.assert_allclose(model.logits(prefix), logits[:size], atol=2e-5, rtol=0)
+
+
+def test_patches_join_to_the_text(blt):
+    for text in (TEXT, TEXT.encode(), b"\xff\x80", "", "x"):
+        data = text if isinstance(text, bytes) else text.encode()
+        assert b"".join(blt.patches(text)) == data
+        assert all(blt.patches(text))
+    assert blt.entropies(TEXT).shape == (len(TEXT.encode()) + 1,)
+
+
+def test_bits_per_byte(blt, byte_lm):
+    for model in (blt, byte_lm):
+        ids = np.frombuffer(TEXT.encode(), np.uint8).astype(int) + 4
+        logits = model.logits(TEXT).astype(np.float64)
+        nats = np.log(np.exp(logits).sum(-1))[:-1] - logits[np.arange(len(ids)), ids]
+        assert model.bits_per_byte(TEXT) == pytest.approx(nats.mean() / np.log(2), rel=1e-5)
+        with pytest.raises(ValueError, match="empty text"):
+            model.bits_per_byte("")
+
+
+def test_generation(blt):
+    pieces = list(blt.generate("the ", max_bytes=6))
+    assert all(isinstance(piece, str) for piece in pieces)
+    assert "".join(pieces) == "".join(blt.generate("the ", max_bytes=6))
+    assert list(blt.generate("the ", max_bytes=0)) == []
+
+
+def test_what_a_byte_lm_lacks(byte_lm, tmp_path):
+    with pytest.raises(ValueError, match="a byte LM has no patches"):
+        byte_lm.patches(TEXT)
+    with pytest.raises(ValueError, match="neither a training run nor an export"):
+        bltjax.load(tmp_path)
