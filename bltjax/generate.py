@@ -129,6 +129,12 @@ def summary(decoder: Decoder, seconds: float) -> str:
             f"; {counts.latent_runs} latent steps for {counts.patches} patches of"
             f" {counts.bytes / counts.patches:.2f} bytes"
         )
+    if decoder.draft:
+        accepted = (counts.bytes - counts.passes) / max(1, counts.passes * decoder.draft)
+        line += (
+            f"; {counts.passes / counts.bytes:.2f} passes of the whole model a byte, {accepted:.0%}"
+            " of drafts accepted"
+        )
     return f"[{line}]"
 
 
@@ -163,6 +169,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], help="stop before this string; several may be given"
     )
     parser.add_argument(
+        "--draft", type=int, default=0, help="bytes to draft for one pass of the whole model"
+    )
+    parser.add_argument(
         "--context", type=int, default=CONTEXT, help="most bytes of a prompt and its continuation"
     )
     parser.add_argument(
@@ -192,7 +201,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     else:
         prompts = [args.prompt_file.read_bytes() if args.prompt_file else as_bytes(args.prompt)]
     config, params, _ = load_params(args.workdir)
-    decoder = Decoder(config, params, *run_patching(config, args.workdir), context=args.context)
+    decoder = Decoder(
+        config, params, *run_patching(config, args.workdir), context=args.context, draft=args.draft
+    )
 
     def written(texts: list[bytes], first: int) -> Iterator[Piece]:
         return decoder.generate(

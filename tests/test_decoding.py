@@ -240,3 +240,43 @@ def test_settings_are_data():
             )
         )
     assert run._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "newline",
+        pytest.param("relative", marks=pytest.mark.slow),
+        pytest.param("longest 3", marks=pytest.mark.slow),
+        pytest.param("cnn", marks=pytest.mark.slow),
+    ],
+)
+def test_drafts_change_nothing(mode):
+    """Self-speculation writes the same bytes, patches and log-probabilities in fewer passes."""
+    (plain, *_), (drafting, *_) = made(mode), made(mode, draft=4)
+    prompts = [TEXT.encode(), b"", b"A BLT"]
+    expected = written(plain, prompts, max_bytes=90)
+    assert plain.counts.passes == plain.counts.bytes + sum(row[4] == "eos" for row in expected)
+    found = written(drafting, prompts, max_bytes=90)
+    for a, b in zip(expected, found, strict=True):
+        assert a[0] == b[0] and a[4] == b[4] and (a[3] == b[3]).all()
+        np.testing.assert_allclose(a[1], b[1], atol=1e-4)
+        np.testing.assert_allclose(a[2], b[2], atol=1e-4)
+    assert drafting.counts.bytes == plain.counts.bytes
+    assert drafting.counts.passes < plain.counts.passes
+    stop = expected[0][0][40:43]
+    assert (
+        written(drafting, prompts[:1], max_bytes=90, stop=[stop])[0][0]
+        == expected[0][0][: expected[0][0].index(stop)]
+    )
+
+
+def test_drafts_are_refused_with_a_reason():
+    decoder, _, _, byte_lm = made("newline", draft=4)
+    with pytest.raises(ValueError, match="drafts are verified greedily"):
+        decoder.generate(["x"], max_bytes=1, sampling=Sampling(temperature=0.5))
+    run = RunConfig(byte_lm=BYTE_LM)
+    with pytest.raises(ValueError, match="only a BLT drafts"):
+        Decoder(run, byte_lm.params, None, None, draft=2)
+    with pytest.raises(ValueError, match="draft is -1"):
+        made("newline", draft=-1)

@@ -20,6 +20,7 @@ from bltjax.decoding.byte_models import CachedBytes
 from bltjax.decoding.loop import AT_LIMIT, AT_STOP, RUNNING, WHY, Asked, State, run
 from bltjax.decoding.sampling import GREEDY, Sampling, utf8_state
 from bltjax.decoding.scorer import Scorer
+from bltjax.decoding.speculation import run_rounds
 from bltjax.model.byte_cnn import entropy_table
 from bltjax.scoring import EntropyModel
 from bltjax.train import compute_dtype
@@ -43,11 +44,12 @@ class Piece(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What a call cost: bytes written, runs of the latent transformer, and patches it ran on."""
+    """What a call cost, over all its rows."""
 
-    bytes: int
-    latent_runs: int
-    patches: int
+    bytes: int = 0
+    latent_runs: int = 0  # of the latent transformer, on one row or more
+    patches: int = 0  # that it ran on
+    passes: int = 0  # of the whole model over a row: one a byte, or one a round of drafts
 
 
 def power_of_two(size: int, least: int = SHORTEST) -> int:
@@ -77,9 +79,7 @@ grow = jax.jit(
 @jax.jit
 def rows_of(state: State, rows_B) -> State:
     """The state of some rows, in that order."""
-    counts = {"latent_runs": state.latent_runs, "latent_patches": state.latent_patches}
-    alone = state._replace(latent_runs=(), latent_patches=())
-    return jax.tree.map(lambda x: x[rows_B], alone)._replace(**counts)
+    return jax.tree.map(lambda x: x[rows_B] if x.ndim else x, state)
 
 
 class Decoder:
@@ -93,17 +93,23 @@ class Decoder:
         byte_lm: EntropyModel | None,
         *,
         context: int = CONTEXT,
+        draft: int = 0,
     ):
         """patching, byte_lm: what places the patches of a BLT, as `run_patching` gives it.
 
-        context: the most bytes that a prompt and its continuation may have together.
+        context: the most bytes that a prompt and its continuation may have together. draft: bytes
+        that the local decoder drafts for the whole model to verify (`speculation.py`), greedily.
 
         Raises:
-          ValueError: for patches that can't be placed while a text is being written, and for
-            entropy patches without a byte LM.
+          ValueError: for patches that can't be placed while a text is being written, for entropy
+            patches without a byte LM, and for drafts of a model without patches.
         """
-        self.context, dtype = context, compute_dtype(config)
-        self.counts = Counts(0, 0, 0)
+        self.context, self.draft, dtype = context, draft, compute_dtype(config)
+        self.counts = Counts()
+        if draft < 0:
+            raise ValueError(f"draft is {draft}, not >= 0")
+        if draft and not isinstance(config.model, BLTConfig):
+            raise ValueError("only a BLT drafts: a byte LM has no latent transformer to spare")
         if not isinstance(config.model, BLTConfig):
             self.model = CachedBytes(config.model, dtype)
             self.params = {"model": params}
@@ -113,14 +119,15 @@ class Decoder:
                 f"{patching.mode} patching can't generate: where a token ends depends on text that"
                 " is not written yet (paper 2.4). It serves training, evaluation and pictures."
             )
-        scorer, scorer_params = Scorer(None, False), {}
+        scorer, scorer_params = Scorer(None, False, draft), {}
         if patching.mode == "entropy":
             if byte_lm is None:
                 raise ValueError("entropy patching needs a byte LM to generate: there is none")
-            scorer, scorer_params = Scorer(byte_lm.config, byte_lm.newline_reset), byte_lm.params
+            scorer = Scorer(byte_lm.config, byte_lm.newline_reset, draft)
+            scorer_params = byte_lm.params
             if isinstance(byte_lm.config, ByteCNNConfig):
                 scorer_params = jnp.asarray(entropy_table(byte_lm.config, byte_lm.params))
-        self.model = CachedBLT(config.model, patching, scorer, dtype)
+        self.model = CachedBLT(config.model, patching, scorer, dtype, draft)
         self.params = {"model": prepare(self.model, params), "scorer": scorer_params}
 
     def generate(
@@ -147,6 +154,11 @@ class Decoder:
         """
         if max_bytes < 0:
             raise ValueError(f"max_bytes is {max_bytes}, not >= 0")
+        if self.draft and sampling != GREEDY:
+            raise ValueError(
+                "drafts are verified greedily: sampling, a penalty or a constraint would need the"
+                " draft's distribution at every byte. Take draft 0, or temperature 0 alone"
+            )
         stops = [as_bytes(text) for text in stop]
         if not all(stops):
             raise ValueError(
@@ -167,23 +179,25 @@ class Decoder:
         )
 
     def pieces(self, texts, max_bytes, sampling, seed, stops, chunk) -> Iterator[Piece]:
-        self.counts = Counts(0, 0, 0)
-        alive = list(range(len(texts)))
-        if not texts:
-            return
-        if max_bytes == 0:
+        self.counts = Counts()
+        if max_bytes == 0 or not texts:
             nothing = np.zeros(0, np.float32)
-            for row in alive:
+            for row in range(len(texts)):
                 yield Piece(row, b"", nothing, nothing, nothing.astype(bool), WHY[AT_LIMIT])
             return
         state, asked = self.begun(texts, max_bytes, sampling, seed, stops)
         held, rows, written = [Held(stops) for _ in texts], np.arange(len(texts)), 0
         while rows.size:
-            state, out, full = run(self.model, sampling.steps, chunk, self.params, asked, state)
-            fetched = (out, state.why_B, state.latent_runs, state.latent_patches, full)
-            out, why_B, runs, patches, full = jax.device_get(fetched)
+            if self.draft:
+                shape = (self.draft + 1, max(chunk, 2 * self.draft + 2))
+                state, out, full = run_rounds(self.model, *shape, self.params, asked, state)
+            else:
+                shape = (sampling.steps, chunk)
+                state, out, full = run(self.model, *shape, self.params, asked, state)
+            counts = (state.latent_runs, state.latent_patches, state.passes)
+            out, why_B, full, counts = jax.device_get((out, state.why_B, full, counts))
             written += int((out.ids_BN >= OFFSET).sum())
-            self.counts = Counts(written, int(runs), int(patches))
+            self.counts = Counts(written, *map(int, counts))
             for place, row in enumerate(rows):
                 ids, *rest = (x_BN[place, : out.count_B[place]] for x_BN in out[1:])
                 if row >= 0 and (ids.size or why_B[place]):
@@ -222,8 +236,7 @@ class Decoder:
             jnp.asarray(used_BV),
             jnp.asarray([utf8_state(text) for text in texts], jnp.int32),
             jnp.full((rows, longest), -2, jnp.int32),
-            jnp.zeros((), jnp.int32),
-            jnp.zeros((), jnp.int32),
+            *(jnp.zeros((), jnp.int32) for _ in range(3)),
         )
         limit_B = np.full(rows, max_bytes, np.int32)
         return state, Asked(sampling.numbers, limit_B, stops_ZT)
@@ -241,7 +254,7 @@ class Decoder:
         closed_B, open_B = jax.device_get((scored.closed_B, scored.open_B))
         held = int((closed_B + (open_B > 0)).max())
         patches = min(power_of_two(held), bytes_BN.shape[1])
-        open_slots = power_of_two(int(open_B.max()) + 1)
+        open_slots = power_of_two(int(open_B.max()) + 1 + self.draft)
         memory = prefill(self.model, patches, open_slots, self.params, scored)
         # A patch for every four bytes; where there are more, the cache grows when it is full.
         wanted = power_of_two(int(closed_B.max()) + 1 + room // 4)

@@ -204,11 +204,11 @@ class CachedBLT:
 
     # Byte by byte.
 
-    def full(self, memory: Memory):
-        """[B, 2]: rows that one byte more might leave without room: for patches, for its bytes."""
-        latent = memory.patches_B >= memory.latent[0].k_BJTC.shape[2]
+    def full(self, memory: Memory, ahead: int = 1):
+        """bool [B, 2]: rows without room for so many bytes more: as patches, in the open one."""
+        latent = memory.patches_B + ahead > memory.latent[0].k_BJTC.shape[2]
         slots = memory.offered[0].k_BJTC.shape[2] if memory.offered else jnp.inf
-        return jnp.stack([latent, memory.open_B >= slots], axis=1)
+        return jnp.stack([latent, memory.open_B + ahead > slots], axis=1)
 
     def close(self, params, memory: Memory, go_B) -> Memory:
         """Runs the latent transformer on the whole patches of some rows; others are as before."""

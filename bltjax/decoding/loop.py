@@ -58,6 +58,7 @@ class State(NamedTuple):
     tail_BT: jax.Array  # the newest ids that were written, for stop strings
     latent_runs: jax.Array  # of the latent transformer, whatever the number of rows
     latent_patches: jax.Array  # that it ran on
+    passes: jax.Array  # of the whole model over a row: one a byte, or one a round of drafts
 
 
 class Written(NamedTuple):
@@ -143,7 +144,13 @@ def tick(model, steps: Steps, params, asked: Asked, state: State, out: Written):
     why_B = jnp.where(stopped_B, AT_STOP, why_B)
     why_B = jnp.where(id_B == EOS, AT_EOS, why_B)
     why_B = jnp.where(go_B, why_B, state.why_B)
-    state = state._replace(memory=memory, made_B=made_B, why_B=why_B, tail_BT=tail_BT)
+    state = state._replace(
+        memory=memory,
+        made_B=made_B,
+        why_B=why_B,
+        tail_BT=tail_BT,
+        passes=state.passes + go_B.sum(dtype=jnp.int32),
+    )
     if steps.valid_utf8:
         byte_B = jnp.clip(id_B - OFFSET, 0, BYTES - 1)
         next_B = jnp.maximum(jnp.asarray(UTF8_NEXT)[state.utf8_B, byte_B], 0)
