@@ -209,14 +209,14 @@ def test_one_latent_step_for_each_patch_written():
     assert len(text) > 100 and ((entropies > 5.14) == opens).all()
 
 
-def test_buffers_grow():
+@pytest.mark.parametrize("mode", ["one long patch", pytest.param("byte", marks=pytest.mark.slow)])
+def test_buffers_grow(mode):
     """A patch of 300 bytes, and 300 patches: each more than the first buffers hold."""
-    for mode in ("one long patch", "byte"):
-        decoder, *_ = made(mode)
-        ((text, log_probs, *_),) = written(decoder, ["x"], max_bytes=300, sampling=RANDOM)
-        logits, *_ = full_forward(mode, [b"x" + text])
-        expected = jax.nn.log_softmax(logits[0])[np.arange(len(text)) + 1, encode(text)[1:-1]]
-        np.testing.assert_allclose(log_probs, expected, atol=1e-4)
+    decoder, *_ = made(mode)
+    ((text, log_probs, *_),) = written(decoder, ["x"], max_bytes=300, sampling=RANDOM)
+    logits, *_ = full_forward(mode, [b"x" + text])
+    expected = jax.nn.log_softmax(logits[0])[np.arange(len(text)) + 1, encode(text)[1:-1]]
+    np.testing.assert_allclose(log_probs, expected, atol=1e-4)
 
 
 def test_few_programs_are_compiled():

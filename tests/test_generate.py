@@ -12,7 +12,7 @@ from bltjax.decoding import Decoder, Held, Piece
 from bltjax.decoding.whole import Predictor
 from bltjax.evaluate import run_patching
 from bltjax.export import load_params
-from bltjax.generate import Painter
+from bltjax.generate import Painter, result_line
 
 
 @pytest.fixture(scope="module", params=["byte_lm", "blt"])
@@ -99,17 +99,22 @@ def test_prompts_from_jsonl(runs, tmp_path, capsys):
     prompts.write_text('"the patch"\n\n{"prompt": "日本"}\n{"prompt": ""}\n')
     out = tmp_path / "results.jsonl"
     words = ["generate", f"--workdir={runs.blt}", f"--prompts={prompts}", "--max_bytes=6"]
-    runs.run(*words, "--rows=2", f"--out={out}", "--temperature=1")
+    runs.run(*words, f"--out={out}", "--temperature=1", "--valid_utf8")
     results = [json.loads(line) for line in out.open()]
     assert [result["prompt"] for result in results] == ["the patch", "日本", ""]
     for result in results:
-        size = len(bytes.fromhex(result["hex"]) if "hex" in result else result["text"].encode())
-        assert size == 6 or result["why"] == "eos"
+        size = len(result["text"].encode())
+        assert "hex" not in result and (size == 6 or result["why"] == "eos")
         assert len(result["log_probs"]) == size and max(result["log_probs"]) <= 0
     assert "latent steps" in capsys.readouterr().err
-    runs.run(*words, "--rows=2", "--temperature=1", "--valid_utf8")
-    for line in capsys.readouterr().out.splitlines():
-        assert "hex" not in json.loads(line)
+
+
+def test_results_that_are_not_utf8():
+    none = np.zeros(0)
+    line = result_line(b"\xff", [Piece(0, b"a\xe6", np.zeros(2), none, none, "eos")])
+    assert json.loads(line) == {
+        "prompt": "\ufffd", "text": "a\ufffd", "why": "eos", "log_probs": [0, 0], "hex": "61e6",
+    }  # fmt: skip
 
 
 def test_show_patches(runs, capsys):
