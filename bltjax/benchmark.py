@@ -3,6 +3,7 @@
     benchmark train    one step of the model below, ours and the peer's in turn
     benchmark rows     one step as rows grow from 1k to 32k bytes: time and peak memory
     benchmark slots    how full rows of given folders of records are, with and without look-ahead
+    benchmark generate 128 bytes after a prompt, greedily: `benchmark_generate.py` has the sides
     benchmark convert  time and peak memory of importing the released 1B's shapes, made-up weights
 
 In the first two, both sides run the same model on the same bytes and patches with AdamW in fp32.
@@ -26,6 +27,7 @@ import numpy as np
 from etils import epath
 
 from bltjax.alphabet import BOS, OFFSET
+from bltjax.benchmark_generate import BYTES, WHOLE_BYTES, cached_side, port_side, whole_side
 from bltjax.calibrate import calibrate, sample_documents
 from bltjax.config import (
     BLTConfig,
@@ -96,7 +98,7 @@ def sample_batch(data: DataConfig) -> dict[str, np.ndarray]:
 
 
 def our_step(config: RunConfig):
-    """() -> loss: one optimizer step of the real trainer, on the device and back."""
+    """() -> its loss: one optimizer step of the real trainer, on the device and back."""
     import jax
     import jax.numpy as jnp
 
@@ -111,11 +113,11 @@ def our_step(config: RunConfig):
     step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
     batch = jax.device_put(sample_batch(config.data))
 
-    def run() -> float:
+    def run() -> dict:
         nonlocal state
         state, out = step(state, batch)
         jax.block_until_ready(state)
-        return float(out["sums"].loss)
+        return {"loss": float(out["sums"].loss)}
 
     return run
 
@@ -149,26 +151,34 @@ def transformers_step(config: RunConfig):
     # Its lengths cover the row and not the next byte, which opens a patch: a last length of zero.
     lengths = torch.tensor(np.stack([np.append(np.diff(row), 0) for row in begins]))
 
-    def run() -> float:
+    def run() -> dict:
         optimizer.zero_grad(set_to_none=True)
         logits = peer(ids, patch_lengths=lengths, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
         optimizer.step()
-        return float(loss.detach())
+        return {"loss": float(loss.detach())}
 
     return run
 
 
-STEPS = {"ours": our_step, "transformers": transformers_step}
+# By side: what makes its step, of the numbers on the worker's command line, and how many steps it
+# is given before it is measured. The heap of training grows for a few steps.
+SIDES = {
+    "ours": (lambda *size: our_step(run_config(*size)), 4),
+    "transformers": (lambda *size: transformers_step(run_config(*size)), 4),
+    "cached": (lambda *where: cached_side(MODEL, *where), 1),
+    "whole": (lambda *where: whole_side(MODEL, *where), 1),
+    "port": (lambda *where: port_side(MODEL, *where), 0),
+}
 
 
 class Worker:
     """A process that holds one side's step and runs it when told to."""
 
-    def __init__(self, side: str, rows: int, row_bytes: int, threads: int):
+    def __init__(self, side: str, threads: int, *numbers: int):
         self.side = side
-        command = [sys.executable, "-m", "bltjax.benchmark", side, rows, row_bytes, threads]
+        command = [sys.executable, "-m", "bltjax.benchmark", side, threads, *numbers]
         self.process = subprocess.Popen(
             list(map(str, command)),
             stdin=subprocess.PIPE,
@@ -176,7 +186,7 @@ class Worker:
             text=True,
             env={"GLIBC_TUNABLES": MALLOC} | os.environ,
         )
-        self.answer()  # built, compiled and warm
+        self.ready = self.answer()  # built, compiled and warm
 
     def answer(self) -> dict:
         line = self.process.stdout.readline()
@@ -187,7 +197,7 @@ class Worker:
         return answer
 
     def step(self) -> dict:
-        """{"ms", "peak_mib"} of one more step."""
+        """{"ms", "peak_mib"} of one more step, and what it says of itself."""
         with contextlib.suppress(BrokenPipeError):  # it died, as the lack of an answer will say
             self.process.stdin.write("step\n")
             self.process.stdin.flush()
@@ -199,31 +209,33 @@ class Worker:
         self.process.wait()
 
 
-def serve(side: str, rows: int, row_bytes: int, threads: int) -> None:
+def serve(side: str, threads: int, *numbers: int) -> None:
     """The worker's side of the pipe: one JSON line when ready, and one for each step."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     try:
-        run = STEPS[side](run_config(rows, row_bytes))
-        for _ in range(4):  # the heap grows for a few steps before it is as large as it will be
-            run()
+        make, warm_up = SIDES[side]
+        run, said = make(*numbers), {}
+        for _ in range(warm_up):
+            said = run()
     except (ValueError, MemoryError, RuntimeError) as error:
-        print(json.dumps({"error": f"{side}, {rows} x {row_bytes}: {error}"}), flush=True)
+        size = " x ".join(map(str, numbers))
+        print(json.dumps({"error": f"{side}, {size}: {error}"}), flush=True)
         return
-    print("{}", flush=True)
+    print(json.dumps(said), flush=True)
     for _ in sys.stdin:
         begun = time.perf_counter()
-        run()
+        said = run()
         ms = 1000 * (time.perf_counter() - begun)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"ms": ms, "peak_mib": peak}), flush=True)
+        print(json.dumps({"ms": ms, "peak_mib": peak} | said), flush=True)
 
 
-def medians(sides: list[str], rows: int, row_bytes: int, repeats: int, threads: int) -> dict:
+def medians(sides: list[str], repeats: int, threads: int, *numbers: int) -> dict:
     """By side, the median ms, every time, and the peak memory of steps taken in turn."""
     workers: list[Worker] = []
     try:
         for side in sides:
-            workers.append(Worker(side, rows, row_bytes, threads))
+            workers.append(Worker(side, threads, *numbers))
         answers = [[worker.step() for worker in workers] for _ in range(repeats)]
     finally:
         for worker in workers:
@@ -233,6 +245,7 @@ def medians(sides: list[str], rows: int, row_bytes: int, repeats: int, threads: 
             "ms": statistics.median(answer["ms"] for answer in mine),
             "all_ms": [round(answer["ms"], 1) for answer in mine],
             "peak_mib": mine[-1]["peak_mib"],
+            "said": {key: x for key, x in mine[-1].items() if key not in ("ms", "peak_mib")},
         }
         for side, mine in zip(sides, zip(*answers, strict=True), strict=True)
     }
@@ -241,7 +254,7 @@ def medians(sides: list[str], rows: int, row_bytes: int, repeats: int, threads: 
 def benchmark_train(peer: str | None, repeats: int, threads: int) -> dict:
     rows, row_bytes = 4, 1024
     sides = ["ours"] + ([peer] if peer else [])
-    found = medians(sides, rows, row_bytes, repeats, threads)
+    found = medians(sides, repeats, threads, rows, row_bytes)
     data = run_config(rows, row_bytes).data
     flops = training_flops(MODEL, data.rows, data.row_bytes, data.row_patches)
     result = {"ours_ms": found["ours"]["ms"], "all_ms": {s: found[s]["all_ms"] for s in sides}}
@@ -260,7 +273,7 @@ def benchmark_rows(peer: str | None, repeats: int, threads: int, longest: int) -
         line = {"row_bytes": row_bytes}
         for side in list(sides):
             try:
-                found = medians([side], 1, row_bytes, repeats, threads)[side]
+                found = medians([side], repeats, threads, 1, row_bytes)[side]
             except ValueError as error:
                 sides.remove(side)
                 print(f"{side} stops here: {error}", file=sys.stderr)
@@ -269,6 +282,32 @@ def benchmark_rows(peer: str | None, repeats: int, threads: int, longest: int) -
         lines.append(line)
         print(row_line(line), file=sys.stderr, flush=True)
     return {"rows": lines, "threads": threads}
+
+
+def benchmark_generate(peer: str | None, repeats: int, threads: int, prompt_bytes: int) -> dict:
+    """ms a byte: ours, our whole model for each byte, and the peer's, in turn in one run."""
+    finder = Worker("cached", threads, prompt_bytes, -1)
+    finder.close()
+    begin = finder.ready["begin"]
+    sides = ["cached", "whole"] + (["port"] if peer else [])
+    found = medians(sides, repeats, threads, prompt_bytes, begin)
+    ours, whole = found["cached"], found["whole"]
+    result = {
+        "prompt_bytes": prompt_bytes,
+        "ours_ms_per_byte": ours["ms"] / BYTES,
+        "uncached_ms_per_byte": whole["ms"] / WHOLE_BYTES,
+    }
+    result["uncached_ratio"] = result["uncached_ms_per_byte"] / result["ours_ms_per_byte"]
+    texts = {ours["said"]["text"][: 2 * WHOLE_BYTES], whole["said"]["text"]}
+    if peer:
+        result |= {"peer": peer, "peer_ms_per_byte": found["port"]["ms"] / BYTES}
+        result["ratio"] = result["peer_ms_per_byte"] / result["ours_ms_per_byte"]
+        texts.add(found["port"]["said"]["text"][: 2 * WHOLE_BYTES])
+        result["same_text"] = found["port"]["said"]["text"] == ours["said"]["text"]
+    result["same_beginning"] = len(texts) == 1
+    result["mean_patch_bytes"] = BYTES / max(1, ours["said"]["patches"])
+    result["all_ms"] = {side: found[side]["all_ms"] for side in sides}
+    return result | {"threads": threads}
 
 
 def benchmark_slots(records: list[str], row_bytes: int) -> dict:
@@ -340,9 +379,14 @@ def row_line(line: dict) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("train", "rows", "slots", "convert"), help="see above")
+    parser.add_argument(
+        "what", choices=("train", "rows", "slots", "convert", "generate"), help="see above"
+    )
     parser.add_argument("--peer", choices=PEERS, help="measure it too (extra: parity)")
-    parser.add_argument("--repeats", type=int, default=5, help="steps of each, after four more")
+    parser.add_argument(
+        "--repeats", type=int, help="steps of each (default: 5, after four more; generate: 3)"
+    )
+    parser.add_argument("--prompt_bytes", type=int, default=512, help="generate: of the prompt")
     parser.add_argument("--threads", type=int, default=2, help="CPUs that each side may use")
     parser.add_argument("--longest", type=int, default=ROW_LENGTHS[-1], help="rows: bytes")
     parser.add_argument("--records", nargs="+", help="slots: folders of records, mixed equally")
@@ -360,7 +404,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("benchmark runs a model of its own; it has no --config settings")
-    if args.repeats < 1 or args.threads < 1:
+    if args.repeats is None:
+        args.repeats = 3 if args.what == "generate" else 5
+    if args.repeats < 1 or args.threads < 1 or args.prompt_bytes < 1:
         raise ValueError(f"--repeats ({args.repeats}) and --threads ({args.threads}) must be >= 1")
     there = len(os.sched_getaffinity(0))
     if args.what in ("train", "rows") and args.threads > there:
@@ -373,6 +419,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError("benchmark slots, and no other, takes --records FOLDER...")
     if args.what == "slots":
         result = benchmark_slots(args.records, args.row_bytes)
+    elif args.what == "generate":
+        result = benchmark_generate(args.peer, args.repeats, args.threads, args.prompt_bytes)
     elif args.what == "rows":
         result = benchmark_rows(args.peer, args.repeats, args.threads, args.longest)
     elif args.what == "convert":
@@ -387,6 +435,16 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             print(
                 f"rows of {args.row_bytes} bytes, look-ahead {look_ahead}: {found['byte_fill']:.1%}"
                 f" of bytes, {found['patch_fill']:.1%} of patches"
+            )
+    elif args.what == "generate":
+        print(
+            f"after {args.prompt_bytes} bytes: ours {result['ours_ms_per_byte']:.2f} ms a byte,"
+            f" {result['uncached_ms_per_byte']:.1f} uncached"
+        )
+        if args.peer:
+            print(
+                f"{args.peer} {result['peer_ms_per_byte']:.1f} ms, {result['ratio']:.1f} times as"
+                f" long, {'the same' if result['same_text'] else 'another'} text"
             )
     elif args.what == "convert":
         print(

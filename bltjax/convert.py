@@ -237,15 +237,15 @@ def ours(files: ModelFiles):
     return score
 
 
-def port(files: ModelFiles):
-    """The same from transformers' own code; None where it is not installed or has no such model."""
-    if files.config.blt is None or (files.byte_lm and files.byte_lm.config.byte_lm is None):
-        return None
-    try:
-        import torch
-        from transformers import BltConfig, BltForCausalLM
-    except ImportError:
-        return None
+def port_model(files: ModelFiles):
+    """transformers' own model with these parameters.
+
+    Raises:
+      ImportError: where it is not installed.
+    """
+    import torch
+    from transformers import BltConfig, BltForCausalLM
+
     byte_lm = files.byte_lm and files.byte_lm.config
     try:
         settings = port_settings(files.config, byte_lm)
@@ -262,6 +262,18 @@ def port(files: ModelFiles):
     with torch.no_grad():
         for name, tensor in tensors.items():
             weights[name].copy_(torch.from_numpy(tensor.all().astype(np.float32)))
+    return peer
+
+
+def port(files: ModelFiles):
+    """The same from transformers' own code; None where it is not installed or has no such model."""
+    if files.config.blt is None or (files.byte_lm and files.byte_lm.config.byte_lm is None):
+        return None
+    try:
+        peer = port_model(files)
+    except ImportError:
+        return None
+    import torch
 
     def score(text: str | bytes, starts_N1: np.ndarray | None) -> Scores:
         ids_N = encode(text, eos=False)

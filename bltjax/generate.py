@@ -1,180 +1,146 @@
-"""Continues a text, running the whole model on the whole prefix for every byte.
+"""Continues texts: one as it is written to the terminal, or many from a file to JSON lines.
 
-Slow and plainly right: entropies of the prefix -> patches -> BLT -> one byte, in buffers padded to
-a power of two so that few programs are compiled. Specials other than EOS are never sampled.
+    generate --workdir DIR --prompt "A BLT has"
+    generate --workdir DIR --prompts FILE.jsonl --out RESULTS.jsonl    a line for each, in order
+    generate --workdir DIR --prompt "A BLT has" --show patches         coloured as it forms
+
+A line of prompts is a JSON string or an object with `prompt`; a line of results has `prompt`,
+`text`, `why` it ended (eos, stop or max_bytes) and `log_probs`, one a byte, in nats under the model
+itself, whatever the sampling. Where the bytes of a text are not UTF-8, `hex` has them.
 """
 
 import argparse
-import functools
+import contextlib
+import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TextIO
 
-import jax
-import numpy as np
-
-from bltjax.alphabet import BOS, EOS, OFFSET, as_bytes, encode, text_stream
-from bltjax.config import ByteCNNConfig, PatchingConfig, RunConfig
+from bltjax.alphabet import as_bytes, text_stream
 from bltjax.config_file import add_workdir_argument
+from bltjax.decoding import CONTEXT, Decoder, Piece
+from bltjax.decoding.sampling import Sampling
 from bltjax.evaluate import run_patching
 from bltjax.export import load_params
 from bltjax.metrics import quantity
-from bltjax.model import batch_logits, make_model
-from bltjax.model.byte_cnn import entropy_table, table_entropies
-from bltjax.model.byte_lm import ByteLM, entropies_of
-from bltjax.patching import force_starts, patch_starts
-from bltjax.scoring import EntropyModel, contexts
-from bltjax.train import compute_dtype
+from bltjax.picture import TERMINAL_COLOURS, visible
 
-SHORTEST = 64  # bytes in the smallest buffer
+# Of the 256 terminal colours, black to red: how uncertain a byte was, nat by nat.
+ENTROPY_COLOURS = (16, 16, 52, 88, 124, 160)
 
 
-class Sampling(NamedTuple):
-    """temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-GREEDY = Sampling()
-
-
-def check_sampling(sampling: Sampling) -> None:
-    if sampling.temperature < 0:
-        raise ValueError(f"temperature is {sampling.temperature}, not >= 0")
-    if sampling.top_k < 0:
-        raise ValueError(f"top_k is {sampling.top_k}, not >= 0")
-    if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p is {sampling.top_p}, not in (0, 1]")
-
-
-def sample(logits_V: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
-    """One id. Top-k keeps the k likeliest; top-p then the fewest whose mass reaches p."""
-    logits_V = logits_V.astype(np.float64)
-    logits_V[[i for i in range(OFFSET) if i != EOS]] = -np.inf
-    if sampling.temperature == 0:
-        return int(np.argmax(logits_V))
-    order = np.argsort(-logits_V, kind="stable")
-    scaled = logits_V[order] / sampling.temperature
-    probs = np.exp(scaled - scaled[0])
-    if sampling.top_k:
-        probs[sampling.top_k :] = 0
-    probs /= probs.sum()
-    before = np.cumsum(probs) - probs  # mass of the likelier ones: the likeliest always stays
-    probs = np.where(before < sampling.top_p, probs, 0)
-    return int(order[random.choice(len(probs), p=probs / probs.sum())])
-
-
-def bucket(size: int) -> int:
-    return max(SHORTEST, 1 << (size - 1).bit_length())
-
-
-class Predictor:
-    """Logits of the byte after a prefix, for a byte LM or a BLT with the byte LM it needs."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        params,
-        patching: PatchingConfig | None,
-        byte_lm: EntropyModel | None,
-    ):
-        """Raises ValueError for patches that can't be placed while the text is being written."""
-        self.config, self.params, self.patching, self.byte_lm = config, params, patching, byte_lm
-
-        if patching is not None and not patching.incremental:
-            raise ValueError(
-                f"{patching.mode} patching can't generate: where a token ends depends on text that"
-                " is not written yet (paper 2.4). It serves training, evaluation and pictures."
-            )
-        self.table = None
-        if byte_lm is not None and isinstance(byte_lm.config, ByteCNNConfig):
-            self.table = entropy_table(byte_lm.config, byte_lm.params)
-
-        # Compiled once per bucket of N and P.
-        @jax.jit
-        def entropies(params, bytes_BN, documents_BN):
-            model = ByteLM(byte_lm.config)
-            with jax.default_matmul_precision("highest"):
-                logits_BNV, _ = model.apply({"params": params}, bytes_BN, documents_BN)
-            return entropies_of(logits_BNV)
-
-        @functools.partial(jax.jit, static_argnames="patches")
-        def last_logits(params, batch, last, patches):
-            model = make_model(config.model, patches, compute_dtype(config), None)
-            return batch_logits(model, params, batch)[0, last]
-
-        self.entropies, self.last_logits = entropies, last_logits
-
-    def __call__(self, ids: np.ndarray) -> np.ndarray:
-        """float32 [V]: logits of the byte after `ids`, which begin with BOS."""
-        length, patches = bucket(len(ids)), 0
-        bytes_BN = np.zeros((1, length), np.int32)
-        bytes_BN[0, : len(ids)] = ids
-        documents_BN = (np.arange(length) < len(ids)).astype(np.int32)[None]
-        batch = {"bytes_BN": bytes_BN, "documents_BN": documents_BN}
-        if self.patching is not None:
-            entropies_N = self.prefix_entropies(ids, bytes_BN)
-            starts_N1 = force_starts(patch_starts(self.patching, ids, entropies_N))
-            batch["starts_BN1"] = np.zeros((1, length + 1), bool)
-            batch["starts_BN1"][0, : len(ids) + 1] = starts_N1
-            patches = min(length, bucket(int(starts_N1[:-1].sum())))
-        return np.asarray(self.last_logits(self.params, batch, len(ids) - 1, patches=patches))
-
-    def prefix_entropies(self, ids: np.ndarray, bytes_BN: np.ndarray) -> np.ndarray | None:
-        """float32 [len]: the entropy after each position of the prefix, if patches need it."""
-        if self.byte_lm is None:
-            return None
-        contexts_N = contexts(ids, self.byte_lm.newline_reset)
-        if self.table is not None:
-            return table_entropies(self.table, ids, contexts_N)
-        documents_BN = np.zeros(bytes_BN.shape, np.int32)
-        documents_BN[0, : len(ids)] = contexts_N
-        scored_BN = self.entropies(self.byte_lm.params, bytes_BN, documents_BN)
-        return np.asarray(scored_BN)[0, : len(ids)]
-
-
-def generate(
-    predictor: Predictor,
-    prompt: str | bytes,
-    *,
-    max_bytes: int,
-    sampling: Sampling = GREEDY,
-    stop: bytes = b"",
-) -> Iterator[bytes]:
-    """Bytes that continue the prompt, one at a time, until EOS, `stop` or `max_bytes`.
-
-    Bytes that might begin the stop string are held back until they don't; it is never yielded.
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a JSONL file.
 
     Raises:
-      ValueError: for sampling settings out of range.
+      ValueError: naming the line that is neither a string nor an object with a prompt.
     """
-    check_sampling(sampling)
-    if max_bytes < 0:
-        raise ValueError(f"max_bytes is {max_bytes}, not >= 0")
-    random = np.random.default_rng(sampling.seed)
-    ids, held = encode(prompt, eos=False), b""
-    assert ids[0] == BOS
-    for _ in range(max_bytes):
-        chosen = sample(predictor(ids), sampling, random)
-        if chosen == EOS:
-            break
-        ids = np.append(ids, np.int32(chosen))
-        held += bytes([chosen - OFFSET])
-        if stop and held.endswith(stop):
-            held = held[: -len(stop)]
-            break
-        keep = max((k for k in range(1, len(stop)) if held.endswith(stop[:k])), default=0)
-        for i in range(len(held) - keep):
-            yield held[i : i + 1]
-        held = held[len(held) - keep :]
-    for i in range(len(held)):
-        yield held[i : i + 1]
+    prompts = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        prompt = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(prompt, str):
+            raise ValueError(f'{path}, line {number}: no string, and no object with a "prompt"')
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{path} has no prompts")
+    return prompts
+
+
+def result_line(prompt: bytes, pieces: list[Piece]) -> str:
+    """One text as a JSON line."""
+    text = b"".join(piece.text for piece in pieces)
+    result = {
+        "prompt": prompt.decode(errors="replace"),
+        "text": text.decode(errors="replace"),
+        "why": pieces[-1].why,
+        "log_probs": [round(float(x), 5) for piece in pieces for x in piece.log_probs],
+    }
+    with contextlib.suppress(UnicodeDecodeError):
+        text.decode()
+        return json.dumps(result, ensure_ascii=False)
+    return json.dumps(result | {"hex": text.hex()}, ensure_ascii=False)
+
+
+class Painter:
+    """Writes a text as its bytes come: plainly, with | between patches, or in colour.
+
+    The ground changes with each patch; the letters redden with the entropy of the byte. A character
+    that takes several bytes is painted as its first.
+    """
+
+    def __init__(self, out: TextIO, patches: bool, colour: bool):
+        self.out, self.patches, self.colour = out, patches, colour
+        self.stream, self.patch, self.style, self.waiting = text_stream(), 0, "", False
+
+    def prompt(self, text: bytes) -> None:
+        self.show(self.stream.decode(text))  # one stream: a prompt may end inside a character
+
+    def piece(self, piece: Piece) -> None:
+        if not self.patches:
+            self.show(self.stream.decode(piece.text))
+            return
+        for place, entropy, opens in zip(
+            range(len(piece.text)), piece.entropies, piece.opens, strict=True
+        ):
+            self.patch += int(opens)
+            if not self.waiting:
+                self.begin_character(float(entropy), bool(opens))
+            shown = self.stream.decode(piece.text[place : place + 1])
+            self.waiting = not shown
+            shown = "".join(x if x in "\n\t" else visible(x) for x in shown)
+            # Colour ends with the line, or terminals paint the rest of it.
+            end = "\x1b[0m\n" + self.style if self.colour else "\n"
+            self.show(shown.replace("\n", end))
+
+    def begin_character(self, entropy: float, opens: bool) -> None:
+        if not self.colour:
+            self.show("|" * opens)
+            return
+        ground = TERMINAL_COLOURS[self.patch % len(TERMINAL_COLOURS)]
+        letters = ENTROPY_COLOURS[min(int(entropy), len(ENTROPY_COLOURS) - 1)]
+        style = f"\x1b[38;5;{letters};48;5;{ground}m"
+        if style != self.style:
+            self.style = style
+            self.show(style)
+
+    def show(self, text: str) -> None:
+        print(text, end="", file=self.out, flush=True)
+
+    def close(self) -> None:
+        self.show(self.stream.decode(b"", True) + "\x1b[0m" * bool(self.style) + "\n")
+
+
+def summary(decoder: Decoder, seconds: float) -> str:
+    """[200 bytes in 1.2s, 167 B/s; 45 latent steps for 45 patches of 4.4 bytes]"""
+    counts = decoder.counts
+    line = f"{counts.bytes} bytes in {seconds:.2g}s, {quantity(counts.bytes / seconds)}B/s"
+    if counts.patches:
+        line += (
+            f"; {counts.latent_runs} latent steps for {counts.patches} patches of"
+            f" {counts.bytes / counts.patches:.2f} bytes"
+        )
+    if decoder.draft:
+        accepted = (counts.bytes - counts.passes) / max(1, counts.passes * decoder.draft)
+        line += (
+            f"; {counts.passes / counts.bytes:.2f} passes of the whole model a byte, {accepted:.0%}"
+            " of drafts accepted"
+        )
+    return f"[{line}]"
+
+
+def groups(prompts: list[bytes], size: int) -> Iterator[list[bytes]]:
+    for begin in range(0, len(prompts), size):
+        yield prompts[begin : begin + size]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,30 +150,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", default="", help="text to continue (default: nothing, BOS alone)"
     )
     given.add_argument("--prompt_file", type=Path, help="file whose bytes are the prompt")
+    given.add_argument("--prompts", type=Path, help="JSONL of prompts; results are JSONL")
+    parser.add_argument("--out", type=Path, help="with --prompts: write the results here")
+    parser.add_argument("--rows", type=int, default=8, help="prompts that are run side by side")
     parser.add_argument("--max_bytes", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest bytes (0: all)")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep this much probability")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", default="", help="stop before this string")
+    parser.add_argument(
+        "--min_p", type=float, default=0.0, help="keep what is this likely beside the likeliest"
+    )
+    parser.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="> 1: bytes of the text less likely"
+    )
+    parser.add_argument("--valid_utf8", action="store_true", help="write whole characters only")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; then one more")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="stop before this string; several may be given"
+    )
+    parser.add_argument(
+        "--draft", type=int, default=0, help="bytes to draft for one pass of the whole model"
+    )
+    parser.add_argument(
+        "--context", type=int, default=CONTEXT, help="most bytes of a prompt and its continuation"
+    )
+    parser.add_argument(
+        "--truncate", choices=("left",), help="drop the beginning of a prompt that is too long"
+    )
+    parser.add_argument(
+        "--show", choices=("text", "patches"), default="text", help="patches: ground by patch,"
+        " letters the redder the less certain",
+    )  # fmt: skip
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("generate takes its config from the work directory; drop --config.*")
+    if args.out and not args.prompts:
+        raise ValueError("--out is for the results of --prompts; redirect the text of a prompt")
+    if args.rows < 1:
+        raise ValueError(f"--rows is {args.rows}, not >= 1")
     logging.getLogger("bltjax").setLevel(logging.WARNING)  # nothing but the text on the terminal
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    check_sampling(sampling)
+    sampling = Sampling(
+        args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+        args.valid_utf8,
+    )  # fmt: skip
+    if args.prompts:
+        prompts = [as_bytes(prompt) for prompt in read_prompts(args.prompts)]
+    else:
+        prompts = [args.prompt_file.read_bytes() if args.prompt_file else as_bytes(args.prompt)]
     config, params, _ = load_params(args.workdir)
-    predictor = Predictor(config, params, *run_patching(config, args.workdir))
-    prompt = args.prompt_file.read_bytes() if args.prompt_file else as_bytes(args.prompt)
-    stream, begun, count = text_stream(), time.monotonic(), 0
-    print(stream.decode(prompt), end="", flush=True)  # one stream: a prompt may end mid-character
-    for piece in generate(
-        predictor, prompt, max_bytes=args.max_bytes, sampling=sampling, stop=as_bytes(args.stop)
-    ):
-        count += 1
-        print(stream.decode(piece), end="", flush=True)
-    print(stream.decode(b"", True), flush=True)
-    seconds = max(time.monotonic() - begun, 1e-9)
-    print(f"[{count} bytes, {quantity(count / seconds)}B/s]", file=sys.stderr)
+    decoder = Decoder(
+        config, params, *run_patching(config, args.workdir), context=args.context, draft=args.draft
+    )
+
+    def written(texts: list[bytes], first: int) -> Iterator[Piece]:
+        return decoder.generate(
+            texts,
+            max_bytes=args.max_bytes,
+            sampling=sampling,
+            seed=args.seed + first,
+            stop=args.stop,
+            truncate=args.truncate == "left",
+        )
+
+    if args.prompts:
+        with args.out.open("w") if args.out else contextlib.nullcontext(sys.stdout) as out:
+            for number, texts in enumerate(groups(prompts, args.rows)):
+                begun = time.monotonic()
+                pieces: list[list[Piece]] = [[] for _ in texts]
+                for piece in written(texts, number * args.rows):
+                    pieces[piece.row].append(piece)
+                for text, mine in zip(texts, pieces, strict=True):
+                    print(result_line(text, mine), file=out, flush=True)
+                print(summary(decoder, max(time.monotonic() - begun, 1e-9)), file=sys.stderr)
+        return
+    colour = args.color == "always" or (
+        args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    )
+    pieces = written(prompts, 0)
+    painter = Painter(sys.stdout, args.show == "patches", colour)
+    begun = time.monotonic()
+    painter.prompt(prompts[0])
+    for piece in pieces:
+        painter.piece(piece)
+    painter.close()
+    print(summary(decoder, max(time.monotonic() - begun, 1e-9)), file=sys.stderr)

@@ -14,9 +14,11 @@ from etils import epath
 
 from bltjax.alphabet import OFFSET, as_bytes, encode, text_stream
 from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
+from bltjax.decoding import Decoder
+from bltjax.decoding.sampling import Sampling
+from bltjax.decoding.whole import bucket
 from bltjax.evaluate import run_patching
 from bltjax.export import load_params
-from bltjax.generate import Predictor, Sampling, bucket, generate
 from bltjax.model import batch_logits, make_model
 from bltjax.patching import force_starts, patch_starts
 from bltjax.scoring import EntropyModel, score_documents
@@ -64,7 +66,7 @@ class LoadedModel:
                 return batch_logits(model, params, batch)[0]
 
         self.all_logits = all_logits
-        self.predictor: Predictor | None = None
+        self.decoder: Decoder | None = None
 
     def logits(self, text: str | bytes) -> np.ndarray:
         """float32 [len + 1, 260]: row 0 follows BOS, row i the first i bytes.
@@ -156,16 +158,19 @@ class LoadedModel:
         Raises:
           ValueError: for a setting out of range, or patches that can't be placed while writing.
         """
-        if self.predictor is None:
+        if self.decoder is None:
             patching, model = self.config.patching, self.entropy_model
-            self.predictor = Predictor(self.run, self.params, patching, patching and model)
-        sampling = Sampling(temperature, top_k, top_p, seed)
+            self.decoder = Decoder(self.run, self.params, patching, patching and model)
         stream = text_stream()
-        pieces = generate(
-            self.predictor, prompt, max_bytes=max_bytes, sampling=sampling, stop=as_bytes(stop)
+        pieces = self.decoder.generate(
+            [prompt],
+            max_bytes=max_bytes,
+            sampling=Sampling(temperature, top_k, top_p),
+            seed=seed,
+            stop=[stop] if stop else [],
         )
         for piece in pieces:
-            if shown := stream.decode(piece):
+            if shown := stream.decode(piece.text):
                 yield shown
         if shown := stream.decode(b"", True):
             yield shown

@@ -3,15 +3,40 @@
 Starts cover N + 1 positions: the last says whether the byte not yet seen opens a patch. All modes
 but bpe are incremental (paper 2.4): the starts of a prefix are the prefix of the starts. They
 reproduce the reference, side effects included; each quirk is named where it is made.
+
+Every rule is one elementwise function. `trace_starts` applies it to all positions of a text at
+once; `next_starts` to one more position of rows that are being written.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bltjax.alphabet import OFFSET
+from bltjax.alphabet import BOE, OFFSET
 from bltjax.bpe import token_starts
 from bltjax.config import PatchingConfig
+
+
+class Trace(NamedTuple):
+    """Starts of a whole text and, for each position, what those to come depend on.
+
+    An entry that the config has no use for is None.
+    """
+
+    starts_N1: Any
+    began_N1: Any  # the last start up to here, before long patches are split
+    waits: Any  # starts that wait for the end of a character: after the mode's own, after splitting
+
+
+class Cursor(NamedTuple):
+    """The end of rows' traces, from which `next_starts` goes on."""
+
+    index_B: jax.Array  # the position that was decided last
+    entropy_B: jax.Array  # known before it
+    began_B: jax.Array | None
+    waits: Any
 
 
 def patch_starts(config: PatchingConfig, ids_N, entropies_N=None):
@@ -24,40 +49,103 @@ def patch_starts(config: PatchingConfig, ids_N, entropies_N=None):
       ValueError: if the entropies that the mode needs are missing or of another length; for bpe
         mode on a device, where there is no tokenizer, or with several documents at once.
     """
+    return trace_starts(config, ids_N, entropies_N).starts_N1
+
+
+def trace_starts(config: PatchingConfig, ids_N, entropies_N=None) -> Trace:
+    """`patch_starts`, and what `next_starts` needs to go on from any position."""
     xp = jnp if isinstance(ids_N, jax.Array) else np
     length = ids_N.shape[-1]
     index_N1 = xp.broadcast_to(xp.arange(length + 1), (*ids_N.shape[:-1], length + 1))
-    if config.mode == "byte":
-        starts_N1 = index_N1 >= 0
-    elif config.mode == "static":
-        # The reference's first patch is as long as the others; rows force a start at 1 later.
-        starts_N1 = index_N1 % config.patch_bytes == 0
-    elif config.mode == "bpe":
+    past = []
+    if config.mode == "space" or config.whole_characters:
+        past = [shifted(xp, ids_N, by, BOE) for by in (1, 2, 3)]
+    if config.mode == "bpe":
         if xp is jnp:
             raise ValueError("bpe patching tokenizes the whole text on the host: give numpy ids")
         if ids_N.ndim != 1:
             raise ValueError(f"bpe patching takes one document, ids [N], not {ids_N.shape}")
         starts_N1 = token_starts(config.tokenizer, ids_N)
-    elif config.mode == "space":
-        starts_N1 = (index_N1 < 2) | space_starts(xp, ids_N)
     else:
-        if entropies_N is None or entropies_N.shape != ids_N.shape:
-            found = "none" if entropies_N is None else tuple(entropies_N.shape)
-            raise ValueError(
-                f"entropy patching needs one entropy per position: ids are {tuple(ids_N.shape)},"
-                f" entropies {found}"
-            )
-        starts_N1 = (index_N1 < 2) | entropy_starts(xp, config, entropies_N, index_N1)
-    inside_N1 = inside_character(xp, ids_N) if config.whole_characters else None
+        now_N1 = before_N1 = None
+        if config.mode == "entropy":
+            if entropies_N is None or entropies_N.shape != ids_N.shape:
+                found = "none" if entropies_N is None else tuple(entropies_N.shape)
+                raise ValueError(
+                    f"entropy patching needs one entropy per position: ids are"
+                    f" {tuple(ids_N.shape)}, entropies {found}"
+                )
+            entropies_N = entropies_N.astype(xp.float32)
+            now_N1, before_N1 = (shifted(xp, entropies_N, by, 0.0) for by in (1, 2))
+        starts_N1 = opens(xp, config, index_N1, past, now_N1, before_N1)
+    inside_N1 = inside_character(xp, past) if config.whole_characters else None
+    began_N1, waits = None, ()
     if config.whole_characters:
-        starts_N1 = after_character(xp, starts_N1, inside_N1)
+        starts_N1, waiting = after_character(xp, starts_N1, inside_N1)
+        waits += (waiting,)
     if config.max_patch_bytes is not None:
-        starts_N1 = split_long(xp, starts_N1, index_N1, config.max_patch_bytes)
+        began_N1 = xp.where(starts_N1, index_N1, 0)
+        if xp is np:
+            began_N1 = np.maximum.accumulate(began_N1, axis=-1)
+        else:
+            began_N1 = jax.lax.cummax(began_N1, axis=began_N1.ndim - 1)
+        starts_N1 = starts_N1 | too_long(config, index_N1, began_N1)
         if config.whole_characters:
-            starts_N1 = after_character(xp, starts_N1, inside_N1)
+            starts_N1, waiting = after_character(xp, starts_N1, inside_N1)
+            waits += (waiting,)
     if not config.looks_past_end and config.max_patch_bytes is not None:
         starts_N1 = starts_N1 & (index_N1 < length)
-    return starts_N1
+    return Trace(starts_N1, began_N1, waits)
+
+
+def cursor_at(trace: Trace, entropies_BN, index_B) -> Cursor:
+    """Where rows stand whose last decided position is `index`; entropies_BN may be None."""
+
+    def at(x_BN, index_B):
+        return jnp.take_along_axis(x_BN, index_B[:, None], axis=1)[:, 0]
+
+    began_B, waits = jax.tree.map(lambda x_BN1: at(x_BN1, index_B), (trace.began_N1, trace.waits))
+    entropy_B = jnp.zeros(index_B.shape) if entropies_BN is None else at(entropies_BN, index_B - 1)
+    return Cursor(index_B, entropy_B, began_B, waits)
+
+
+def next_starts(config: PatchingConfig, cursor: Cursor, past_BT, entropies_B):
+    """Whether the position after the cursor's opens a patch, [B], and the cursor there.
+
+    past_BT: each row's last three ids or more, the newest last, BOE before the document.
+    entropies_B: nats, after the newest; any number where the mode has no use for them.
+    """
+    index_B = cursor.index_B + 1
+    past = [past_BT[:, -by] for by in (1, 2, 3)]
+    starts_B = opens(jnp, config, index_B, past, entropies_B, cursor.entropy_B)
+    inside_B = inside_character(jnp, past) if config.whole_characters else None
+    began_B, before, waits = cursor.began_B, iter(cursor.waits), ()
+    if config.whole_characters:
+        starts_B, waiting = wait_for_end(starts_B, inside_B, next(before))
+        waits += (waiting,)
+    if config.max_patch_bytes is not None:
+        began_B = jnp.where(starts_B, index_B, began_B)
+        starts_B = starts_B | too_long(config, index_B, began_B)
+        if config.whole_characters:
+            starts_B, waiting = wait_for_end(starts_B, inside_B, next(before))
+            waits += (waiting,)
+    return starts_B, Cursor(index_B, entropies_B, began_B, waits)
+
+
+def opens(xp, config: PatchingConfig, index, past, now, before):
+    """Whether position `index` opens a patch, by its mode alone; elementwise.
+
+    past: ids 1, 2 and 3 positions earlier; now, before: the entropies known before it and before
+    the position before it.
+    """
+    if config.mode == "byte":
+        return index >= 0
+    if config.mode == "static":
+        # The reference's first patch is as long as the others; rows force a start at 1 later.
+        return index % config.patch_bytes == 0
+    if config.mode == "space":
+        return (index < 2) | space_ended(xp, past[0], past[1])
+    return (index < 2) | entropy_opens(xp, config, index, now, before)
 
 
 def shifted(xp, x_N, by: int, fill):
@@ -67,81 +155,81 @@ def shifted(xp, x_N, by: int, fill):
     return xp.concatenate([before, kept_N], axis=-1)[..., : x_N.shape[-1] + 1]
 
 
-def entropy_starts(xp, config: PatchingConfig, entropies_N, index_N1):
+def entropy_opens(xp, config: PatchingConfig, index, now, before):
     """Starts from position 2 on; H[0], the uncertainty after BOS, is never consulted."""
-    entropies_N = entropies_N.astype(xp.float32)
-    now_N1 = shifted(xp, entropies_N, 1, xp.inf)  # H[t - 1]
+    high = now > xp.float32(config.threshold)
     if not config.monotonic and config.threshold_add is None:
-        return (now_N1 > xp.float32(config.threshold)) & (index_N1 >= 2)
-    padded = shifted(xp, entropies_N, 1, 0.0)
-    rise_N1 = padded - shifted(xp, padded[..., :-1], 1, 0.0)  # H[t - 1] - H[t - 2]
+        return high & (index >= 2)
+    rise = now - before  # H[t - 1] - H[t - 2]
     # Both relative modes force a start at 2: the reference fills the first entry of a shortened
     # vector with True, having nothing to compare it with.
     if config.monotonic:
-        return (index_N1 == 2) | ((rise_N1 > xp.float32(config.threshold)) & (index_N1 >= 3))
-    high_N1 = (now_N1 > xp.float32(config.threshold)) & (rise_N1 > xp.float32(config.threshold_add))
+        return (index == 2) | ((rise > xp.float32(config.threshold)) & (index >= 3))
+    high = high & (rise > xp.float32(config.threshold_add))
     # "And the previous is no start" was evaluated before the starts were filled in, so it only ever
     # blocks the position after the forced one.
-    return (index_N1 == 2) | (high_N1 & (index_N1 >= 4))
+    return (index == 2) | (high & (index >= 4))
 
 
-def space_starts(xp, ids_N):
+def space_ended(xp, last, before):
     """A patch ends with the first space-like byte after one that isn't; specials always end one.
 
     Space-like: all but ASCII letters and digits and UTF-8 continuation bytes; so UTF-8 lead bytes
     are space-like, and specials, whose byte value is negative, too.
     """
-    byte_N = ids_N.astype(xp.int32) - OFFSET
-    word_N = ((byte_N >= 48) & (byte_N <= 57)) | ((byte_N >= 65) & (byte_N <= 90))
-    word_N = word_N | ((byte_N >= 97) & (byte_N <= 122)) | ((byte_N >= 0x80) & (byte_N <= 0xBF))
-    previous_N = shifted(xp, word_N, 1, False)[..., :-1]
-    ends_N = (~word_N & previous_N) | (byte_N < 0)
-    # Position 0 never ends a patch that matters: 1 is a start anyway.
-    return shifted(xp, ends_N, 1, False)
+
+    def is_word(ids):
+        byte = ids.astype(xp.int32) - OFFSET
+        word = ((byte >= 48) & (byte <= 57)) | ((byte >= 65) & (byte <= 90))
+        return word | ((byte >= 97) & (byte <= 122)) | ((byte >= 0x80) & (byte <= 0xBF))
+
+    return (~is_word(last) & is_word(before)) | (last < OFFSET)
 
 
-def split_long(xp, starts_N1, index_N1, longest: int):
-    """Cuts every patch into pieces of `longest` from its left end."""
-    begins_N1 = xp.where(starts_N1, index_N1, 0)
-    if xp is np:
-        begins_N1 = np.maximum.accumulate(begins_N1, axis=-1)
-    else:
-        begins_N1 = jax.lax.cummax(begins_N1, axis=begins_N1.ndim - 1)
-    return starts_N1 | ((index_N1 - begins_N1) % longest == 0)
+def too_long(config: PatchingConfig, index, began):
+    """Cuts every patch into pieces of `max_patch_bytes` from its left end."""
+    return (index - began) % config.max_patch_bytes == 0
 
 
-def inside_character(xp, ids_N):
-    """bool [..., N + 1]: whether the bytes before a position leave a UTF-8 character unfinished.
+def inside_character(xp, past):
+    """Whether the bytes before a position leave a UTF-8 character unfinished.
 
     It looks at nothing from the position on. Where a lead byte's promise is broken, the position
     after the break is no longer inside.
     """
-    byte_N = ids_N.astype(xp.int32) - OFFSET
-    follows_N = (byte_N >= 0x80) & (byte_N <= 0xBF)
-    size_N = 1 + (byte_N >= 0xC2).astype(xp.int32) + (byte_N >= 0xE0) + (byte_N >= 0xF0)
-    size_N = xp.where(byte_N > 0xF4, 1, size_N)
-    inside_N1, unbroken_N1 = False, True
-    for distance in (1, 2, 3):
-        begun_N1 = shifted(xp, size_N, distance, 1) > distance
-        inside_N1 = inside_N1 | (begun_N1 & unbroken_N1)
-        unbroken_N1 = unbroken_N1 & shifted(xp, follows_N, distance, False)
-    return inside_N1
+    inside, unbroken = False, True
+    for distance, ids in enumerate(past, start=1):
+        byte = ids.astype(xp.int32) - OFFSET
+        size = 1 + (byte >= 0xC2).astype(xp.int32) + (byte >= 0xE0) + (byte >= 0xF0)
+        begun = xp.where(byte > 0xF4, 1, size) > distance
+        inside = inside | (begun & unbroken)
+        unbroken = unbroken & (byte >= 0x80) & (byte <= 0xBF)
+    return inside
+
+
+def wait_for_end(starts, inside, waits):
+    """Moves a start inside a character on, three positions at most: there are no more inside one.
+
+    waits: the starts that had waited for 0, 1 and 2 positions already at the position before.
+    """
+    result = (starts | waits[0] | waits[1] | waits[2]) & ~inside
+    return result, (starts & inside, waits[0] & inside, waits[1] & inside)
 
 
 def after_character(xp, starts_N1, inside_N1):
-    """Moves each start inside a character to the character's end."""
-    result_N1, pending_N1 = starts_N1, starts_N1 & inside_N1
-    for _ in range(3):  # a character has at most three positions inside
-        pending_N1 = shifted(xp, pending_N1, 1, False)[..., :-1]
-        result_N1 = result_N1 | pending_N1
-        pending_N1 = pending_N1 & inside_N1
-    return result_N1 & ~inside_N1
+    """`wait_for_end` for all positions: the starts, and what waits at each."""
+    waits = [starts_N1 & inside_N1]
+    before = [shifted(xp, waits[0], 1, False)[..., :-1]]
+    for _ in range(2):
+        waits.append(before[-1] & inside_N1)
+        before.append(shifted(xp, waits[-1], 1, False)[..., :-1])
+    return wait_for_end(starts_N1, inside_N1, before)[0], tuple(waits)
 
 
 def force_starts(starts_N1):
     """The first two positions open patches: of every document (BOS is its own) and every row."""
     xp = jnp if isinstance(starts_N1, jax.Array) else np
-    return starts_N1 | (xp.arange(starts_N1.shape[-1]) < 2)
+    return starts_N1 | xp.broadcast_to(xp.arange(starts_N1.shape[-1]) < 2, starts_N1.shape)
 
 
 def patch_lengths(starts_N1) -> np.ndarray:

@@ -1,95 +1,154 @@
-"""Generation: what is sampled, where it stops, and that it is the model's own next byte."""
+"""The generate command and what it shows; trained models write what the whole model would write."""
+
+import io
+import json
 
 import numpy as np
 import pytest
 
+from bltjax.__main__ import main
 from bltjax.alphabet import EOS, OFFSET, encode
+from bltjax.decoding import Decoder, Held, Piece
+from bltjax.decoding.whole import Predictor
 from bltjax.evaluate import run_patching
 from bltjax.export import load_params
-from bltjax.generate import Predictor, Sampling, generate, sample
+from bltjax.generate import Painter, result_line
 
 
-def scripted(text: bytes):
-    """A predictor that writes `text` and then EOS, whatever the prompt."""
-    ids = encode(text, bos=False)
-
-    def predict(prefix):
-        logits = np.zeros(260, np.float32)
-        logits[ids[len(prefix) - 1]] = 9
-        logits[[0, 1, 3]] = 99  # specials are never sampled
-        return logits
-
-    return predict
-
-
-def written(text, **settings):
-    settings.setdefault("max_bytes", 100)
-    return b"".join(generate(scripted(text), b"", **settings))
-
-
-def test_stops():
-    assert written(b"hello") == b"hello"  # EOS
-    assert written(b"hello", max_bytes=3) == b"hel"
-    assert written(b"hello", max_bytes=0) == b""
-    assert written(b"one. two", stop=b". ") == b"one"
-    assert written(b"aab", stop=b"ab") == b"a"
-    assert written(b"one.two.", stop=b". ") == b"one.two."  # held back, then let go
-
-
-def test_bytes_that_may_begin_the_stop_string_are_held_back():
-    pieces = list(generate(scripted(b"x.\n\ny"), b"", max_bytes=3, stop=b"\n\n"))
-    assert pieces == [b"x", b".", b"\n"]
-
-
-def test_sampling_keeps_what_it_should():
-    logits = np.log(np.array([1e-9] * OFFSET + [0.5, 0.3, 0.15, 0.05] + [1e-12] * 252))
-    random = np.random.default_rng(0)
-
-    def seen(**settings):
-        return {sample(logits, Sampling(1.0, **settings), random) - OFFSET for _ in range(300)}
-
-    assert sample(logits, Sampling(), random) == OFFSET
-    assert seen() == {0, 1, 2, 3}
-    assert seen(top_k=2) == {0, 1}
-    assert seen(top_p=0.79) == {0, 1}
-    assert seen(top_p=0.81) == {0, 1, 2}
-    assert seen(top_p=1e-9) == {0}
-    frozen = {sample(logits, Sampling(0.01), random) - OFFSET for _ in range(100)}
-    assert frozen == {0}
-
-
-def test_eos_may_be_sampled():
-    logits = np.full(260, -9.0)
-    logits[EOS] = 9
-    assert sample(logits, Sampling(), np.random.default_rng(0)) == EOS
-
-
-@pytest.mark.parametrize(
-    ("sampling", "message"),
-    [
-        (Sampling(temperature=-1), "temperature is -1"),
-        (Sampling(top_k=-2), "top_k is -2"),
-        (Sampling(top_p=0), "top_p is 0"),
-    ],
-)
-def test_settings_out_of_range(sampling, message):
-    with pytest.raises(ValueError, match=message):
-        list(generate(scripted(b"x"), b"", max_bytes=1, sampling=sampling))
-
-
-@pytest.mark.parametrize("model", ["byte_lm", "blt"])
-def test_trained_models_write_reproducibly(runs, model):
-    workdir = getattr(runs, model)
+@pytest.fixture(scope="module", params=["byte_lm", "blt"])
+def trained(request, runs):
+    workdir = getattr(runs, request.param)
     config, params, _ = load_params(workdir)
-    predictor = Predictor(config, params, *run_patching(config, workdir))
-    sampling = Sampling(temperature=1.0, seed=3)
-    first, again = (
-        b"".join(generate(predictor, "the \udcff", max_bytes=12, sampling=sampling))
-        for _ in range(2)
-    )
-    assert first == again
-    # Padding to the next bucket must not change a logit.
-    ids = encode(b"the patch begins where the next byte is hard to guess, it is said", eos=False)
-    short, long = predictor(ids[:64]), predictor(np.append(ids[:64], ids[64:65]))
-    assert short.shape == long.shape == (260,)
-    assert np.isfinite(short).all() and abs(short - long).max() > 0
+    model = (config, params, *run_patching(config, workdir))
+    return Decoder(*model), Predictor(*model)
+
+
+def text_of(pieces) -> bytes:
+    return b"".join(piece.text for piece in pieces)
+
+
+def test_trained_models_write_as_the_whole_model(trained):
+    """Greedily, the same bytes up to the first near-tie, with its log-probabilities."""
+    decoder, predictor = trained
+    pieces = list(decoder.generate(["the patch"], max_bytes=40))
+    expected, margins = predictor.greedy("the patch", 40)
+    ties = np.flatnonzero(np.array(margins) < 1e-4)
+    sure = int(ties[0]) if ties.size else len(expected)
+    assert sure > 10 and text_of(pieces)[:sure] == expected[:sure]
+    logits_V = predictor(encode(b"the patch" + expected[:2], eos=False))
+    log_probs = logits_V - np.log(np.exp(logits_V.astype(np.float64)).sum())
+    found = np.concatenate([piece.log_probs for piece in pieces])
+    np.testing.assert_allclose(found[2], log_probs[OFFSET + expected[2]], atol=1e-4)
+
+
+def test_stops(trained):
+    """A stop string ends the text and is no part of it, wherever the host looks in between."""
+    decoder, _ = trained
+    whole = text_of(decoder.generate(["the"], max_bytes=40))
+    stop = whole[9:12]
+    at = whole.index(stop)
+    for chunk in (2, 32):
+        *_, last = pieces = list(
+            decoder.generate(["the"], max_bytes=40, stop=[b"\xff\xfe", stop], chunk=chunk)
+        )
+        assert text_of(pieces) == whole[:at] and last.why == "stop"
+        assert sum(len(piece.log_probs) for piece in pieces) == at
+    *_, last = pieces = list(decoder.generate(["the"], max_bytes=5))
+    assert text_of(pieces) == whole[:5] and last.why == "max_bytes"
+    (nothing,) = decoder.generate(["the"], max_bytes=0)
+    assert nothing.text == b"" and nothing.why == "max_bytes"
+
+
+def test_bytes_that_may_begin_a_stop_string_are_held_back():
+    held = Held([b"\n\n", b"end"])
+
+    def write(text: bytes, why="", eos=False):
+        ids = np.append(encode(text, bos=False, eos=False), [EOS] * eos).astype(np.int32)
+        numbers = np.arange(len(ids), dtype=np.float32)
+        return held.piece(0, ids, [numbers, numbers, numbers > 0], why).text
+
+    assert write(b"x.\n") == b"x." and write(b"y e") == b"\ny " and write(b"nd", "stop") == b""
+    held = Held([b"\n\n"])
+    assert write(b"a\n") == b"a" and write(b"", "max_bytes") == b"\n"
+    held = Held([])
+    assert write(b"a", "eos", eos=True) == b"a"
+
+
+def test_painter():
+    def painted(patches, colour, *texts):
+        out = io.StringIO()
+        painter = Painter(out, patches, colour)
+        painter.prompt("é".encode()[:1])
+        for text in texts:
+            size = len(text)
+            opens = np.arange(size) % 2 == 0
+            painter.piece(Piece(0, text, np.zeros(size), np.full(size, 2.5), opens, ""))
+        painter.close()
+        return out.getvalue()
+
+    rest = "é".encode()[1:]
+    assert painted(False, False, rest + b"ab", b"c") == "éabc\n"
+    assert painted(True, False, rest + b"abc") == "|éa|bc\n"
+    coloured = painted(True, True, rest + "a日\nb".encode())
+    assert "\x1b[38;5;52;48;5;157m日" in coloured and "\x1b[0m\n\x1b[38" in coloured
+    assert coloured.endswith("\x1b[0m\n")
+
+
+def test_prompts_from_jsonl(runs, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"the patch"\n\n{"prompt": "日本"}\n{"prompt": ""}\n')
+    out = tmp_path / "results.jsonl"
+    words = ["generate", f"--workdir={runs.blt}", f"--prompts={prompts}", "--max_bytes=6"]
+    runs.run(*words, f"--out={out}", "--temperature=1", "--valid_utf8")
+    results = [json.loads(line) for line in out.open()]
+    assert [result["prompt"] for result in results] == ["the patch", "日本", ""]
+    for result in results:
+        size = len(result["text"].encode())
+        assert "hex" not in result and (size == 6 or result["why"] == "eos")
+        assert len(result["log_probs"]) == size and max(result["log_probs"]) <= 0
+    assert "latent steps" in capsys.readouterr().err
+
+
+def test_results_that_are_not_utf8():
+    none = np.zeros(0)
+    line = result_line(b"\xff", [Piece(0, b"a\xe6", np.zeros(2), none, none, "eos")])
+    assert json.loads(line) == {
+        "prompt": "\ufffd", "text": "a\ufffd", "why": "eos", "log_probs": [0, 0], "hex": "61e6",
+    }  # fmt: skip
+
+
+def test_show_patches(runs, capsys):
+    words = ["generate", f"--workdir={runs.blt}", "--prompt=the ", "--max_bytes=20"]
+    runs.run(*words, "--show=patches", "--color=always")
+    assert "\x1b[38;5;" in capsys.readouterr().out
+    runs.run(*words, "--show=patches")
+    assert "|" in capsys.readouterr().out
+
+
+def test_bad_input(runs, tmp_path, capsys):
+    def error_of(*words):
+        assert main(["generate", f"--workdir={runs.byte_lm}", *words]) == 1
+        return capsys.readouterr().err
+
+    assert "temperature is -1.0, not >= 0" in error_of("--temperature=-1")
+    assert "top_k is -2" in error_of("--top_k=-2")
+    assert "top_p is 0.0, not in (0, 1]" in error_of("--top_p=0")
+    assert "min_p is 2.0" in error_of("--min_p=2")
+    assert "repetition_penalty is 0.0" in error_of("--repetition_penalty=0")
+    assert "max_bytes is -1" in error_of("--max_bytes=-1")
+    assert "a stop string is empty" in error_of("--stop=")
+    assert "--out is for" in error_of("--out=x")
+    long = ["--prompt=0123456789", "--max_bytes=20", "--context=24"]
+    assert "10 bytes and 20 to write exceed the context of 24 bytes" in error_of(*long)
+    runs.run("generate", f"--workdir={runs.byte_lm}", *long, "--truncate=left")
+    assert "[20 bytes" in capsys.readouterr().err
+    (tmp_path / "bad.jsonl").write_text('"x"\n{"text": 1}\n')
+    assert "bad.jsonl, line 2" in error_of(f"--prompts={tmp_path / 'bad.jsonl'}")
+    (tmp_path / "none.jsonl").write_text("\n")
+    assert "has no prompts" in error_of(f"--prompts={tmp_path / 'none.jsonl'}")
+
+
+def test_entropy_patches_need_a_byte_lm(runs):
+    config, params, _ = load_params(runs.blt)
+    with pytest.raises(ValueError, match="needs a byte LM"):
+        Decoder(config, params, config.patching, None)

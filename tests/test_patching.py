@@ -15,7 +15,14 @@ from bltjax.alphabet import OFFSET, encode
 from bltjax.config import PatchingConfig
 from bltjax.data.packing import Packer, cut, pack_exact
 from bltjax.data.records import Document
-from bltjax.patching import force_starts, patch_lengths, patch_starts
+from bltjax.patching import (
+    cursor_at,
+    force_starts,
+    next_starts,
+    patch_lengths,
+    patch_starts,
+    trace_starts,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 H = [0, 5, 9, 13, 17, 3, 9, 9]
@@ -175,6 +182,27 @@ def test_numpy_equals_jax(config):
     )
     assert (np.asarray(found) == expected).all()
     assert (patch_starts(config, ids[1], entropies[1]) == expected[1]).all()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_one_position_at_a_time(config):
+    """Rows that go on from any position, each at its own, get the starts of the whole text."""
+    random = np.random.default_rng(0)
+    pieces = ["日本", "é", "🥓", "ab ", "1.", "x"]
+    texts = ["".join(random.choice(pieces, 30)).encode() for _ in range(3)] + [random.bytes(60)]
+    ids = np.stack([encode(text)[:30] for text in texts])
+    entropies = random.uniform(0, 6, ids.shape).astype(np.float32)
+    whole = patch_starts(config, ids, entropies)
+    trace = jax.jit(lambda i, e: trace_starts(config, i, e))(ids, entropies)
+    step = jax.jit(lambda cursor, past, e: next_starts(config, cursor, past, e))
+    rows, at = np.arange(4), np.array([1, 2, 3, 11])
+    cursor = jax.tree.map(jnp.asarray, cursor_at(trace, jnp.asarray(entropies), jnp.asarray(at)))
+    padded = np.pad(ids, ((0, 0), (3, 0)))
+    for _ in range(18):
+        past = np.stack([padded[row, end + 1 : end + 4] for row, end in zip(rows, at, strict=True)])
+        starts, cursor = step(cursor, past, entropies[rows, at])
+        at = at + 1
+        assert (starts == whole[rows, at]).all() and (cursor.index_B == at).all()
 
 
 WHOLE = [

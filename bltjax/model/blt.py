@@ -19,21 +19,27 @@ class BLT(nn.Module):
     row_patches: int  # P, static: rows with more patches than this are not allowed
     dtype: jnp.dtype = jnp.float32
     implementation: str | None = None
+    scanned: bool = True  # False: the latent layers are a loop with parameters apart (`unscanned`)
 
     @nn.compact
     def __call__(self, bytes_BN, documents_BN, starts_BN1):
         """Logits, float32 [B, N, V], of the byte after each byte, and the intermediates."""
         parts = (self.config, self.dtype, self.implementation)
         patches = row_patches(documents_BN, starts_BN1, self.row_patches, self.config.local.window)
-        embeds_BNE, states_BNE, slots_BSE = LocalEncoder(*parts, name="encoder")(
+        embeds_BNE, states, slots_BSE, encoder_kept = LocalEncoder(*parts, name="encoder")(
             bytes_BN, documents_BN, patches, self.row_patches
         )
-        latent_BPD = LatentTransformer(*parts, name="latent")(slots_BSE, patches.latent_ranges)
-        logits_BNV = LocalDecoder(*parts, name="decoder")(states_BNE, latent_BPD, patches)
+        latent = LatentTransformer(*parts, self.row_patches, self.scanned, name="latent")
+        latent_BPD, latent_kept = latent(slots_BSE, patches.latent_ranges)
+        decoder = LocalDecoder(*parts, name="decoder")
+        logits_BNV, decoder_kept = decoder(states[-1], latent_BPD, patches)
         return logits_BNV, {
             "embeds_BNE": embeds_BNE,
-            "states_BNE": states_BNE,
+            "layer_states": states,
+            "states_BNE": states[-1],
             "slots_BSE": slots_BSE,
             "latent_BPD": latent_BPD,
             "patches": patches,
+            # Keys, not rotated, and values of every self-attention: what a decoder goes on from.
+            "kept": {"encoder": encoder_kept, "latent": latent_kept, "decoder": decoder_kept},
         }

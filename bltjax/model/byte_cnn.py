@@ -81,14 +81,13 @@ def entropy_table(config: ByteCNNConfig, params) -> np.ndarray:
     return np.concatenate(table).reshape((VOCABULARY,) * config.context)
 
 
-def table_entropies(table: np.ndarray, ids_N: np.ndarray, documents_N: np.ndarray) -> np.ndarray:
-    """float32 [N]: the entropy after each position, looked up."""
+def table_entropies(table, ids_N, documents_N):
+    """float32 [..., N]: the entropy after each position, looked up; documents count from 1."""
+    xp = jnp if isinstance(ids_N, jax.Array) else np
     index = []
     for distance in reversed(range(table.ndim)):
-        past_N = np.full(len(ids_N), BOE)
-        kept = len(ids_N) - distance
-        if kept > 0:
-            same_N = documents_N[distance:] == documents_N[:kept]
-            past_N[distance:] = np.where(same_N, ids_N[:kept], BOE)
-        index.append(past_N)
+        before = [(0, 0)] * (ids_N.ndim - 1) + [(distance, 0)]
+        past_N = xp.pad(ids_N, before)[..., : ids_N.shape[-1]]
+        same_N = xp.pad(documents_N, before)[..., : ids_N.shape[-1]] == documents_N
+        index.append(xp.where(same_N, past_N, BOE))
     return table[tuple(index)]

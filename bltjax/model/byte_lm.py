@@ -14,6 +14,7 @@ from flax import linen as nn
 from bltjax.alphabet import VOCABULARY
 from bltjax.attention import Sliding
 from bltjax.config import ByteLMConfig
+from bltjax.model.cache import Places
 from bltjax.model.layers import Block, BlockSize, project, rms_norm, truncated_normal
 from bltjax.patches import Ranges, document_begins, index_like, window_ranges
 
@@ -52,35 +53,45 @@ class ByteLM(nn.Module):
     dtype: jnp.dtype = jnp.float32
     implementation: str | None = None
 
-    @nn.compact
-    def __call__(self, bytes_BN, documents_BN, carry: Carry | None = None):
-        """Logits, float32 [B, N, V], of the byte after each byte, and the carry (None for None)."""
+    def setup(self):
         config = self.config
         E = config.width
         size = BlockSize(
             E, config.heads, config.heads, config.hidden, config.norm_eps, config.rope_theta
         )
+        self.bytes_VE = self.param("bytes_VE", truncated_normal(E), (VOCABULARY, E))
+        block = nn.remat(Block) if config.remat else Block
+        parts = (size, Sliding(config.window), self.dtype, self.implementation)
+        self.blocks = [block(*parts, name=f"block_{layer}") for layer in range(config.layers)]
+        self.norm_E = self.param("norm_E", nn.initializers.ones, (E,))
+        self.head_EV = self.param("head_EV", truncated_normal(E), (E, VOCABULARY))
+
+    def stack(self, bytes_BN, ranges: Ranges | Places, past):
+        """Logits, float32 [B, N, V], and what each block returned of its keys and values."""
+        x_BNE = self.bytes_VE[bytes_BN].astype(self.dtype)
+        layers = []
+        for block, before in zip(self.blocks, past, strict=True):
+            x_BNE, kept = block(x_BNE, ranges, before)
+            layers.append(kept)
+        x_BNE = rms_norm(x_BNE, self.norm_E, self.config.norm_eps)
+        logits_BNV = project(x_BNE, self.head_EV.astype(self.dtype)).astype(jnp.float32)
+        return logits_BNV, tuple(layers)
+
+    def __call__(self, bytes_BN, documents_BN, carry: Carry | None = None):
+        """Logits, float32 [B, N, V], of the byte after each byte, and the carry; without one, the
+        keys (before rotation) and values of all positions."""
+        config = self.config
         if carry is None:
             ranges, past = window_ranges(documents_BN, config.window), (None,) * config.layers
-        else:
-            documents_BT = jnp.concatenate([carry.documents_BT, documents_BN], axis=1)
-            ranges = carried_ranges(documents_BT, config.window - 1, config.window)
-            past = carry.layers
-        bytes_VE = self.param("bytes_VE", truncated_normal(E), (VOCABULARY, E))
-        x_BNE = bytes_VE[bytes_BN].astype(self.dtype)
-        layers = []
-        block = nn.remat(Block) if config.remat else Block
-        for layer in range(config.layers):
-            x_BNE, kept = block(
-                size, Sliding(config.window), self.dtype, self.implementation, name=f"block_{layer}"
-            )(x_BNE, ranges, past[layer])
-            layers.append(kept)
-        if carry is not None:
-            carry = Carry(tuple(layers), documents_BT[:, documents_BN.shape[1] :])
-        norm_E = self.param("norm_E", nn.initializers.ones, (E,))
-        head_EV = self.param("head_EV", truncated_normal(E), (E, VOCABULARY)).astype(self.dtype)
-        x_BNE = rms_norm(x_BNE, norm_E, config.norm_eps)
-        return project(x_BNE, head_EV).astype(jnp.float32), carry
+            return self.stack(bytes_BN, ranges, past)
+        documents_BT = jnp.concatenate([carry.documents_BT, documents_BN], axis=1)
+        ranges = carried_ranges(documents_BT, config.window - 1, config.window)
+        logits_BNV, layers = self.stack(bytes_BN, ranges, carry.layers)
+        return logits_BNV, Carry(layers, documents_BT[:, documents_BN.shape[1] :])
+
+    def step(self, bytes_BQ, places: Places, caches):
+        """Logits [B, Q, V] of new bytes, and the caches with them."""
+        return self.stack(bytes_BQ, places, caches)
 
 
 def entropies_of(logits_BNV):

@@ -8,8 +8,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bltjax.attention import Pattern, range_attention
+from bltjax.model.cache import Cache, cached_attention
 from bltjax.model.layers import project, rms_norm, truncated_normal
 from bltjax.patches import Ranges
+
+
+def attending_layers(which: str, layers: int) -> tuple[int, ...]:
+    """The layers that `cross.encoder` or `cross.decoder` names."""
+    every = tuple(range(layers))
+    return {"none": (), "first": every[:1], "last": every[-1:], "all": every}[which]
 
 
 class CrossAttention(nn.Module):
@@ -22,27 +29,42 @@ class CrossAttention(nn.Module):
     dtype: jnp.dtype
     implementation: str | None
 
-    @nn.compact
-    def __call__(self, x_BQE, source_BTE, ranges: Ranges):
+    def setup(self):
         E, G = self.width, self.heads
         C = E // G
+        self.norm_q_E = self.param("norm_q_E", nn.initializers.ones, (E,))
+        self.norm_kv_E = self.param("norm_kv_E", nn.initializers.ones, (E,))
+        self.q_EGC = self.param("q_EGC", truncated_normal(E), (E, G, C))
+        self.k_EGC = self.param("k_EGC", truncated_normal(E), (E, G, C))
+        self.v_EGC = self.param("v_EGC", truncated_normal(E), (E, G, C))
+        self.o_GCE = self.param("o_GCE", truncated_normal(E), (G, C, E))
 
-        def norm(name, x):
-            scale_E = self.param(name, nn.initializers.ones, (E,))
-            return rms_norm(x, scale_E, self.norm_eps)
+    def source(self, source_BTE):
+        """Keys and values, [B, T, G, C] each."""
+        y_BTE = rms_norm(source_BTE, self.norm_kv_E, self.norm_eps)
+        k_EGC, v_EGC = self.k_EGC.astype(self.dtype), self.v_EGC.astype(self.dtype)
+        return project(y_BTE, k_EGC), project(y_BTE, v_EGC)
 
-        def weight(name, shape):
-            return self.param(name, truncated_normal(E), shape).astype(self.dtype)
+    def queries(self, x_BQE):
+        y_BQE = rms_norm(x_BQE, self.norm_q_E, self.norm_eps)
+        return project(y_BQE, self.q_EGC.astype(self.dtype))
 
-        queries_BQE, keys_BTE = norm("norm_q_E", x_BQE), norm("norm_kv_E", source_BTE)
+    def added(self, x_BQE, out_BQGC):
+        return 2 * x_BQE + project(out_BQGC, self.o_GCE.astype(self.dtype), axes=2)
+
+    def __call__(self, x_BQE, source_BTE, ranges: Ranges):
+        k_BTGC, v_BTGC = self.source(source_BTE)
         out_BQGC = range_attention(
-            project(queries_BQE, weight("q_EGC", (E, G, C))),
-            project(keys_BTE, weight("k_EGC", (E, G, C))),
-            project(keys_BTE, weight("v_EGC", (E, G, C))),
+            self.queries(x_BQE),
+            k_BTGC,
+            v_BTGC,
             ranges.start_BQ,
             ranges.end_BQ,
             pattern=self.pattern,
             implementation=self.implementation,
         )
-        out_BQE = project(out_BQGC, weight("o_GCE", (G, C, E)), axes=2)
-        return 2 * x_BQE + out_BQE
+        return self.added(x_BQE, out_BQGC)
+
+    def step(self, x_BQE, sources: Cache, seen_BQT):
+        """The same over keys and values that `source` gave and a decoder kept."""
+        return self.added(x_BQE, cached_attention(self.queries(x_BQE), sources, seen_BQT))

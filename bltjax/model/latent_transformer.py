@@ -10,8 +10,10 @@ from flax import linen as nn
 
 from bltjax.attention import Sliding
 from bltjax.config import BLTConfig
+from bltjax.model.cache import Places
 from bltjax.model.layers import Block, BlockSize, project, truncated_normal
 from bltjax.patches import Ranges
+from bltjax.rotary import rotary_angles
 
 
 def block_size(latent) -> BlockSize:
@@ -32,32 +34,73 @@ class LatentTransformer(nn.Module):
     config: BLTConfig
     dtype: jnp.dtype
     implementation: str | None
+    span: int  # P: a patch sees at most so many
+    scanned: bool = True  # False: a plain loop over layers whose parameters are apart
 
-    @nn.compact
-    def __call__(self, slots_BSE, ranges: Ranges):
-        """Latent states [B, P, D] of slots [B, P * K, E]."""
-        latent, K = self.config.latent, self.config.cross.slots
-        rows, slots, E = slots_BSE.shape
-        x_BPD = slots_BSE.reshape(rows, slots // K, K * E)
+    def setup(self):
+        latent, K, E = self.config.latent, self.config.cross.slots, self.config.local.width
         if latent.width != K * E:
-            shape, fan_in = (K, E, latent.width), K * E
-            widen_KED = self.param("widen_KED", truncated_normal(fan_in), shape)
-            x_BPD = project(
-                slots_BSE.reshape(rows, slots // K, K, E), widen_KED.astype(self.dtype), axes=2
-            )
+            shape = (K, E, latent.width)
+            self.widen_KED = self.param("widen_KED", truncated_normal(K * E), shape)
+        size, parts = block_size(latent), (Sliding(self.span), self.dtype, self.implementation)
         block = nn.remat(Block, prevent_cse=False) if latent.remat else Block
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=latent.layers,
-        )(
-            block_size(latent),
-            Sliding(x_BPD.shape[1]),
-            self.dtype,
-            self.implementation,
-            name="blocks",
+        if self.scanned:
+            self.blocks = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=latent.layers,
+            )(size, *parts, name="blocks")
+        else:
+            size = size._replace(stacked="")
+            self.blocks = [Block(size, *parts, name=f"block_{i}") for i in range(latent.layers)]
+
+    def widened(self, slots_BSE):
+        """Slots of each patch side by side, [B, P, D]."""
+        K, E, D = self.config.cross.slots, self.config.local.width, self.config.latent.width
+        slots_BPKE = slots_BSE.reshape(slots_BSE.shape[0], -1, K, E)
+        if D == K * E:
+            return slots_BPKE.reshape(*slots_BPKE.shape[:2], D)
+        return project(slots_BPKE, self.widen_KED.astype(self.dtype), axes=2)
+
+    def __call__(self, slots_BSE, ranges: Ranges):
+        """Latent states [B, P, D] of slots [B, P * K, E], and the keys and values of each layer:
+        a list, or stacked if the layers are scanned."""
+        x_BPD, ranges = self.widened(slots_BSE), jax.tree.map(jax.lax.stop_gradient, ranges)
+        if self.scanned:
+            return self.blocks(x_BPD, ranges)
+        kept = []
+        for block in self.blocks:
+            x_BPD, keys_values = block(x_BPD, ranges)
+            kept.append(keys_values)
+        return x_BPD, kept
+
+    def step(self, slots_BSE, index_BP, caches):
+        """Latent states [B, P, D] of patches `index`, and the caches with them (`scanned` False).
+
+        Patches lie in the caches in order, each row's from slot 0 on; the text is one document.
+        """
+        size, slots = block_size(self.config.latent), caches[0].k_BJTC.shape[2]
+        seen_BPT = jnp.arange(slots)[None, None] <= index_BP[..., None]
+        places = Places(
+            jnp.minimum(index_BP, slots - 1),
+            seen_BPT,
+            rotary_angles(index_BP, size.channels, size.rope_theta, size.rope_scaling),
         )
-        x_BPD, _ = stack(x_BPD, jax.tree.map(jax.lax.stop_gradient, ranges))
-        return x_BPD
+        x_BPD, kept = self.widened(slots_BSE), []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x_BPD, cache = block(x_BPD, places, cache)
+            kept.append(cache)
+        return x_BPD, tuple(kept)
+
+
+def unscanned(latent_params) -> dict:
+    """Parameters of a scanned stack as those of a loop: `blocks/q_LDHC` -> `block_0/q_DHC`, ..."""
+    stacked = latent_params["blocks"]
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    layers = {
+        f"block_{i}": {name.replace("_L", "_"): x[i] for name, x in stacked.items()}
+        for i in range(count)
+    }
+    return {name: x for name, x in latent_params.items() if name != "blocks"} | layers

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from bltjax.attention import Pattern, range_attention
 from bltjax.config import RopeScalingConfig
+from bltjax.model.cache import Cache, Places, cached_attention, written
 from bltjax.patches import Ranges
 from bltjax.rotary import rotary_angles, rotate
 
@@ -65,6 +66,8 @@ class Block(nn.Module):
 
     `past`, if given, is (k, v) of the keys before x's own, not yet rotated; `ranges` then counts
     from the oldest of them, and the block returns the newest of all keys, as many as came in.
+    Without it the block returns x's own. With a `Cache` instead, and `Places` for ranges, x's keys
+    go into the cache, which x sees and which is returned.
     """
 
     size: BlockSize
@@ -73,7 +76,7 @@ class Block(nn.Module):
     implementation: str | None
 
     @nn.compact
-    def __call__(self, x_BQD, ranges: Ranges, past=None):
+    def __call__(self, x_BQD, ranges: Ranges | Places, past=None):
         size, C = self.size, self.size.channels
         D, H, J = size.letters
         L = size.stacked
@@ -90,22 +93,27 @@ class Block(nn.Module):
         q = project(y, weight(f"q_{L}{D}{H}C", (width, heads, C), width))
         k = project(y, weight(f"k_{L}{D}{J}C", (width, shared, C), width))
         v = project(y, weight(f"v_{L}{D}{J}C", (width, shared, C), width))
-        if past is not None:
-            kept = past[0].shape[1]
-            k = jnp.concatenate([past[0], k], axis=1)
-            v = jnp.concatenate([past[1], v], axis=1)
-            past = (k[:, k.shape[1] - kept :], v[:, v.shape[1] - kept :])
-        cos, sin = rotary_angles(ranges.position_BT, C, size.rope_theta, size.rope_scaling)
-        own = q.shape[1]
-        out = range_attention(
-            rotate(q, (cos[:, -own:], sin[:, -own:])),
-            rotate(k, (cos, sin)),
-            v,
-            ranges.start_BQ,
-            ranges.end_BQ,
-            pattern=self.pattern,
-            implementation=self.implementation,
-        )
+        if isinstance(past, Cache):
+            kept = written(past, rotate(k, ranges.angles), v, ranges.slot_BQ)
+            out = cached_attention(rotate(q, ranges.angles), kept, ranges.seen_BQT)
+        else:
+            kept = (k, v)
+            if past is not None:
+                count = past[0].shape[1]
+                k = jnp.concatenate([past[0], k], axis=1)
+                v = jnp.concatenate([past[1], v], axis=1)
+                kept = (k[:, k.shape[1] - count :], v[:, v.shape[1] - count :])
+            cos, sin = rotary_angles(ranges.position_BT, C, size.rope_theta, size.rope_scaling)
+            own = q.shape[1]
+            out = range_attention(
+                rotate(q, (cos[:, -own:], sin[:, -own:])),
+                rotate(k, (cos, sin)),
+                v,
+                ranges.start_BQ,
+                ranges.end_BQ,
+                pattern=self.pattern,
+                implementation=self.implementation,
+            )
         o = weight(f"o_{L}{H}C{D}", (heads, C, width), width)
         x_BQD = x_BQD + project(out, o, axes=2)
 
@@ -113,4 +121,4 @@ class Block(nn.Module):
         gate = project(y, weight(f"gate_{L}{D}F", (width, size.hidden), width))
         up = project(y, weight(f"up_{L}{D}F", (width, size.hidden), width))
         down = weight(f"down_{L}F{D}", (size.hidden, width), size.hidden)
-        return x_BQD + project(nn.silu(gate) * up, down), past
+        return x_BQD + project(nn.silu(gate) * up, down), kept

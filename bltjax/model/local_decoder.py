@@ -10,7 +10,8 @@ from flax import linen as nn
 from bltjax.alphabet import VOCABULARY
 from bltjax.attention import Reading, Sliding
 from bltjax.config import BLTConfig
-from bltjax.model.cross_attention import CrossAttention
+from bltjax.model.cache import Cache, Places
+from bltjax.model.cross_attention import CrossAttention, attending_layers
 from bltjax.model.layers import Block, project, rms_norm, truncated_normal
 from bltjax.model.local_encoder import block_size
 from bltjax.patches import Patches, slot_ranges
@@ -21,43 +22,89 @@ class LocalDecoder(nn.Module):
     dtype: jnp.dtype
     implementation: str | None
 
-    @nn.compact
-    def __call__(self, x_BNE, latent_BPD, patches: Patches):
-        """Logits, float32 [B, N, V], of encoder states [B, N, E] and latent states [B, P, D]."""
+    def setup(self):
         local, cross = self.config.local, self.config.cross
-        E, K, D = local.width, cross.slots, latent_BPD.shape[-1]
-        rows, slots = latent_BPD.shape[0], latent_BPD.shape[1] * K
+        E, K, D = local.width, cross.slots, self.config.latent.width
         if cross.decoder == "none":
             # Without cross-attention each byte adds what it reads, once, before the layers.
-            narrow_DE = self.param("narrow_DE", truncated_normal(D), (D, E)).astype(self.dtype)
-            read_BN1 = patches.read_ranges.start_BQ[..., None]
-            read_BN1 = jnp.minimum(read_BN1, latent_BPD.shape[1] - 1)
-            x_BNE += jnp.take_along_axis(project(latent_BPD, narrow_DE), read_BN1, axis=1)
+            self.narrow_DE = self.param("narrow_DE", truncated_normal(D), (D, E))
         else:
-            narrow_DKE = self.param("narrow_DKE", truncated_normal(D), (D, K, E))
-            source_BSE = project(latent_BPD, narrow_DKE.astype(self.dtype))
-            source_BSE = source_BSE.reshape(rows, slots, E)
-        ranges = slot_ranges(patches.read_ranges, K, queries=False)
+            self.narrow_DKE = self.param("narrow_DKE", truncated_normal(D), (D, K, E))
         block = nn.remat(Block) if local.remat else Block
-        for layer in range(local.decoder_layers):
-            if cross.decoder == "all" or (cross.decoder == "first" and layer == 0):
-                x_BNE = CrossAttention(
-                    E,
-                    cross.heads,
-                    local.norm_eps,
-                    Reading(K),
-                    self.dtype,
-                    self.implementation,
-                    name=f"cross_{layer}",
-                )(x_BNE, source_BSE, ranges)
-            x_BNE, _ = block(
+        self.blocks = [
+            block(
                 block_size(local, local.hidden),
                 Sliding(local.window),
                 self.dtype,
                 self.implementation,
                 name=f"block_{layer}",
-            )(x_BNE, patches.bytes_ranges)
-        norm_E = self.param("norm_E", nn.initializers.ones, (E,))
-        head_EV = self.param("head_EV", truncated_normal(E), (E, VOCABULARY)).astype(self.dtype)
-        x_BNE = rms_norm(x_BNE, norm_E, local.norm_eps)
-        return project(x_BNE, head_EV).astype(jnp.float32)
+            )
+            for layer in range(local.decoder_layers)
+        ]
+        self.crosses = [
+            CrossAttention(
+                E,
+                cross.heads,
+                local.norm_eps,
+                Reading(K),
+                self.dtype,
+                self.implementation,
+                name=f"cross_{layer}",
+            )
+            for layer in attending_layers(cross.decoder, local.decoder_layers)
+        ]
+        self.norm_E = self.param("norm_E", nn.initializers.ones, (E,))
+        self.head_EV = self.param("head_EV", truncated_normal(E), (E, VOCABULARY))
+
+    def narrowed(self, latent_BPD):
+        """What bytes read: slots [B, P * K, E], or [B, P, E] without cross-attention."""
+        if not self.crosses:
+            return project(latent_BPD, self.narrow_DE.astype(self.dtype))
+        source_BPKE = project(latent_BPD, self.narrow_DKE.astype(self.dtype))
+        return source_BPKE.reshape(latent_BPD.shape[0], -1, self.config.local.width)
+
+    def logits(self, x_BNE):
+        x_BNE = rms_norm(x_BNE, self.norm_E, self.config.local.norm_eps)
+        return project(x_BNE, self.head_EV.astype(self.dtype)).astype(jnp.float32)
+
+    def __call__(self, x_BNE, latent_BPD, patches: Patches):
+        """Logits, float32 [B, N, V], of encoder states [B, N, E] and latent states [B, P, D], and
+        the keys and values of each layer."""
+        source = self.narrowed(latent_BPD)
+        if not self.crosses:
+            read_BN1 = patches.read_ranges.start_BQ[..., None]
+            read_BN1 = jnp.minimum(read_BN1, latent_BPD.shape[1] - 1)
+            x_BNE += jnp.take_along_axis(source, read_BN1, axis=1)
+        ranges = slot_ranges(patches.read_ranges, self.config.cross.slots, queries=False)
+        kept = []
+        for layer, block in enumerate(self.blocks):
+            if layer < len(self.crosses):
+                x_BNE = self.crosses[layer](x_BNE, source, ranges)
+            x_BNE, keys_values = block(x_BNE, patches.bytes_ranges)
+            kept.append(keys_values)
+        return self.logits(x_BNE), kept
+
+    def sources(self, latent_BPD):
+        """What bytes that read these patches need: for each cross-attention a `Cache` of slots; or
+        [B, P, E] without any."""
+        source = self.narrowed(latent_BPD)
+        if not self.crosses:
+            return source
+        keys_values = (cross.source(source) for cross in self.crosses)
+        return tuple(Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in keys_values)
+
+    def step(self, x_BQE, sources, reads_BQ, places: Places, caches):
+        """Logits [B, Q, V] of new bytes, each of which reads one of the patches in `sources`, and
+        the caches with them."""
+        if not self.crosses:
+            x_BQE += jnp.take_along_axis(sources, reads_BQ[..., None], axis=1)
+        else:
+            slot_11T = jnp.arange(sources[0].k_BJTC.shape[2])[None, None]
+            seen_BQT = slot_11T // self.config.cross.slots == reads_BQ[..., None]
+        kept = []
+        for layer, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
+            if layer < len(self.crosses):
+                x_BQE = self.crosses[layer].step(x_BQE, sources[layer], seen_BQT)
+            x_BQE, cache = block(x_BQE, places, cache)
+            kept.append(cache)
+        return self.logits(x_BQE), tuple(kept)

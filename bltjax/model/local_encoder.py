@@ -15,7 +15,8 @@ from flax import linen as nn
 from bltjax.alphabet import VOCABULARY
 from bltjax.attention import Pooling, Sliding
 from bltjax.config import BLTConfig, HashConfig, LocalConfig
-from bltjax.model.cross_attention import CrossAttention
+from bltjax.model.cache import Places
+from bltjax.model.cross_attention import CrossAttention, attending_layers
 from bltjax.model.layers import Block, BlockSize, project, truncated_normal
 from bltjax.ngram_hash import hash_ids
 from bltjax.patches import Patches, document_begins, pool_max, slot_ranges
@@ -71,47 +72,120 @@ class LocalEncoder(nn.Module):
     dtype: jnp.dtype
     implementation: str | None
 
-    @nn.compact
-    def __call__(self, bytes_BN, documents_BN, patches: Patches, patch_slots: int):
-        """Embeddings [B, N, E], byte states [B, N, E] and slots [B, P * K, E]."""
+    def setup(self):
         local, cross, hashed = self.config.local, self.config.cross, self.config.hash
-        E, K, P = local.width, cross.slots, patch_slots
-        rows = bytes_BN.shape[0]
-        bytes_VE = self.param("bytes_VE", truncated_normal(E), (VOCABULARY, E))
-        embeds_BNE = bytes_VE[bytes_BN].astype(jnp.float32)
+        E, K = local.width, cross.slots
+        self.bytes_VE = self.param("bytes_VE", truncated_normal(E), (VOCABULARY, E))
         if hashed.tables:
-            tables_RME = self.param(
+            self.ngrams_RME = self.param(
                 "ngrams_RME", hash_tables(hashed, E), (hashed.tables, hashed.stored_rows, E)
             )
-            ids_RBN = hash_ids(hashed, bytes_BN, document_begins(documents_BN))
-            embeds_BNE += looked_up(tables_RME, ids_RBN)
-        x_BNE = embeds_BNE = embeds_BNE.astype(self.dtype)
-
-        pool_EKE = self.param("pool_EKE", truncated_normal(E), (E, K, E)).astype(self.dtype)
-        ranges = slot_ranges(patches.pool_ranges, K, queries=True)
-        slots_BSE = None
+        self.pool_EKE = self.param("pool_EKE", truncated_normal(E), (E, K, E))
         block = nn.remat(Block) if local.remat else Block
-        for layer in range(local.encoder_layers):
-            x_BNE, _ = block(
+        self.blocks = [
+            block(
                 block_size(local, local.encoder_hidden or local.hidden),
                 Sliding(local.window),
                 self.dtype,
                 self.implementation,
                 name=f"block_{layer}",
-            )(x_BNE, patches.bytes_ranges)
-            last = layer == local.encoder_layers - 1
-            attends = cross.encoder == "all" or (cross.encoder == "last" and last)
-            if (slots_BSE is None or cross.repools) and (attends or last):
-                pooled_BPE = pool_max(x_BNE, patches.patch_of_BN, P)
-                slots_BSE = project(pooled_BPE, pool_EKE).reshape(rows, P * K, E)
-            if attends:
-                slots_BSE = CrossAttention(
-                    E,
-                    cross.heads,
-                    local.norm_eps,
-                    Pooling(K),
-                    self.dtype,
-                    self.implementation,
-                    name=f"cross_{layer if cross.encoder == 'all' else 0}",
-                )(slots_BSE, x_BNE, ranges)
-        return embeds_BNE, x_BNE, slots_BSE
+            )
+            for layer in range(local.encoder_layers)
+        ]
+        self.crosses = [
+            CrossAttention(
+                E,
+                cross.heads,
+                local.norm_eps,
+                Pooling(K),
+                self.dtype,
+                self.implementation,
+                name=f"cross_{place}",
+            )
+            for place in range(len(self.attending))
+        ]
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """Layers after which slots attend to the bytes of their patch."""
+        return attending_layers(self.config.cross.encoder, self.config.local.encoder_layers)
+
+    @property
+    def pooling(self) -> tuple[int, ...]:
+        """Layers after which the states of a patch's bytes are pooled."""
+        if self.config.cross.repools:
+            return self.attending or (self.config.local.encoder_layers - 1,)
+        return self.attending[:1] or (self.config.local.encoder_layers - 1,)
+
+    def embedded(self, bytes_BN, ids_RBN):
+        embeds_BNE = self.bytes_VE[bytes_BN].astype(jnp.float32)
+        if self.config.hash.tables:
+            embeds_BNE += looked_up(self.ngrams_RME, ids_RBN)
+        return embeds_BNE.astype(self.dtype)
+
+    def queries(self, pooled_BPE):
+        """Slots [B, P * K, E] before any cross-attention."""
+        rows, patches, E = pooled_BPE.shape
+        slots_BPKE = project(pooled_BPE, self.pool_EKE.astype(self.dtype))
+        return slots_BPKE.reshape(rows, patches * self.config.cross.slots, E)
+
+    def __call__(self, bytes_BN, documents_BN, patches: Patches, patch_slots: int):
+        """Embeddings [B, N, E], states after each layer [B, N, E], slots [B, P * K, E], and the
+        keys and values of each layer."""
+        hashed, ids_RBN = self.config.hash, None
+        if hashed.tables:
+            ids_RBN = hash_ids(hashed, bytes_BN, document_begins(documents_BN))
+        x_BNE = embeds_BNE = self.embedded(bytes_BN, ids_RBN)
+        ranges = slot_ranges(patches.pool_ranges, self.config.cross.slots, queries=True)
+        crosses = dict(zip(self.attending, self.crosses, strict=True))
+        states, kept = [], []
+        for layer, block in enumerate(self.blocks):
+            x_BNE, keys_values = block(x_BNE, patches.bytes_ranges)
+            states.append(x_BNE)
+            kept.append(keys_values)
+            if layer in self.pooling:
+                slots_BSE = self.queries(pool_max(x_BNE, patches.patch_of_BN, patch_slots))
+            if layer in crosses:
+                slots_BSE = crosses[layer](slots_BSE, x_BNE, ranges)
+        return embeds_BNE, states, slots_BSE, kept
+
+    def step(self, past_BT, places: Places, caches):
+        """States after each layer [B, Q, E] of the newest bytes, and the caches with them.
+
+        past_BT: ids up to the newest, at least as many before the Q as n-grams are long.
+        """
+        hashed, ids_RBQ = self.config.hash, None
+        queries = places.slot_BQ.shape[1]
+        if hashed.tables:
+            ids_RBQ = hash_ids(hashed, past_BT)[:, :, -queries:]
+        x_BQE = self.embedded(past_BT[:, -queries:], ids_RBQ)
+        states, kept = [], []
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x_BQE, cache = block(x_BQE, places, cache)
+            states.append(x_BQE)
+            kept.append(cache)
+        return states, tuple(kept)
+
+    def offered(self, states):
+        """What a patch needs of its bytes when it closes: for each pooling layer the states, for
+        each attending one keys and values [B, N, G, C]."""
+        crosses = zip(self.attending, self.crosses, strict=True)
+        pooled = tuple(states[layer] for layer in self.pooling)
+        return pooled, tuple(cross.source(states[layer]) for layer, cross in crosses)
+
+    def closed(self, pooled, sources, seen_BPT):
+        """Slots [B, P * K, E] of patches, from what their bytes offered.
+
+        pooled: for each pooling layer the maximum over the patch's bytes, [B, P, E]. sources: for
+        each attending layer a `Cache` of bytes, of which each patch sees its own.
+        """
+        seen_BST = jnp.repeat(seen_BPT, self.config.cross.slots, axis=1)
+        pooled = dict(zip(self.pooling, pooled, strict=True))
+        steps = dict(zip(self.attending, zip(self.crosses, sources, strict=True), strict=True))
+        for layer in range(self.config.local.encoder_layers):
+            if layer in pooled:
+                slots_BSE = self.queries(pooled[layer])
+            if layer in steps:
+                cross, source = steps[layer]
+                slots_BSE = cross.step(slots_BSE, source, seen_BST)
+        return slots_BSE

@@ -1,0 +1,295 @@
+"""Writing text: exact, cached, with one latent step per patch, on the device from byte to byte.
+
+`Decoder` is the door. It runs prompts in one pass, padded to a few lengths so that few programs are
+compiled, then the loop of `loop.py`, which comes back with what it wrote every few bytes, or when a
+buffer is full; then the buffer is doubled and the loop goes on. Rows that have ended leave the
+batch when at least half of them have.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bltjax.alphabet import EOS, OFFSET, VOCABULARY, as_bytes, encode
+from bltjax.config import BLTConfig, ByteCNNConfig, PatchingConfig, RunConfig
+from bltjax.decoding.blt import CachedBLT
+from bltjax.decoding.byte_models import CachedBytes
+from bltjax.decoding.loop import AT_LIMIT, AT_STOP, RUNNING, WHY, Asked, State, run
+from bltjax.decoding.sampling import GREEDY, Sampling, utf8_state
+from bltjax.decoding.scorer import Scorer
+from bltjax.decoding.speculation import run_rounds
+from bltjax.model.byte_cnn import entropy_table
+from bltjax.scoring import EntropyModel
+from bltjax.train import compute_dtype
+
+CONTEXT = 32768  # bytes, prompt and text together
+SHORTEST = 64  # bytes and patches of the smallest buffers
+CHUNK = 32  # bytes between two looks of the host
+ENDED = -1  # the row of a place in the batch that has none
+STOPS = (4, 16)  # stop strings, and their bytes, that the first program is compiled for
+
+
+class Piece(NamedTuple):
+    """What one row wrote since it was last heard of."""
+
+    row: int
+    text: bytes
+    log_probs: np.ndarray  # float32 [len(text)], nats, under the model before any sampling setting
+    entropies: np.ndarray  # float32 [len(text)], nats, known before each byte
+    opens: np.ndarray  # bool [len(text)]: whether the byte opens a patch
+    why: str  # "" while the row goes on; then eos, stop or max_bytes
+
+
+class Counts(NamedTuple):
+    """What a call cost, over all its rows."""
+
+    bytes: int = 0
+    latent_runs: int = 0  # of the latent transformer, on one row or more
+    patches: int = 0  # that it ran on
+    passes: int = 0  # of the whole model over a row: one a byte, or one a round of drafts
+
+
+def power_of_two(size: int, least: int = SHORTEST) -> int:
+    """The smallest power of two that is not below size."""
+    return max(least, 1 << max(0, size - 1).bit_length())
+
+
+def padded_length(size: int) -> int:
+    """Four lengths between a power of two and the next: a prompt is padded by a quarter at most."""
+    quarter = power_of_two(size) // 8
+    return max(SHORTEST, -(-size // quarter) * quarter)
+
+
+prepare = jax.jit(lambda model, params: model.prepared(params), static_argnums=0)
+score = jax.jit(lambda model, *args: model.score(*args), static_argnums=0)
+prefill_bytes = jax.jit(lambda model, *args: model.prefill(*args), static_argnums=0)
+prefill = jax.jit(
+    lambda model, patches, open_slots, *args: model.prefill(*args, patches, open_slots),
+    static_argnums=(0, 1, 2),
+)
+grow = jax.jit(
+    lambda model, patches, open_slots, memory: model.grown(memory, patches, open_slots),
+    static_argnums=(0, 1, 2),
+)
+
+
+@jax.jit
+def rows_of(state: State, rows_B) -> State:
+    """The state of some rows, in that order."""
+    return jax.tree.map(lambda x: x[rows_B] if x.ndim else x, state)
+
+
+class Decoder:
+    """Continues texts with a trained model."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        params,
+        patching: PatchingConfig | None,
+        byte_lm: EntropyModel | None,
+        *,
+        context: int = CONTEXT,
+        draft: int = 0,
+    ):
+        """patching, byte_lm: what places the patches of a BLT, as `run_patching` gives it.
+
+        context: the most bytes that a prompt and its continuation may have together. draft: bytes
+        that the local decoder drafts for the whole model to verify (`speculation.py`), greedily.
+
+        Raises:
+          ValueError: for patches that can't be placed while a text is being written, for entropy
+            patches without a byte LM, and for drafts of a model without patches.
+        """
+        self.context, self.draft, dtype = context, draft, compute_dtype(config)
+        self.counts = Counts()
+        if draft < 0:
+            raise ValueError(f"draft is {draft}, not >= 0")
+        if draft and not isinstance(config.model, BLTConfig):
+            raise ValueError("only a BLT drafts: a byte LM has no latent transformer to spare")
+        if not isinstance(config.model, BLTConfig):
+            self.model = CachedBytes(config.model, dtype)
+            self.params = {"model": params}
+            return
+        if not patching.incremental:
+            raise ValueError(
+                f"{patching.mode} patching can't generate: where a token ends depends on text that"
+                " is not written yet (paper 2.4). It serves training, evaluation and pictures."
+            )
+        scorer, scorer_params = Scorer(None, False, draft), {}
+        if patching.mode == "entropy":
+            if byte_lm is None:
+                raise ValueError("entropy patching needs a byte LM to generate: there is none")
+            scorer = Scorer(byte_lm.config, byte_lm.newline_reset, draft)
+            scorer_params = byte_lm.params
+            if isinstance(byte_lm.config, ByteCNNConfig):
+                scorer_params = jnp.asarray(entropy_table(byte_lm.config, byte_lm.params))
+        self.model = CachedBLT(config.model, patching, scorer, dtype, draft)
+        self.params = {"model": prepare(self.model, params), "scorer": scorer_params}
+
+    def generate(
+        self,
+        prompts: Sequence[str | bytes],
+        *,
+        max_bytes: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        stop: Sequence[str | bytes] = (),
+        truncate: bool = False,
+        chunk: int = CHUNK,
+    ) -> Iterator[Piece]:
+        """What the model writes after each prompt, piece by piece as it is written.
+
+        A row ends at EOS, at a stop string (which is not part of the text) or after `max_bytes`;
+        its last piece says why. Row i samples with the seed `seed + i` and does not depend on its
+        neighbours, but for rounding: a matrix product may sum in another order for more rows.
+
+        truncate: drop the beginning of a prompt that is too long instead of refusing it.
+
+        Raises:
+          ValueError: for a number out of range, or a prompt that is too long for the context.
+        """
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes is {max_bytes}, not >= 0")
+        if self.draft and sampling != GREEDY:
+            raise ValueError(
+                "drafts are verified greedily: sampling, a penalty or a constraint would need the"
+                " draft's distribution at every byte. Take draft 0, or temperature 0 alone"
+            )
+        stops = [as_bytes(text) for text in stop]
+        if not all(stops):
+            raise ValueError(
+                "a stop string is empty: it would stop every text before its first byte"
+            )
+        texts = [self.fitting(as_bytes(prompt), max_bytes, truncate) for prompt in prompts]
+        return self.pieces(texts, max_bytes, sampling, seed, stops, chunk)
+
+    def fitting(self, prompt: bytes, max_bytes: int, truncate: bool) -> bytes:
+        room = self.context - max_bytes
+        if len(prompt) <= room:
+            return prompt
+        if truncate and room >= 0:
+            return prompt[len(prompt) - room :]
+        raise ValueError(
+            f"a prompt of {len(prompt)} bytes and {max_bytes} to write exceed the context of"
+            f" {self.context} bytes: drop the prompt's beginning (truncate) or take a larger one"
+        )
+
+    def pieces(self, texts, max_bytes, sampling, seed, stops, chunk) -> Iterator[Piece]:
+        self.counts = Counts()
+        if max_bytes == 0 or not texts:
+            nothing = np.zeros(0, np.float32)
+            for row in range(len(texts)):
+                yield Piece(row, b"", nothing, nothing, nothing.astype(bool), WHY[AT_LIMIT])
+            return
+        state, asked = self.begun(texts, max_bytes, sampling, seed, stops)
+        held, rows, written = [Held(stops) for _ in texts], np.arange(len(texts)), 0
+        while rows.size:
+            if self.draft:
+                shape = (self.draft + 1, max(chunk, 2 * self.draft + 2))
+                state, out, full = run_rounds(self.model, *shape, self.params, asked, state)
+            else:
+                shape = (sampling.steps, chunk)
+                state, out, full = run(self.model, *shape, self.params, asked, state)
+            counts = (state.latent_runs, state.latent_patches, state.passes)
+            out, why_B, full, counts = jax.device_get((out, state.why_B, full, counts))
+            written += int((out.ids_BN >= OFFSET).sum())
+            self.counts = Counts(written, *map(int, counts))
+            for place, row in enumerate(rows):
+                ids, *rest = (x_BN[place, : out.count_B[place]] for x_BN in out[1:])
+                if row >= 0 and (ids.size or why_B[place]):
+                    yield held[row].piece(int(row), ids, rest, WHY[why_B[place]])
+            rows = np.where(why_B == RUNNING, rows, ENDED)
+            going = int((rows >= 0).sum())
+            if going == 0:
+                return
+            if any(full):
+                state = state._replace(memory=self.doubled(state.memory, *full))
+            size = power_of_two(going, 1)
+            if size < len(rows):
+                # Those that go on first; ones that have ended fill a power of two.
+                places = np.argsort(rows < 0, kind="stable")[:size]
+                state, rows = rows_of(state, places), rows[places]
+                asked = asked._replace(limit_B=asked.limit_B[places])
+
+    def begun(self, texts, max_bytes, sampling, seed, stops) -> tuple[State, Asked]:
+        """The state after the prompts, and what the loop is asked for."""
+        prompts = [encode(text, eos=False) for text in texts]
+        memory = self.memory(prompts, max_bytes)
+        rows = len(prompts)
+        most = power_of_two(len(stops), STOPS[0])
+        longest = power_of_two(max(map(len, stops), default=0), STOPS[1])
+        stops_ZT = np.full((most, longest), -1, np.int32)
+        for place, text in enumerate(stops):
+            stops_ZT[place, longest - len(text) :] = encode(text, bos=False, eos=False)
+        used_BV = np.zeros((rows, VOCABULARY), bool)
+        for row, ids in enumerate(prompts):
+            used_BV[row, ids] = True
+        state = State(
+            memory,
+            jax.vmap(jax.random.key)(seed + jnp.arange(rows)),
+            jnp.zeros(rows, jnp.int32),
+            jnp.full(rows, RUNNING, jnp.int32),
+            jnp.asarray(used_BV),
+            jnp.asarray([utf8_state(text) for text in texts], jnp.int32),
+            jnp.full((rows, longest), -2, jnp.int32),
+            *(jnp.zeros((), jnp.int32) for _ in range(3)),
+        )
+        limit_B = np.full(rows, max_bytes, np.int32)
+        return state, Asked(sampling.numbers, limit_B, stops_ZT)
+
+    def memory(self, prompts: list[np.ndarray], room: int = 0):
+        """The memory of texts, ids that begin with BOS, in one pass; room for more bytes."""
+        lengths = [len(ids) for ids in prompts]
+        bytes_BN = np.zeros((len(prompts), padded_length(max(lengths))), np.int32)
+        for row, ids in enumerate(prompts):
+            bytes_BN[row, : len(ids)] = ids
+        inputs = (self.params, bytes_BN, np.array(lengths, np.int32))
+        if isinstance(self.model, CachedBytes):
+            return prefill_bytes(self.model, *inputs)
+        scored = score(self.model, *inputs)
+        closed_B, open_B = jax.device_get((scored.closed_B, scored.open_B))
+        held = int((closed_B + (open_B > 0)).max())
+        patches = min(power_of_two(held), bytes_BN.shape[1])
+        open_slots = power_of_two(int(open_B.max()) + 1 + self.draft)
+        memory = prefill(self.model, patches, open_slots, self.params, scored)
+        # A patch for every four bytes; where there are more, the cache grows when it is full.
+        wanted = power_of_two(int(closed_B.max()) + 1 + room // 4)
+        return grow(self.model, max(patches, wanted), open_slots, memory)
+
+    def doubled(self, memory, patches: bool, open_slots: bool):
+        """The memory with twice the room for patches, for the bytes of an open one, or for both."""
+        latent = memory.latent[0].k_BJTC.shape[2] * (1 + int(patches))
+        offered = memory.offered[0].k_BJTC.shape[2] if memory.offered else 1
+        return grow(self.model, latent, offered * (1 + int(open_slots)), memory)
+
+
+class Held:
+    """Holds back the bytes of a row that might begin a stop string, until they don't."""
+
+    def __init__(self, stops: list[bytes]):
+        self.stops = stops
+        self.ids = np.zeros(0, np.int32)
+        self.rest = [np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(0, bool)]
+
+    def piece(self, row: int, ids, rest: list, why: str) -> Piece:
+        """What may be shown of the row, now that this was written."""
+        ids = np.concatenate([self.ids, ids])
+        rest = [np.concatenate(pair) for pair in zip(self.rest, rest, strict=True)]
+        if ids.size and ids[-1] == EOS:
+            ids = ids[:-1]
+        text = (ids - OFFSET).astype(np.uint8).tobytes()
+        keep = 0
+        if why == WHY[AT_STOP]:
+            keep = max(len(stop) for stop in self.stops if text.endswith(stop))
+        elif not why:
+            begun = (
+                k for stop in self.stops for k in range(1, len(stop)) if text.endswith(stop[:k])
+            )
+            keep = max(begun, default=0)
+        shown = len(text) - keep
+        self.ids, self.rest = ids[shown:], [x[shown : len(text)] for x in rest]
+        return Piece(row, text[:shown], *(x[:shown] for x in rest), why)

@@ -1,0 +1,282 @@
+"""Cached decoding is the full forward pass: logits, boundaries, text; for any prompt and batch."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bltjax.alphabet import encode
+from bltjax.config import (
+    BLTConfig,
+    ByteCNNConfig,
+    ByteLMConfig,
+    CrossConfig,
+    HashConfig,
+    LatentConfig,
+    LocalConfig,
+    PatchingConfig,
+    RunConfig,
+)
+from bltjax.decoding import Decoder, grow, prefill, run, score
+from bltjax.decoding.sampling import Sampling
+from bltjax.model import batch_logits, initial_params, make_model
+from bltjax.model.byte_cnn import entropy_table, table_entropies
+from bltjax.model.byte_lm import ByteLM, entropies_of
+from bltjax.patching import force_starts, patch_starts
+from bltjax.scoring import EntropyModel, contexts
+
+WINDOW = 8
+BYTE_LM = ByteLMConfig(layers=2, width=16, heads=2, hidden=24, window=WINDOW)
+BYTE_CNN = ByteCNNConfig(context=2, width=8, layers=1, hidden=16)
+BLT_CONFIG = BLTConfig(
+    LocalConfig(encoder_layers=2, decoder_layers=2, width=16, heads=2, hidden=24, window=WINDOW),
+    CrossConfig(slots=2, heads=2, encoder="last", decoder="all"),
+    LatentConfig(layers=2, width=24, heads=4, key_value_heads=2, hidden=32, remat=False),
+    HashConfig(sizes=(3, 5), functions=2, rows=101),
+)
+TEXT = "Ein kurzer Text.\nA BLT 日本 has é no tokens;\n\nzażółć 🥓 gęślą jaźń, 12 x 34 = 408.\n" * 2
+# Entropies of this byte LM: 4.84 to 5.23 nats, a quarter of them above 5.14; of the CNN, 5.31.
+MODES = {
+    "entropy": (PatchingConfig(threshold=5.14), {}),
+    "one long patch": (PatchingConfig(threshold=9.0), {"encoder": "all"}),
+    "longest 3": (PatchingConfig(threshold=5.14, max_patch_bytes=3), {"encoder": "none"}),
+    "monotonic": (PatchingConfig(threshold=0.05, monotonic=True), {"decoder": "first"}),
+    "relative": (PatchingConfig(threshold=5.05, threshold_add=0.0), {"decoder": "none"}),
+    "newline": (PatchingConfig(threshold=5.14, newline_reset=True), {"encoder": "all"}),
+    "whole": (PatchingConfig(threshold=5.1, whole_characters=True, max_patch_bytes=5), {}),
+    "space": (PatchingConfig(mode="space"), {"slots": 1}),
+    "static": (PatchingConfig(mode="static", patch_bytes=5), {}),
+    "byte": (PatchingConfig(mode="byte", whole_characters=True), {}),
+    "cnn": (PatchingConfig(threshold=5.31, newline_reset=True), {}),
+}
+
+
+@functools.cache
+def random_params(config, seed=0):
+    """Like fresh parameters, but with uneven norms, and without compiling an initialiser."""
+    random = np.random.default_rng(seed)
+    model = make_model(config, 2, jnp.float32, None)
+    shapes = jax.eval_shape(lambda key: initial_params(model, key), jax.random.key(0))
+
+    def draw(path, leaf):
+        if "norm" in path[-1].key:
+            return random.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        return (random.standard_normal(leaf.shape) * 0.25).astype(np.float32)
+
+    return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
+
+
+@functools.cache
+def made(mode: str, **more) -> tuple[Decoder, BLTConfig, PatchingConfig, EntropyModel]:
+    patching, cross = MODES[mode]
+    config = dataclasses.replace(BLT_CONFIG, cross=dataclasses.replace(BLT_CONFIG.cross, **cross))
+    run = RunConfig(blt=config, compute_dtype="float32")
+    scorer = BYTE_CNN if mode == "cnn" else BYTE_LM
+    byte_lm = EntropyModel(scorer, random_params(scorer, 1), "", patching.newline_reset, run, 0)
+    return Decoder(run, random_params(config), patching, byte_lm, **more), config, patching, byte_lm
+
+
+def full_forward(mode: str, texts: list[bytes]):
+    """For each text the logits of the whole model, [len + 1, V], and its starts, [len + 2]."""
+    _, config, patching, byte_lm = made(mode)
+    length = max(map(len, texts)) + 1
+    bytes_BN = np.zeros((len(texts), length), np.int32)
+    contexts_BN = np.zeros((len(texts), length), np.int32)
+    starts_BN1 = np.zeros((len(texts), length + 1), bool)
+    for row, text in enumerate(texts):
+        ids = encode(text, eos=False)
+        bytes_BN[row, : len(ids)] = ids
+        contexts_BN[row, : len(ids)] = contexts(ids, byte_lm.newline_reset)
+    if mode == "cnn":
+        table = entropy_table(byte_lm.config, byte_lm.params)
+        entropies_BN = table_entropies(table, bytes_BN, contexts_BN)
+    else:
+        score = jax.jit(ByteLM(byte_lm.config).apply)
+        scored, _ = score({"params": byte_lm.params}, bytes_BN, contexts_BN)
+        entropies_BN = np.asarray(entropies_of(scored))
+    near = 9.0
+    for row, text in enumerate(texts):
+        size = len(text) + 1
+        starts_N1 = patch_starts(patching, bytes_BN[row, :size], entropies_BN[row, :size])
+        starts_BN1[row, : size + 1] = force_starts(starts_N1)
+        near = min(near, abs(entropies_BN[row, :size] - patching.threshold).min())
+    documents_BN = (np.arange(length) <= np.array([[len(text)] for text in texts])).astype(np.int32)
+    model = make_model(config, length, jnp.float32, None)
+    batch = {"bytes_BN": bytes_BN, "documents_BN": documents_BN, "starts_BN1": starts_BN1}
+    logits_BNV = jax.jit(lambda params, batch: batch_logits(model, params, batch))(
+        random_params(config), batch
+    )
+    return np.asarray(logits_BNV), starts_BN1, near
+
+
+def followed(decoder: Decoder, texts: list[bytes], prompts: list[int], count: int):
+    """Cached logits [count + 1, B, V] and starts [count + 1, B] from each prompt's end on, with
+    the bytes of the texts instead of sampled ones."""
+    model, memory = (
+        decoder.model,
+        decoder.memory([encode(t[:n], eos=False) for t, n in zip(texts, prompts, strict=True)], 64),
+    )
+    memory = model.grown(memory, memory.latent[0].k_BJTC.shape[2], 256)
+    ids = np.stack(
+        [encode(t, eos=False)[n + 1 : n + 1 + count] for t, n in zip(texts, prompts, strict=True)],
+        axis=1,
+    )
+    all_B = jnp.ones(len(texts), bool)
+
+    def step(memory, id_B, params):
+        memory = model.close(params, memory, memory.closes_B)
+        logits_BV, memory = model.predict(params, memory)
+        opens_B = memory.opens_B
+        return model.advance(params, memory, id_B, all_B), (logits_BV, opens_B)
+
+    @jax.jit
+    def follow(params, memory, ids):
+        return jax.lax.scan(lambda memory, id_B: step(memory, id_B, params), memory, ids)
+
+    memory, (logits, opens) = follow(decoder.params, memory, ids)
+    return np.asarray(logits), np.asarray(opens), memory
+
+
+SLOW = ("one long patch", "monotonic", "whole", "space", "static", "byte")
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in MODES]
+)
+def test_cached_equals_full(mode):
+    """From prompts of nothing to three windows on, over a ring's end and over again."""
+    decoder, *_ = made(mode)
+    whole, count = TEXT.encode(), 40
+    prompts = [0, 1, 2, 7, 8, 9, 16, 24]
+    texts = [whole[row : row + n + count] for row, n in enumerate(prompts)]
+    expected, starts, near = full_forward(mode, texts)
+    logits, opens, memory = followed(decoder, texts, prompts, count)
+    for row, n in enumerate(prompts):
+        np.testing.assert_array_equal(opens[:, row], starts[row, n + 1 : n + 1 + count])
+        np.testing.assert_allclose(logits[:, row], expected[row, n : n + count], atol=1e-4, rtol=0)
+        # One latent step for each patch that is whole, and none else.
+        whole_patches = starts[row, : n + count + 2].sum() - 1 - memory.closes_B[row]
+        assert memory.patches_B[row] == whole_patches
+    assert near > 1e-6
+
+
+def written(decoder: Decoder, prompts, **settings):
+    """By row: text, log-probabilities, entropies, whether each byte opens a patch, why it ended."""
+    pieces = [[] for _ in prompts]
+    for piece in decoder.generate(prompts, **settings):
+        pieces[piece.row].append(piece)
+    return [
+        (
+            b"".join(piece.text for piece in row),
+            *(np.concatenate([piece[i] for piece in row]) for i in (2, 3, 4)),
+            row[-1].why,
+        )
+        for row in pieces
+    ]
+
+
+PROMPTS = [TEXT[:n].encode() for n in (0, 1, 3, 8, 9, 20, 40, 60)]
+RANDOM = Sampling(temperature=0.7, top_k=200, top_p=0.95, min_p=0.001, repetition_penalty=1.1)
+
+
+def test_rows_do_not_depend_on_each_other():
+    """A batch of 8 is 8 batches of 1, though its rows wait for each other and end one by one."""
+    decoder, *_ = made("entropy")
+    settings = {"max_bytes": 50, "sampling": RANDOM}
+    together = written(decoder, PROMPTS, seed=5, **settings)
+    counts = decoder.counts
+    assert counts.bytes == sum(len(row[0]) for row in together) > 200
+    assert counts.patches / 8 < counts.latent_runs < 0.8 * counts.patches  # one run for many rows
+    for row in (0, 3, 7):
+        (alone,) = written(decoder, PROMPTS[row : row + 1], seed=5 + row, **settings)
+        assert alone[0] == together[row][0] and alone[4] == together[row][4]
+        assert (alone[3] == together[row][3]).all()
+        # Products of 8 rows and of one may be summed in another order.
+        np.testing.assert_allclose(alone[1], together[row][1], atol=1e-5)
+        assert decoder.counts.latent_runs == decoder.counts.patches
+
+
+def test_one_latent_step_for_each_patch_written():
+    decoder, *_ = made("entropy")
+    ((text, _, entropies, opens, _),) = written(decoder, ["A BLT"], max_bytes=300, sampling=RANDOM)
+    # The last byte may have closed a patch that nothing has read yet; BOS opened one, "A" another.
+    assert decoder.counts.latent_runs == decoder.counts.patches == opens.sum()
+    _, starts, _ = full_forward("entropy", [b"A BLT" + text])
+    np.testing.assert_array_equal(opens, starts[0, 6 : 6 + len(text)])
+    assert len(text) > 100 and ((entropies > 5.14) == opens).all()
+
+
+@pytest.mark.parametrize("mode", ["one long patch", pytest.param("byte", marks=pytest.mark.slow)])
+def test_buffers_grow(mode):
+    """A patch of 300 bytes, and 300 patches: each more than the first buffers hold."""
+    decoder, *_ = made(mode)
+    ((text, log_probs, *_),) = written(decoder, ["x"], max_bytes=300, sampling=RANDOM)
+    logits, *_ = full_forward(mode, [b"x" + text])
+    expected = jax.nn.log_softmax(logits[0])[np.arange(len(text)) + 1, encode(text)[1:-1]]
+    np.testing.assert_allclose(log_probs, expected, atol=1e-4)
+
+
+def test_few_programs_are_compiled():
+    """Prompts of 50 lengths are padded to two."""
+    decoder, *_ = made("newline")
+    before = [f._cache_size() for f in (score, prefill, grow)]
+    for length in range(0, 75, 2)[:50]:
+        decoder.memory([encode(TEXT.encode()[:length], eos=False)])
+    after = [f._cache_size() for f in (score, prefill, grow)]
+    assert np.subtract(after, before).max() <= 2
+
+
+def test_settings_are_data():
+    decoder, *_ = made("entropy")
+    list(decoder.generate(["x"], max_bytes=2, sampling=Sampling(temperature=0.5)))
+    before = run._cache_size()
+    for seed, temperature in enumerate((0.1, 1.0, 2.0)):
+        list(
+            decoder.generate(
+                ["y"], max_bytes=2 + seed, sampling=Sampling(temperature), seed=seed, stop=["ab"]
+            )
+        )
+    assert run._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "newline",
+        pytest.param("relative", marks=pytest.mark.slow),
+        pytest.param("longest 3", marks=pytest.mark.slow),
+        pytest.param("cnn", marks=pytest.mark.slow),
+    ],
+)
+def test_drafts_change_nothing(mode):
+    """Self-speculation writes the same bytes, patches and log-probabilities in fewer passes."""
+    (plain, *_), (drafting, *_) = made(mode), made(mode, draft=4)
+    prompts = [TEXT.encode(), b"", b"A BLT"]
+    expected = written(plain, prompts, max_bytes=90)
+    assert plain.counts.passes == plain.counts.bytes + sum(row[4] == "eos" for row in expected)
+    found = written(drafting, prompts, max_bytes=90)
+    for a, b in zip(expected, found, strict=True):
+        assert a[0] == b[0] and a[4] == b[4] and (a[3] == b[3]).all()
+        np.testing.assert_allclose(a[1], b[1], atol=1e-4)
+        np.testing.assert_allclose(a[2], b[2], atol=1e-4)
+    assert drafting.counts.bytes == plain.counts.bytes
+    assert drafting.counts.passes < plain.counts.passes
+    stop = expected[0][0][40:43]
+    assert (
+        written(drafting, prompts[:1], max_bytes=90, stop=[stop])[0][0]
+        == expected[0][0][: expected[0][0].index(stop)]
+    )
+
+
+def test_drafts_are_refused_with_a_reason():
+    decoder, _, _, byte_lm = made("newline", draft=4)
+    with pytest.raises(ValueError, match="drafts are verified greedily"):
+        decoder.generate(["x"], max_bytes=1, sampling=Sampling(temperature=0.5))
+    run = RunConfig(byte_lm=BYTE_LM)
+    with pytest.raises(ValueError, match="only a BLT drafts"):
+        Decoder(run, byte_lm.params, None, None, draft=2)
+    with pytest.raises(ValueError, match="draft is -1"):
+        made("newline", draft=-1)
