@@ -242,16 +242,13 @@ def port_model(files: ModelFiles):
 
     Raises:
       ImportError: where it is not installed.
+      ValueError: for a setting that it lacks.
     """
     import torch
     from transformers import BltConfig, BltForCausalLM
 
     byte_lm = files.byte_lm and files.byte_lm.config
-    try:
-        settings = port_settings(files.config, byte_lm)
-    except ValueError as error:
-        print(f"not compared with transformers: {error}")
-        return None
+    settings = port_settings(files.config, byte_lm)
     if files.origin.get("layout") == "transformers":
         settings = files.origin["json"]["config.json"]
     peer = BltForCausalLM(BltConfig(**settings)).eval().float()
@@ -272,6 +269,9 @@ def port(files: ModelFiles):
     try:
         peer = port_model(files)
     except ImportError:
+        return None
+    except ValueError as error:
+        print(f"not compared with transformers: {error}")
         return None
     import torch
 
