@@ -358,7 +358,7 @@ def benchmark_convert(config: str, byte_lm: str, folder: Path) -> dict:
         (source / "config.json").write_text(json.dumps(port_settings(run, lm, dtype.name)))
         begun = time.perf_counter()
         command = [sys.executable, "-m", "bltjax", "convert", str(source), str(out)]
-        subprocess.run(command, check=True, stdout=sys.stderr)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - begun
     return {
         "bytes": sum(tensor.bytes for tensor in tensors.values()),
