@@ -37,9 +37,10 @@ def test_hidden_states(folder):
     index_BP = jnp.arange(x_BPD.shape[1], dtype=jnp.int32)[None]
     ranges = Ranges(jnp.zeros_like(index_BP), index_BP + 1, index_BP)
     params = tree_of(llama_leaves(folder, LATENT))["latent"]
-    model = LatentTransformer(config, jnp.float32, None)
+    model = LatentTransformer(config, jnp.float32, None, x_BPD.shape[1])
     slots_BSE = jnp.asarray(x_BPD.reshape(1, -1, 24))
-    ours = jax.jit(model.apply)({"params": params}, slots_BSE, ranges)[0]
+    ours_BPD, _ = jax.jit(model.apply)({"params": params}, slots_BSE, ranges)
+    ours = ours_BPD[0]
     np.testing.assert_allclose(ours, recorded, atol=2e-5, rtol=0)
     if torch_is_there():
         tensors = port.tensors_by_rule(port.llama_shapes(LATENT))
