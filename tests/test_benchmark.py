@@ -79,6 +79,7 @@ def test_memory_is_kept_as_in_the_launch_scripts():
     assert MALLOC in Path("launch/environment.sh").read_text()
 
 
+@pytest.mark.slow
 def test_slots(runs, capsys):
     records = runs.root / "records" / "train"
     runs.run("benchmark", "slots", f"--records={records}", "--row_bytes=1024", "--json")

@@ -70,6 +70,7 @@ def test_training_goes_on_from_an_export(runs, tmp_path, capsys):
     assert "holds a model with other settings" in said and "latent.layers: 2 -> 3" in said
 
 
+@pytest.mark.slow
 def test_bfloat16(runs, tmp_path, capsys):
     run(runs.blt, tmp_path / "export", "--dtype=bfloat16", "--verify")
     assert "in logits" in capsys.readouterr().out

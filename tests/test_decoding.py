@@ -140,7 +140,10 @@ def followed(decoder: Decoder, texts: list[bytes], prompts: list[int], count: in
     return np.asarray(logits), np.asarray(opens), memory
 
 
-SLOW = ("one long patch", "monotonic", "whole", "space", "static", "byte")
+SLOW = (
+    "one long patch", "monotonic", "whole", "space", "static", "byte", "newline", "relative",
+    "longest 3",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -209,7 +212,8 @@ def test_one_latent_step_for_each_patch_written():
     assert len(text) > 100 and ((entropies > 5.14) == opens).all()
 
 
-@pytest.mark.parametrize("mode", ["one long patch", pytest.param("byte", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["one long patch", "byte"])
 def test_buffers_grow(mode):
     """A patch of 300 bytes, and 300 patches: each more than the first buffers hold."""
     decoder, *_ = made(mode)

@@ -32,7 +32,12 @@ def scores(model, text):
     return model.entropies(text), port.rows_of(model.logits(text))
 
 
-@pytest.mark.parametrize("name", port.CASES)
+SLOW = ("unprojected", "two_functions", "decoder_first", "no_window")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in port.CASES]
+)
 def test_as_the_port(name, tmp_path):
     written(tmp_path, name)
     model = our_model(read_port(epath.Path(tmp_path), as_port=True))

@@ -46,7 +46,13 @@ def scorers(runs, tmp_path_factory):
     } | dict.fromkeys(("monotonic", "relative", "whole_characters"), plain)
 
 
-@pytest.mark.parametrize("scheme", [*ENTROPY, *OTHERS])
+QUICK = ("cnn", "newline_reset", "bpe")
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [pytest.param(s, marks=[pytest.mark.slow] * (s not in QUICK)) for s in (*ENTROPY, *OTHERS)],
+)
 def test_scheme(runs, scorers, byte_level_tokenizer, scheme, tmp_path, capsys):
     workdir = tmp_path / "blt"
     words = ["train", "--config=tests/tiny.py:blt", f"--workdir={workdir}"]
@@ -80,7 +86,7 @@ def test_scheme(runs, scorers, byte_level_tokenizer, scheme, tmp_path, capsys):
         runs.run(*generate)
 
 
-@pytest.mark.parametrize("becomes", ["nothing", "another"])
+@pytest.mark.parametrize("becomes", ["nothing", pytest.param("another", marks=pytest.mark.slow)])
 def test_resumed_bpe_takes_its_own_tokenizer(runs, byte_level_tokenizer, becomes, tmp_path):
     def losses(name, stop_at):
         """Of a run up to a step, on whatever lies at `original` now."""

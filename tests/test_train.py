@@ -57,7 +57,7 @@ def test_the_loss_falls_and_everything_is_reported(runs):
     assert load_params(runs.blt)[2] == 12 and load_params(runs.blt / "byte_lm")[0].byte_lm
 
 
-@pytest.mark.parametrize("model", ["byte_lm", "blt"])
+@pytest.mark.parametrize("model", ["byte_lm", pytest.param("blt", marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_straight(runs, tmp_path, model):
     """kill -9 at a random step; the same command then gives the losses of a run never stopped."""
     seed = random.SystemRandom().randrange(1000)
@@ -144,6 +144,7 @@ def test_accumulation_equals_one_batch():
     np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(runs, tmp_path):
     """A forced mesh of 2 x 2 x 2 gives the losses of one device."""
     environment = os.environ | {
