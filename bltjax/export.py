@@ -107,9 +107,14 @@ def check_shapes(config: RunConfig, stored: dict, folder: epath.Path) -> None:
             )
 
 
+def address(folder: epath.Path) -> str:
+    """What tensorstore calls a folder, on a disk or in a bucket."""
+    return str(folder) if "://" in str(folder) else folder.absolute().as_uri()
+
+
 def open_array(folder: epath.Path, path: str, context: tensorstore.Context):
     """One parameter of an Orbax checkpoint, to be read in pieces."""
-    base = folder.absolute().as_uri() if "://" not in str(folder) else str(folder)
+    base = address(folder)
     name = path.replace("/", ".")
     if (folder / "manifest.ocdbt").exists():
         kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"}
@@ -201,7 +206,7 @@ def write_leaves(folder: epath.Path, leaves: dict[str, Leaf], written: Callable[
         node[name] = np.zeros((1,) * len(leaf.shape), leaf.dtype)
     with ckpt.quiet(), ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
         checkpointer.save(folder.absolute(), stand_ins)
-    base = folder.absolute().as_uri() if "://" not in str(folder) else str(folder)
+    base = address(folder)
     for path, leaf in leaves.items():
         pieces = list(blocks(path, leaf))
         array = tensorstore.open(

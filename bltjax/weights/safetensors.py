@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from bltjax.weights.tensors import Tensor, read_json, row_runs
+from bltjax.weights.tensors import Tensor, read_json, write_rows
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
@@ -137,11 +137,7 @@ def write_file(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            row_bytes = tensor.bytes // max(1, tensor.shape[0])
-            for rows in row_runs(tensor.shape[0], row_bytes):
-                data = np.ascontiguousarray(tensor.read(rows.start, rows.stop))
-                file.write(data.view(np.uint8).reshape(-1).data)
-                written(data.nbytes)
+            write_rows(file, tensor, written)
 
 
 def write_folder(

@@ -40,6 +40,14 @@ class Tensor(NamedTuple):
         return self.read(0, self.shape[0])
 
 
+def write_rows(file, tensor: Tensor, written: Callable[[int], None]) -> None:
+    """A tensor's bytes into an open file, some rows at a time."""
+    for rows in row_runs(tensor.shape[0], tensor.bytes // max(1, tensor.shape[0])):
+        data = np.ascontiguousarray(tensor.read(rows.start, rows.stop))
+        file.write(data.view(np.uint8).reshape(-1).data)
+        written(data.nbytes)
+
+
 class Leaf(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from bltjax.weights.tensors import Tensor, row_runs
+from bltjax.weights.tensors import Tensor, write_rows
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -85,11 +85,7 @@ def write_pth(path: Path, tensors: dict[str, Tensor], written: Callable[[int], N
         for number, (name, tensor) in enumerate(tensors.items()):
             part = raw / str(number)
             with part.open("wb") as file:
-                row_bytes = tensor.bytes // max(1, tensor.shape[0])
-                for rows in row_runs(tensor.shape[0], row_bytes):
-                    data = np.ascontiguousarray(tensor.read(rows.start, rows.stop))
-                    file.write(data.view(np.uint8).reshape(-1).data)
-                    written(data.nbytes)
+                write_rows(file, tensor, written)
             size = int(np.prod(tensor.shape, dtype=np.int64))
             mapped = torch.from_file(str(part), shared=False, size=size, dtype=kinds[tensor.dtype])
             state[name] = mapped.reshape(tensor.shape)
