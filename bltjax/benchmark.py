@@ -105,7 +105,7 @@ def our_step(config: RunConfig):
     from bltjax.checkpoint import TrainState
     from bltjax.model import initial_params
     from bltjax.optimizer import make_optimizer
-    from bltjax.train import make_train_step, run_model
+    from bltjax.training_step import make_train_step, run_model
 
     model, optimizer = run_model(config), make_optimizer(config.optimizer)
     params = jax.jit(lambda key: initial_params(model, key))(jax.random.key(0))

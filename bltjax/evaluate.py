@@ -27,7 +27,7 @@ from bltjax.export import TOKENIZER, load_params, read_config
 from bltjax.metrics import Progress, quantity
 from bltjax.model import parameter_count
 from bltjax.scoring import load_entropy_model, scored_source
-from bltjax.train import make_scores, run_model
+from bltjax.training_step import make_scores, run_model
 
 XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
 

@@ -22,7 +22,7 @@ from bltjax.export import load_params
 from bltjax.model import batch_logits, make_model
 from bltjax.patching import force_starts, patch_starts
 from bltjax.scoring import EntropyModel, score_documents
-from bltjax.train import compute_dtype
+from bltjax.training_step import compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,106 +7,29 @@ command again resumes from the newest one, and its losses are those of a run nev
 
 import argparse
 import contextlib
-import dataclasses
 import shutil
 import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from etils import epath
 
 from bltjax import checkpoint as ckpt
-from bltjax.checkpoint import TrainState
-from bltjax.config import (
-    BLTConfig,
-    ByteCNNConfig,
-    ByteLMConfig,
-    PatchingConfig,
-    RunConfig,
-    differences,
-    divides,
-    to_dict,
-)
+from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, RunConfig, to_dict
 from bltjax.config_file import load_config
 from bltjax.data.pipeline import fills, held_out_batches, training_batches
-from bltjax.export import TOKENIZER, load_params, read_config
+from bltjax.export import TOKENIZER
 from bltjax.flops import training_flops
 from bltjax.metrics import Reporter, duration, quantity
-from bltjax.model import batch_logits, initial_params, make_model, parameter_count
-from bltjax.objective import Sums, target_sums
-from bltjax.optimizer import learning_rate, make_optimizer
-from bltjax.scoring import EntropyModel, load_entropy_model, scored_source
-from bltjax.sharding import make_mesh, replicated, row_sharding, tree_shardings
-from bltjax.weights.llama import llama_leaves
+from bltjax.model import parameter_count
+from bltjax.objective import Sums
+from bltjax.optimizer import learning_rate
+from bltjax.scoring import scored_source
+from bltjax.sharding import make_mesh, row_sharding
+from bltjax.start import check_start, entropy_model, placed_patches, started
+from bltjax.training_step import compute_dtype, step_parts
 
 KINDS = {BLTConfig: "BLT", ByteLMConfig: "byte LM", ByteCNNConfig: "byte CNN"}
-
-
-def compute_dtype(config: RunConfig):
-    """The dtype of matrix products: bfloat16 where there are units for it, float32 on a CPU."""
-    if config.compute_dtype != "auto":
-        return jnp.dtype(config.compute_dtype)
-    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
-
-
-def run_model(config: RunConfig):
-    implementation = None if config.attention == "auto" else config.attention
-    return make_model(config.model, config.data.row_patches, compute_dtype(config), implementation)
-
-
-def micro_batches(batch, count: int):
-    """Each array [B, ...] as [count, B / count, ...]."""
-    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
-
-
-def make_train_step(config: RunConfig, model, optimizer):
-    """(state, batch) -> (state, report), to be jitted.
-
-    The loss is the mean over all weighted targets of the batch, however it is cut into
-    micro-batches: sums are accumulated, and divided once.
-    """
-
-    def loss_sums(params, batch):
-        sums = target_sums(
-            batch_logits(model, params, batch), batch["targets_BN"], batch["weights_BN"]
-        )
-        return sums.nats, sums
-
-    def step(state: TrainState, batch):
-        count = config.optimizer.accumulate
-        gradient = jax.grad(loss_sums, has_aux=True)
-        if count == 1:
-            grads, sums = gradient(state.params, batch)
-        else:
-
-            def add(total, micro):
-                return jax.tree.map(jnp.add, total, gradient(state.params, micro)), None
-
-            zero = (jax.tree.map(jnp.zeros_like, state.params), Sums(*(jnp.zeros(()),) * 4))
-            (grads, sums), _ = jax.lax.scan(add, zero, micro_batches(batch, count))
-        # Gradients of sums: one factor makes them means and clips them, in one pass over them.
-        weight = jnp.maximum(sums.weight, 1)
-        norm = optax.tree.norm(grads) / weight
-        factor = jnp.minimum(1, config.optimizer.clip / norm) / weight
-        grads = jax.tree.map(lambda g: g * factor, grads)
-        updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = jax.tree.map(lambda p, u: p + u, state.params, updates)
-        return TrainState(state.step + 1, params, opt), {"sums": sums, "gradient_norm": norm}
-
-    return step
-
-
-def make_scores(model):
-    """(params, batch) -> Sums, to be jitted: evaluation and held-out bits per byte."""
-
-    def scores(params, batch) -> Sums:
-        logits_BNV = batch_logits(model, params, batch)
-        return target_sums(logits_BNV, batch["targets_BN"], batch["weights_BN"])
-
-    return scores
 
 
 def held_out_bits(scores, params, batches, sharding) -> float:
@@ -116,83 +39,6 @@ def held_out_bits(scores, params, batches, sharding) -> float:
         total[0] += float(sums.text_nats)
         total[1] += float(sums.text_bytes)
     return total[0] / np.log(2.0) / max(total[1], 1.0)
-
-
-def entropy_model(config: RunConfig, workdir: Path) -> EntropyModel | None:
-    """The byte LM that scored a BLT's data; None for runs that don't place patches by entropy.
-
-    A resumed run takes its own copy.
-    """
-    if config.blt is None or config.patching.mode != "entropy":
-        return None
-    if not config.entropy_model:
-        raise ValueError(
-            "entropy patching needs the byte LM that scored the data:"
-            " --config.entropy_model=WORKDIR of its training run"
-        )
-    resumed = bool(ckpt.saved_steps(workdir))
-    source = workdir / "byte_lm" if resumed else config.entropy_model
-    return load_entropy_model(source, newline_reset=config.patching.newline_reset)
-
-
-def check_start(config: RunConfig) -> None:
-    """Raises ValueError if the weights that training is to begin with don't fit its model."""
-    if config.latent_init.path:
-        llama_leaves(epath.Path(config.latent_init.path), config.blt.latent)
-    if config.init_from:
-        models = (read_config(config.init_from).model, config.model)
-        lines = differences(*(dataclasses.asdict(model) for model in models))
-        lines = [line for line in lines if "remat" not in line]  # memory, not meaning
-        if lines:
-            raise ValueError(
-                f"{config.init_from} holds a model with other settings (its value -> yours):\n  "
-                + "\n  ".join(lines)
-            )
-
-
-def started(config: RunConfig, params, shardings):
-    """Fresh parameters, replaced by those that training is to begin with, if any are given."""
-    if config.init_from:
-        loaded = load_params(config.init_from, shardings, jnp.float32)
-        print(f"begins with the parameters of {config.init_from}, step {loaded.step}")
-        return loaded.params
-    if not config.latent_init.path:
-        return params
-    leaves = llama_leaves(epath.Path(config.latent_init.path), config.blt.latent)
-    blocks = params["latent"].pop("blocks")  # freed before the others come
-    for name in blocks:
-        blocks[name] = placed(leaves[f"latent/blocks/{name}"], shardings["latent"]["blocks"][name])
-    params["latent"]["blocks"] = blocks
-    print(
-        f"the latent transformer begins as {config.latent_init.path}: its learning rate is"
-        f" {config.latent_init.lr_multiplier} of the others', from step"
-        f" {config.latent_init.frozen_steps} on"
-    )
-    return params
-
-
-def placed(leaf, sharding):
-    """A stored leaf of stacked layers as a float32 array; a process reads what its devices hold."""
-
-    def part(index):
-        layers = range(leaf.shape[0])[index[0]]
-        rows = slice(*index[1].indices(leaf.shape[1]))
-        found = [leaf.read((layer,), rows)[(slice(None), *index[2:])] for layer in layers]
-        return np.stack(found).astype(np.float32)
-
-    return jax.make_array_from_callback(leaf.shape, sharding, part)
-
-
-def placed_patches(config: RunConfig, workdir: Path) -> PatchingConfig | None:
-    """How a BLT's patches are placed; None for a byte LM.
-
-    A resumed run takes its own copy of a tokenizer, whatever has become of the original.
-    """
-    if config.blt is None:
-        return None
-    if config.patching.mode != "bpe" or not ckpt.saved_steps(workdir):
-        return config.patching
-    return dataclasses.replace(config.patching, tokenizer=str(workdir / TOKENIZER))
 
 
 def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> dict[str, float]:
@@ -208,8 +54,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
         check_start(config)
     byte_lm = entropy_model(config, workdir)
     mesh = make_mesh(config.mesh)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    divides("mesh data x fsdp", shards, "data.rows", config.data.rows)
+    parts = step_parts(config, mesh)
     rows = row_sharding(mesh)
     patching = placed_patches(config, workdir)
     expected = byte_lm.identity if byte_lm else None
@@ -230,19 +75,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
         if found_cuts:
             print(f"held-out {name}: {found_cuts} cuts in documents longer than a row")
 
-    model = run_model(config)
-    optimizer = make_optimizer(config.optimizer, config.latent_init)
-
-    def initial_state(key):
-        params = initial_params(model, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    key = jax.random.key(config.seed)
-    shapes = jax.eval_shape(initial_state, key)
-    shardings = TrainState(
-        replicated(mesh), tree_shardings(shapes.params, mesh), tree_shardings(shapes.opt, mesh)
-    )
-    counts = parameter_count(shapes.params, config.model)
+    counts = parameter_count(parts.shapes.params, config.model)
     flops = training_flops(
         config.model, config.data.rows, config.data.row_bytes, config.data.row_patches
     )
@@ -261,26 +94,20 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
             shutil.copyfile(config.patching.tokenizer, workdir / TOKENIZER)
     manager = ckpt.make_manager(workdir, config)
     if manager.latest_step() is None:
-        state = jax.jit(initial_state, out_shardings=shardings)(key)
-        state = state._replace(params=started(config, state.params, shardings.params))
+        key = jax.random.key(config.seed)
+        state = jax.jit(parts.initial_state, out_shardings=parts.shardings)(key)
+        state = state._replace(params=started(config, state.params, parts.shardings.params))
         first = 0
     else:
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
-            shardings,
+            parts.shapes,
+            parts.shardings,
         )
         state, progress = ckpt.restore(manager, workdir, target)
         first = progress["step"]
         batches.set_state(progress["streams"])
         print(f"resumed {workdir} after step {first}")
-    step_fn = jax.jit(
-        make_train_step(config, model, optimizer),
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
-    )
-    scores = jax.jit(make_scores(model), in_shardings=(shardings.params, rows))
     reporter = Reporter(workdir, first)
     rate_of = learning_rate(config.optimizer)
     last_step = min(config.optimizer.steps, stop_at or config.optimizer.steps)
@@ -344,7 +171,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
         pending = None
         for step in range(first + 1, last_step + 1):
             batch = next(batches)
-            state, out = step_fn(state, jax.device_put(batch, rows))
+            state, out = parts.step(state, jax.device_put(batch, rows))
             if pending is not None:
                 report(*pending)
             pending = (step, out, fills(batch, patch_slots))
@@ -356,7 +183,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
                 pending = None
             if evaluates:
                 paused = time.monotonic()
-                bits = held_out_bits(scores, state.params, held_out, rows)
+                bits = held_out_bits(parts.scores, state.params, held_out, rows)
                 reporter.write(step, {"held_out_bits_per_byte": bits})
                 print(
                     f"step {step}/{config.optimizer.steps}  held out {bits:.4f} bits/byte",

@@ -19,7 +19,7 @@ from bltjax.config_file import load_config
 from bltjax.export import load_params
 from bltjax.model import initial_params
 from bltjax.optimizer import make_optimizer
-from bltjax.train import make_train_step, run_model
+from bltjax.training_step import make_train_step, run_model
 
 ROOT = Path(__file__).parents[1]
 TINY = "tests/tiny.py"

@@ -23,7 +23,7 @@ from bltjax.decoding.scorer import Scorer
 from bltjax.decoding.speculation import run_rounds
 from bltjax.model.byte_cnn import entropy_table
 from bltjax.scoring import EntropyModel
-from bltjax.train import compute_dtype
+from bltjax.training_step import compute_dtype
 
 CONTEXT = 32768  # bytes, prompt and text together
 SHORTEST = 64  # bytes and patches of the smallest buffers

@@ -16,7 +16,7 @@ from bltjax.model.byte_cnn import entropy_table, table_entropies
 from bltjax.model.byte_lm import ByteLM, entropies_of
 from bltjax.patching import force_starts, patch_starts
 from bltjax.scoring import EntropyModel, contexts
-from bltjax.train import compute_dtype
+from bltjax.training_step import compute_dtype
 
 SHORTEST = 64  # bytes in the smallest buffer
 

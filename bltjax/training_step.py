@@ -1,0 +1,125 @@
+"""A training step, ready to be compiled: for the trainer, for benchmarks, for plans.
+
+`step_parts` takes a config and a mesh, of devices that are here or are only described, and
+allocates nothing: shapes and shardings are known before there is an array.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from bltjax.checkpoint import TrainState
+from bltjax.config import RunConfig, divides
+from bltjax.model import Model, batch_logits, initial_params, make_model
+from bltjax.objective import Sums, target_sums
+from bltjax.optimizer import make_optimizer
+from bltjax.sharding import replicated, row_sharding, tree_shardings
+
+
+def compute_dtype(config: RunConfig):
+    """The dtype of matrix products: bfloat16 where there are units for it, float32 on a CPU."""
+    if config.compute_dtype != "auto":
+        return jnp.dtype(config.compute_dtype)
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def run_model(config: RunConfig):
+    implementation = None if config.attention == "auto" else config.attention
+    return make_model(config.model, config.data.row_patches, compute_dtype(config), implementation)
+
+
+def micro_batches(batch, count: int):
+    """Each array [B, ...] as [count, B / count, ...]."""
+    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+
+
+def make_train_step(config: RunConfig, model, optimizer):
+    """(state, batch) -> (state, report), to be jitted.
+
+    The loss is the mean over all weighted targets of the batch, however it is cut into
+    micro-batches: sums are accumulated, and divided once.
+    """
+
+    def loss_sums(params, batch):
+        sums = target_sums(
+            batch_logits(model, params, batch), batch["targets_BN"], batch["weights_BN"]
+        )
+        return sums.nats, sums
+
+    def step(state: TrainState, batch):
+        count = config.optimizer.accumulate
+        gradient = jax.grad(loss_sums, has_aux=True)
+        if count == 1:
+            grads, sums = gradient(state.params, batch)
+        else:
+
+            def add(total, micro):
+                return jax.tree.map(jnp.add, total, gradient(state.params, micro)), None
+
+            zero = (jax.tree.map(jnp.zeros_like, state.params), Sums(*(jnp.zeros(()),) * 4))
+            (grads, sums), _ = jax.lax.scan(add, zero, micro_batches(batch, count))
+        # Gradients of sums: one factor makes them means and clips them, in one pass over them.
+        weight = jnp.maximum(sums.weight, 1)
+        norm = optax.tree.norm(grads) / weight
+        factor = jnp.minimum(1, config.optimizer.clip / norm) / weight
+        grads = jax.tree.map(lambda g: g * factor, grads)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params = jax.tree.map(lambda p, u: p + u, state.params, updates)
+        return TrainState(state.step + 1, params, opt), {"sums": sums, "gradient_norm": norm}
+
+    return step
+
+
+def make_scores(model):
+    """(params, batch) -> Sums, to be jitted: evaluation and held-out bits per byte."""
+
+    def scores(params, batch) -> Sums:
+        logits_BNV = batch_logits(model, params, batch)
+        return target_sums(logits_BNV, batch["targets_BN"], batch["weights_BN"])
+
+    return scores
+
+
+class StepParts(NamedTuple):
+    """What a run is made of on a mesh."""
+
+    model: Model
+    initial_state: Callable  # key -> TrainState
+    shapes: TrainState  # of jax.ShapeDtypeStruct
+    shardings: TrainState
+    step: Callable  # jitted: (state, batch) -> (state, report); the state is donated
+    scores: Callable  # jitted: (params, batch) -> Sums
+
+
+def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
+    """The model, the state and the jitted functions of a run.
+
+    Raises:
+      ValueError: where the mesh doesn't divide what it should split, with both numbers.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    divides("mesh data x fsdp", shards, "data.rows", config.data.rows)
+    model = run_model(config)
+    optimizer = make_optimizer(config.optimizer, config.latent_init)
+
+    def initial_state(key) -> TrainState:
+        params = initial_params(model, key)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shapes = jax.eval_shape(initial_state, jax.random.key(config.seed))
+    shardings = TrainState(
+        replicated(mesh), tree_shardings(shapes.params, mesh), tree_shardings(shapes.opt, mesh)
+    )
+    rows = row_sharding(mesh)
+    step = jax.jit(
+        make_train_step(config, model, optimizer),
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    scores = jax.jit(make_scores(model), in_shardings=(shardings.params, rows))
+    return StepParts(model, initial_state, shapes, shardings, step, scores)
