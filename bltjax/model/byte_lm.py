@@ -15,7 +15,7 @@ from bltjax.alphabet import VOCABULARY
 from bltjax.attention import Sliding
 from bltjax.config import ByteLMConfig
 from bltjax.model.cache import Places
-from bltjax.model.layers import Block, BlockSize, project, rms_norm, truncated_normal
+from bltjax.model.layers import Block, BlockSize, embedded, project, rms_norm, truncated_normal
 from bltjax.patches import Ranges, document_begins, index_like, window_ranges
 from bltjax.sharding import constrained, gathered
 
@@ -69,7 +69,7 @@ class ByteLM(nn.Module):
 
     def stack(self, bytes_BN, ranges: Ranges | Places, past):
         """Logits, float32 [B, N, V], and what each block returned of its keys and values."""
-        x_BNE = gathered(self.bytes_VE, "bytes_VE", self.dtype)[bytes_BN]
+        x_BNE = embedded(gathered(self.bytes_VE, "bytes_VE", self.dtype), bytes_BN)
         x_BNE = constrained(x_BNE, "x_BNE")
         layers = []
         for block, before in zip(self.blocks, past, strict=True):

@@ -18,7 +18,7 @@ from bltjax.config import RopeScalingConfig
 from bltjax.model.cache import Cache, Places, cached_attention, written
 from bltjax.patches import Ranges
 from bltjax.rotary import rotary_angles, rotate
-from bltjax.sharding import constrained, gathered
+from bltjax.sharding import constrained, gathered, whole
 
 
 def truncated_normal(fan_in: int):
@@ -31,6 +31,26 @@ def rms_norm(x, scale_D, eps: float):
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     scale = jax.lax.broadcast_in_dim(scale_D, x.shape, (x.ndim - 1,))
     return (wide * inverse * scale).astype(x.dtype)
+
+
+@jax.custom_vjp
+def embedded(bytes_VE, bytes_BN):
+    """The row of each byte; the gradient adds up in fp32, since some bytes are very frequent."""
+    return bytes_VE[bytes_BN]
+
+
+def embedded_backward(kept, grad_BNE):
+    bytes_BN, bytes_V0 = kept
+    flat = grad_BNE.reshape(-1, grad_BNE.shape[-1]).astype(jnp.float32)
+    grad_VE = jax.ops.segment_sum(flat, bytes_BN.reshape(-1), num_segments=bytes_V0.shape[0])
+    # Each device adds up its own rows, rather than all rows of some columns.
+    return whole(grad_VE).astype(bytes_V0.dtype), None
+
+
+embedded.defvjp(
+    lambda bytes_VE, bytes_BN: (embedded(bytes_VE, bytes_BN), (bytes_BN, bytes_VE[:, :0])),
+    embedded_backward,
+)
 
 
 def project(x, weight, axes: int = 1):
