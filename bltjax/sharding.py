@@ -168,6 +168,12 @@ def gathered(weight, name: str, dtype):
     return weight if set_mesh_or_none() is None else brought_together(weight, name)
 
 
+def gathers() -> bool:
+    """Whether weights are split over fsdp, so that using one brings it together."""
+    mesh = set_mesh_or_none()
+    return mesh is not None and mesh.shape["fsdp"] > 1
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def brought_together(weight, name: str):
     mesh = set_mesh_or_none()

@@ -15,7 +15,14 @@ from bltjax.alphabet import VOCABULARY
 from bltjax.attention import Sliding
 from bltjax.config import ByteLMConfig
 from bltjax.model.cache import Places
-from bltjax.model.layers import Block, BlockSize, embedded, project, rms_norm, truncated_normal
+from bltjax.model.layers import (
+    BlockSize,
+    embedded,
+    project,
+    rematerialised,
+    rms_norm,
+    truncated_normal,
+)
 from bltjax.patches import Ranges, document_begins, index_like, window_ranges
 from bltjax.sharding import constrained, gathered
 
@@ -61,7 +68,7 @@ class ByteLM(nn.Module):
             E, config.heads, config.heads, config.hidden, config.norm_eps, config.rope_theta
         )
         self.bytes_VE = self.param("bytes_VE", truncated_normal(E), (VOCABULARY, E))
-        block = nn.remat(Block) if config.remat else Block
+        block = rematerialised(config.remat)
         parts = (size, Sliding(config.window), self.dtype, self.implementation)
         self.blocks = [block(*parts, name=f"block_{layer}") for layer in range(config.layers)]
         self.norm_E = self.param("norm_E", nn.initializers.ones, (E,))

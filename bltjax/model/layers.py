@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention import Pattern, range_attention
+from bltjax.attention import OUTCOME, Pattern, range_attention
 from bltjax.config import RopeScalingConfig
 from bltjax.model.cache import Cache, Places, cached_attention, written
 from bltjax.patches import Ranges
 from bltjax.rotary import rotary_angles, rotate
-from bltjax.sharding import constrained, gathered, whole
+from bltjax.sharding import constrained, gathered, gathers, whole
 
 
 def truncated_normal(fan_in: int):
@@ -80,6 +80,30 @@ class BlockSize(NamedTuple):
     @property
     def channels(self) -> int:
         return self.width // self.heads
+
+
+# What casts and moves: weights come from it anew in the backward pass.
+FREE = ("convert_element_type", "reshape", "sharding_constraint", "squeeze", "transpose")
+
+
+def all_but_weights(primitive, *_, **__) -> bool:
+    return primitive.name not in FREE
+
+
+def rematerialised(remat: str, *, scanned: bool = False):
+    """Block, keeping for the backward pass what `config.REMAT` says."""
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        if not gathers():
+            return Block
+        policy = all_but_weights
+    elif remat == "products":
+        policy = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(OUTCOME)
+        )
+    else:
+        policy = policies.nothing_saveable
+    return nn.remat(Block, prevent_cse=not scanned, policy=policy)
 
 
 class Block(nn.Module):

@@ -19,7 +19,7 @@ from bltjax.config import BLTConfig, LocalConfig
 from bltjax.model.cache import Places
 from bltjax.model.cross_attention import CrossAttention, attending_layers
 from bltjax.model.hash_tables import hash_tables, looked_up
-from bltjax.model.layers import Block, BlockSize, embedded, project, truncated_normal
+from bltjax.model.layers import BlockSize, embedded, project, rematerialised, truncated_normal
 from bltjax.ngram_hash import hash_ids
 from bltjax.patches import Patches, document_begins, pool_max, slot_ranges
 from bltjax.sharding import by_rows, constrained, gathered
@@ -45,7 +45,7 @@ class LocalEncoder(nn.Module):
                 "ngrams_RME", hash_tables(hashed, E), (hashed.tables, hashed.stored_rows, E)
             )
         self.pool_EKE = self.param("pool_EKE", truncated_normal(E), (E, K, E))
-        block = nn.remat(Block) if local.remat else Block
+        block = rematerialised(local.remat)
         self.blocks = [
             block(
                 block_size(local, local.encoder_hidden or local.hidden),
