@@ -69,6 +69,8 @@ def test_overrides():
         ("blt.local.heads=3", r"local.heads \(3\) must divide local.width \(1024\)"),
         ("blt.latent.key_value_heads=5", r"key_value_heads \(5\) must divide latent.heads \(16\)"),
         ("data.row_patches=99999", r"row_patches \(99999\) must not exceed row_bytes \(16384\)"),
+        ("mesh.tensor=3", r"mesh.tensor \(3\) must divide latent.heads \(16\)"),
+        ("mesh.fsdp=768", r"x mesh.fsdp \(768\) must divide data.rows / .*accumulate \(256\)"),
         ("optimizer.accumulate=3", r"accumulate \(3\) must divide data.rows \(1024\)"),
         ("patching.mode=bpes", r"patching.mode is 'bpes', not one of entropy, space, .*, bpe"),
         ("optimizer.warmup_steps=999999", r"warmup_steps \(999999\) must lie in 0"),
