@@ -3,11 +3,13 @@ import ast
 import dataclasses
 import importlib
 import json
+import math
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from bltjax.config import (
     BLTConfig,
@@ -21,6 +23,9 @@ from bltjax.config import (
 )
 from bltjax.config_file import load_config
 from bltjax.flops import training_flops
+from bltjax.sharding import AXES, tree_shardings
+from bltjax.training_step import check_mesh
+from bltjax.weights.model_files import model_shapes
 
 CONFIGS = sorted(Path("configs").glob("*.py"))
 
@@ -192,6 +197,20 @@ def test_the_arithmetic_of_the_quickstart():
         data = config.data
         flops = training_flops(config.model, data.rows, data.row_bytes, data.row_patches)
         assert float(re.search(pattern, told).group(1)) == pytest.approx(flops / 1e9, abs=0.06)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "quickstart" not in spec])
+def test_meshes_fit_their_pods(spec):
+    """The mesh has the chips that the docstring names, and divides all that it splits."""
+    config = load_config(spec)
+    told = docstring(Path(spec.partition(":")[0]))
+    chips, topology = re.search(r"(\d+) chips\s+\(v5p:([\dx]+),", told).groups()
+    fsdp = int(chips) if config.mesh.fsdp == -1 else config.mesh.fsdp
+    sizes = (config.mesh.data, fsdp, config.mesh.tensor)
+    assert math.prod(sizes) == int(chips) == math.prod(map(int, topology.split("x")))
+    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    check_mesh(config.model, config.data.rows // config.optimizer.accumulate, mesh)
+    tree_shardings(model_shapes(config), mesh)
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "quickstart"], ids=str)
