@@ -20,8 +20,8 @@ HASH_PRIMES = (
 )  # fmt: skip
 # What a block keeps for the backward pass, which computes the rest once more.
 #     none      everything but weights that were gathered from fsdp, which are gathered again
-#     products  outputs of matrix products and of attention: about 60 % of it, and 2 % more FLOPs
-#     full      the block's input alone: a third more FLOPs
+#     products  outputs of matrix products and of attention
+#     full      the block's input alone
 REMAT = ("none", "products", "full")
 # How Adam's moments of the hash tables are kept; the tables can be most of a model.
 #     float32   as those of all other parameters: 8 bytes a number
