@@ -18,8 +18,7 @@ from bltjax.checkpoint import TrainState
 from bltjax.config_file import load_config
 from bltjax.export import load_params
 from bltjax.model import initial_params
-from bltjax.optimizer import make_optimizer
-from bltjax.training_step import make_train_step, run_model
+from bltjax.training_step import make_train_step, run_model, run_optimizer
 
 ROOT = Path(__file__).parents[1]
 TINY = "tests/tiny.py"
@@ -135,7 +134,7 @@ def test_accumulation_equals_one_batch():
     for count in (1, 2):
         paths = ["data.train.text.path=x", "data.held_out.text.path=x"]
         config = load_config(f"{TINY}:blt", [f"optimizer.accumulate={count}", *paths])
-        model, optimizer = run_model(config), make_optimizer(config.optimizer)
+        model, optimizer = run_model(config), run_optimizer(config)
         params = jax.jit(lambda key, model=model: initial_params(model, key))(jax.random.key(0))
         state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
         batch = batch_of(config, np.random.default_rng(0))
