@@ -2,7 +2,8 @@
 
 Only text bytes count: sum of -log2 p over them, divided by their number, so models with different
 patches, and compressors, compare. A document that fits in a row is never split; the number of cuts
-in longer ones is reported. The result does not depend on batch size or document order.
+in longer ones is reported. The result does not depend on batch size, document order, devices or
+processes: the parameters and the rows are divided among all devices of all processes.
 """
 
 import argparse
@@ -19,15 +20,20 @@ from etils import epath
 
 from bltjax import checkpoint as ckpt
 from bltjax.calibrate import mean_patch_bytes
-from bltjax.config import RunConfig, SourceConfig
+from bltjax.config import MeshConfig, RunConfig, SourceConfig
 from bltjax.config_file import add_source_arguments, add_workdir_argument, source_from
 from bltjax.data.pipeline import held_out_batches
 from bltjax.data.sources import open_source
 from bltjax.export import TOKENIZER, load_params, read_config
 from bltjax.metrics import Progress, quantity
 from bltjax.model import parameter_count
+from bltjax.process_rows import own_part
+from bltjax.processes import add_arguments as add_process_arguments
+from bltjax.processes import is_writer, join
 from bltjax.scoring import load_entropy_model, scored_source
-from bltjax.training_step import make_scores, run_model
+from bltjax.sharding import make_mesh, row_sharding, tree_shardings
+from bltjax.training_step import jitted_scores, run_model
+from bltjax.weights.model_files import model_shapes
 
 XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
 
@@ -56,18 +62,24 @@ def run_patching(config: RunConfig, workdir: epath.Path):
 
 def evaluate(workdir: epath.Path, source: SourceConfig, *, skip_bad: bool = False) -> dict:
     """Bits per byte on `source` of a run or an export, with counts of what was scored."""
-    config, params, step = load_params(workdir)
+    config = read_config(workdir)
+    mesh = make_mesh(MeshConfig())
+    shardings = tree_shardings(model_shapes(config), mesh)
+    config, params, step = load_params(workdir, shardings)
     patching, byte_lm = run_patching(config, workdir)
     documents = scored_source(source, patching, byte_lm, skip_bad=skip_bad)
-    batches, cuts = held_out_batches(documents, config.data, patching)
-    scores = jax.jit(make_scores(run_model(config)))
+    # As many rows as the devices divide: the figure doesn't depend on it.
+    data = dataclasses.replace(config.data, rows=-(-config.data.rows // mesh.size) * mesh.size)
+    batches, cuts = held_out_batches(documents, data, patching)
+    scores = jitted_scores(run_model(config), shardings, mesh)
     nats = text_bytes = 0.0
     progress = Progress("evaluating", len(batches), " batches")
-    for batch in batches:
-        sums = jax.device_get(scores(params, jax.device_put(batch)))
-        nats += float(sums.text_nats)
-        text_bytes += float(sums.text_bytes)
-        progress.advance(1)
+    with jax.set_mesh(mesh):
+        for batch in batches:
+            sums = jax.device_get(scores(params, own_part(batch, row_sharding(mesh))))
+            nats += float(sums.text_nats)
+            text_bytes += float(sums.text_bytes)
+            progress.advance(1)
     result = {
         "model": "blt" if config.blt else "byte_lm" if config.byte_lm else "byte_cnn",
         "step": step,
@@ -104,6 +116,7 @@ def joined_text(source: SourceConfig, skip_bad: bool) -> bytes:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workdir_argument(parser)
     add_source_arguments(parser, required=False, default="the run's held-out")
+    add_process_arguments(parser)
     parser.add_argument("--compressors", action="store_true", help="also gzip -9 and xz -9")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
 
@@ -111,6 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("evaluate takes its config from the work directory; drop --config.*")
+    join(args)
     config = read_config(args.workdir)
     if args.source:
         sources = [source_from(args)]
@@ -138,5 +152,5 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         )
         for name, bits in result.get("compressors", {}).items():
             print(f"  {name.replace('_', ' '):28s}{bits:8.4f} bits per byte")
-    if args.out:
+    if args.out and is_writer():
         ckpt.write_text(args.out, json.dumps(results if len(results) > 1 else results[0]) + "\n")

@@ -99,14 +99,19 @@ def make_train_step(config: RunConfig, model, optimizer):
     return step
 
 
-def make_scores(model):
-    """(params, batch) -> Sums, to be jitted: evaluation and held-out bits per byte."""
+def jitted_scores(model, shardings, mesh: Mesh):
+    """Jitted (params, batch) -> Sums, every process' own copy: evaluation.
+
+    shardings: of the parameters.
+    """
 
     def scores(params, batch) -> Sums:
         logits_BNV = batch_logits(model, params, batch)
         return target_sums(logits_BNV, batch["targets_BN"], batch["weights_BN"])
 
-    return scores
+    return jax.jit(
+        scores, in_shardings=(shardings, row_sharding(mesh)), out_shardings=replicated(mesh)
+    )
 
 
 class StepParts(NamedTuple):
@@ -146,7 +151,5 @@ def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-    scores = jax.jit(
-        make_scores(model), in_shardings=(shardings.params, rows), out_shardings=replicated(mesh)
-    )
+    scores = jitted_scores(model, shardings.params, mesh)
     return StepParts(model, initial_state, shapes, shardings, step, scores)
