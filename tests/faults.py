@@ -15,11 +15,13 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,10 +32,10 @@ PROCESSES = 2
 class Pod:
     """A run of launch/local_pod.py, and what it prints."""
 
-    def __init__(self, work: "Work", workdir: Path, processes: int = PROCESSES, devices: int = 1):
+    def __init__(self, work: "Work", workdir: Path, more: Sequence[str] = ()):
         words = [
-            sys.executable, "launch/local_pod.py", f"--processes={processes}",
-            f"--devices={devices}", "--", "train", "--config=tests/tiny.py:byte_lm",
+            sys.executable, "launch/local_pod.py", f"--processes={PROCESSES}",
+            "--", "train", "--config=tests/tiny.py:byte_lm", *more,
             f"--workdir={workdir}", f"--config.data.train.text.path={work.records}",
             f"--config.data.held_out.text.path={work.root / 'held_out.jsonl'}",
             f"--config.optimizer.steps={STEPS}", f"--config.checkpoint.every={EVERY}",
@@ -127,6 +129,22 @@ def traces(workdir: Path) -> dict:
         "losses": {line["step"]: line["loss"] for line in lines if "loss" in line},
         "streams": {path.name: json.loads(path.read_text()) for path in streams},
     }
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def can_mount() -> bool:
+    """Whether a small disk can be put under a folder: as root, mostly."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder]
+        if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
+            return False
+        subprocess.run(["umount", folder], check=True)
+        return True
 
 
 def kill_one(work: Work, workdir: Path, choose: random.Random) -> str:

@@ -158,6 +158,11 @@ def training_batches(
     for name, documents in sources.items():
         if documents.bad:
             print(f"{name}: {documents.bad} broken lines skipped")
+        if len(documents) < data.rows:
+            print(
+                f"{name}: {len(documents)} records for {data.rows} streams, so that every stream"
+                " takes all of them, in an order of its own"
+            )
         scored = isinstance(documents, RecordDocuments)
         if patching is not None and patching.mode == "entropy" and not scored:
             raise ValueError(
