@@ -7,6 +7,7 @@ patches, so that one scoring of a corpus serves every threshold. Files appear un
 names only when whole, and the manifest, written last, says what they must be.
 """
 
+import bisect
 import dataclasses
 import json
 import os
@@ -185,33 +186,38 @@ class RecordDocuments:
                     f"{path} {what}: the shard is damaged."
                     " Run the entropies command again; it keeps the whole shards."
                 )
-        self.ends = np.cumsum([shard.documents for shard in self.manifest.shards])
+        self.ends = np.cumsum([shard.documents for shard in self.manifest.shards]).tolist()
         self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return self.ends[-1] if self.ends else 0
 
     def __getstate__(self):
         return self.__dict__ | {"_readers": {}}
 
     def name(self, index: int) -> str:
-        shard = int(np.searchsorted(self.ends, index, side="right"))
+        shard = bisect.bisect_right(self.ends, index)
         return f"{self.folder / self.manifest.shards[shard].name}[{index}]"
 
     def __getitem__(self, index: int) -> Document:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.folder} has no record {index}; it has {len(self)}")
-        shard = int(np.searchsorted(self.ends, index, side="right"))
-        path = self.folder / self.manifest.shards[shard].name
+        shard = bisect.bisect_right(self.ends, index)
+        first = self.ends[shard] - self.manifest.shards[shard].documents
         try:
-            if shard not in self._readers:
-                self._readers[shard] = array_record_module.ArrayRecordReader(
-                    str(path), "readahead_buffer_size:0"
-                )
-            first = int(self.ends[shard]) - self.manifest.shards[shard].documents
-            return decode_record(self._readers[shard].read([index - first])[0])
+            # A range: for a list of numbers the reader looks at every record that it has.
+            return decode_record(self.reader(shard).read(index - first, index - first + 1)[0])
         except (ValueError, RuntimeError, IndexError) as error:
+            path = self.folder / self.manifest.shards[shard].name
             raise ValueError(
                 f"{path}, record {index}: {error}. The shard is damaged: run the entropies"
                 " command again; it keeps the whole shards."
             ) from None
+
+    def reader(self, shard: int) -> array_record_module.ArrayRecordReader:
+        if shard not in self._readers:
+            path = self.folder / self.manifest.shards[shard].name
+            self._readers[shard] = array_record_module.ArrayRecordReader(
+                str(path), "readahead_buffer_size:0"
+            )
+        return self._readers[shard]
