@@ -5,6 +5,8 @@ import importlib
 import logging
 import os
 import sys
+import traceback
+import typing
 
 # What each verb does; its program has add_arguments(parser) and main(args, overrides).
 VERBS = {
@@ -40,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
             program = importlib.import_module(f"bltjax.{PROGRAMS.get(verb, verb)}")
             program.add_arguments(sub)
     args, rest = parser.parse_known_args(argv)
+    # Here, because it imports jax, which --help needn't wait for.
+    from bltjax.processes import RESTART, Restart, joined, process_index
+
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
     unknown = [word for word in rest if not word.startswith("--config.")]
     if unknown:
@@ -60,6 +65,19 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"bltjax {args.verb}: {describe(error)}", file=sys.stderr)
         return 1
+    except Restart as error:
+        print(f"bltjax {args.verb}: {error}", file=sys.stderr)
+        return RESTART
+    except RuntimeError as error:
+        if args.debug or not joined():
+            raise
+        # Whatever its library said, a process that lost another one goes on by a restart.
+        print(
+            f"bltjax {args.verb}: process {process_index()} can't go on, most likely because"
+            f" another one ended: {describe(error)}",
+            file=sys.stderr,
+        )
+        return RESTART
     except KeyboardInterrupt:
         print(f"bltjax {args.verb}: interrupted; the same command resumes", file=sys.stderr)
         return 130
@@ -77,5 +95,19 @@ def describe(error: Exception) -> str:
     return str(error)
 
 
+def run() -> typing.NoReturn:
+    """`main`, and then out: also past jax's wait for the other processes, after an error."""
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    from bltjax.processes import joined, leave
+
+    if code and joined():
+        leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
