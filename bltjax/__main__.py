@@ -12,6 +12,7 @@ import typing
 VERBS = {
     "train": "train a byte LM or a BLT; the same command resumes it",
     "entropies": "score a corpus with a byte LM and write records to train a BLT on",
+    "corpus": "report on folders of records: sizes, patch lengths, rates",
     "calibrate": "find the threshold that gives a mean patch length",
     "evaluate": "bits per byte of a run on any text, beside gzip and xz",
     "generate": "continue a text",

@@ -13,7 +13,6 @@ WORKDIR/
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from bltjax.config import RunConfig, differences, from_dict, to_dict
+from bltjax.storage import write_text
 
 CHUNK_BYTES = 64 << 20
 
@@ -34,13 +34,6 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: Any
     opt: Any
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file under its name either whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def saved_steps(workdir: Path) -> list[int]:

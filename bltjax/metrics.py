@@ -13,6 +13,8 @@ def duration(seconds: float) -> str:
     """90 -> '1m30s'."""
     seconds = round(seconds)
     hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours >= 72:
+        return f"{hours / 24:,.0f} days"
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"

@@ -10,7 +10,6 @@ names only when whole, and the manifest, written last, says what they must be.
 import bisect
 import dataclasses
 import json
-import os
 import struct
 import zlib
 from collections.abc import Iterable
@@ -18,6 +17,9 @@ from pathlib import Path
 
 import numpy as np
 from array_record.python import array_record_module
+from etils import epath
+
+from bltjax.storage import is_remote, local_copy, publish, scratch, size_of, write_text
 
 MAGIC = b"BLT1"
 HEADER = struct.Struct("<4sII")
@@ -70,11 +72,9 @@ class ShardInfo:
     size: int  # bytes of the file
     crc32: int
 
-    def is_whole(self, path: Path) -> bool:
+    def is_whole(self, path: epath.Path) -> bool:
         """Whether the file is there, byte for byte."""
-        if not path.is_file() or path.stat().st_size != self.size:
-            return False
-        return file_crc32(path) == self.crc32
+        return size_of(path) == self.size and file_crc32(path) == self.crc32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Manifest:
         return sum(getattr(shard, field) for shard in self.shards)
 
 
-def file_crc32(path: Path) -> int:
+def file_crc32(path: epath.Path) -> int:
     checksum = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -106,9 +106,13 @@ def file_crc32(path: Path) -> int:
     return checksum
 
 
-def write_shard(path: Path, records: Iterable[bytes]) -> None:
-    """Writes an ArrayRecord file beside its place, then moves it there whole."""
-    partial = path.with_name(f".{path.name}.partial")
+def write_shard(path: epath.Path, records: Iterable[bytes], writer_name: str = "") -> None:
+    """Writes an ArrayRecord file beside its place, then moves it there whole.
+
+    writer_name: tells writers of one shard apart, if there may be several.
+    """
+    folder = scratch() if is_remote(path) else Path(path).parent
+    partial = folder / f".{path.name}.{writer_name}partial"
     try:
         writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,zstd:3")
         try:
@@ -121,29 +125,21 @@ def write_shard(path: Path, records: Iterable[bytes]) -> None:
     publish(partial, path)
 
 
-def publish(partial: Path, path: Path) -> None:
-    """Gives a file its final name, once its bytes are on the disk."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def shard_info(path: Path, texts_bytes: int, documents: int, padding: int) -> ShardInfo:
+def shard_info(path: epath.Path, texts_bytes: int, documents: int, padding: int) -> ShardInfo:
     positions = texts_bytes + documents
-    size, crc32 = path.stat().st_size, file_crc32(path)
+    size, crc32 = size_of(path), file_crc32(path)
     return ShardInfo(path.name, documents, texts_bytes, positions, padding, size, crc32)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
-    publish(partial, folder / MANIFEST)
+def write_manifest(folder: epath.Path, manifest: Manifest) -> None:
+    text = json.dumps(dataclasses.asdict(manifest), indent=1) + "\n"
+    write_text(epath.Path(folder) / MANIFEST, text)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: epath.Path) -> Manifest:
     """Raises ValueError for a folder without a manifest, or with one that is not ours."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"{folder} has no {MANIFEST}: it is not a finished folder of records."
             " Run the entropies command to its end."
@@ -167,9 +163,9 @@ class RecordDocuments:
 
     bad = 0
 
-    def __init__(self, folder: Path, expected_identity: str | None = None):
+    def __init__(self, folder: epath.Path, expected_identity: str | None = None):
         """Raises ValueError for missing or truncated shards, or another byte LM's entropies."""
-        self.folder = Path(folder)
+        self.folder = epath.Path(folder)
         self.manifest = read_manifest(self.folder)
         if expected_identity not in (None, self.manifest.byte_lm):
             raise ValueError(
@@ -179,7 +175,7 @@ class RecordDocuments:
             )
         for shard in self.manifest.shards:
             path = self.folder / shard.name
-            found = path.stat().st_size if path.is_file() else None
+            found = size_of(path)
             if found != shard.size:
                 what = "is missing" if found is None else f"has {found} bytes, not {shard.size}"
                 raise ValueError(
@@ -216,7 +212,7 @@ class RecordDocuments:
 
     def reader(self, shard: int) -> array_record_module.ArrayRecordReader:
         if shard not in self._readers:
-            path = self.folder / self.manifest.shards[shard].name
+            path = local_copy(self.folder / self.manifest.shards[shard].name)
             self._readers[shard] = array_record_module.ArrayRecordReader(
                 str(path), "readahead_buffer_size:0"
             )
