@@ -24,6 +24,7 @@ from bltjax.metrics import Reporter, duration, quantity
 from bltjax.model import parameter_count
 from bltjax.objective import Sums
 from bltjax.optimizer import learning_rate
+from bltjax.profiling import Profile
 from bltjax.scoring import scored_source
 from bltjax.sharding import make_mesh, row_sharding
 from bltjax.start import check_start, entropy_model, placed_patches, started
@@ -41,14 +42,19 @@ def held_out_bits(scores, params, batches, sharding) -> float:
     return total[0] / np.log(2.0) / max(total[1], 1.0)
 
 
-def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> dict[str, float]:
+def train(
+    config: RunConfig, workdir: Path, *, stop_at: int | None = None, profiled: str = ""
+) -> dict[str, float]:
     """Trains to `optimizer.steps` (or until `stop_at`), resuming what is there; the last report.
+
+    profiled: START:STOP, the steps of which a trace is written.
 
     Raises:
       ValueError: for a work directory of another run, or data that the config cannot use.
       FloatingPointError: at the first step whose loss or gradient is not finite.
     """
     begun = time.monotonic()
+    profile = Profile(profiled, workdir)
     ckpt.check_workdir(workdir, config)
     if not ckpt.saved_steps(workdir):
         check_start(config)
@@ -136,15 +142,22 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
             return
         with jax.transfer_guard("allow"):
             rate = float(rate_of(step - 1))
-        values = window.flush() | {
+        values = window.flush()
+        used = values["byte_fill"] * config.data.row_bytes / (values["patch_fill"] * patch_slots)
+        values |= {
+            "mean_patch_bytes": used,
+            "bytes_per_second_per_chip": values["bytes_per_second"] / mesh.size,
             "gradient_norm": float(norm),
             "learning_rate": rate,
             "training_flops": float(flops) * step,
         }
+        if config.blt:
+            for name in ("gradient_norms", "update_norms"):
+                by_part = jax.device_get(out[name])
+                values |= {f"{name}/{part}": float(norm) for part, norm in by_part.items()}
         if not warned and config.blt and min(values["byte_fill"], values["patch_fill"]) < 0.9:
             warned = True
             data = config.data
-            used = values["byte_fill"] * data.row_bytes / (values["patch_fill"] * data.row_patches)
             print(
                 f"warning: rows are {values['byte_fill']:.0%} full of bytes and"
                 f" {values['patch_fill']:.0%} of patches, because patches average {used:.2f} bytes"
@@ -164,6 +177,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
     with contextlib.ExitStack() as exits:
         exits.callback(batches.close)
         exits.callback(reporter.close)
+        exits.callback(profile.close)
         exits.callback(manager.close)  # waits for a checkpoint that is being written
         exits.enter_context(jax.set_mesh(mesh))  # by which kernels are split among devices
         # A transfer that nobody asked for would stall every step; it is an error here.
@@ -171,7 +185,8 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
         pending = None
         for step in range(first + 1, last_step + 1):
             batch = next(batches)
-            state, out = parts.step(state, jax.device_put(batch, rows))
+            with profile.step(step):
+                state, out = parts.step(state, jax.device_put(batch, rows))
             if pending is not None:
                 report(*pending)
             pending = (step, out, fills(batch, patch_slots))
@@ -245,6 +260,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workdir", required=True, type=Path, help="where the run lives")
     parser.add_argument("--stop_at", type=int, help="stop after this step, as if interrupted")
+    parser.add_argument(
+        "--profile", default="", metavar="START:STOP", help="trace these steps, for xprof"
+    )
     parser.add_argument("--init_from", help="run or export whose parameters training begins with")
     parser.add_argument(
         "--init_latent_from",
@@ -259,5 +277,5 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.init_latent_from:
         overrides = [*overrides, f"latent_init.path={args.init_latent_from}"]
     config = load_config(args.config, overrides)
-    train(config, args.workdir, stop_at=args.stop_at)
+    train(config, args.workdir, stop_at=args.stop_at, profiled=args.profile)
     print(f"finished; the run is in {args.workdir}")
