@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from bltjax.processes import is_writer
+
 
 def duration(seconds: float) -> str:
     """90 -> '1m30s'."""
@@ -29,9 +31,15 @@ def quantity(value: float) -> str:
 
 
 class Reporter:
-    """Writes reports of one run; on resume, drops the lines of steps that will be run again."""
+    """Writes reports of one run; on resume, drops the lines of steps that will be run again.
+
+    Of many processes one writes.
+    """
 
     def __init__(self, workdir: Path, first_step: int):
+        self.writes = is_writer()
+        if not self.writes:
+            return
         self.path = workdir / "metrics.jsonl"
         if self.path.exists():
             kept = []
@@ -48,12 +56,16 @@ class Reporter:
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        if not self.writes:
+            return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         for name, value in values.items():
             self.events.add_scalar(name, value, step)
 
     def close(self) -> None:
+        if not self.writes:
+            return
         self.file.close()
         self.events.close()
 
@@ -70,7 +82,7 @@ class Progress:
     def advance(self, amount: float) -> None:
         self.done += amount
         now = time.monotonic()
-        if now - self.said >= self.interval:
+        if now - self.said >= self.interval and is_writer():
             self.said = now
             self.print()
 

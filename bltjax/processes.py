@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 import jax
 import jaxlib
-from jax._src import distributed, xla_bridge  # jax has no public door to the key-value store
+from jax._src import distributed, xla_bridge  # no public door to the key-value store
 from jax._src.clusters import ClusterEnv  # nor to what it knows of clusters
 
 from bltjax.config import differences
@@ -72,6 +72,8 @@ def join(args: argparse.Namespace) -> None:
     given = [args.coordinator, args.processes, args.process]
     # Collectives of CPU devices in several processes; other devices have their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # jax would catch SIGTERM in every program, also in those that have nothing to save.
+    jax.config.update("jax_enable_preemption_service", False)
     if given.count(None) == 3:
         join_cluster(args.join_seconds)
     elif None in given:

@@ -3,16 +3,14 @@
     python -m bltjax train ... --profile=100:104
     pip install xprof && xprof --logdir=WORKDIR/profile        (or TensorBoard with that plugin)
 
-The steps given are inclusive. A trace of more than a few is large and slow to open; the first
-steps of a run are spent compiling.
+The steps given are inclusive. A trace of more than a few is large and slow to open. A start's first
+step compiles, so it can't be among them.
 """
 
-import contextlib
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 import jax
+from etils import epath
 
 FOLDER = "profile"
 
@@ -20,31 +18,33 @@ FOLDER = "profile"
 class Profile:
     """The window of steps that is traced; of no steps if `spec` is empty."""
 
-    def __init__(self, spec: str, workdir: Path):
-        """Raises ValueError unless spec is START:STOP with 1 <= START <= STOP."""
+    def __init__(self, spec: str, workdir: epath.Path):
+        """Raises ValueError unless spec is START:STOP with 2 <= START <= STOP."""
         self.folder, self.tracing = workdir / FOLDER, False
-        self.first = self.last = 0
+        self.first = self.last = -1
         if spec:
             numbers = re.fullmatch(r"(\d+):(\d+)", spec)
             self.first, self.last = map(int, numbers.groups()) if numbers else (0, 0)
-            if not 1 <= self.first <= self.last:
-                raise ValueError(f"--profile is {spec!r}, not START:STOP with 1 <= START <= STOP")
+            if not 2 <= self.first <= self.last:
+                raise ValueError(f"--profile is {spec!r}, not START:STOP with 2 <= START <= STOP")
 
-    @contextlib.contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Around the dispatch of a step; what it began to compute belongs to it."""
-        if number == self.first:
+    def step(self, number: int, out) -> None:
+        """A step has been dispatched, and `out` is on its way.
+
+        The trace begins behind the step before the first, whose end is waited for: so what it holds
+        is these steps alone.
+        """
+        if number == self.first - 1:
+            jax.block_until_ready(out)
             jax.profiler.start_trace(str(self.folder))
             self.tracing = True
-        with jax.profiler.StepTraceAnnotation("train", step_num=number):
-            yield
-        if number == self.last:
+        elif number == self.last and self.tracing:
+            jax.block_until_ready(out)
             self.close()
 
     def close(self) -> None:
-        """Ends the trace; the devices finish first what they have begun."""
+        """Ends the trace, with what there is of it."""
         if self.tracing:
             self.tracing = False
-            jax.block_until_ready(jax.live_arrays())
             jax.profiler.stop_trace()
             print(f"trace of steps {self.first} to {self.last}: xprof --logdir={self.folder}")

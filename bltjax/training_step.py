@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
+from bltjax.bad_batches import guarded, told
 from bltjax.checkpoint import TrainState
 from bltjax.config import RunConfig, divides
 from bltjax.model import Model, batch_logits, initial_params, make_model, part_of
@@ -31,6 +33,22 @@ def run_model(config: RunConfig):
     return make_model(config.model, config.data.row_patches, compute_dtype(config), implementation)
 
 
+def run_optimizer(config: RunConfig) -> optax.GradientTransformationExtraArgs:
+    return guarded(make_optimizer(config.optimizer, config.latent_init), config.faults)
+
+
+def fills(batch, config: RunConfig) -> jax.Array:
+    """float32 [2]: shares of the byte and of the patch slots of a batch that are used.
+
+    A byte LM's positions are its patches.
+    """
+    real_BN = batch["documents_BN"] > 0
+    opens_BN = batch["starts_BN1"][:, :-1] & real_BN
+    slots = config.data.row_patches if config.blt else config.data.row_bytes
+    patches = opens_BN.sum(axis=1).astype(jnp.float32).mean() / slots
+    return jnp.stack([real_BN.mean(), patches])
+
+
 def micro_batches(batch, count: int):
     """Each array [B, ...] as [count, B / count, ...]."""
     return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
@@ -46,7 +64,7 @@ def norms_by_part(tree, config) -> dict[str, jax.Array]:
 
 
 def make_train_step(config: RunConfig, model, optimizer):
-    """(state, batch) -> (state, report), to be jitted.
+    """(state, batch) -> (state, report), to be jitted; the optimizer is `run_optimizer`'s.
 
     The loss is the mean over all weighted targets of the batch, however it is cut into
     micro-batches: sums are accumulated, and divided once.
@@ -76,13 +94,17 @@ def make_train_step(config: RunConfig, model, optimizer):
         norm = jnp.sqrt(sum(part**2 for part in norms.values()))
         factor = jnp.minimum(1, config.optimizer.clip / norm) / weight
         grads = jax.tree.map(lambda g: g * factor, grads)
-        updates, opt = optimizer.update(grads, state.opt, state.params)
+        updates, opt = optimizer.update(
+            grads, state.opt, state.params, loss=sums.nats / weight, norm=norm
+        )
         params = jax.tree.map(lambda p, u: p + u, state.params, updates)
         report = {
             "sums": sums,
             "gradient_norm": norm,
             "gradient_norms": norms,
             "update_norms": norms_by_part(updates, config.model),
+            "fills": fills(batch, config),
+            "guard": told(opt),
         }
         return TrainState(state.step + 1, params, opt), report
 
@@ -119,7 +141,7 @@ def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     divides("mesh data x fsdp", shards, "data.rows", config.data.rows)
     model = run_model(config)
-    optimizer = make_optimizer(config.optimizer, config.latent_init)
+    optimizer = run_optimizer(config)
 
     def initial_state(key) -> TrainState:
         params = initial_params(model, key)
@@ -136,5 +158,7 @@ def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-    scores = jax.jit(make_scores(model), in_shardings=(shardings.params, rows))
+    scores = jax.jit(
+        make_scores(model), in_shardings=(shardings.params, rows), out_shardings=replicated(mesh)
+    )
     return StepParts(model, initial_state, shapes, shardings, step, scores)

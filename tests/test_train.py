@@ -18,8 +18,7 @@ from bltjax.checkpoint import TrainState
 from bltjax.config_file import load_config
 from bltjax.export import load_params
 from bltjax.model import initial_params
-from bltjax.optimizer import make_optimizer
-from bltjax.training_step import make_train_step, run_model
+from bltjax.training_step import make_train_step, run_model, run_optimizer
 
 ROOT = Path(__file__).parents[1]
 TINY = "tests/tiny.py"
@@ -68,7 +67,7 @@ def test_a_window_of_steps_is_traced(runs, tmp_path, capsys):
     assert main(command(runs, "byte_lm", tmp_path, "--profile=2:3", "--stop_at=4")) == 0
     assert f"trace of steps 2 to 3: xprof --logdir={tmp_path}/profile" in capsys.readouterr().out
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
-    assert b"train" in trace.read_bytes()
+    assert b"jit_step" in trace.read_bytes()
     assert main(command(runs, "byte_lm", tmp_path, "--profile=3:2")) == 1
     assert "--profile is '3:2', not START:STOP" in capsys.readouterr().err
 
@@ -151,7 +150,7 @@ def test_accumulation_equals_one_batch():
     for count in (1, 2):
         paths = ["data.train.text.path=x", "data.held_out.text.path=x"]
         config = load_config(f"{TINY}:blt", [f"optimizer.accumulate={count}", *paths])
-        model, optimizer = run_model(config), make_optimizer(config.optimizer)
+        model, optimizer = run_model(config), run_optimizer(config)
         params = jax.jit(lambda key, model=model: initial_params(model, key))(jax.random.key(0))
         state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
         batch = batch_of(config, np.random.default_rng(0))
