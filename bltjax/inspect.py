@@ -1,13 +1,15 @@
 """What a folder is, and whether it is whole: a run, an export, records, or released weights.
 
 A run's checkpoints are all looked at, not the newest alone. "Whole" means that every array which
-its index names is there, has the shape that the config asks for, is read to its last byte and holds
-finite numbers; of records, that every shard has the checksum which the manifest says. What is
-damaged is named, and the exit status is 1. `--quick` reads no data: shapes and sizes only.
+its index names is there, has the shape that the config asks for, is read to its last byte, holds
+finite numbers and, in a run, has the checksum with which it was saved; of records, that every shard
+has the checksum which the manifest says. What is damaged is named, and the exit status is 1.
+`--quick` reads no data: shapes and sizes only.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,21 +63,55 @@ def reason_of(error: Exception) -> str:
     return lines[0] if len(lines[0]) < 100 else f"{lines[0][:97]}..."
 
 
-def read_through(name: str, read: Callable[[], Iterator[np.ndarray]]) -> Iterator[str]:
-    """What is wrong with an array's data, if anything; every piece of it is read."""
+def checksum_of(piece: np.ndarray, begin: int) -> int:
+    """What rows of an array from `begin` on add to its checksum, as `saving.checksums` has it."""
+    bits = np.ascontiguousarray(piece).view(f"u{piece.dtype.itemsize}").astype(np.uint32)
+    factor = np.uint32(1)
+    for axis, size in enumerate(piece.shape):
+        place = np.arange(size, dtype=np.uint32) + np.uint32(0 if axis else begin)
+        place = place * np.uint32(2 * (axis * 7919 + 1))
+        factor = factor + place.reshape(-1, *[1] * (piece.ndim - 1 - axis))
+    return int((bits * factor).sum(dtype=np.uint32))
+
+
+def stored_name(path: str) -> str:
+    """`.params['encoder']['bytes_VE']`, by which a checksum goes, as `params/encoder/bytes_VE`."""
+    return "/".join(re.findall(r"[A-Za-z0-9_]+", path))
+
+
+def read_through(
+    name: str, read: Callable[[], Iterator[tuple[int, np.ndarray]]], saved: int | None = None
+) -> Iterator[str]:
+    """What is wrong with an array's data, if anything; every piece of it is read.
+
+    saved: the checksum of what should be there, if that was kept.
+    """
+    finite, found = True, 0
     try:
-        finite = all([np.isfinite(np.asarray(piece, np.float32)).all() for piece in read()])
+        for begin, piece in read():
+            finite = finite and bool(np.isfinite(np.asarray(piece, np.float32)).all())
+            found += 0 if saved is None else checksum_of(piece, begin)
     except Exception as error:  # storage raises many kinds
         yield f"{name} can't be read: {reason_of(error)}"
         return
-    if not finite:
+    if saved is not None and found % 2**32 != saved:
+        yield f"{name} is not what was saved: another checksum"
+    elif not finite:
         yield f"{name} holds numbers that are not finite"
 
 
 def check_arrays(
-    folder: epath.Path, item: str, expected: dict[str, tuple], quick: bool
+    folder: epath.Path,
+    item: str,
+    expected: dict[str, tuple],
+    quick: bool,
+    checksums: dict[str, int],
 ) -> tuple[list[str], int]:
-    """What is wrong with the arrays that Orbax wrote to `folder`, and how many numbers they are."""
+    """What is wrong with the arrays that Orbax wrote to `folder`, and how many numbers they are.
+
+    checksums: of the arrays as they were saved, by `stored_name`; of those that aren't in it, none
+    was kept.
+    """
     try:
         found = arrays_in(folder)
     except Exception as error:  # what is cut off or mangled reads as anything
@@ -84,16 +120,17 @@ def check_arrays(
     context = tensorstore.Context(CACHE)
     for name in () if quick else found:
 
-        def pieces(name: str = name) -> Iterator[np.ndarray]:
+        def pieces(name: str = name) -> Iterator[tuple[int, np.ndarray]]:
             array = open_array(folder, name, context)
             if not array.shape:
-                yield array.read().result()
+                yield 0, array.read().result()
                 return
             row_bytes = array.size // max(1, array.shape[0]) * array.dtype.numpy_dtype.itemsize
             for rows in row_runs(array.shape[0], row_bytes):
-                yield array[rows].read().result()
+                yield rows.start, array[rows].read().result()
 
-        problems += [f"{item}: {line}" for line in read_through(name, pieces)]
+        saved = checksums.get(f"{item}/{name}")
+        problems += [f"{item}: {line}" for line in read_through(name, pieces, saved)]
     return problems, sum(int(np.prod(shape, dtype=np.int64)) for shape in found.values())
 
 
@@ -118,16 +155,17 @@ def check_checkpoint(folder: epath.Path, expected: dict[str, tuple], quick: bool
         problems.append("params is missing")
     if ("opt" in items) != ("progress" in items):
         problems.append(f"{'progress' if 'opt' in items else 'opt'} is missing")
-    for item in ("params", "opt"):
-        if item in items:
-            wrong, count = check_arrays(folder / item, item, expected, quick)
-            problems, numbers = problems + wrong, numbers + count
     progress: dict = {}
     if "progress" in items:
         wrong, progress = check_json(folder / "progress" / "metadata")
         problems += [f"progress: {line}" for line in wrong]
         if progress and progress.get("step") != int(folder.name):
             problems.append(f"progress: it says step {progress.get('step')}")
+    checksums = {stored_name(path): x for path, x in progress.get("checksums", {}).items()}
+    for item in ("params", "opt"):
+        if item in items:
+            wrong, count = check_arrays(folder / item, item, expected, quick, checksums)
+            problems, numbers = problems + wrong, numbers + count
     for path in sorted((folder / "streams").glob("*.json")) if "streams" in items else []:
         problems += [f"streams: {line}" for line in check_json(path)[0]]
     return {
@@ -197,7 +235,7 @@ def last_report(path: epath.Path) -> dict:
 
 def inspect_export(path: epath.Path, quick: bool) -> dict:
     manifest, config = read_export(path), read_config(path)
-    problems, _ = check_arrays(path / "params", "params", leaf_shapes(config), quick)
+    problems, _ = check_arrays(path / "params", "params", leaf_shapes(config), quick, {})
     found = {
         "kind": "export",
         "step": manifest["step"],
@@ -226,8 +264,8 @@ def inspect_released(path: epath.Path, quick: bool) -> dict:
     for before, part in parts:
         for name, leaf in part.leaves.items() if part and not quick else ():
 
-            def pieces(name: str = name, leaf=leaf) -> Iterator[np.ndarray]:
-                return (leaf.read(place, rows) for place, rows in blocks(name, leaf))
+            def pieces(name: str = name, leaf=leaf) -> Iterator[tuple[int, np.ndarray]]:
+                return ((rows.start, leaf.read(place, rows)) for place, rows in blocks(name, leaf))
 
             damage += [before + line for line in read_through(name, pieces)]
     found = {"kind": files.layout, "step": files.step} | described_model(files.config)

@@ -12,6 +12,8 @@ import re
 import jax
 from etils import epath
 
+from bltjax.storage import is_remote, scratch
+
 FOLDER = "profile"
 
 
@@ -20,7 +22,9 @@ class Profile:
 
     def __init__(self, spec: str, workdir: epath.Path):
         """Raises ValueError unless spec is START:STOP with 2 <= START <= STOP."""
-        self.folder, self.tracing = workdir / FOLDER, False
+        # The profiler writes to disks alone.
+        self.folder = (scratch() if is_remote(workdir) else workdir) / FOLDER
+        self.tracing = False
         self.first = self.last = -1
         if spec:
             numbers = re.fullmatch(r"(\d+):(\d+)", spec)

@@ -9,7 +9,6 @@ step together, one writes reports.
 
 import argparse
 import contextlib
-import shutil
 import time
 
 import jax
@@ -121,7 +120,8 @@ def train(
         if byte_lm:
             ckpt.save_params(workdir / "byte_lm", byte_lm.run, byte_lm.params, 0)
         if config.blt and config.patching.mode == "bpe":
-            shutil.copyfile(config.patching.tokenizer, workdir / TOKENIZER)
+            tokenizer = epath.Path(config.patching.tokenizer)
+            (workdir / TOKENIZER).write_bytes(tokenizer.read_bytes())
     barrier("beginning the work directory")
     goodput = Goodput(workdir, begun)
     if not resumes:

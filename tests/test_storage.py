@@ -11,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from bltjax.config import SourceConfig
 from bltjax.data.records import RecordDocuments, read_manifest
 from bltjax.data.sources import open_source
+from bltjax.metrics import Reporter
 from bltjax.storage import check_writable, is_remote, local_copy, matches, size_of, write_text
 
 
@@ -72,6 +73,24 @@ def test_a_bucket_that_cannot_be_written_is_named(bucket, monkeypatch):
     monkeypatch.setattr(Bucket, "read_only", True)
     with pytest.raises(OSError, match=r"gs://bucket/out can't be written: .*403"):
         check_writable(bucket / "out")
+
+
+def test_reports_in_a_bucket_go_on_after_a_restart(bucket, monkeypatch):
+    workdir = bucket / "run"
+    reporter = Reporter(workdir, 0)
+    for step in (1, 2, 3):
+        reporter.write(step, {"loss": 3.0 - step})
+    assert not (workdir / "metrics.jsonl").exists()  # not a copy for every line
+    monkeypatch.setattr("bltjax.metrics.UPLOAD_SECONDS", 0.0)
+    reporter.write(4, {"loss": 0.0})
+    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 4
+    reporter.close()
+    again = Reporter(workdir, 2)  # the checkpoint was that of step 2
+    again.write(3, {"loss": 9.0})
+    again.close()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 2.0), (2, 1.0), (3, 9.0)]
+    assert len(list((workdir / "tensorboard").iterdir())) == 2
 
 
 def test_records_in_a_bucket_are_those_on_a_disk(runs, bucket):
