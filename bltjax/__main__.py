@@ -12,16 +12,19 @@ import typing
 VERBS = {
     "train": "train a byte LM or a BLT; the same command resumes it",
     "entropies": "score a corpus with a byte LM and write records to train a BLT on",
+    "corpus": "report on folders of records: sizes, patch lengths, rates",
     "calibrate": "find the threshold that gives a mean patch length",
     "evaluate": "bits per byte of a run on any text, beside gzip and xz",
     "generate": "continue a text",
     "patches": "show how a text is cut: terminal, HTML, PNG",
     "convert": "released weights into an export; a model into what others load",
+    "page": "write a run's page: curves, config, samples and patches in one HTML file",
+    "inspect": "what a folder is: run, export, records or weights, and whether it is whole",
     "benchmark": "time a training step, beside the transformers port",
 }
 
 
-PROGRAMS = {"patches": "picture"}  # where a program is not called as its verb
+PROGRAMS = {"patches": "picture", "page": "samples"}  # where a program is not called as its verb
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,8 +13,6 @@ WORKDIR/
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +20,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from etils import epath
 
 from bltjax.config import OF_THE_MACHINE, RunConfig, differences, from_dict, to_dict
 from bltjax.processes import from_writer, gathered, is_writer, process_index
+from bltjax.storage import write_text
 
 CHUNK_BYTES = 64 << 20
 
@@ -35,13 +35,6 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: Any
     opt: Any
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file under its name either whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -177,9 +170,11 @@ def restore_params(folder: Path, shardings=None, dtype=None) -> dict:
         return checkpointer.restore(folder.absolute(), target)
 
 
-def save_params(workdir: Path, config: RunConfig, params, step: int) -> None:
+def save_params(workdir: epath.Path, config: RunConfig, params, step: int) -> None:
     """A work directory with parameters alone, of one process; replaces what is there."""
-    shutil.rmtree(workdir, ignore_errors=True)
+    workdir = epath.Path(workdir)
+    if workdir.exists():
+        workdir.rmtree()
     workdir.mkdir(parents=True)
     with reader() as checkpointer:
         path = (workdir / "checkpoints" / str(step) / "params").absolute()

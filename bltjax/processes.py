@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 import jax
 import jaxlib
 from jax._src import distributed, xla_bridge  # no public door to the key-value store
+from jax._src.clusters import ClusterEnv  # nor to what it knows of clusters
 
 from bltjax.config import differences
 
@@ -84,6 +85,27 @@ def join(args: argparse.Namespace) -> None:
         join_at(args.coordinator, args.processes, args.process, args.join_seconds)
     if not is_writer():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+
+
+def placed(args: argparse.Namespace) -> tuple[int, int]:
+    """Which process this is, and of how many, told without meeting the others.
+
+    For work that is divided and not shared: a process that is lost, or late, holds up nobody.
+
+    Raises:
+      ValueError: for --process without --processes, or one that doesn't fit it.
+    """
+    index, count = args.process, args.processes
+    if index is None and count is None:
+        kinds = ClusterEnv._cluster_types
+        there = (kind for kind in kinds if not kind.opt_in_only_method and kind.is_env_present())
+        cluster = next(there, None)
+        if cluster is None:
+            return 0, 1
+        return cluster.get_process_id(), cluster.get_process_count()
+    if index is None or count is None or not 0 <= index < count:
+        raise ValueError(f"--process ({index}) must be 0 ... --processes - 1, of {count}")
+    return index, count
 
 
 def join_cluster(seconds: int) -> None:

@@ -53,16 +53,29 @@ class Reports:
         if due and self.window.steps:
             with jax.transfer_guard("allow"):
                 rate = float(self.rate_of(step - 1))
-            self.values = self.window.flush() | {
+            self.values = self.window.flush()
+            self.values |= {
+                "mean_patch_bytes": self.mean_patch(),
+                "bytes_per_second_per_chip": self.values["bytes_per_second"] / jax.device_count(),
                 "gradient_norm": float(out["gradient_norm"]),
                 "learning_rate": rate,
                 "training_flops": float(self.flops) * step,
                 "skipped_batches": int(guard["skipped"]),
             }
+            if self.config.blt:
+                for name in ("gradient_norms", "update_norms"):
+                    by_part = {f"{name}/{part}": float(norm) for part, norm in out[name].items()}
+                    self.values |= by_part
             self.warn_of_idle_slots()
             self.reporter.write(step, self.values)
             self.print(step)
         return bool(out["notice"])
+
+    def mean_patch(self) -> float:
+        """Bytes; a byte LM's positions are its patches."""
+        data = self.config.data
+        slots = data.row_patches if self.config.blt else data.row_bytes
+        return self.values["byte_fill"] * data.row_bytes / (self.values["patch_fill"] * slots)
 
     def pass_or_stop(self, step: int, out: dict) -> None:
         """Says that a batch was skipped, or raises."""
@@ -84,7 +97,7 @@ class Reports:
         if self.warned or self.config.blt is None or fullest >= 0.9:
             return
         self.warned = True
-        used = values["byte_fill"] * data.row_bytes / (values["patch_fill"] * data.row_patches)
+        used = values["mean_patch_bytes"]
         print(
             f"warning: rows are {values['byte_fill']:.0%} full of bytes and"
             f" {values['patch_fill']:.0%} of patches, because patches average {used:.2f} bytes"

@@ -9,7 +9,6 @@ step together, one writes reports.
 
 import argparse
 import contextlib
-import shutil
 import time
 
 import jax
@@ -25,6 +24,7 @@ from bltjax.flops import training_flops
 from bltjax.goodput import Goodput
 from bltjax.metrics import Reporter, quantity
 from bltjax.model import parameter_count
+from bltjax.page import write_page
 from bltjax.preemption import Notice
 from bltjax.process_rows import global_batch, own_part, own_rows
 from bltjax.processes import (
@@ -36,6 +36,7 @@ from bltjax.processes import (
     process_count,
 )
 from bltjax.processes import add_arguments as add_process_arguments
+from bltjax.profiling import Profile
 from bltjax.reports import Reports
 from bltjax.saving import last_good, make_manager, restore_newest, save
 from bltjax.scoring import scored_source
@@ -57,8 +58,12 @@ def held_out_bits(scores, params, batches, sharding) -> float:
     return total[0] / np.log(2.0) / max(total[1], 1.0)
 
 
-def train(config: RunConfig, workdir: epath.Path, *, stop_at: int | None = None) -> dict:
+def train(
+    config: RunConfig, workdir: epath.Path, *, stop_at: int | None = None, profiled: str = ""
+) -> dict:
     """Trains to `optimizer.steps` (or until `stop_at`), resuming what is there; the last report.
+
+    profiled: START:STOP, the steps of which a trace is written.
 
     Raises:
       ValueError: for a work directory of another run, data that the config cannot use, processes
@@ -68,6 +73,7 @@ def train(config: RunConfig, workdir: epath.Path, *, stop_at: int | None = None)
     """
     begun = time.monotonic()
     workdir = epath.Path(workdir)
+    profile = Profile(profiled, workdir)
     settings = {"workdir": str(workdir), "stop_at": stop_at, "config": to_dict(config)}
     check_agreement(settings)
     changed = ckpt.check_workdir(workdir, config)
@@ -114,7 +120,8 @@ def train(config: RunConfig, workdir: epath.Path, *, stop_at: int | None = None)
         if byte_lm:
             ckpt.save_params(workdir / "byte_lm", byte_lm.run, byte_lm.params, 0)
         if config.blt and config.patching.mode == "bpe":
-            shutil.copyfile(config.patching.tokenizer, workdir / TOKENIZER)
+            tokenizer = epath.Path(config.patching.tokenizer)
+            (workdir / TOKENIZER).write_bytes(tokenizer.read_bytes())
     barrier("beginning the work directory")
     goodput = Goodput(workdir, begun)
     if not resumes:
@@ -146,6 +153,7 @@ def train(config: RunConfig, workdir: epath.Path, *, stop_at: int | None = None)
     with contextlib.ExitStack() as exits:
         exits.callback(batches.close)
         exits.callback(reporter.close)
+        exits.callback(profile.close)
         exits.push(lambda error, *_: close(manager, error is not None))
         exits.enter_context(notice)
         exits.enter_context(watchdog)
@@ -166,6 +174,7 @@ def train(config: RunConfig, workdir: epath.Path, *, stop_at: int | None = None)
             else:
                 watchdog.mark(step, "computes")
                 state, out = parts.step(state, batch)
+            profile.step(step, out)
             out["notice"] = notice.asked()
             if pending is not None:
                 preempted = reports.take(*pending)
@@ -221,6 +230,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, type=epath.Path, help="where the run lives")
     add_process_arguments(parser)
     parser.add_argument("--stop_at", type=int, help="stop after this step, as if interrupted")
+    parser.add_argument(
+        "--profile", default="", metavar="START:STOP", help="trace these steps, for xprof"
+    )
     parser.add_argument("--init_from", help="run or export whose parameters training begins with")
     parser.add_argument(
         "--init_latent_from",
@@ -236,5 +248,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         overrides = [*overrides, f"latent_init.path={args.init_latent_from}"]
     join(args)
     config = load_config(args.config, overrides)
-    train(config, args.workdir, stop_at=args.stop_at)
+    train(config, args.workdir, stop_at=args.stop_at, profiled=args.profile)
+    if is_writer():
+        print(f"page: {write_page(args.workdir)}")
     print(f"finished; the run is in {args.workdir}")

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from bltjax.bad_batches import guarded, told
 from bltjax.checkpoint import TrainState
 from bltjax.config import RunConfig, divides
-from bltjax.model import Model, batch_logits, initial_params, make_model
+from bltjax.model import Model, batch_logits, initial_params, make_model, part_of
 from bltjax.objective import Sums, target_sums
 from bltjax.optimizer import make_optimizer
 from bltjax.sharding import replicated, row_sharding, tree_shardings
@@ -54,6 +54,15 @@ def micro_batches(batch, count: int):
     return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
 
 
+def norms_by_part(tree, config) -> dict[str, jax.Array]:
+    """The norms of a tree like the model's parameters, by part: encoder, latent and so on."""
+    squares: dict[str, jax.Array] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        part = part_of(path, config)
+        squares[part] = squares.get(part, 0.0) + jnp.sum(jnp.square(leaf))
+    return {part: jnp.sqrt(square) for part, square in squares.items()}
+
+
 def make_train_step(config: RunConfig, model, optimizer):
     """(state, batch) -> (state, report), to be jitted; the optimizer is `run_optimizer`'s.
 
@@ -81,7 +90,8 @@ def make_train_step(config: RunConfig, model, optimizer):
             (grads, sums), _ = jax.lax.scan(add, zero, micro_batches(batch, count))
         # Gradients of sums: one factor makes them means and clips them, in one pass over them.
         weight = jnp.maximum(sums.weight, 1)
-        norm = optax.tree.norm(grads) / weight
+        norms = {part: norm / weight for part, norm in norms_by_part(grads, config.model).items()}
+        norm = jnp.sqrt(sum(part**2 for part in norms.values()))
         factor = jnp.minimum(1, config.optimizer.clip / norm) / weight
         grads = jax.tree.map(lambda g: g * factor, grads)
         updates, opt = optimizer.update(
@@ -91,6 +101,8 @@ def make_train_step(config: RunConfig, model, optimizer):
         report = {
             "sums": sums,
             "gradient_norm": norm,
+            "gradient_norms": norms,
+            "update_norms": norms_by_part(updates, config.model),
             "fills": fills(batch, config),
             "guard": told(opt),
         }
