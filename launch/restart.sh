@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Runs a command again for as long as it asks for it by exit code 75, or dies of a signal that it
+# wasn't meant to get (codes above 128: killed for memory, a crash in a driver). Any other code is an
+# answer, and becomes this script's. A SIGTERM is passed on: then the code is the command's, and
+# nothing is started again. It gives up after 20 runs in a row that lasted under ten minutes each.
+#   bash launch/restart.sh COMMAND...
+set -euo pipefail
+[ $# -gt 0 ] && [ "$1" != --help ] || { echo "usage: bash launch/restart.sh COMMAND..." >&2; exit 2; }
+most=20 long=600 pause="${BLTJAX_RESTART_PAUSE:-10}"
+told=false interrupted=false child=
+pass_on() {
+    told=true interrupted=true
+    [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true
+}
+trap pass_on TERM
+short=0
+while true; do
+    begun=$SECONDS
+    "$@" &
+    child=$!
+    interrupted=true
+    while $interrupted; do  # a trap ends `wait` before the command has ended
+        interrupted=false code=0
+        wait "$child" || code=$?
+    done
+    child=
+    if $told || [ "$code" -le 128 ] && [ "$code" -ne 75 ] || [ "$code" -eq 130 ]; then
+        exit "$code"
+    fi
+    if [ $((SECONDS - begun)) -lt $long ]; then
+        short=$((short + 1))
+    else
+        short=0
+    fi
+    if [ $short -ge $most ]; then
+        echo "restart.sh: exit code $code, the $most th run in a row of under $long s; giving up" >&2
+        exit "$code"
+    fi
+    echo "restart.sh: exit code $code after $((SECONDS - begun)) s; again in $pause s" >&2
+    sleep "$pause" & wait $! || true  # a SIGTERM needn't wait for it
+    ! $told || exit "$code"
+done
