@@ -37,7 +37,7 @@ case "${1:-}" in
         elif running; then
             echo "$(hostname) running $(($(date +%s) - $(stat -c %Y "$pid_file")))"
         elif [ -s "$pid_file" ]; then
-            echo "$(hostname) ended 137"  # its shell was killed before it could say
+            echo "$(hostname) ended 75"  # it never said so: the host itself was started again
         else
             echo "$(hostname) idle"
         fi ;;

@@ -43,7 +43,7 @@ check_count --gpus "$gpus" 16
 check_count --cpus "$cpus" 256
 shared_disk=true check_command "$@"
 needs sbatch
-perform bash -c 'source launch/environment.sh gpu,gs'
+perform bash -euc 'source launch/environment.sh gpu,gs'
 perform mkdir -p runs
 perform sbatch --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" \
     --cpus-per-task="$cpus" "${options[@]}" launch/slurm_job.sh "$@"

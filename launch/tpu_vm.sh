@@ -22,6 +22,7 @@ usage: bash launch/tpu_vm.sh ACTION --name NAME --zone ZONE [OPTIONS] [-- VERB .
 
 A run that exits with 75 (preempted, a host lost: it has saved what it could) or dies of a signal is
 started again on its host and resumes. `watch` exits with the run's code, or 75 if slices are gone.
+Before the first slice of several hosts: ssh-add ~/.ssh/google_compute_engine, as gcloud asks.
 USAGE
 }
 cd "$(dirname "$0")/.."
@@ -108,7 +109,7 @@ on_hosts() { perform "${queued[@]}" ssh "${everywhere[@]}" --command="$1"; }
 run() { on_hosts "bash bltjax/launch/host.sh start $(quoted "$@")"; }
 
 watch() {
-    local last='tail -n 2 bltjax/runs/host.log' hosts codes found
+    local last='tail -n 2 bltjax/runs/host.log' hosts codes found error
     if $dry_run; then
         echo "# every $every s, until every host has ended:"
         state
@@ -132,7 +133,9 @@ watch() {
         fi
         if [ -n "$codes" ] && { ! grep -q ' running ' <<< "$hosts" || [ "$(tail -n 1 <<< "$codes")" -ne 0 ]; }; then
             grep ' ended ' <<< "$hosts"
-            return "$(tail -n 1 <<< "$codes")"
+            # An error on one host is the reason for what the others ended with.
+            error="$(grep -vx -e 0 -e 75 <<< "$codes" | head -n 1 || true)"
+            return "${error:-$(tail -n 1 <<< "$codes")}"
         fi
         perform "${queued[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 --command="$last" 2> /dev/null || true
         sleep "$every"

@@ -205,11 +205,21 @@ def test_manifest_says_what_was_asked_for():
     assert container["name"] == "bltjax" and spec["backoffLimit"] == 0
 
 
+def test_image_has_what_it_copies():
+    """Every file that the image is made of is there, and is not left out when it is built."""
+    copied = re.findall(r"^COPY (.*) \S+$", (ROOT / "launch/Dockerfile").read_text(), re.MULTILINE)
+    names = " ".join(copied).split()
+    assert {"pyproject.toml", "bltjax", "configs"} <= set(names)
+    kept = (ROOT / "launch/Dockerfile.dockerignore").read_text().splitlines()
+    for name in names:
+        assert (ROOT / name).exists() and f"!{name}" in kept, name
+
+
 def test_slurm():
     words = ["--nodes", "4", "--cpus", "12", "--time", "24:00:00", "--partition", "gpu"]
     command = ["--", "train", "--config=configs/blt_1b.py", "--workdir=/shared/a run"]
     assert dry_run("slurm", *words, *command) == (
-        "bash -c 'source launch/environment.sh gpu,gs'\nmkdir -p runs\n"
+        "bash -euc 'source launch/environment.sh gpu,gs'\nmkdir -p runs\n"
         "sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=12 --time=24:00:00"
         " --partition=gpu launch/slurm_job.sh train --config=configs/blt_1b.py"
         " '--workdir=/shared/a run'\n"
@@ -232,6 +242,26 @@ def test_words_reach_a_host_as_they_were_written():
         ["bash", "-c", f"python3 -c '{show}' {remote}"], capture_output=True, text=True
     )
     assert json.loads(there.stdout) == [*TRAIN[1:], odd]
+
+
+def test_commands_that_readers_are_shown():
+    cells = json.loads((ROOT / "launch/colab.ipynb").read_text())["cells"]
+    texts = [(ROOT / "README.md").read_text(), *("".join(cell["source"]) for cell in cells)]
+    commands = [
+        command.replace("\\\n", " ")
+        for text in texts
+        for command in re.findall(
+            r"^ *bash (launch/(?:tpu_vm|gke|slurm)\.sh (?:.*\\\n)*.*)$", text, re.MULTILINE
+        )
+    ]
+    assert len(commands) == 4
+    for command in commands:
+        assert " --dry-run " in command
+        done = subprocess.run(
+            ["bash", "-c", f"bash {command}"], cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | {"PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+        assert done.returncode == 0 and "configs/blt_1b.py" in done.stdout, done.stderr
 
 
 TPU = ["create", "--name", "b", "--zone", "us-east5-a"]

@@ -42,7 +42,7 @@ def restarted(folder: Path, *actions: str) -> subprocess.Popen:
         (["75", "1", "0"], 1, 2),
         (["2", "0"], 2, 1),
         (["130", "0"], 130, 1),
-        (["75"] * 25, 75, 20),
+        (["75"] * 25, 1, 20),
     ],
 )
 def test_what_is_started_again(tmp_path, actions, code, turns):
@@ -102,6 +102,27 @@ def test_host(host, tmp_path):
     until(lambda: host("state") == "ended 0")
 
 
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True), (137, False)])
+def test_slurm_job(tmp_path, code, requeued):
+    """The batch script with mocks of srun and scontrol: it queues again after 75 alone."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").touch()
+    for name, script in (("srun", f'printf "%s|" "$@"; exit {code}'), ("scontrol", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path / "venv"),
+        "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", ROOT / "launch/slurm_job.sh", "train", "--workdir=/a b"],
+        env=os.environ | variables, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "|launch/restart.sh|python|-u|-m|bltjax|train|--workdir=/a b|" in done.stdout
+    assert done.stdout.endswith("requeue 7\n") == requeued
+
+
 # A gcloud whose slices are preempted during the first run and finish the second.
 GCLOUD = """#!/usr/bin/env bash
 echo "$4 $*" >> calls
@@ -113,7 +134,7 @@ case "$4" in
         echo ACTIVE ;;
     ssh)
         case "$*" in
-            *"host.sh state"*) echo "host-0 ended 0"; echo "host-1 ended ${LAST_CODE:-0}" ;;
+            *"host.sh state"*) printf "host-%s\\n" "0 ended ${FIRST:-0}" "1 ended ${LAST:-0}" ;;
         esac ;;
 esac
 """
@@ -141,6 +162,6 @@ def test_a_preempted_slice_is_made_again(tmp_path):
 
 
 def test_a_host_that_failed_is_named_and_nothing_is_made_again(tmp_path):
-    done = kept(tmp_path, LAST_CODE="1")
+    done = kept(tmp_path, FIRST="75", LAST="1")  # the error counts, not who waited for that host
     assert done.returncode == 1
-    assert "host-1 ended 1" in done.stdout
+    assert "host-0 ended 75\nhost-1 ended 1\n" in done.stdout
