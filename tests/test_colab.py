@@ -53,7 +53,7 @@ def test_install_fits_the_runtime(monkeypatch, tmp_path):
         "".join(cell["source"]) for cell in cells("code")
         if "def accelerator" in "".join(cell["source"])
     ]  # fmt: skip
-    functions = source[: source.index("\nruntime, root")]
+    functions = source[: source.index("\nruntime, here")]
     scope: dict = {}
     exec(compile(ast.parse(functions), "colab", "exec"), scope)
     monkeypatch.setattr(scope["glob"], "glob", lambda pattern: [])
