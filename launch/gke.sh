@@ -47,7 +47,7 @@ while [ $# -gt 0 ]; do
         --restarts) restarts="$(value_of "$@")"; shift 2 ;;
         --cluster) cluster="$(value_of "$@")"; shift 2 ;;
         --location) location="$(value_of "$@")"; shift 2 ;;
-        --project) project=(--project="$(value_of "$@")"); shift 2 ;;
+        --project) check_project "$(value_of "$@")"; project=("$1=$2"); shift 2 ;;
         --spot) spot=(--spot); shift ;;
         --dry-run) dry_run=true; shift ;;
         -h|--help) usage; exit 0 ;;
@@ -55,20 +55,21 @@ while [ $# -gt 0 ]; do
         *) fail "there is no option $1; --help lists them" ;;
     esac
 done
-[ "$action" = image ] || check_name "$name"
+[ "$action" = image ] || check_name --name "$name"
 check_count --slices "$slices" 64
 check_count --restarts "$restarts" 1000
 check --service_account "$service_account" '[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?' bltjax
-[ ${#project[@]} -eq 0 ] || check --project "${project[0]#--project=}" '[a-z][-a-z0-9.:]{4,61}[a-z0-9]' my-project
 case "$action" in
     create|run) slice "$topology" ;;
 esac
 case "$action" in
-    image|run) check --image "$image" '[a-z0-9]+([-._:/][a-z0-9]+)*' us-docker.pkg.dev/my-project/images/bltjax:1 ;;
+    image|run)
+        check --image "$image" '[a-z0-9]+([-._:/][a-z0-9]+)*' \
+            us-docker.pkg.dev/my-project/images/bltjax:1 ;;
 esac
 case "$action" in
     create|delete)
-        check --cluster "$cluster" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' my-cluster
+        check_name --cluster "$cluster"
         check --location "$location" '[a-z]+-[a-z]+[0-9]+(-[a-z])?' us-east5
         in_cluster=(--cluster="$cluster" --location="$location" "${project[@]}") ;;
 esac
@@ -85,8 +86,8 @@ create() {
     [ "$hosts" -eq 1 ] || topology_of_pool=(--tpu-topology="$shape")
     for ((number = 0; number < slices; number++)); do
         perform gcloud container node-pools create "$name-$number" "${in_cluster[@]}" \
-            --machine-type="$machine" "${topology_of_pool[@]}" --num-nodes="$hosts" "${spot[@]}" \
-            --scopes=cloud-platform
+            --machine-type="$machine" "${topology_of_pool[@]}" --num-nodes="$hosts" \
+            "${spot[@]}" --scopes=cloud-platform
     done
 }
 
@@ -99,11 +100,13 @@ image() {
 # Arguments as JSON, which is YAML; Kubernetes would expand $(NAME), and reads $$ as $.
 manifest() {
     NAME="$name" SLICES="$slices" HOSTS="$hosts" CHIPS_PER_HOST="$chips_per_host" SHAPE="$shape" \
-    GKE_CHIP="$gke_chip" IMAGE="$image" SERVICE_ACCOUNT="$service_account" RESTARTS="$restarts" \
+    GKE_CHIP="$gke_chip" IMAGE="$image" SERVICE_ACCOUNT="$service_account" \
+    RESTARTS="$restarts" \
         python3 -c '
 import json, os, string, sys
 words = json.dumps([word.replace("$", "$$") for word in sys.argv[1:]])
-print(string.Template(open("launch/jobset.yaml").read()).substitute(os.environ, ARGUMENTS=words), end="")' "$@"
+text = string.Template(open("launch/jobset.yaml").read())
+print(text.substitute(os.environ, ARGUMENTS=words), end="")' "$@"
 }
 
 run() {
@@ -119,10 +122,11 @@ run() {
 
 watch() {
     needs kubectl
-    local of="jobset.sigs.k8s.io/jobset-name=$name"
+    local of="jobset.sigs.k8s.io/jobset-name=$name" first
+    first="$of,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
     perform kubectl get jobset "$name"
     perform kubectl get pods --selector "$of" --output wide
-    perform kubectl logs --follow --selector "$of,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    perform kubectl logs --follow --selector "$first"
 }
 
 stop() {

@@ -2,11 +2,13 @@
 # What a TPU VM does when launch/tpu_vm.sh asks it; run on each host of a slice, by ssh.
 #   bash bltjax/launch/host.sh install       Python and the package, beside the sources
 #   bash bltjax/launch/host.sh start VERB... `python -m bltjax VERB...`, in the background
-#   bash bltjax/launch/host.sh state         one line: HOST running SECONDS | HOST ended CODE | HOST idle
+#   bash bltjax/launch/host.sh state         HOST running SECONDS, HOST ended CODE or HOST idle
 set -euo pipefail
 cd "$(dirname "$0")/.."
 log=runs/host.log pid_file=runs/host.pid code_file=runs/host.code
-running() { [ -s "$pid_file" ] && [ ! -e "$code_file" ] && kill -0 "$(cat "$pid_file")" 2> /dev/null; }
+running() {
+    [ -s "$pid_file" ] && [ ! -e "$code_file" ] && kill -0 "$(cat "$pid_file")" 2> /dev/null
+}
 mkdir -p runs
 case "${1:-}" in
     install)
@@ -19,7 +21,10 @@ case "${1:-}" in
         echo "$(hostname) has bltjax" ;;
     start)
         shift
-        ! running || { echo "$(hostname): a run is going on (process $(cat "$pid_file")); see $PWD/$log" >&2; exit 1; }
+        if running; then
+            echo "$(hostname): a run is going on, process $(cat "$pid_file"); see $PWD/$log" >&2
+            exit 1
+        fi
         rm -f "$code_file"
         # shellcheck disable=SC2016  # expanded by the inner shell
         setsid nohup bash -c '

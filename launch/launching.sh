@@ -1,10 +1,10 @@
 # shellcheck shell=bash
 # Sourced by the launchers: arguments that are checked before anything is started, commands that a
 # dry run prints and a real one performs, and the slices that Cloud TPU offers.
-dry_run=false
+dry_run=false shared_disk=false
 
 fail() {
-    echo "$(basename "$0"): $1" >&2
+    echo "$(basename "$0"): $*" >&2
     exit 2
 }
 
@@ -18,17 +18,21 @@ check() {  # check WHAT VALUE PATTERN EXAMPLE
 }
 
 check_count() {  # check_count WHAT VALUE MOST
-    [[ "$2" =~ ^[1-9][0-9]{0,5}$ ]] && [ "$2" -le "$3" ] || fail "$1 is $2, not 1 to $3"
+    { [[ "$2" =~ ^[1-9][0-9]{0,5}$ ]] && [ "$2" -le "$3" ]; } || fail "$1 is $2, not 1 to $3"
 }
 
-check_name() {
-    check --name "$1" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' "blt-1b: a letter, then up to 39 of a-z 0-9 -"
+check_name() {  # check_name OPTION VALUE
+    check "$1" "$2" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' "blt-1b: a letter, then a-z, 0-9 and -"
 }
 
-check_command() {  # what follows --: a verb of bltjax and its options, for hosts that share a bucket
+check_project() {
+    check --project "$1" '[a-z][-a-z0-9.:]{4,61}[a-z0-9]' my-project
+}
+
+check_command() {  # what follows --: a verb of bltjax and its options
     local word config
-    [ $# -gt 0 ] || fail "nothing to run: write -- and a verb, as in -- train --config=... --workdir=gs://..."
-    [[ "$1" =~ ^[a-z]+$ ]] || fail "what follows -- begins with $1, not with a verb of python -m bltjax"
+    [ $# -gt 0 ] || fail "nothing to run: write -- and a verb, as in -- train --config=FILE"
+    [[ "$1" =~ ^[a-z]+$ ]] || fail "what follows -- begins with $1, not with a verb of bltjax"
     for word in "$@"; do
         case "$word" in
             --config=*)
@@ -37,7 +41,8 @@ check_command() {  # what follows --: a verb of bltjax and its options, for host
             --workdir|--out) fail "write $word=gs://BUCKET/PATH, with =" ;;
             --workdir=gs://*|--out=gs://*) ;;
             --workdir=*|--out=*)
-                [ "${shared_disk:-false}" = true ] || fail "$word: hosts share no disk, and theirs go when they go; write gs://BUCKET/PATH" ;;
+                $shared_disk \
+                    || fail "$word: hosts share no disk, and lose theirs; write gs://BUCKET/PATH" ;;
         esac
     done
 }
@@ -45,7 +50,6 @@ check_command() {  # what follows --: a verb of bltjax and its options, for host
 quoted() {  # the words as a shell would read them again
     local word line=
     for word in "$@"; do
-        # Only what needs quotes gets them, and those that people write.
         if [[ "$word" =~ ^[-A-Za-z0-9_./:=@%+,]+$ ]]; then
             line+=" $word"
         else
@@ -68,7 +72,8 @@ needs() {  # programs that a real run calls
     local program
     $dry_run && return
     for program in "$@"; do
-        command -v "$program" > /dev/null || fail "$program is not installed; --dry-run does without"
+        command -v "$program" > /dev/null \
+            || fail "$program is not installed; --dry-run does without"
     done
 }
 
@@ -87,24 +92,25 @@ cube() {  # the most compact AxBxC of so many cubes of 4x4x4, A <= B <= C
     done
 }
 
-# slice v5p:4x4x8 sets chip, shape, chips, hosts and chips_per_host, and of the products that have
-# this slice what they call it: accelerator_type and runtime (TPU VM), machine and gke_chip (GKE).
+# slice v5p:4x4x8 sets chip, shape, chips, hosts and chips_per_host, and what products call such a
+# slice: accelerator_type and runtime (TPU VM), machine and gke_chip (GKE).
 # shellcheck disable=SC2034  # used by the launchers
 slice() {
-    local most flat="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16" small="2x2x1 2x2x2 2x2x4 2x4x4" a b c
+    local most a b c flat="1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16" small="2x2x1 2x2x2 2x2x4 2x4x4"
     chip="${1%%:*}" shape="${1#*:}"
     [ -n "$1" ] || fail "--topology is missing; it looks like v5p:4x4x4"
     [[ "$1" == *:* ]] || fail "--topology is $1; it looks like v5p:4x4x4"
     case "$chip" in
         v4) runtime=tpu-ubuntu2204-base machine=ct4p-hightpu gke_chip=tpu-v4-podslice most=4096 ;;
         v5p) runtime=v2-alpha-tpuv5 machine=ct5p-hightpu gke_chip=tpu-v5p-slice most=6144 ;;
-        v5e) runtime=v2-alpha-tpuv5-lite machine=ct5lp-hightpu gke_chip=tpu-v5-lite-podslice most=256 ;;
-        v6e) runtime=v2-alpha-tpuv6e machine=ct6e-standard gke_chip=tpu-v6e-slice most=256 ;;
+        v5e) runtime=v2-alpha-tpuv5-lite machine=ct5lp-hightpu gke_chip=tpu-v5-lite-podslice ;;
+        v6e) runtime=v2-alpha-tpuv6e machine=ct6e-standard gke_chip=tpu-v6e-slice ;;
         *) fail "--topology has chip $chip; there are v4, v5e, v5p and v6e" ;;
     esac
     case "$chip" in
         v5e|v6e)
-            [[ " $flat " == *" $shape "* ]] || fail "$chip has no slice of $shape; there are ${flat// /, }"
+            [[ " $flat " == *" $shape "* ]] \
+                || fail "$chip has no slice of $shape; there are ${flat// /, }"
             chips=$((${shape%x*} * ${shape#*x})) ;;
         *)
             [[ "$shape" =~ ^([1-9][0-9]?)x([1-9][0-9]?)x([1-9][0-9]?)$ ]] \
@@ -113,7 +119,8 @@ slice() {
             chips=$((a * b * c))
             if [[ " $small " != *" $shape "* ]]; then
                 ((a % 4 == 0 && b % 4 == 0 && c % 4 == 0 && a <= b && b <= c && chips <= most)) \
-                    || fail "$chip has no slice of $shape; there are ${small// /, }, and multiples of 4 in rising order up to $most chips, such as 4x4x8"
+                    || fail "$chip has no slice of $shape; there are ${small// /, }, and" \
+                        "multiples of 4 in rising order up to $most chips, such as 4x4x8"
             fi ;;
     esac
     # Slices of up to 8 chips in two dimensions are one host; all others have hosts of 4.
@@ -133,5 +140,6 @@ check_named_by_number() {
     [[ "$shape" == *x*x* ]] && [ "$chips" -ge 64 ] || return 0
     local compact
     cube $((chips / 64))
-    [ "$shape" = "$compact" ] || fail "$accelerator_type is a slice of $compact, not $shape; GKE has other shapes (launch/gke.sh)"
+    [ "$shape" = "$compact" ] \
+        || fail "$accelerator_type is a slice of $compact, not $shape; launch/gke.sh has others"
 }

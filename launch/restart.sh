@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Runs a command again for as long as it asks for it by exit code 75, or dies of a signal that it
-# wasn't meant to get (codes above 128: killed for memory, a crash in a driver). Any other code is an
-# answer, and becomes this script's. A SIGTERM is passed on: then the code is the command's, and
-# nothing is started again. After 20 runs in a row of under ten minutes each it gives up, with code 1.
+# Runs a command again for as long as it asks for it by exit code 75, or dies of a signal (codes
+# above 128: killed for memory, a crash in a driver). Any other code is an answer, and becomes this
+# script's. A SIGTERM is passed on: then the code is the command's, and nothing is started again.
+# After 20 runs in a row of under ten minutes each it gives up, with code 1.
 #   bash launch/restart.sh COMMAND...
 set -euo pipefail
-[ $# -gt 0 ] && [ "$1" != --help ] || { echo "usage: bash launch/restart.sh COMMAND..." >&2; exit 2; }
+case "${1:---help}" in
+    --help) echo "usage: bash launch/restart.sh COMMAND..." >&2; exit 2 ;;
+esac
 most=20 long=600 pause="${BLTJAX_RESTART_PAUSE:-10}"
 told=false interrupted=false child=
 pass_on() {
@@ -33,7 +35,7 @@ while true; do
         short=0
     fi
     if [ $short -ge $most ]; then
-        echo "restart.sh: exit code $code, the $most th run in a row of under $long s; giving up" >&2
+        echo "restart.sh: exit code $code; $most runs in a row took under $long s: giving up" >&2
         exit 1
     fi
     echo "restart.sh: exit code $code after $((SECONDS - begun)) s; again in $pause s" >&2

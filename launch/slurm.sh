@@ -20,7 +20,7 @@ USAGE
 }
 cd "$(dirname "$0")/.."
 source launch/launching.sh
-nodes=1 gpus=8 cpus=8 options=()
+shared_disk=true nodes=1 gpus=8 cpus=8 options=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --nodes) nodes="$(value_of "$@")"; shift 2 ;;
@@ -30,7 +30,7 @@ while [ $# -gt 0 ]; do
             check --time "$(value_of "$@")" '[0-9]{1,4}:[0-5][0-9]:[0-5][0-9]' 24:00:00
             options+=("$1=$2"); shift 2 ;;
         --partition|--account|--qos)
-            check "$1" "$(value_of "$@")" '[A-Za-z0-9][-A-Za-z0-9_.,]*' "gpu: letters, digits and -_.,"
+            check "$1" "$(value_of "$@")" '[A-Za-z0-9][-A-Za-z0-9_.,]*' 'gpu: letters, digits, -_.,'
             options+=("$1=$2"); shift 2 ;;
         --dry-run) dry_run=true; shift ;;
         -h|--help) usage; exit 0 ;;
@@ -41,7 +41,7 @@ done
 check_count --nodes "$nodes" 4096
 check_count --gpus "$gpus" 16
 check_count --cpus "$cpus" 256
-shared_disk=true check_command "$@"
+check_command "$@"
 needs sbatch
 perform bash -euc 'source launch/environment.sh gpu,gs'
 perform mkdir -p runs

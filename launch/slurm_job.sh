@@ -5,8 +5,8 @@
 #SBATCH --requeue
 #SBATCH --signal=TERM@300
 # What launch/slurm.sh submits: `python -m bltjax ARGUMENTS` once for each GPU. Five minutes before
-# its time is over, or when it is preempted, a run saves and exits with 75; then the job queues again
-# and resumes. A process that dies is restarted within the job; with an error, it ends all.
+# its time is over, or when it is preempted, a run saves and exits with 75; then the job queues
+# again and resumes. A process that dies is restarted within the job; with an error, it ends all.
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 # shellcheck disable=SC1091

@@ -20,8 +20,8 @@ usage: bash launch/tpu_vm.sh ACTION --name NAME --zone ZONE [OPTIONS] [-- VERB .
   --every SECONDS        between looks at the state; default 60 (create, watch, keep)
   --dry-run              prints the commands, runs nothing, contacts nothing
 
-A run that exits with 75 (preempted, a host lost: it has saved what it could) or dies of a signal is
-started again on its host and resumes. `watch` exits with the run's code, or 75 if slices are gone.
+A run that exits with 75 (preempted, a host lost: it has saved what it could) or dies of a signal
+is started again on its host and resumes. `watch` exits with its code, or 75 if slices are gone.
 Before the first slice of several hosts: ssh-add ~/.ssh/google_compute_engine, as gcloud asks.
 USAGE
 }
@@ -40,7 +40,7 @@ while [ $# -gt 0 ]; do
         --zone) zone="$(value_of "$@")"; shift 2 ;;
         --topology) topology="$(value_of "$@")"; shift 2 ;;
         --slices) slices="$(value_of "$@")"; shift 2 ;;
-        --project) project=(--project="$(value_of "$@")"); shift 2 ;;
+        --project) check_project "$(value_of "$@")"; project=("$1=$2"); shift 2 ;;
         --every) every="$(value_of "$@")"; shift 2 ;;
         --spot|--reserved) capacity+=("$1"); shift ;;
         --dry-run) dry_run=true; shift ;;
@@ -49,9 +49,8 @@ while [ $# -gt 0 ]; do
         *) fail "there is no option $1; --help lists them" ;;
     esac
 done
-check_name "$name"
+check_name --name "$name"
 check --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]' us-east5-a
-[ ${#project[@]} -eq 0 ] || check --project "${project[0]#--project=}" '[a-z][-a-z0-9.:]{4,61}[a-z0-9]' my-project
 check_count --slices "$slices" 64
 check_count --every "$every" 3600
 [ ${#capacity[@]} -le 1 ] || fail "--spot and --reserved exclude each other"
@@ -66,7 +65,7 @@ needs gcloud
 
 queued=(gcloud compute tpus queued-resources)
 where=(--zone="$zone" "${project[@]}")
-everywhere=("$name" "${where[@]}" --node=all --worker=all)
+ssh=("${queued[@]}" ssh "$name" "${where[@]}")
 ask='bash bltjax/launch/host.sh state'
 
 state() {  # of the queued resource: ACCEPTED, WAITING_FOR_RESOURCES, ACTIVE, SUSPENDED, FAILED...
@@ -78,7 +77,8 @@ create() {
     [ "$slices" -eq 1 ] || nodes=(--node-count="$slices" --node-prefix="$name")
     # Without the scope a run could read buckets but not write to them.
     perform "${queued[@]}" create "$name" "${where[@]}" --accelerator-type="$accelerator_type" \
-        --runtime-version="$runtime" "${nodes[@]}" "${capacity[@]}" --scopes=cloud-platform || return
+        --runtime-version="$runtime" "${nodes[@]}" "${capacity[@]}" --scopes=cloud-platform \
+        || return
     if $dry_run; then
         echo "# every $every s, until it says ACTIVE:"
         state
@@ -96,25 +96,29 @@ create() {
 }
 
 setup() {
+    # Sources of another version must not stay behind.
+    local unpack='rm -rf bltjax/bltjax bltjax/configs && mkdir -p bltjax'
+    unpack+=' && tar -xzf bltjax.tar.gz -C bltjax'
     local archive=/tmp/bltjax-$name.tar.gz
     # shellcheck disable=SC2016  # expanded by the inner shell
-    perform bash -c 'git ls-files -z | tar --create --gzip --null --files-from=- --file="$0"' "$archive" || return
-    perform "${queued[@]}" scp "$archive" "$name:bltjax.tar.gz" "${where[@]}" --node=all --worker=all || return
-    # Sources of another version must not stay behind.
-    on_hosts 'rm -rf bltjax/bltjax bltjax/configs && mkdir -p bltjax && tar -xzf bltjax.tar.gz -C bltjax && bash bltjax/launch/host.sh install'
+    perform bash -c 'git ls-files -z | tar -cz --null --files-from=- --file="$0"' "$archive" \
+        && perform "${queued[@]}" scp "$archive" "$name:bltjax.tar.gz" "${where[@]}" \
+            --node=all --worker=all \
+        && on_hosts "$unpack && bash bltjax/launch/host.sh install"
 }
 
-on_hosts() { perform "${queued[@]}" ssh "${everywhere[@]}" --command="$1"; }
+on_hosts() { perform "${ssh[@]}" --node=all --worker=all --command="$1"; }
+first_host() { perform "${ssh[@]}" --node=0 --worker=0 --command="$1"; }
 
 run() { on_hosts "bash bltjax/launch/host.sh start $(quoted "$@")"; }
 
 watch() {
-    local last='tail -n 2 bltjax/runs/host.log' hosts codes found error
+    local last='tail -n 2 bltjax/runs/host.log' hosts codes running ended found error
     if $dry_run; then
         echo "# every $every s, until every host has ended:"
         state
         on_hosts "$ask"
-        perform "${queued[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 --command="$last"
+        first_host "$last"
         return
     fi
     while true; do
@@ -125,19 +129,20 @@ watch() {
         # A host that doesn't answer now may answer in a minute.
         hosts="$(on_hosts "$ask" 2> /dev/null || true)"
         codes="$(sed -n 's/.* ended \([0-9]*\)$/\1/p' <<< "$hosts" | sort -un)"
-        echo "$(date +%T) $name is ${found:-not answering}:" \
-            "$(grep -c ' running ' <<< "$hosts" || true) hosts run, $(grep -c ' ended ' <<< "$hosts" || true) have ended"
-        if [ -z "$codes" ] && grep -q ' idle$' <<< "$hosts" && ! grep -q ' running ' <<< "$hosts"; then
+        running="$(grep -c ' running ' <<< "$hosts" || true)"
+        ended="$(grep -c ' ended ' <<< "$hosts" || true)"
+        echo "$(date +%T) $name is ${found:-not answering}: $running hosts run, $ended have ended"
+        if [ "$running$ended" = 00 ] && grep -q ' idle$' <<< "$hosts"; then
             echo "no host runs anything; start it with: bash launch/tpu_vm.sh run"
             return 1
         fi
-        if [ -n "$codes" ] && { ! grep -q ' running ' <<< "$hosts" || [ "$(tail -n 1 <<< "$codes")" -ne 0 ]; }; then
+        if [ "$ended" -gt 0 ] && { [ "$running" -eq 0 ] || [ "$codes" != 0 ]; }; then
             grep ' ended ' <<< "$hosts"
             # An error on one host is the reason for what the others ended with.
             error="$(grep -vx -e 0 -e 75 <<< "$codes" | head -n 1 || true)"
             return "${error:-$(tail -n 1 <<< "$codes")}"
         fi
-        perform "${queued[@]}" ssh "$name" "${where[@]}" --node=0 --worker=0 --command="$last" 2> /dev/null || true
+        first_host "$last" 2> /dev/null || true
         sleep "$every"
     done
 }
@@ -154,10 +159,11 @@ keep() {
             create || code=$?
         fi
         # A run that an earlier `keep` left behind only needs to be watched.
-        if [ "$code" -eq 0 ] && ! { [ -n "$found" ] && on_hosts "$ask" | grep -q ' running '; }; then
-            setup && run "$@" || echo "the run could not be started; are the slices still there?" >&2
+        if [ "$code" -eq 0 ]; then
+            { [ -n "$found" ] && on_hosts "$ask" | grep -q ' running '; } \
+                || { setup && run "$@"; } || echo "not started on every host" >&2
+            watch || code=$?
         fi
-        [ "$code" -ne 0 ] || watch || code=$?
         ! $dry_run || { echo "# if that ends with 75, all over again, after:"; delete; return; }
         [ "$code" -eq 75 ] || return "$code"
         delete || true

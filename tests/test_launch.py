@@ -57,8 +57,7 @@ CREATE = (
     f"# every 60 s, until it says ACTIVE:\n{STATE}"
 )
 SETUP = (
-    "bash -c 'git ls-files -z | tar --create --gzip --null --files-from=- --file=\"$0\"'"
-    " /tmp/bltjax-b.tar.gz\n"
+    "bash -c 'git ls-files -z | tar -cz --null --files-from=- --file=\"$0\"' /tmp/bltjax-b.tar.gz\n"
     f"{QR} scp /tmp/bltjax-b.tar.gz b:bltjax.tar.gz --zone=us-east5-a {ALL}\n"
     f"{QR} ssh b --zone=us-east5-a {ALL} '--command=rm -rf bltjax/bltjax bltjax/configs && mkdir -p"
     " bltjax && tar -xzf bltjax.tar.gz -C bltjax && bash bltjax/launch/host.sh install'\n"
@@ -291,7 +290,7 @@ RUN_TPU = ["run", "--name", "b", "--zone", "us-east5-a"]
         ("tpu_vm", RUN_TPU, "nothing to run: write -- and a verb"),
         ("tpu_vm", [*RUN_TPU, "--", "--config=x"], "begins with --config=x, not with a verb"),
         ("tpu_vm", [*RUN_TPU, "--", "train", "--config=configs/no.py"], "configs/no.py: no such"),
-        ("tpu_vm", [*RUN_TPU, "--", "train", "--workdir=/tmp/x"], "hosts share no disk"),
+        ("tpu_vm", [*RUN_TPU, "--", "train", "--workdir=/tmp/x"], "hosts share no disk, and lose"),
         ("tpu_vm", [*RUN_TPU, "--", "train", "--workdir", "gs://b"], "with ="),
         ("gke", ["run", "--name", "b", "--topology", "v5e:4x4", *TRAIN], "--image is missing"),
         ("gke", ["image", "--image", "x y"], "--image is x y; it looks like"),
