@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs a command again for as long as it asks for it by exit code 75, or dies of a signal (codes
 # above 128: killed for memory, a crash in a driver). Any other code is an answer, and becomes this
-# script's. A SIGTERM is passed on: then the code is the command's, and nothing is started again.
+# script's. A SIGTERM is passed on, and nothing is started again: then the code is the command's, or
+# 75 if it died of the signal, as a program does that has nothing to save yet.
 # After 20 runs in a row of under ten minutes each it gives up, with code 1.
 #   bash launch/restart.sh COMMAND...
 set -euo pipefail
@@ -26,9 +27,15 @@ while true; do
         wait "$child" || code=$?
     done
     child=
-    if $told || [ "$code" -le 128 ] && [ "$code" -ne 75 ] || [ "$code" -eq 130 ]; then
+    if $told; then
+        [ "$code" -le 128 ] || code=75
         exit "$code"
     fi
+    case "$code" in
+        75) ;;
+        130) exit 130 ;;  # a person's Ctrl-C
+        *) [ "$code" -gt 128 ] || exit "$code" ;;
+    esac
     if [ $((SECONDS - begun)) -lt $long ]; then
         short=$((short + 1))
     else
@@ -40,5 +47,5 @@ while true; do
     fi
     echo "restart.sh: exit code $code after $((SECONDS - begun)) s; again in $pause s" >&2
     sleep "$pause" & wait $! || true  # a SIGTERM needn't wait for it
-    ! $told || exit "$code"
+    ! $told || exit 75
 done

@@ -17,8 +17,9 @@ seen = Path("seen")
 turn = len(seen.read_text()) if seen.exists() else 0
 seen.write_text("x" * (turn + 1))
 action = sys.argv[1:][turn]
-if action == "wait":  # to be told, as training is before a preemption
-    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(75)))
+if action.startswith("wait"):  # to be told, as training is before a preemption
+    if action == "wait":
+        signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(75)))
     Path("waits").touch()
     time.sleep(60)
 if action.startswith("signal"):
@@ -60,11 +61,12 @@ def until(condition, seconds: float = 20):
         time.sleep(0.02)
 
 
-def test_sigterm_is_passed_on_and_ends_it(tmp_path):
-    process = restarted(tmp_path, "wait", "0")
+@pytest.mark.parametrize("action", ["wait", "wait_unaware"])
+def test_sigterm_is_passed_on_and_ends_it(tmp_path, action):
+    process = restarted(tmp_path, action, "0")
     until((tmp_path / "waits").exists)
     process.send_signal(signal.SIGTERM)
-    process.communicate()
+    assert process.communicate()[1] == ""
     assert process.returncode == 75
     assert (tmp_path / "seen").read_text() == "x"
 
