@@ -113,7 +113,7 @@ slice() {
                 || fail "$chip has no slice of $shape; there are ${flat// /, }"
             chips=$((${shape%x*} * ${shape#*x})) ;;
         *)
-            [[ "$shape" =~ ^([1-9][0-9]?)x([1-9][0-9]?)x([1-9][0-9]?)$ ]] \
+            [[ "$shape" =~ ^([1-9][0-9]{0,2})x([1-9][0-9]{0,2})x([1-9][0-9]{0,2})$ ]] \
                 || fail "$chip has no slice of $shape; shapes look like 4x4x8"
             a=${BASH_REMATCH[1]} b=${BASH_REMATCH[2]} c=${BASH_REMATCH[3]}
             chips=$((a * b * c))

@@ -105,6 +105,7 @@ def test_tpu_vm(action, words, printed):
         ("v5p:4x4x4", "v5p-128", "ct5p-hightpu-4t", 16),
         ("v5p:4x8x12", "v5p-768", "ct5p-hightpu-4t", 96),
         ("v5p:16x16x24", "v5p-12288", "ct5p-hightpu-4t", 1536),
+        ("v4:4x4x148", "v4-4736", "ct4p-hightpu-4t", 592),  # 37 cubes: only in a line
     ],
 )
 def test_slices(topology, accelerator, machine, hosts):

@@ -130,6 +130,7 @@ GCLOUD = """#!/usr/bin/env bash
 echo "$4 $*" >> calls
 turn=$(grep -c '^create' calls || true)
 case "$4" in
+    create) exit "${CREATE:-0}" ;;
     describe)
         case "$(grep -oE '^(create|delete)' calls | tail -n 1)" in ''|delete) exit 1 ;; esac
         if [ "$turn" -eq 1 ] && grep -q 'start train' calls; then echo SUSPENDED; exit; fi
@@ -167,3 +168,11 @@ def test_a_host_that_failed_is_named_and_nothing_is_made_again(tmp_path):
     done = kept(tmp_path, FIRST="75", LAST="1")  # the error counts, not who waited for that host
     assert done.returncode == 1
     assert "host-0 ended 75\nhost-1 ended 1\n" in done.stdout
+
+
+def test_a_request_that_is_refused_is_not_repeated(tmp_path):
+    done = kept(tmp_path, CREATE="1")
+    assert done.returncode == 1
+    calls = (tmp_path / "calls").read_text()
+    assert calls.count("create") == calls.count("--accelerator-type=v5litepod-16") * 2 == 2
+    assert "delete" not in calls and "ssh" not in calls
