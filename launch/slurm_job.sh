@@ -11,7 +11,8 @@ set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 # shellcheck disable=SC1091
 source "${VIRTUAL_ENV:-.venv}/bin/activate"
-export JAX_PLATFORMS=cuda,cpu  # never a quiet run on the CPUs
+# Never a quiet run on the CPUs of a node with GPUs.
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
 code=0
 # jax finds its processes by SLURM's variables: task I of a node takes GPU I. Not
 # --kill-on-bad-exit, which would kill those that are still saving; they have two minutes.
