@@ -13,8 +13,6 @@ WORKDIR/
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +20,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from etils import epath
 
 from bltjax.config import OF_THE_MACHINE, RunConfig, differences, from_dict, to_dict
 from bltjax.processes import from_writer, gathered, is_writer, process_index
 
 CHUNK_BYTES = 64 << 20
+COMMIT = "commit_success.txt"  # Orbax's name
 
 
 class TrainState(NamedTuple):
@@ -41,12 +41,25 @@ def write_text(path: Path, text: str) -> None:
     """A file under its name either whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
-    os.replace(partial, path)
+    partial.replace(path)
+
+
+def in_bucket(path: Path) -> bool:
+    """Whether a path is no file of this machine: nothing there can be renamed or appended to."""
+    return "://" in str(path)
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Steps of the whole checkpoints; Orbax gives a number to a folder only when it is whole."""
-    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+    """Steps of the whole checkpoints.
+
+    Orbax gives a number to a folder only when it is whole; in a bucket, which can't rename, it
+    writes a file last.
+    """
+    folders = [p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+    if in_bucket(workdir):
+        parts = ("", "params")  # of a run's checkpoint, and of parameters alone
+        folders = [p for p in folders if any((p / part / COMMIT).exists() for part in parts)]
+    return sorted(int(p.name) for p in folders)
 
 
 def check_workdir(workdir: Path, config: RunConfig) -> list[str]:
@@ -179,7 +192,8 @@ def restore_params(folder: Path, shardings=None, dtype=None) -> dict:
 
 def save_params(workdir: Path, config: RunConfig, params, step: int) -> None:
     """A work directory with parameters alone, of one process; replaces what is there."""
-    shutil.rmtree(workdir, ignore_errors=True)
+    workdir = epath.Path(workdir)
+    workdir.rmtree(missing_ok=True)
     workdir.mkdir(parents=True)
     with reader() as checkpointer:
         path = (workdir / "checkpoints" / str(step) / "params").absolute()

@@ -1,13 +1,15 @@
 """Reports of a run: a line for a person, JSONL and TensorBoard events for programs."""
 
 import json
-import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+from etils import epath
 from tensorboardX import SummaryWriter
 
+from bltjax.checkpoint import in_bucket, write_text
 from bltjax.processes import is_writer
 
 
@@ -31,26 +33,26 @@ def quantity(value: float) -> str:
 class Reporter:
     """Writes reports of one run; on resume, drops the lines of steps that will be run again.
 
-    Of many processes one writes.
+    Of many processes one writes. Nothing can be appended in a bucket: there the lines are kept on
+    this machine, and copied once a minute and at the end.
     """
 
-    def __init__(self, workdir: Path, first_step: int):
+    def __init__(self, workdir: epath.Path, first_step: int):
         self.writes = is_writer()
         if not self.writes:
             return
         self.path = workdir / "metrics.jsonl"
-        if self.path.exists():
-            kept = []
-            for line in self.path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= first_step:
-                        kept.append(line)
-                except (json.JSONDecodeError, KeyError):
-                    continue  # the line that a killed process was writing
-            partial = self.path.with_name(".metrics.partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            os.replace(partial, self.path)
-        self.file = self.path.open("a")
+        kept = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                if json.loads(line)["step"] <= first_step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                continue  # the line that a killed process was writing
+        self.copies, self.copied = in_bucket(workdir), time.monotonic()
+        self.here = Path(tempfile.mkdtemp()) / self.path.name if self.copies else self.path
+        write_text(self.here, "".join(kept))
+        self.file = self.here.open("a")
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -60,12 +62,20 @@ class Reporter:
         self.file.flush()
         for name, value in values.items():
             self.events.add_scalar(name, value, step)
+        if self.copies and time.monotonic() - self.copied > 60:
+            self.copy()
+
+    def copy(self) -> None:
+        epath.Path(self.here).copy(self.path, overwrite=True)
+        self.copied = time.monotonic()
 
     def close(self) -> None:
         if not self.writes:
             return
         self.file.close()
         self.events.close()
+        if self.copies:
+            self.copy()
 
 
 class Progress:

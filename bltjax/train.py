@@ -9,7 +9,6 @@ step together, one writes reports.
 
 import argparse
 import contextlib
-import shutil
 import time
 
 import jax
@@ -114,7 +113,7 @@ def train(config: RunConfig, workdir: epath.Path, *, stop_at: int | None = None)
         if byte_lm:
             ckpt.save_params(workdir / "byte_lm", byte_lm.run, byte_lm.params, 0)
         if config.blt and config.patching.mode == "bpe":
-            shutil.copyfile(config.patching.tokenizer, workdir / TOKENIZER)
+            epath.Path(config.patching.tokenizer).copy(workdir / TOKENIZER, overwrite=True)
     barrier("beginning the work directory")
     goodput = Goodput(workdir, begun)
     if not resumes:
@@ -170,9 +169,12 @@ def train(config: RunConfig, workdir: epath.Path, *, stop_at: int | None = None)
             if pending is not None:
                 preempted = reports.take(*pending)
             pending = (step, out)
-            at_end = preempted or step == last_step
-            evaluates = bool(held_out) and (step % config.evaluate_every == 0 or step == last_step)
-            saves = at_end or step % config.checkpoint.every == 0
+            ends = step == last_step
+            # Whoever was given notice has little time, and saves at once.
+            evaluates = bool(held_out) and (
+                ends or (step % config.evaluate_every == 0 and not preempted)
+            )
+            saves = ends or preempted or step % config.checkpoint.every == 0
             if evaluates or saves:
                 reports.take(*pending)  # nothing that is not finite may reach a checkpoint
                 pending = None
