@@ -35,6 +35,8 @@ from bltjax.config import differences
 RESTART = 75  # EX_TEMPFAIL of sysexits.h
 JOIN_SECONDS = 300
 AGREE_SECONDS = 300
+# Beginnings of errors that a process would meet alone, and meet again.
+OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND")
 calls = itertools.count()  # every process makes the same calls, so a number names one
 
 
@@ -162,6 +164,13 @@ def is_writer() -> bool:
     return process_index() == 0
 
 
+def lost_another(error: Exception) -> bool:
+    """Whether an error most likely comes of another process' end; a restart is the way on."""
+    if not joined() or not isinstance(error, jax.errors.JaxRuntimeError):
+        return False
+    return not str(error).startswith(OWN_FAULTS)
+
+
 def leave(code: int, message: str = "") -> NoReturn:
     """Ends this process now; at an ordinary end jax would wait for others that may wait for it."""
     if message:
@@ -213,7 +222,7 @@ def from_writer(what: str, make: Callable[[], Any]) -> Any:
         try:
             made = make()
         except (ValueError, OSError) as error:
-            problem, raised = str(error), error
+            problem, raised = str(error) or type(error).__name__, error
     made, problem = gathered(what, [made, problem])[0]
     if problem:
         raise raised if is_writer() else ValueError(problem)
