@@ -34,7 +34,7 @@ from bltjax.config import differences
 
 RESTART = 75  # EX_TEMPFAIL of sysexits.h
 JOIN_SECONDS = 300
-AGREE_SECONDS = 300
+AGREE_SECONDS = 1200  # hosts read their data at different speeds
 # Beginnings of errors that a process would meet alone, and meet again.
 OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND")
 calls = itertools.count()  # every process makes the same calls, so a number names one
@@ -75,6 +75,8 @@ def join(args: argparse.Namespace) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # jax would catch SIGTERM in every program, also in those that have nothing to save.
     jax.config.update("jax_enable_preemption_service", False)
+    if given == [None, 1, None]:
+        return
     if given.count(None) == 3:
         join_cluster(args.join_seconds)
     elif None in given:
@@ -97,6 +99,12 @@ def join_cluster(seconds: int) -> None:
         # So jax says that it knows no cluster here: one process is all there is.
         if "coordinator_address should be defined" not in str(error):
             raise
+    except (OSError, RuntimeError) as error:
+        # To go on alone would let every host of a pod train for itself.
+        raise ValueError(
+            f"looking for the other processes of a cluster failed: {error}\nIf this is the only"
+            " one, say --processes=1."
+        ) from error
 
 
 def join_at(address: str, count: int, index: int, seconds: int) -> None:
