@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             program.add_arguments(sub)
     args, rest = parser.parse_known_args(argv)
     # Here, because it imports jax, which --help needn't wait for.
-    from bltjax.processes import RESTART, Restart, joined, process_index
+    from bltjax.processes import RESTART, Restart, lost_another, process_index
 
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
     unknown = [word for word in rest if not word.startswith("--config.")]
@@ -72,9 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bltjax {args.verb}: {error}", file=sys.stderr)
         return RESTART
     except RuntimeError as error:
-        if args.debug or not joined():
+        if args.debug or not lost_another(error):
             raise
-        # Whatever its library said, a process that lost another one goes on by a restart.
         print(
             f"bltjax {args.verb}: process {process_index()} can't go on, most likely because"
             f" another one ended: {describe(error)}",

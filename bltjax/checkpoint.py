@@ -24,9 +24,10 @@ from etils import epath
 
 from bltjax.config import OF_THE_MACHINE, RunConfig, differences, from_dict, to_dict
 from bltjax.processes import from_writer, gathered, is_writer, process_index
-from bltjax.storage import write_text
+from bltjax.storage import is_remote, write_text
 
 CHUNK_BYTES = 64 << 20
+COMMIT = "commit_success.txt"  # Orbax's name
 
 
 class TrainState(NamedTuple):
@@ -38,8 +39,16 @@ class TrainState(NamedTuple):
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Steps of the whole checkpoints; Orbax gives a number to a folder only when it is whole."""
-    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+    """Steps of the whole checkpoints.
+
+    Orbax gives a number to a folder only when it is whole; in a bucket, which can't rename, it
+    writes a file last.
+    """
+    folders = [p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+    if is_remote(workdir):
+        parts = ("", "params")  # of a run's checkpoint, and of parameters alone
+        folders = [p for p in folders if any((p / part / COMMIT).exists() for part in parts)]
+    return sorted(int(p.name) for p in folders)
 
 
 def check_workdir(workdir: Path, config: RunConfig) -> list[str]:
@@ -173,8 +182,7 @@ def restore_params(folder: Path, shardings=None, dtype=None) -> dict:
 def save_params(workdir: epath.Path, config: RunConfig, params, step: int) -> None:
     """A work directory with parameters alone, of one process; replaces what is there."""
     workdir = epath.Path(workdir)
-    if workdir.exists():
-        workdir.rmtree()
+    workdir.rmtree(missing_ok=True)
     workdir.mkdir(parents=True)
     with reader() as checkpointer:
         path = (workdir / "checkpoints" / str(step) / "params").absolute()

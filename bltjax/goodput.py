@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Iterator
 
+from bltjax.checkpoint import write_text
 from bltjax.processes import is_writer
 
 KINDS = ("steps", "input", "checkpoints", "evaluation", "compile", "start", "restarts", "lost")
@@ -79,9 +80,7 @@ class Goodput:
         self.charge(self.rest)
         if is_writer():
             told = {"seconds": self.seconds, "saved": self.saved, "until": time.time()}
-            partial = self.path.with_name(f".{NAME}.partial")
-            partial.write_text(json.dumps(told | {"ended": ended}) + "\n")
-            partial.replace(self.path)
+            write_text(self.path, json.dumps(told | {"ended": ended}) + "\n")
 
     def shares(self) -> dict[str, float]:
         self.charge(self.rest)

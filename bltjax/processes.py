@@ -35,7 +35,9 @@ from bltjax.config import differences
 
 RESTART = 75  # EX_TEMPFAIL of sysexits.h
 JOIN_SECONDS = 300
-AGREE_SECONDS = 300
+AGREE_SECONDS = 1200  # hosts read their data at different speeds
+# Beginnings of errors that a process would meet alone, and meet again.
+OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND")
 calls = itertools.count()  # every process makes the same calls, so a number names one
 
 
@@ -74,6 +76,8 @@ def join(args: argparse.Namespace) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # jax would catch SIGTERM in every program, also in those that have nothing to save.
     jax.config.update("jax_enable_preemption_service", False)
+    if given == [None, 1, None]:
+        return
     if given.count(None) == 3:
         join_cluster(args.join_seconds)
     elif None in given:
@@ -117,6 +121,12 @@ def join_cluster(seconds: int) -> None:
         # So jax says that it knows no cluster here: one process is all there is.
         if "coordinator_address should be defined" not in str(error):
             raise
+    except (OSError, RuntimeError) as error:
+        # To go on alone would let every host of a pod train for itself.
+        raise ValueError(
+            f"looking for the other processes of a cluster failed: {error}\nIf this is the only"
+            " one, say --processes=1."
+        ) from error
 
 
 def join_at(address: str, count: int, index: int, seconds: int) -> None:
@@ -184,6 +194,13 @@ def is_writer() -> bool:
     return process_index() == 0
 
 
+def lost_another(error: Exception) -> bool:
+    """Whether an error most likely comes of another process' end; a restart is the way on."""
+    if not joined() or not isinstance(error, jax.errors.JaxRuntimeError):
+        return False
+    return not str(error).startswith(OWN_FAULTS)
+
+
 def leave(code: int, message: str = "") -> NoReturn:
     """Ends this process now; at an ordinary end jax would wait for others that may wait for it."""
     if message:
@@ -235,7 +252,7 @@ def from_writer(what: str, make: Callable[[], Any]) -> Any:
         try:
             made = make()
         except (ValueError, OSError) as error:
-            problem, raised = str(error), error
+            problem, raised = str(error) or type(error).__name__, error
     made, problem = gathered(what, [made, problem])[0]
     if problem:
         raise raised if is_writer() else ValueError(problem)

@@ -120,8 +120,7 @@ def train(
         if byte_lm:
             ckpt.save_params(workdir / "byte_lm", byte_lm.run, byte_lm.params, 0)
         if config.blt and config.patching.mode == "bpe":
-            tokenizer = epath.Path(config.patching.tokenizer)
-            (workdir / TOKENIZER).write_bytes(tokenizer.read_bytes())
+            epath.Path(config.patching.tokenizer).copy(workdir / TOKENIZER, overwrite=True)
     barrier("beginning the work directory")
     goodput = Goodput(workdir, begun)
     if not resumes:
@@ -179,9 +178,12 @@ def train(
             if pending is not None:
                 preempted = reports.take(*pending)
             pending = (step, out)
-            at_end = preempted or step == last_step
-            evaluates = bool(held_out) and (step % config.evaluate_every == 0 or step == last_step)
-            saves = at_end or step % config.checkpoint.every == 0
+            ends = step == last_step
+            # Whoever was given notice has little time, and saves at once.
+            evaluates = bool(held_out) and (
+                ends or (step % config.evaluate_every == 0 and not preempted)
+            )
+            saves = ends or preempted or step % config.checkpoint.every == 0
             if evaluates or saves:
                 reports.take(*pending)  # nothing that is not finite may reach a checkpoint
                 pending = None

@@ -114,14 +114,20 @@ def main(argv: list[str]) -> int:
     if not words or args.processes < 1 or args.devices < 1 or args.restarts < 0:
         parser.error("give N >= 1 processes of M >= 1 devices, and after -- a verb of bltjax")
     signals: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
-    signal.signal(signal.SIGINT, lambda number, _: None)
-    code = run(args.processes, args.devices, words, signals)
-    for again in range(args.restarts):
-        if code != RESTART or signals:
-            break
-        print(f"restart {again + 1} of at most {args.restarts}", flush=True)
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: signals.append(number)),
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, _: None),
+    }
+    try:
         code = run(args.processes, args.devices, words, signals)
+        for again in range(args.restarts):
+            if code != RESTART or signals:
+                break
+            print(f"restart {again + 1} of at most {args.restarts}", flush=True)
+            code = run(args.processes, args.devices, words, signals)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return code
 
 

@@ -68,8 +68,13 @@ class Pod:
                 self.steps.wait(0.1)
 
     def members(self) -> list[int]:
+        """Process numbers of those that still run."""
         number = self.process.pid
-        return list(map(int, Path(f"/proc/{number}/task/{number}/children").read_text().split()))
+        try:
+            text = Path(f"/proc/{number}/task/{number}/children").read_text()
+        except FileNotFoundError:
+            return []
+        return list(map(int, text.split()))
 
     def ends(self) -> int:
         code = self.process.wait()

@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import faults
 import pytest
 from test_train import command, losses
 
 from bltjax.__main__ import main
+from bltjax.processes import RESTART
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "launch"))
+import local_pod  # noqa: E402
 
 
 def pod(processes: int, devices: int, words: list[str], code: int = 0) -> str:
@@ -157,27 +159,31 @@ def test_a_silent_process_is_named(work):
 
 
 def test_the_code_of_a_pod_is_the_one_that_says_most():
-    sys.path.insert(0, str(ROOT / "launch"))
-    import local_pod
-
     assert local_pod.code_of([0, 0]) == 0
-    assert local_pod.code_of([0, -9]) == local_pod.RESTART == 75
+    assert local_pod.code_of([0, -9]) == local_pod.RESTART == RESTART
     assert local_pod.code_of([75, 1, -15]) == 1
 
 
-def test_a_pod_ends_when_one_process_does(tmp_path):
-    """And what each prints has its number before it."""
+def test_a_pod_ends_when_one_process_does_and_restarts(tmp_path, monkeypatch, capfdbinary):
+    """The first time process 1 says 75 and process 0 would wait for ever."""
     (tmp_path / "bltjax").mkdir()
     (tmp_path / "bltjax" / "__main__.py").write_text(
-        "import sys, time\nme = int(sys.argv[-1][-1])\nprint('process', me, flush=True)\n"
-        "time.sleep(0 if me else 60)\nsys.exit(3)"
+        "import sys, time, pathlib\n"
+        "me = sys.argv[-1][-1]\n"
+        "print('hello', *sys.argv[1:2], flush=True)\n"
+        "mark = pathlib.Path(f'mark{me}')\n"
+        "again = mark.exists()\n"
+        "mark.touch()\n"
+        "if me == '1' and not again: sys.exit(75)\n"
+        "time.sleep(0 if again else 60)"
     )
-    sys.path.insert(0, str(ROOT / "launch"))
-    import local_pod
-
-    changed = SimpleNamespace(root=local_pod.ROOT, ends=local_pod.ENDS_SECONDS)
-    local_pod.ROOT, local_pod.ENDS_SECONDS = tmp_path, 0.2
-    try:
-        assert local_pod.run(2, 1, ["verb"], []) == 3
-    finally:
-        local_pod.ROOT, local_pod.ENDS_SECONDS = changed.root, changed.ends
+    monkeypatch.setattr(local_pod, "ROOT", tmp_path)
+    monkeypatch.setattr(local_pod, "ENDS_SECONDS", 0.2)
+    words = ["--processes=2", "--devices=1", "--restarts=3", "--", "verb"]
+    assert local_pod.main(words) == 0
+    lines = capfdbinary.readouterr().out.decode().splitlines()
+    assert lines.count("[0] hello verb") == lines.count("[1] hello verb") == 2
+    assert "[0] outlived another one, and is killed" in lines
+    assert "processes ended with -9, 75" in lines and "restart 1 of at most 3" in lines
+    (tmp_path / "mark1").unlink()
+    assert local_pod.main([*words[:2], "--", "verb"]) == RESTART
