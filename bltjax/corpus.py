@@ -79,8 +79,8 @@ def scoring_rate(records: RecordDocuments) -> dict | None:
     return {
         "processes": len({shard["process"] for shard in made}),
         "device": made[0]["device"],
-        "bytes_per_second_per_process": text_bytes / seconds,
-        "seconds_of_all_processes": seconds,
+        "bytes_per_second_per_device": text_bytes / seconds,
+        "seconds_of_all_devices": seconds,
     }
 
 
@@ -113,17 +113,21 @@ def measure(source: Source, thresholds: Sequence[float]) -> dict:
 
 
 def projection(found: dict, pod: str | None, mfu: float) -> list[str]:
-    """How long 1 TB takes: at the rate that was measured, and on a pod whose rate is assumed."""
-    lines, flops = [], found["scoring_flops_per_byte"]
-    if found["scoring"]:
-        rate = found["scoring"]["bytes_per_second_per_process"]
+    """How long 1 TB takes: at the rate that was measured, or on a pod at one that is assumed."""
+    lines, flops, scoring = [], found["scoring_flops_per_byte"], found["scoring"]
+    topology = read_topology(pod) if pod else None
+    if scoring:
+        rate = scoring["bytes_per_second_per_device"]
+        same = topology is not None and topology.chip.kind == scoring["device"]
+        count = topology.devices if same else 256
         lines.append(
-            f"scored at {quantity(rate)}B/s a process ({found['scoring']['device']}):"
-            f" 1 TB takes {duration(TERABYTE / rate)} of one, or"
-            f" {duration(TERABYTE / rate / 256)} of 256 processes"
+            f"scored at {quantity(rate)}B/s a device ({scoring['device']}):"
+            f" 1 TB takes {duration(TERABYTE / rate)} on one,"
+            f" {duration(TERABYTE / rate / count)} on {count}"
         )
+        if same:
+            return lines
     if pod and flops:
-        topology = read_topology(pod)
         rate = topology.devices * topology.chip.flops * mfu / flops
         lines.append(
             f"1 TB on {pod} ({topology.chips} chips): {duration(TERABYTE / rate)} at"

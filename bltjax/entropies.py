@@ -4,7 +4,8 @@ Records hold entropies, not patches, so that one pass over the corpus serves eve
 shard appears under its final name only when whole; the same command keeps finished shards, redoes
 an unfinished one, and writes the manifest last.
 
-On a pod every process runs the same command and scores every count-th shard. What a shard holds,
+On a pod every process runs the same command and scores every count-th shard, its devices a shard
+each. What a shard holds,
 and how it is scored, depends on the corpus and the byte LM alone, so any number of processes gives
 the same records, also after a restart with another number. Processes never talk: each reads the
 corpus through once and finds the plan that the others made, or a difference from it; and whoever
@@ -14,8 +15,12 @@ sees that all shards are there writes the manifest, the same one whoever does.
 import argparse
 import dataclasses
 import json
+import queue
+import threading
 import time
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 from etils import epath
@@ -33,7 +38,7 @@ from bltjax.data.records import (
 )
 from bltjax.data.sources import Documents, open_source
 from bltjax.metrics import Progress, quantity
-from bltjax.scoring import load_entropy_model, score_documents
+from bltjax.scoring import EntropyModel, load_entropy_model, score_documents
 from bltjax.storage import check_writable, size_of, write_text
 
 SHARD_BYTES = 64 << 20
@@ -112,6 +117,36 @@ def read_side(path: epath.Path) -> ShardInfo | None:
     return ShardInfo(**values)
 
 
+def score_shard(
+    path: epath.Path,
+    texts: list,
+    model: EntropyModel,
+    device: jax.Device,
+    scored: Callable[[int], None],
+    process: int,
+    count: int,
+) -> None:
+    """Scores the documents of one shard on a device, and writes it."""
+    begun = time.monotonic()
+    with jax.default_device(device):
+        entropies, padding = score_documents(
+            model.config,
+            model.params,
+            texts,
+            newline_reset=model.newline_reset,
+            scored=scored,
+        )
+    records = (encode_record(t.tobytes(), e) for t, e in zip(texts, entropies, strict=True))
+    write_shard(path, records, f"{process}-of-{count}.")
+    info = shard_info(path, sum(map(len, texts)), len(texts), padding)
+    made = {
+        "seconds": time.monotonic() - begun,
+        "process": process,
+        "device": device.device_kind,
+    }
+    write_text(side_path(path), json.dumps(dataclasses.asdict(info) | {"made": made}))
+
+
 def write_entropies(
     source: SourceConfig,
     byte_lm: epath.Path,
@@ -142,33 +177,38 @@ def write_entropies(
     total = len(shards)
     mine = range(process, total, count)
     progress = Progress("entropies", sum(len(shards[n][0]) + shards[n][1] for n in mine))
-    for number in mine:
+    lock, devices = threading.Lock(), queue.SimpleQueue()
+    for device in jax.local_devices():
+        devices.put((device, model._replace(params=jax.device_put(model.params, device))))
+
+    def scored(positions: int) -> None:
+        with lock:
+            progress.advance(positions)
+
+    def complete(number: int) -> None:
+        """Scores one shard on a device that has nothing to do, unless it is there."""
         indices, size = shards[number]
         path = shard_path(out, number, total)
         info = read_side(path)
         if info and info.is_whole(path):
-            progress.advance(info.positions)
+            scored(info.positions)
             print(f"{path.name}: kept, {quantity(size)}B")
-            continue
-        begun = time.monotonic()
-        texts = [documents[i].text for i in indices]
-        entropies, padding = score_documents(
-            model.config,
-            model.params,
-            texts,
-            newline_reset=newline_reset,
-            scored=progress.advance,
-        )
-        records = (encode_record(t.tobytes(), e) for t, e in zip(texts, entropies, strict=True))
-        write_shard(path, records, f"{process}-of-{count}.")
-        info = shard_info(path, size, len(texts), padding)
-        made = {
-            "seconds": time.monotonic() - begun,
-            "process": process,
-            "device": jax.local_devices()[0].device_kind,
-        }
-        write_text(side_path(path), json.dumps(dataclasses.asdict(info) | {"made": made}))
+            return
+        with lock:
+            texts = [documents[i].text for i in indices]
+        device, its_model = devices.get()
+        try:
+            score_shard(path, texts, its_model, device, scored, process, count)
+        finally:
+            devices.put((device, its_model))
         print(f"{path.name}: {quantity(size)}B in {len(texts)} documents")
+
+    with ThreadPoolExecutor(len(jax.local_devices())) as pool:
+        try:
+            for done in [pool.submit(complete, number) for number in mine]:
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
     paths = [shard_path(out, number, total) for number in range(total)]
     infos = [read_side(path) for path in paths]
     # Others' shards were published whole; their sizes say that they are still there.

@@ -8,6 +8,7 @@ has the checksum which the manifest says. What is damaged is named, and the exit
 """
 
 import argparse
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -32,16 +33,23 @@ TOLD = 8  # lines of damage for a person
 MOMENTS = ("mu", "nu")  # Adam's, shaped as the parameters
 
 
-def arrays_in(folder: epath.Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every array that Orbax's index of a folder has."""
-    entries = read_json(folder / "_METADATA")["tree_metadata"].values()
-    return {
-        "/".join(part["key"] for part in entry["key_metadata"]): tuple(
-            entry["value_metadata"]["write_shape"]
-        )
-        for entry in entries
-        if entry["value_metadata"]["value_type"] != "None"
-    }
+def arrays_in(folder: epath.Path) -> dict[str, tuple[int, ...] | None]:
+    """Name and shape of every array that Orbax's index of a folder has; None for one that is gone.
+
+    Of arrays that were on devices the index knows the shape, of others they know it themselves.
+    """
+    context, found = tensorstore.Context(CACHE), {}
+    for entry in read_json(folder / "_METADATA")["tree_metadata"].values():
+        value = entry["value_metadata"]
+        if value["value_type"] == "None":
+            continue
+        name = "/".join(part["key"] for part in entry["key_metadata"])
+        found[name] = value.get("write_shape")
+        if found[name] is None:
+            with contextlib.suppress(Exception):  # storage raises many kinds
+                found[name] = open_array(folder, name, context).shape
+        found[name] = None if found[name] is None else tuple(found[name])
+    return found
 
 
 def wrong_shapes(found: dict[str, tuple], expected: dict[str, tuple], item: str) -> Iterator[str]:
@@ -54,7 +62,9 @@ def wrong_shapes(found: dict[str, tuple], expected: dict[str, tuple], item: str)
         parts = name.split("/")
         moment = next((i + 1 for i, part in enumerate(parts) if part in MOMENTS), 0)
         asked = expected.get("/".join(parts[moment:]))
-        if asked is not None and asked != shape:
+        if shape is None:
+            yield f"{name} is named by the index, but isn't there"
+        elif asked is not None and asked != shape:
             yield f"{name} has shape {shape}, the config asks for {asked}"
 
 
@@ -118,7 +128,7 @@ def check_arrays(
         return [f"{item}: its index can't be read: {reason_of(error)}"], 0
     problems = [f"{item}: {line}" for line in wrong_shapes(found, expected, item)]
     context = tensorstore.Context(CACHE)
-    for name in () if quick else found:
+    for name in () if quick else (name for name, shape in found.items() if shape is not None):
 
         def pieces(name: str = name) -> Iterator[tuple[int, np.ndarray]]:
             array = open_array(folder, name, context)
@@ -131,7 +141,7 @@ def check_arrays(
 
         saved = checksums.get(f"{item}/{name}")
         problems += [f"{item}: {line}" for line in read_through(name, pieces, saved)]
-    return problems, sum(int(np.prod(shape, dtype=np.int64)) for shape in found.values())
+    return problems, sum(int(np.prod(shape or (), dtype=np.int64)) for shape in found.values())
 
 
 def folder_bytes(folder: epath.Path) -> int:

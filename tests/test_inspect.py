@@ -43,12 +43,12 @@ def test_damage_is_named_and_the_status_is_1(runs, tmp_path, capsys):
     assert "checkpoint 8: opt: " in printed.err and "and " in printed.err
     assert len(printed.err.splitlines()) < 14
     damage = inspect(epath.Path(tmp_path / "run"))["damage"]
-    assert any(line.startswith("checkpoint 8: opt: 0/mu/") for line in damage)
+    assert any(line.startswith("checkpoint 8: opt: ") and "/nu/" in line for line in damage)
     assert "checkpoint 12: progress is missing" in damage
     assert "byte_lm is missing, which its patches need" in damage
     quick = inspect(epath.Path(tmp_path / "run"), quick=True)["damage"]
     assert "checkpoint 12: progress is missing" in quick
-    assert not any("can't be read" in line for line in quick)
+    assert not any("can't be read" in line for line in quick), quick
 
 
 def test_checksums_are_those_of_the_device_in_any_pieces():
@@ -84,7 +84,7 @@ def test_arrays_that_are_not_the_configs(runs, tmp_path):
     assert any("params: block_0/down_FE has shape (32, 16), the config" in x for x in damage), (
         damage
     )
-    assert any("opt: 0/mu/block_0/down_FE has shape (32, 16)" in line for line in damage)
+    assert any("mu/block_0/down_FE has shape (32, 16)" in line for line in damage)
 
 
 def test_exports_and_released_layouts(runs, tmp_path, capsys):
@@ -97,7 +97,7 @@ def test_exports_and_released_layouts(runs, tmp_path, capsys):
     file = largest(tmp_path / "export" / "params")
     file.unlink()
     assert main(["inspect", str(tmp_path / "export")]) == 1
-    assert "params: encoder/ngrams_RME can't be read" in capsys.readouterr().err
+    assert "params: " in (told := capsys.readouterr().err) and "can't be read" in told
 
 
 def test_records(runs, tmp_path, capsys):
