@@ -4,9 +4,17 @@
     fsdp    within a slice: rows of the batch, and one axis of every parameter
     tensor  within a slice: heads and feed-forward hidden
 
-A parameter's name ends in its letters, so its spec is read off its name; each mesh axis is used
-once per array, by the leftmost letter that asks for it. V and the axes not listed are never split.
+An array's name ends in its letters, so its spec is read off its name; each mesh axis is used once
+per array, by the leftmost letter that asks for it. So an activation, whose B comes first, is split
+by rows and not by width. V, vectors and the letters not listed are never split.
+
+Where a mesh is set, `constrained` holds activations to their specs, `gathered` brings a weight
+together where it is used and scatters its gradient, and `by_rows` runs what the partitioner can't
+see through on each device's own rows. Without a mesh, or with one device, all three do nothing.
 """
+
+import functools
+import math
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -20,10 +28,13 @@ LETTER_AXES = {
     "D": ("fsdp",),
     "E": ("fsdp",),
     "F": ("tensor",),
+    "G": ("tensor",),
     "H": ("tensor",),
     "J": ("tensor",),
     "M": ("fsdp", "tensor"),
 }
+# The byte stacks' heads are few (12, 16 or 20); where `tensor` doesn't divide them they are whole.
+WHERE_DIVIDING = ("G",)
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
@@ -48,12 +59,43 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
-def spec_of(name: str) -> PartitionSpec:
-    """`q_LDHC` -> PartitionSpec(None, "fsdp", "tensor", None)."""
-    taken: set[str] = set()
+def dividing(axes: tuple[str, ...], mesh, size: int) -> tuple[str, ...]:
+    """Those of the axes that are free and whose product divides a size.
+
+    An axis that is manual already, since the caller is itself under shard_map, is not free.
+    """
+    taken: tuple[str, ...] = ()
+    for axis in axes:
+        product = math.prod(mesh.shape[name] for name in (*taken, axis))
+        if axis in free_axes(mesh) and size % product == 0:
+            taken += (axis,)
+    return taken
+
+
+def free_axes(mesh) -> frozenset[str]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in kinds if kind != AxisType.Manual)
+
+
+def set_mesh_or_none():
+    """The mesh that is set, if it has free axes of more than one device in all; else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if math.prod(mesh.shape[name] for name in free_axes(mesh)) > 1 else None
+
+
+def spec_of(name: str, shape: tuple[int, ...], mesh, *, but: tuple[str, ...] = ()) -> PartitionSpec:
+    """`q_LDHC` -> PartitionSpec(None, "fsdp", "tensor", None), where the axes divide the sizes.
+
+    `but`: axes that are left out.
+    """
+    letters = [letter for letter, _ in suffix_axes(name)]
+    if len([letter for letter in letters if letter != "L"]) < 2:
+        return PartitionSpec(*[None] * len(letters))
+    taken = set(but)
     entries = []
-    for letter, _ in suffix_axes(name):
-        axes = tuple(axis for axis in LETTER_AXES.get(letter, ()) if axis not in taken)
+    for letter, size in zip(letters, shape, strict=True):
+        wanted = tuple(axis for axis in LETTER_AXES.get(letter, ()) if axis not in taken)
+        axes = dividing(wanted, mesh, size)
         taken.update(axes)
         entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
     return PartitionSpec(*entries)
@@ -72,10 +114,16 @@ def tree_shardings(tree, mesh: Mesh):
         if not leaf.shape:
             return NamedSharding(mesh, PartitionSpec())
         name = path[-1].key
-        spec = spec_of(name)
-        for size, axes in zip(leaf.shape, spec, strict=True):
-            for axis in (axes,) if isinstance(axes, str) else axes or ():
-                divides(f"mesh axis {axis}", mesh.shape[axis], f"a size of {name}", size)
+        spec = spec_of(name, leaf.shape, mesh)
+        split = {
+            axis for axes in spec for axis in ((axes,) if isinstance(axes, str) else axes or ())
+        }
+        letters = [letter for letter, _ in suffix_axes(name)]
+        if len([letter for letter in letters if letter != "L"]) > 1:
+            for letter, size in zip(letters, leaf.shape, strict=True):
+                for axis in LETTER_AXES.get(letter, ()):
+                    if axis not in split and letter not in WHERE_DIVIDING:
+                        divides(f"mesh axis {axis}", mesh.shape[axis], f"{letter} of {name}", size)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
@@ -88,3 +136,59 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def constrained(x, name: str):
+    """x, held to the spec of its letters where a mesh is set."""
+    mesh = set_mesh_or_none()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(name, x.shape, mesh))
+
+
+def constrained_tree(tree):
+    """Each leaf held to the spec of its own name: gradients lie as their parameters do."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrained(x, path[-1].key), tree)
+
+
+def gathered(weight, name: str, dtype):
+    """A weight in `dtype`, whole along fsdp and still split over tensor, to be used at once.
+
+    It is cast before it travels; its gradient is summed where the parameter lies, so that the sum
+    over devices is a reduce-scatter. Under rematerialisation the backward pass gathers anew.
+    """
+    weight = weight.astype(dtype)
+    return weight if set_mesh_or_none() is None else brought_together(weight, name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def brought_together(weight, name: str):
+    mesh = set_mesh_or_none()
+    whole = spec_of(name, weight.shape, mesh, but=("fsdp",))
+    return jax.lax.with_sharding_constraint(constrained(weight, name), whole)
+
+
+brought_together.defvjp(
+    lambda weight, name: (brought_together(weight, name), None),
+    lambda name, _, grad: (constrained(grad, name),),
+)
+
+
+def by_rows(function, *arrays):
+    """function(*arrays) on each device's own rows; rows come first in all that goes in and out.
+
+    For what concerns no other row but is written so that the partitioner would gather all of them.
+    """
+    mesh = set_mesh_or_none()
+    rows = jax.tree.leaves(arrays)[0].shape[0]
+    axes = dividing(LETTER_AXES["B"], mesh, rows) if mesh is not None else ()
+    if not axes:
+        return function(*arrays)
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        axis_names=free_axes(mesh),
+        in_specs=PartitionSpec(axes),
+        out_specs=PartitionSpec(axes),
+        check_vma=False,
+    )(*arrays)

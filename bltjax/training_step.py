@@ -7,17 +7,26 @@ allocates nothing: shapes and shardings are known before there is an array.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from bltjax.checkpoint import TrainState
 from bltjax.config import RunConfig, divides
 from bltjax.model import Model, batch_logits, initial_params, make_model
 from bltjax.objective import Sums, target_sums
 from bltjax.optimizer import make_optimizer
-from bltjax.sharding import replicated, row_sharding, tree_shardings
+from bltjax.sharding import (
+    constrained_tree,
+    free_axes,
+    replicated,
+    row_sharding,
+    set_mesh_or_none,
+    tree_shardings,
+)
 
 
 def compute_dtype(config: RunConfig):
@@ -33,8 +42,11 @@ def run_model(config: RunConfig):
 
 
 def micro_batches(batch, count: int):
-    """Each array [B, ...] as [count, B / count, ...]."""
-    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+    """Each array [B, ...] as [count, B / count, ...]; row b is in micro-batch b % count, so that
+    every device has rows of its own in each."""
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch
+    )
 
 
 def make_train_step(config: RunConfig, model, optimizer):
@@ -50,18 +62,24 @@ def make_train_step(config: RunConfig, model, optimizer):
         )
         return sums.nats, sums
 
-    def step(state: TrainState, batch):
+    def gradient(params, batch):
+        grads, sums = jax.grad(loss_sums, has_aux=True)(params, batch)
+        return constrained_tree(grads), sums
+
+    def gradient_sums(params, batch):
         count = config.optimizer.accumulate
-        gradient = jax.grad(loss_sums, has_aux=True)
         if count == 1:
-            grads, sums = gradient(state.params, batch)
-        else:
+            return gradient(params, batch)
 
-            def add(total, micro):
-                return jax.tree.map(jnp.add, total, gradient(state.params, micro)), None
+        def add(total, micro):
+            return jax.tree.map(jnp.add, total, gradient(params, micro)), None
 
-            zero = (jax.tree.map(jnp.zeros_like, state.params), Sums(*(jnp.zeros(()),) * 4))
-            (grads, sums), _ = jax.lax.scan(add, zero, micro_batches(batch, count))
+        zero = constrained_tree(jax.tree.map(jnp.zeros_like, params))
+        zero = (zero, Sums(*(jnp.zeros(()),) * 4))
+        return jax.lax.scan(add, zero, micro_batches(batch, count))[0]
+
+    def step(state: TrainState, batch):
+        grads, sums = by_slices(gradient_sums)(state.params, batch)
         # Gradients of sums: one factor makes them means and clips them, in one pass over them.
         weight = jnp.maximum(sums.weight, 1)
         norm = optax.tree.norm(grads) / weight
@@ -84,6 +102,36 @@ def make_scores(model):
     return scores
 
 
+def by_slices(sums):
+    """sums(params, batch) of each slice's rows, added over `data` once at the end.
+
+    Slices only exchange gradients, each device those of the parameters that it holds: not at every
+    micro-batch, and nothing else.
+    """
+    mesh = set_mesh_or_none()
+    if mesh is None or mesh.shape["data"] == 1 or "data" not in free_axes(mesh):
+        return sums
+    return jax.shard_map(
+        lambda params, batch: jax.lax.psum(sums(params, batch), "data"),
+        mesh=mesh,
+        axis_names={"data"},
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+
+
+def under(mesh: Mesh, function):
+    """The function, traced with that mesh set, whoever calls it."""
+
+    @functools.wraps(function)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
+
+
 class StepParts(NamedTuple):
     """What a run is made of on a mesh."""
 
@@ -102,7 +150,8 @@ def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
       ValueError: where the mesh doesn't divide what it should split, with both numbers.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    divides("mesh data x fsdp", shards, "data.rows", config.data.rows)
+    rows = config.data.rows // config.optimizer.accumulate
+    divides("mesh data x fsdp", shards, "data.rows / optimizer.accumulate", rows)
     model = run_model(config)
     optimizer = make_optimizer(config.optimizer, config.latent_init)
 
@@ -116,10 +165,10 @@ def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
     )
     rows = row_sharding(mesh)
     step = jax.jit(
-        make_train_step(config, model, optimizer),
+        under(mesh, make_train_step(config, model, optimizer)),
         in_shardings=(shardings, rows),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-    scores = jax.jit(make_scores(model), in_shardings=(shardings.params, rows))
+    scores = jax.jit(under(mesh, make_scores(model)), in_shardings=(shardings.params, rows))
     return StepParts(model, initial_state, shapes, shardings, step, scores)

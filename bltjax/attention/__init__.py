@@ -75,7 +75,7 @@ def range_attention(
     if implementation == "dense":
         return dense(*arrays)
     if implementation == "xla":
-        return xla(*arrays, pattern)
+        return by_rows_and_heads(functools.partial(xla, pattern=pattern), *arrays)
     if implementation in KERNELS:
         return by_rows_and_heads(
             functools.partial(KERNELS[implementation], pattern=pattern), *arrays

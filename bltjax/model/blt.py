@@ -4,6 +4,8 @@ Returns (logits, out), `out` holding every intermediate by name: what is not use
 since the compiler drops it, and probing needs no hooks.
 """
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -12,6 +14,7 @@ from bltjax.model.latent_transformer import LatentTransformer
 from bltjax.model.local_decoder import LocalDecoder
 from bltjax.model.local_encoder import LocalEncoder
 from bltjax.patches import row_patches
+from bltjax.sharding import by_rows
 
 
 class BLT(nn.Module):
@@ -25,7 +28,10 @@ class BLT(nn.Module):
     def __call__(self, bytes_BN, documents_BN, starts_BN1):
         """Logits, float32 [B, N, V], of the byte after each byte, and the intermediates."""
         parts = (self.config, self.dtype, self.implementation)
-        patches = row_patches(documents_BN, starts_BN1, self.row_patches, self.config.local.window)
+        ranges = functools.partial(
+            row_patches, patches=self.row_patches, window=self.config.local.window
+        )
+        patches = by_rows(ranges, documents_BN, starts_BN1)
         embeds_BNE, states, slots_BSE, encoder_kept = LocalEncoder(*parts, name="encoder")(
             bytes_BN, documents_BN, patches, self.row_patches
         )

@@ -19,6 +19,7 @@ from bltjax.config import ByteCNNConfig
 from bltjax.model.byte_lm import entropies_of
 from bltjax.model.layers import project, rms_norm, truncated_normal
 from bltjax.patches import document_begins, index_like
+from bltjax.sharding import constrained, gathered
 
 
 class ByteCNN(nn.Module):
@@ -32,19 +33,19 @@ class ByteCNN(nn.Module):
         E, F = config.width, config.hidden
 
         def weight(name, shape, fan_in):
-            return self.param(name, truncated_normal(fan_in), shape).astype(self.dtype)
+            return gathered(self.param(name, truncated_normal(fan_in), shape), name, self.dtype)
 
         def normed(name, x_BNE):
             return rms_norm(x_BNE, self.param(name, nn.initializers.ones, (E,)), config.norm_eps)
 
-        bytes_VE = self.param("bytes_VE", truncated_normal(E), (VOCABULARY, E)).astype(self.dtype)
+        bytes_VE = weight("bytes_VE", (VOCABULARY, E), E)
         since_BN = index_like(bytes_BN) - document_begins(documents_BN)
         x_BNE = 0
         for distance in range(config.context):
             past_BN = jnp.pad(bytes_BN, ((0, 0), (distance, 0)))[:, : bytes_BN.shape[1]]
             past_BN = jnp.where(since_BN >= distance, past_BN, BOE)
             tap_EE = weight(f"tap_{distance}_EE", (E, E), E * config.context)
-            x_BNE += project(bytes_VE[past_BN], tap_EE)
+            x_BNE += project(constrained(bytes_VE[past_BN], "x_BNE"), tap_EE)
         for layer in range(config.layers):
             y_BNE = normed(f"norm_{layer}_E", x_BNE)
             gate_BNF = project(y_BNE, weight(f"gate_{layer}_EF", (E, F), E))

@@ -17,6 +17,7 @@ from bltjax.config import ByteLMConfig
 from bltjax.model.cache import Places
 from bltjax.model.layers import Block, BlockSize, project, rms_norm, truncated_normal
 from bltjax.patches import Ranges, document_begins, index_like, window_ranges
+from bltjax.sharding import constrained, gathered
 
 
 class Carry(NamedTuple):
@@ -68,13 +69,15 @@ class ByteLM(nn.Module):
 
     def stack(self, bytes_BN, ranges: Ranges | Places, past):
         """Logits, float32 [B, N, V], and what each block returned of its keys and values."""
-        x_BNE = self.bytes_VE[bytes_BN].astype(self.dtype)
+        x_BNE = gathered(self.bytes_VE, "bytes_VE", self.dtype)[bytes_BN]
+        x_BNE = constrained(x_BNE, "x_BNE")
         layers = []
         for block, before in zip(self.blocks, past, strict=True):
             x_BNE, kept = block(x_BNE, ranges, before)
             layers.append(kept)
         x_BNE = rms_norm(x_BNE, self.norm_E, self.config.norm_eps)
-        logits_BNV = project(x_BNE, self.head_EV.astype(self.dtype)).astype(jnp.float32)
+        head_EV = gathered(self.head_EV, "head_EV", self.dtype)
+        logits_BNV = constrained(project(x_BNE, head_EV).astype(jnp.float32), "logits_BNV")
         return logits_BNV, tuple(layers)
 
     def __call__(self, bytes_BN, documents_BN, carry: Carry | None = None):

@@ -11,6 +11,7 @@ from bltjax.attention import Pattern, range_attention
 from bltjax.model.cache import Cache, cached_attention
 from bltjax.model.layers import project, rms_norm, truncated_normal
 from bltjax.patches import Ranges
+from bltjax.sharding import constrained, gathered
 
 
 def attending_layers(which: str, layers: int) -> tuple[int, ...]:
@@ -42,15 +43,17 @@ class CrossAttention(nn.Module):
     def source(self, source_BTE):
         """Keys and values, [B, T, G, C] each."""
         y_BTE = rms_norm(source_BTE, self.norm_kv_E, self.norm_eps)
-        k_EGC, v_EGC = self.k_EGC.astype(self.dtype), self.v_EGC.astype(self.dtype)
-        return project(y_BTE, k_EGC), project(y_BTE, v_EGC)
+        k_BTGC = project(y_BTE, gathered(self.k_EGC, "k_EGC", self.dtype))
+        v_BTGC = project(y_BTE, gathered(self.v_EGC, "v_EGC", self.dtype))
+        return constrained(k_BTGC, "k_BTGC"), constrained(v_BTGC, "v_BTGC")
 
     def queries(self, x_BQE):
         y_BQE = rms_norm(x_BQE, self.norm_q_E, self.norm_eps)
-        return project(y_BQE, self.q_EGC.astype(self.dtype))
+        return constrained(project(y_BQE, gathered(self.q_EGC, "q_EGC", self.dtype)), "q_BQGC")
 
     def added(self, x_BQE, out_BQGC):
-        return 2 * x_BQE + project(out_BQGC, self.o_GCE.astype(self.dtype), axes=2)
+        o_GCE = gathered(self.o_GCE, "o_GCE", self.dtype)
+        return 2 * x_BQE + constrained(project(out_BQGC, o_GCE, axes=2), "x_BQE")
 
     def __call__(self, x_BQE, source_BTE, ranges: Ranges):
         k_BTGC, v_BTGC = self.source(source_BTE)

@@ -14,6 +14,7 @@ from bltjax.model.cache import Places
 from bltjax.model.layers import Block, BlockSize, project, truncated_normal
 from bltjax.patches import Ranges
 from bltjax.rotary import rotary_angles
+from bltjax.sharding import constrained, gathered
 
 
 def block_size(latent) -> BlockSize:
@@ -62,7 +63,8 @@ class LatentTransformer(nn.Module):
         slots_BPKE = slots_BSE.reshape(slots_BSE.shape[0], -1, K, E)
         if D == K * E:
             return slots_BPKE.reshape(*slots_BPKE.shape[:2], D)
-        return project(slots_BPKE, self.widen_KED.astype(self.dtype), axes=2)
+        widen_KED = gathered(self.widen_KED, "widen_KED", self.dtype)
+        return constrained(project(slots_BPKE, widen_KED, axes=2), "x_BPD")
 
     def __call__(self, slots_BSE, ranges: Ranges):
         """Latent states [B, P, D] of slots [B, P * K, E], and the keys and values of each layer:

@@ -18,6 +18,7 @@ from bltjax.config import RopeScalingConfig
 from bltjax.model.cache import Cache, Places, cached_attention, written
 from bltjax.patches import Ranges
 from bltjax.rotary import rotary_angles, rotate
+from bltjax.sharding import constrained, gathered
 
 
 def truncated_normal(fan_in: int):
@@ -82,7 +83,9 @@ class Block(nn.Module):
         L = size.stacked
 
         def weight(name, shape, fan_in):
-            return self.param(name, truncated_normal(fan_in), shape).astype(self.dtype)
+            stored = self.param(name, truncated_normal(fan_in), shape)
+            # Inside the scan a layer's parameters have lost their L.
+            return gathered(stored, name.replace("_L", "_"), self.dtype)
 
         def norm(name, x):
             scale = self.param(f"{name}_{L}{D}", nn.initializers.ones, (size.width,))
@@ -93,6 +96,8 @@ class Block(nn.Module):
         q = project(y, weight(f"q_{L}{D}{H}C", (width, heads, C), width))
         k = project(y, weight(f"k_{L}{D}{J}C", (width, shared, C), width))
         v = project(y, weight(f"v_{L}{D}{J}C", (width, shared, C), width))
+        q = constrained(q, f"q_BQ{H}C")
+        k, v = constrained(k, f"k_BT{J}C"), constrained(v, f"v_BT{J}C")
         if isinstance(past, Cache):
             kept = written(past, rotate(k, ranges.angles), v, ranges.slot_BQ)
             out = cached_attention(rotate(q, ranges.angles), kept, ranges.seen_BQT)
@@ -115,10 +120,11 @@ class Block(nn.Module):
                 implementation=self.implementation,
             )
         o = weight(f"o_{L}{H}C{D}", (heads, C, width), width)
-        x_BQD = x_BQD + project(out, o, axes=2)
+        x_BQD = x_BQD + constrained(project(out, o, axes=2), f"x_BQ{D}")
 
         y = norm("feed_forward_norm", x_BQD)
         gate = project(y, weight(f"gate_{L}{D}F", (width, size.hidden), width))
         up = project(y, weight(f"up_{L}{D}F", (width, size.hidden), width))
         down = weight(f"down_{L}F{D}", (size.hidden, width), size.hidden)
-        return x_BQD + project(nn.silu(gate) * up, down), kept
+        hidden = constrained(nn.silu(gate) * up, "hidden_BQF")
+        return x_BQD + constrained(project(hidden, down), f"x_BQ{D}"), kept

@@ -15,6 +15,7 @@ from bltjax.model.cross_attention import CrossAttention, attending_layers
 from bltjax.model.layers import Block, project, rms_norm, truncated_normal
 from bltjax.model.local_encoder import block_size
 from bltjax.patches import Patches, slot_ranges
+from bltjax.sharding import constrained, gathered
 
 
 class LocalDecoder(nn.Module):
@@ -59,13 +60,16 @@ class LocalDecoder(nn.Module):
     def narrowed(self, latent_BPD):
         """What bytes read: slots [B, P * K, E], or [B, P, E] without cross-attention."""
         if not self.crosses:
-            return project(latent_BPD, self.narrow_DE.astype(self.dtype))
-        source_BPKE = project(latent_BPD, self.narrow_DKE.astype(self.dtype))
-        return source_BPKE.reshape(latent_BPD.shape[0], -1, self.config.local.width)
+            narrow_DE = gathered(self.narrow_DE, "narrow_DE", self.dtype)
+            return constrained(project(latent_BPD, narrow_DE), "source_BPE")
+        source_BPKE = project(latent_BPD, gathered(self.narrow_DKE, "narrow_DKE", self.dtype))
+        source_BSE = source_BPKE.reshape(latent_BPD.shape[0], -1, self.config.local.width)
+        return constrained(source_BSE, "source_BSE")
 
     def logits(self, x_BNE):
         x_BNE = rms_norm(x_BNE, self.norm_E, self.config.local.norm_eps)
-        return project(x_BNE, self.head_EV.astype(self.dtype)).astype(jnp.float32)
+        head_EV = gathered(self.head_EV, "head_EV", self.dtype)
+        return constrained(project(x_BNE, head_EV).astype(jnp.float32), "logits_BNV")
 
     def __call__(self, x_BNE, latent_BPD, patches: Patches):
         """Logits, float32 [B, N, V], of encoder states [B, N, E] and latent states [B, P, D], and

@@ -8,57 +8,21 @@ Pooling happens once, at the first cross-attention; later ones refine the same s
 `cross.repools` each begins anew, and only the last one counts.)
 """
 
-import jax
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 
 from bltjax.alphabet import VOCABULARY
 from bltjax.attention import Pooling, Sliding
-from bltjax.config import BLTConfig, HashConfig, LocalConfig
+from bltjax.config import BLTConfig, LocalConfig
 from bltjax.model.cache import Places
 from bltjax.model.cross_attention import CrossAttention, attending_layers
+from bltjax.model.hash_tables import hash_tables, looked_up
 from bltjax.model.layers import Block, BlockSize, project, truncated_normal
 from bltjax.ngram_hash import hash_ids
 from bltjax.patches import Patches, document_begins, pool_max, slot_ranges
-
-
-def hash_tables(config: HashConfig, width: int):
-    """Initialiser of [R, M, E]: rows past the addressed ones are zero, and stay so."""
-
-    def initialise(key, shape, dtype=jnp.float32):
-        tables_RME = truncated_normal(width)(key, shape, dtype)
-        return tables_RME * (jnp.arange(shape[1]) < config.rows)[None, :, None]
-
-    return initialise
-
-
-@jax.custom_vjp
-def looked_up(tables_RME, ids_RBN):
-    """Sum over the tables of the row that each position has in them, float32 [B, N, E]."""
-    rows = (
-        table_ME.at[ids_BN].get(mode="promise_in_bounds").astype(jnp.float32)
-        for table_ME, ids_BN in zip(tables_RME, ids_RBN, strict=True)
-    )
-    return sum(rows)
-
-
-def looked_up_forward(tables_RME, ids_RBN):
-    return looked_up(tables_RME, ids_RBN), (ids_RBN, tables_RME[:, :, :0])
-
-
-def looked_up_backward(kept, grad_BNE):
-    """Table by table; differentiating the slices would add up as many whole gradients."""
-    ids_RBN, tables_RM0 = kept  # no columns: what is left of the tables is their shape and dtype
-    flat = grad_BNE.reshape(-1, grad_BNE.shape[-1])
-
-    def of_table(ids_BN):
-        grad_ME = jax.ops.segment_sum(flat, ids_BN.reshape(-1), num_segments=tables_RM0.shape[1])
-        return grad_ME.astype(tables_RM0.dtype)
-
-    return jax.lax.map(of_table, ids_RBN), None
-
-
-looked_up.defvjp(looked_up_forward, looked_up_backward)
+from bltjax.sharding import by_rows, constrained, gathered
 
 
 def block_size(local: LocalConfig, hidden: int) -> BlockSize:
@@ -118,16 +82,17 @@ class LocalEncoder(nn.Module):
         return self.attending[:1] or (self.config.local.encoder_layers - 1,)
 
     def embedded(self, bytes_BN, ids_RBN):
-        embeds_BNE = self.bytes_VE[bytes_BN].astype(jnp.float32)
+        embeds_BNE = gathered(self.bytes_VE, "bytes_VE", self.dtype)[bytes_BN].astype(jnp.float32)
         if self.config.hash.tables:
-            embeds_BNE += looked_up(self.ngrams_RME, ids_RBN)
-        return embeds_BNE.astype(self.dtype)
+            embeds_BNE += looked_up(self.ngrams_RME, ids_RBN, self.dtype)
+        return constrained(embeds_BNE.astype(self.dtype), "embeds_BNE")
 
     def queries(self, pooled_BPE):
         """Slots [B, P * K, E] before any cross-attention."""
         rows, patches, E = pooled_BPE.shape
-        slots_BPKE = project(pooled_BPE, self.pool_EKE.astype(self.dtype))
-        return slots_BPKE.reshape(rows, patches * self.config.cross.slots, E)
+        slots_BPKE = project(pooled_BPE, gathered(self.pool_EKE, "pool_EKE", self.dtype))
+        slots_BSE = slots_BPKE.reshape(rows, patches * self.config.cross.slots, E)
+        return constrained(slots_BSE, "slots_BSE")
 
     def __call__(self, bytes_BN, documents_BN, patches: Patches, patch_slots: int):
         """Embeddings [B, N, E], states after each layer [B, N, E], slots [B, P * K, E], and the
@@ -144,7 +109,10 @@ class LocalEncoder(nn.Module):
             states.append(x_BNE)
             kept.append(keys_values)
             if layer in self.pooling:
-                slots_BSE = self.queries(pool_max(x_BNE, patches.patch_of_BN, patch_slots))
+                pooled_BPE = by_rows(
+                    functools.partial(pool_max, patches=patch_slots), x_BNE, patches.patch_of_BN
+                )
+                slots_BSE = self.queries(pooled_BPE)
             if layer in crosses:
                 slots_BSE = crosses[layer](slots_BSE, x_BNE, ranges)
         return embeds_BNE, states, slots_BSE, kept
