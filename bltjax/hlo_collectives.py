@@ -7,6 +7,7 @@ spreads an all-gather over the fusions that it runs beside; such a chain is one 
 reduce-scatter is written as an all-reduce of which each chip keeps a slice, in one fusion.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -56,14 +57,22 @@ def read_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Colle
 def collective_kind(program: Program, computation: Computation, instruction: Instruction):
     """One of KINDS; None for what isn't a collective, or goes on with one that has begun."""
     kind = instruction.kind.removesuffix("-start")
+    users = computation.users[instruction.name]
+    if instruction.kind == "send" and between_slices(instruction):
+        return between_slices(instruction)
     if kind not in KINDS:
         return None
-    users = computation.users[instruction.name]
     if "chain_id=" in instruction.rest and not any("AsyncCollectiveStart" in x.rest for x in users):
         return None
     if kind == "all-reduce" and computation.name in program.fused and scatters(computation, users):
         return "reduce-scatter"
     return kind
+
+
+def between_slices(instruction: Instruction) -> str:
+    """The kind of a collective between slices, which a TPU's program leaves to its host; or ""."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+    return found[1].lower().replace("_", "-") if found else ""
 
 
 def scatters(computation: Computation, users: list[Instruction]) -> bool:
@@ -81,11 +90,8 @@ def scatters(computation: Computation, users: list[Instruction]) -> bool:
 
 def sizes(computation: Computation, instruction: Instruction, kind: str, group: int):
     """Bytes that a chip sends, and bytes of the whole that the group works on."""
-    given = sum(
-        array.bytes
-        for name in instruction.operands
-        for array in computation.instructions[name].arrays
-    )
+    operands = instruction.operands[:1] if instruction.kind == "send" else instruction.operands
+    given = sum(array.bytes for name in operands for array in computation.instructions[name].arrays)
     if kind == "all-gather":
         given *= group
     share = (group - 1) / group
@@ -96,22 +102,25 @@ def sizes(computation: Computation, instruction: Instruction, kind: str, group: 
 def read_group(instruction: Instruction, kind: str, mesh_shape: dict[str, int]) -> tuple[int, ...]:
     """Places in the mesh, counted along its last axis first, of the largest group; a permutation's
     is its first pair that moves anything."""
+    count = math.prod(mesh_shape.values())
+    if between_slices(instruction):
+        target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', instruction.rest)
+        return tuple(range(0, count, count // len(listed(target[1]))))
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.rest)
         pairs = re.findall(r"\{(\d+),(\d+)", pairs[0]) if pairs else []
         return next((tuple(map(int, pair)) for pair in pairs if pair[0] != pair[1]), ())
     found = re.search(r"replica_groups=(.*)", instruction.rest)
     text = found[1] if found else ""
-    count = int(np.prod(list(mesh_shape.values())))
     if text.startswith("{{"):
         groups = re.findall(r"\{([\d,]+)\}", text[: text.index("}}") + 2])
         return max((tuple(map(int, group.split(","))) for group in groups), key=len)
     if text.startswith("{}"):
         return tuple(range(count))
-    listed = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if listed:
+    iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if iota:
         groups, dims, order = (
-            [int(x) for x in (part or "").split(",") if x] for part in listed.groups()
+            [int(x) for x in (part or "").split(",") if x] for part in iota.groups()
         )
         places = np.arange(np.prod(dims)).reshape(dims)
         return tuple(places.transpose(order or range(len(dims))).reshape(groups)[0].tolist())
@@ -120,6 +129,15 @@ def read_group(instruction: Instruction, kind: str, mesh_shape: dict[str, int]) 
         axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])]
         return named_group(axes, named[3])
     raise ValueError(f"replica groups that cannot be read: {text[:90]!r}")
+
+
+def listed(text: str) -> list[int]:
+    """`1,3:5` -> [1, 3, 4, 5]."""
+    found = []
+    for part in text.split(","):
+        first, _, last = part.partition(":")
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
 def named_group(axes: list[tuple[str, int]], chosen: str) -> tuple[int, ...]:
