@@ -4,10 +4,9 @@
 allocates nothing: shapes and shardings are known before there is an array.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
-
-import functools
 
 import jax
 import jax.numpy as jnp
