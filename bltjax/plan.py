@@ -236,7 +236,7 @@ def flops_lines(found: Plan) -> list[str]:
         chips = found.topology.devices
         lines.append(
             f"             in attention kernels {quantity(found.work.kernels * chips)}, tiles"
-            f" that see something; idle steps have room for {quantity(found.work.idle * chips)} more"
+            f" that see something; idle steps have room for {quantity(found.work.idle * chips)}"
         )
     if flops.entropy_model:
         lines.append(
@@ -257,7 +257,7 @@ def bound_lines(found: Plan) -> list[str]:
         )
     if found.unknown_loops:
         lines.append(
-            f"             counted once: {found.unknown_loops} loops, whose rounds depend on the data"
+            f"             counted once: {found.unknown_loops} loops, whose rounds depend on data"
             " (look-ups of n-grams: one, unless they are very skewed)"
         )
     network = f"links {seconds(limits.ici_s)}"
