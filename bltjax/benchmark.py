@@ -63,7 +63,7 @@ ROW_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 MODEL = BLTConfig(
     local=LocalConfig(encoder_layers=1, decoder_layers=4, width=256, heads=4, hidden=768),
     cross=CrossConfig(slots=2, heads=4, encoder="last", decoder="all"),
-    latent=LatentConfig(layers=6, width=512, heads=8, key_value_heads=8, hidden=1536, remat=False),
+    latent=LatentConfig(layers=6, width=512, heads=8, key_value_heads=8, hidden=1536, remat="none"),
     hash=HashConfig(rows=30000),
 )
 

@@ -154,6 +154,13 @@ def constrained(x, name: str):
     return jax.lax.with_sharding_constraint(x, spec_of(name, x.shape, mesh))
 
 
+def whole(x):
+    """x, the same on every device, where a mesh is set."""
+    if set_mesh_or_none() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def constrained_tree(tree):
     """Each leaf held to the spec of its own name: gradients lie as their parameters do."""
     return jax.tree_util.tree_map_with_path(lambda path, x: constrained(x, path[-1].key), tree)
@@ -169,11 +176,17 @@ def gathered(weight, name: str, dtype):
     return weight if set_mesh_or_none() is None else brought_together(weight, name)
 
 
+def gathers() -> bool:
+    """Whether weights are split over fsdp, so that using one brings it together."""
+    mesh = set_mesh_or_none()
+    return mesh is not None and mesh.shape["fsdp"] > 1
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def brought_together(weight, name: str):
     mesh = set_mesh_or_none()
-    whole = spec_of(name, weight.shape, mesh, but=("fsdp",))
-    return jax.lax.with_sharding_constraint(constrained(weight, name), whole)
+    together = spec_of(name, weight.shape, mesh, but=("fsdp",))
+    return jax.lax.with_sharding_constraint(constrained(weight, name), together)
 
 
 brought_together.defvjp(

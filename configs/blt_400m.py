@@ -35,7 +35,7 @@ def get_config():
                 hidden=2048,
                 window=512,
                 rope_theta=500000.0,
-                remat=True,
+                remat="full",
             ),
             cross=dict(slots=2, heads=12, encoder="last", decoder="all"),
             latent=dict(
@@ -45,7 +45,7 @@ def get_config():
                 key_value_heads=10,
                 hidden=3584,
                 rope_theta=500000.0,
-                remat=True,
+                remat="full",
             ),
             hash=dict(sizes=(3, 4, 5, 6, 7, 8), functions=1, rows=500002),
         )

@@ -34,7 +34,7 @@ def get_config():
                 hidden=2816,
                 window=512,
                 rope_theta=500000.0,
-                remat=True,
+                remat="full",
             ),
             cross=dict(slots=3, heads=16, encoder="last", decoder="all"),
             latent=dict(
@@ -44,7 +44,7 @@ def get_config():
                 key_value_heads=24,
                 hidden=8192,
                 rope_theta=500000.0,
-                remat=True,
+                remat="full",
             ),
             hash=dict(sizes=(3, 4, 5, 6, 7, 8), functions=1, rows=500002),
         )

@@ -75,7 +75,7 @@ def get_config(variant: str = ""):
                 hidden=3584,
                 window=512,
                 rope_theta=500000.0,
-                remat=True,
+                remat="full",
             ),
             cross=dict(slots=4, heads=20, encoder="last", decoder="all"),
             latent=dict(
@@ -85,7 +85,7 @@ def get_config(variant: str = ""):
                 key_value_heads=32,
                 hidden=11008,
                 rope_theta=500000.0,
-                remat=True,
+                remat="full",
             ),
             hash=dict(sizes=(3, 4, 5, 6, 7, 8), functions=1, rows=500002),
         )

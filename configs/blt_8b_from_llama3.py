@@ -37,7 +37,7 @@ def get_config():
                 hidden=3584,
                 window=512,
                 rope_theta=500000.0,
-                remat=True,
+                remat="full",
             ),
             cross=dict(slots=4, heads=20, encoder="last", decoder="all"),
             latent=dict(
@@ -48,7 +48,7 @@ def get_config():
                 hidden=14336,
                 rope_theta=500000.0,
                 rope_scaling=dict(factor=8.0, low_turns=1.0, high_turns=4.0, positions=8192),
-                remat=True,
+                remat="full",
             ),
             hash=dict(sizes=(3, 4, 5, 6, 7, 8), functions=1, rows=500002),
         )

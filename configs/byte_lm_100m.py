@@ -22,7 +22,13 @@ def get_config():
     config = ConfigDict()
     config.byte_lm = ConfigDict(
         dict(
-            layers=14, width=768, heads=12, hidden=2048, window=512, rope_theta=10000.0, remat=True
+            layers=14,
+            width=768,
+            heads=12,
+            hidden=2048,
+            window=512,
+            rope_theta=10000.0,
+            remat="full",
         )
     )
     source = dict(path="data/*.jsonl", weight=1.0, field="text", split_bytes=0)

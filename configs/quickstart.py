@@ -48,7 +48,7 @@ def get_config(model: str = ""):
                 ),
                 cross=dict(slots=2, heads=2, encoder="last", decoder="all"),
                 latent=dict(
-                    layers=4, width=256, heads=4, key_value_heads=4, hidden=768, remat=False
+                    layers=4, width=256, heads=4, key_value_heads=4, hidden=768, remat="none"
                 ),
                 hash=dict(sizes=(3, 4, 5, 6, 7, 8), functions=1, rows=8000),
             )

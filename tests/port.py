@@ -194,7 +194,7 @@ def record() -> None:
             found[f"{name}/entropies_{number}"] = said["entropies"][number]
             found[f"{name}/logits_{number}"] = said["logits"][number]
         print(name, said["threshold"])
-    tensors = tensors_by_rule(llama_shapes(latent_config(LLAMA_CONFIG, "case", False)))
+    tensors = tensors_by_rule(llama_shapes(latent_config(LLAMA_CONFIG, "case", "none")))
     found["llama/hidden"] = record_llama(tensors)
     np.savez_compressed(RECORDED, **found)
     print(RECORDED, RECORDED.stat().st_size)

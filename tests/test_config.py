@@ -65,6 +65,7 @@ def test_overrides():
         ("optimizer.lr=fast", r"config.optimizer.lr is 'fast', not float"),
         ("optimizer.steps=1.5", r"config.optimizer.steps is 1.5, not int"),
         ("optimizer.lr", r"has no value"),
+        ("blt.latent.remat=some", r"latent.remat is 'some', not one of none, products, full"),
         ("blt.local.heads=3", r"local.heads \(3\) must divide local.width \(1024\)"),
         ("blt.latent.key_value_heads=5", r"key_value_heads \(5\) must divide latent.heads \(16\)"),
         ("data.row_patches=99999", r"row_patches \(99999\) must not exceed row_bytes \(16384\)"),
@@ -83,11 +84,11 @@ def test_settings_that_the_file_does_not_mention_can_be_overridden():
         "mesh.tensor=2",
         "optimizer.b1=0.8",
         "patching.threshold_add=0.5",
-        "blt.local.remat=True",
+        "blt.local.remat=products",
     ]
     config = load_config("configs/quickstart.py:blt", overrides)
     assert config.mesh.tensor == 2 and config.optimizer.b1 == 0.8
-    assert config.patching.threshold_add == 0.5 and config.blt.local.remat
+    assert config.patching.threshold_add == 0.5 and config.blt.local.remat == "products"
 
 
 def test_arguments_of_a_config():

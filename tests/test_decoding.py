@@ -34,7 +34,7 @@ BYTE_CNN = ByteCNNConfig(context=2, width=8, layers=1, hidden=16)
 BLT_CONFIG = BLTConfig(
     LocalConfig(encoder_layers=2, decoder_layers=2, width=16, heads=2, hidden=24, window=WINDOW),
     CrossConfig(slots=2, heads=2, encoder="last", decoder="all"),
-    LatentConfig(layers=2, width=24, heads=4, key_value_heads=2, hidden=32, remat=False),
+    LatentConfig(layers=2, width=24, heads=4, key_value_heads=2, hidden=32, remat="none"),
     HashConfig(sizes=(3, 5), functions=2, rows=101),
 )
 TEXT = "Ein kurzer Text.\nA BLT 日本 has é no tokens;\n\nzażółć 🥓 gęślą jaźń, 12 x 34 = 408.\n" * 2

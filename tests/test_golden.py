@@ -151,7 +151,7 @@ def test_blt(name, implementation):
             rope_theta=args["rope_theta"],
         ),
         CrossConfig(slots=2, heads=2, encoder="last", decoder="all"),
-        LatentConfig(layers=2, width=48, heads=4, key_value_heads=4, hidden=128, remat=False),
+        LatentConfig(layers=2, width=48, heads=4, key_value_heads=4, hidden=128, remat="none"),
         HashConfig(
             sizes=tuple(args["encoder_hash_byte_group_size"]),
             functions=args["encoder_hash_byte_group_nb_functions"],

@@ -16,7 +16,7 @@ from bltjax.patches import Ranges
 from bltjax.weights.llama import latent_config, llama_leaves
 from bltjax.weights.tensors import tree_of
 
-LATENT = latent_config(port.LLAMA_CONFIG, "case", remat=False)
+LATENT = latent_config(port.LLAMA_CONFIG, "case", remat="none")
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def test_old_spelling_of_the_rotary_settings():
     old = {k: v for k, v in port.LLAMA_CONFIG.items() if k != "rope_parameters"}
     scaling = {k: v for k, v in port.LLAMA3.items() if k != "rope_theta"}
     old |= {"rope_theta": 500000.0, "rope_scaling": scaling}
-    assert latent_config(old, "old", False) == LATENT
+    assert latent_config(old, "old", "none") == LATENT
     with pytest.raises(ValueError, match="rope_type is 'yarn'; supported"):
-        latent_config(old | {"rope_scaling": {"type": "yarn"}}, "old", False)
+        latent_config(old | {"rope_scaling": {"type": "yarn"}}, "old", "none")
 
 
 def test_another_shape_is_refused(folder):
@@ -73,7 +73,7 @@ def test_another_shape_is_refused(folder):
     with pytest.raises(ValueError, match=r"latent.rope_scaling is None, but the Llama"):
         llama_leaves(folder, dataclasses.replace(LATENT, rope_scaling=None))
     with pytest.raises(ValueError, match=r"model_type is None; supported: 'llama'"):
-        latent_config({}, "x", False)
+        latent_config({}, "x", "none")
 
 
 def test_a_tensor_that_has_no_place(folder, tmp_path):

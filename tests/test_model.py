@@ -31,7 +31,7 @@ from bltjax.patching import force_starts, patch_starts
 CONFIG = BLTConfig(
     LocalConfig(encoder_layers=2, decoder_layers=2, width=32, heads=4, hidden=48, window=9),
     CrossConfig(slots=2, heads=2, encoder="all", decoder="all"),
-    LatentConfig(layers=2, width=48, heads=4, key_value_heads=2, hidden=64, remat=False),
+    LatentConfig(layers=2, width=48, heads=4, key_value_heads=2, hidden=64, remat="none"),
     HashConfig(sizes=(3, 5), functions=2, rows=101),
 )
 N, P = 64, 40
@@ -148,7 +148,8 @@ def test_hash_windows_stop_at_documents():
     assert (other[0, 22:60] == other[1, 22:60]).all()
 
 
-def test_scan_equals_loop_and_remat_equals_none():
+@pytest.mark.parametrize("policy", ["products", pytest.param("full", marks=pytest.mark.slow)])
+def test_scan_equals_loop_and_remat_equals_none(policy):
     ids, documents, starts = (jnp.asarray(x)[None] for x in row(TEXTS))
     _, out = program()({"params": params()}, ids, documents, starts)
     latent = params()["latent"]
@@ -172,7 +173,7 @@ def test_scan_equals_loop_and_remat_equals_none():
         )(params())
 
     for plain, rematted in zip(
-        jax.tree.leaves(loss(False)), jax.tree.leaves(loss(True)), strict=True
+        jax.tree.leaves(loss("none")), jax.tree.leaves(loss(policy)), strict=True
     ):
         np.testing.assert_allclose(plain, rematted, atol=1e-6)
 
@@ -234,8 +235,8 @@ def test_kernels_in_the_whole_model(implementation):
     given = [jnp.asarray(part)[None] for part in row(TEXTS)]
     config = dataclasses.replace(
         CONFIG,
-        latent=dataclasses.replace(CONFIG.latent, remat=True),
-        local=dataclasses.replace(CONFIG.local, remat=True),
+        latent=dataclasses.replace(CONFIG.latent, remat="full"),
+        local=dataclasses.replace(CONFIG.local, remat="full"),
     )
 
     def outcome(name):

@@ -12,7 +12,9 @@ def get_config(model: str):
                     encoder_layers=1, decoder_layers=1, width=16, heads=2, hidden=32, window=8
                 ),
                 cross=dict(slots=2, heads=2, encoder="last", decoder="all"),
-                latent=dict(layers=2, width=32, heads=2, key_value_heads=2, hidden=48, remat=False),
+                latent=dict(
+                    layers=2, width=32, heads=2, key_value_heads=2, hidden=48, remat="none"
+                ),
                 hash=dict(sizes=(3, 5), functions=1, rows=300),
             )
         )

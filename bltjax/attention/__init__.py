@@ -20,10 +20,19 @@ from bltjax.attention.pallas_gpu import pallas_gpu
 from bltjax.attention.pallas_tpu import pallas_tpu
 from bltjax.attention.pattern import Pattern, Pooling, Reading, Sliding
 from bltjax.attention.shards import by_rows_and_heads
+from bltjax.attention.tiled import OUTCOME
 from bltjax.attention.xla import xla
 from bltjax.shapes import check_shapes
 
-__all__ = ["IMPLEMENTATIONS", "Pattern", "Pooling", "Reading", "Sliding", "range_attention"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "OUTCOME",
+    "Pattern",
+    "Pooling",
+    "Reading",
+    "Sliding",
+    "range_attention",
+]
 
 IMPLEMENTATIONS = ("dense", "xla", "pallas_tpu", "pallas_gpu")
 KERNELS = {

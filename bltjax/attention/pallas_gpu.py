@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from bltjax.attention.pattern import Pattern
 from bltjax.attention.staircase import Tiles, seeing_tiles, seen_tiles
-from bltjax.attention.tiled import FLOOR, HIDDEN
+from bltjax.attention.tiled import FLOOR, HIDDEN, outcome
 
 FP32 = jnp.float32
 LEAST = 16  # a side of the smallest matrix that a tensor core multiplies
@@ -100,6 +100,7 @@ def attend_forward(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan: Plan):
         plan,
         products=2,
     )
+    out, log_sum = outcome(out, log_sum)
     return out, (q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, out, log_sum)
 
 

@@ -50,7 +50,7 @@ from bltjax.attention.staircase import (
     rows_and_columns,
     whole_patches,
 )
-from bltjax.attention.tiled import FLOOR, HIDDEN
+from bltjax.attention.tiled import FLOOR, HIDDEN, outcome
 
 LANES = 128
 FP32 = jnp.float32
@@ -175,6 +175,7 @@ def attend_forward(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan: Plan):
         plan,
         products=2,
     )
+    out, log_sum = outcome(out, log_sum)
     return out, (q_BHCQ, k_BJCT, v_BJCT, bounds, work, out, log_sum)
 
 

@@ -16,9 +16,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 HIDDEN = -1e30  # the score of a key that is not seen
 FLOOR = -1e20  # below every score that is seen, above HIDDEN
+
+
+OUTCOME = "attention"  # by which rematerialisation knows what attention gave
+
+
+def outcome(*arrays):
+    return tuple(checkpoint_name(array, OUTCOME) for array in arrays)
 
 
 class Tiles(NamedTuple):
@@ -63,6 +71,7 @@ def tiled(q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ, tiles: Tiles):
 def tiled_forward(q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ, tiles: Tiles):
     one_row = functools.partial(row_forward, tiles=tiles)
     out, log_sum = each_row(one_row, q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ)
+    out, log_sum = outcome(out, log_sum)
     return out, (q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ, out, log_sum)
 
 

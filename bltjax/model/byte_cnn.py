@@ -17,7 +17,7 @@ from flax import linen as nn
 from bltjax.alphabet import BOE, VOCABULARY
 from bltjax.config import ByteCNNConfig
 from bltjax.model.byte_lm import entropies_of
-from bltjax.model.layers import project, rms_norm, truncated_normal
+from bltjax.model.layers import embedded, project, rms_norm, truncated_normal
 from bltjax.patches import document_begins, index_like
 from bltjax.sharding import constrained, gathered
 
@@ -45,7 +45,7 @@ class ByteCNN(nn.Module):
             past_BN = jnp.pad(bytes_BN, ((0, 0), (distance, 0)))[:, : bytes_BN.shape[1]]
             past_BN = jnp.where(since_BN >= distance, past_BN, BOE)
             tap_EE = weight(f"tap_{distance}_EE", (E, E), E * config.context)
-            x_BNE += project(constrained(bytes_VE[past_BN], "x_BNE"), tap_EE)
+            x_BNE += project(constrained(embedded(bytes_VE, past_BN), "x_BNE"), tap_EE)
         for layer in range(config.layers):
             y_BNE = normed(f"norm_{layer}_E", x_BNE)
             gate_BNF = project(y_BNE, weight(f"gate_{layer}_EF", (E, F), E))

@@ -15,7 +15,14 @@ from bltjax.alphabet import VOCABULARY
 from bltjax.attention import Sliding
 from bltjax.config import ByteLMConfig
 from bltjax.model.cache import Places
-from bltjax.model.layers import Block, BlockSize, project, rms_norm, truncated_normal
+from bltjax.model.layers import (
+    BlockSize,
+    embedded,
+    project,
+    rematerialised,
+    rms_norm,
+    truncated_normal,
+)
 from bltjax.patches import Ranges, document_begins, index_like, window_ranges
 from bltjax.sharding import constrained, gathered
 
@@ -61,7 +68,7 @@ class ByteLM(nn.Module):
             E, config.heads, config.heads, config.hidden, config.norm_eps, config.rope_theta
         )
         self.bytes_VE = self.param("bytes_VE", truncated_normal(E), (VOCABULARY, E))
-        block = nn.remat(Block) if config.remat else Block
+        block = rematerialised(config.remat)
         parts = (size, Sliding(config.window), self.dtype, self.implementation)
         self.blocks = [block(*parts, name=f"block_{layer}") for layer in range(config.layers)]
         self.norm_E = self.param("norm_E", nn.initializers.ones, (E,))
@@ -69,7 +76,7 @@ class ByteLM(nn.Module):
 
     def stack(self, bytes_BN, ranges: Ranges | Places, past):
         """Logits, float32 [B, N, V], and what each block returned of its keys and values."""
-        x_BNE = gathered(self.bytes_VE, "bytes_VE", self.dtype)[bytes_BN]
+        x_BNE = embedded(gathered(self.bytes_VE, "bytes_VE", self.dtype), bytes_BN)
         x_BNE = constrained(x_BNE, "x_BNE")
         layers = []
         for block, before in zip(self.blocks, past, strict=True):

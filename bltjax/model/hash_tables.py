@@ -50,7 +50,7 @@ def looked_up(tables_RME, ids_RBN, dtype):
     mesh = owned_mesh(tables_RME.shape)
     if mesh is None:
         rows = (
-            table_ME.at[ids_BN].get(mode="promise_in_bounds").astype(dtype).astype(jnp.float32)
+            rows_of(table_ME, ids_BN, dtype).astype(jnp.float32)
             for table_ME, ids_BN in zip(tables_RME, ids_RBN, strict=True)
         )
         return sum(rows)
@@ -98,6 +98,12 @@ def looked_up_backward(dtype, kept, grad_BNE):
 
 
 looked_up.defvjp(looked_up_forward, looked_up_backward)
+
+
+def rows_of(table_ME, ids, dtype):
+    """Rows in `dtype`; the barrier keeps XLA from casting the whole table before it looks."""
+    rows = table_ME.at[ids].get(mode="promise_in_bounds")
+    return rows if rows.dtype == dtype else jax.lax.optimization_barrier(rows).astype(dtype)
 
 
 def owners(mesh) -> int:
@@ -182,15 +188,18 @@ def own_part(flat, axis: int):
 
 def fetched(tables_RME, ids_RBN, *, dtype):
     """The look-up as one device does it, of its own rows of tables and of the batch."""
-    (_, owned, E), (R, rows, length) = tables_RME.shape, ids_RBN.shape
+    (R, owned, E), (_, rows, length) = tables_RME.shape, ids_RBN.shape
     owners = jax.lax.axis_size(OWNERS)
     ids_RQ = own_part(ids_RBN.reshape(R, -1), 1)
     positions = ids_RQ.shape[1]
     capacity = capacity_of(positions, owners)
     sent = owners * capacity
 
+    # One long table, since a slice of it would be copied.
+    table_ME = tables_RME.reshape(-1, E)
+
     def of_table(total_QE, table_and_ids):
-        table_ME, ids_Q = table_and_ids
+        table, ids_Q = table_and_ids
         route = route_of(ids_Q, owned, owners, capacity)
         # In which round, and from which place in it, each position's row comes.
         owner_Q = ids_Q[route.order_Q] // owned
@@ -200,8 +209,8 @@ def fetched(tables_RME, ids_RBN, *, dtype):
 
         def one_round(carry):
             number, total_QE = carry
-            rows = jnp.minimum(asked_for(route, number, owned, capacity), owned - 1)
-            rows = table_ME.at[rows].get(mode="promise_in_bounds").astype(dtype)
+            asked = jnp.minimum(asked_for(route, number, owned, capacity), owned - 1)
+            rows = rows_of(table_ME, table * owned + asked, dtype)
             rows = exchanged(rows.reshape(owners, capacity, E)).reshape(sent, E)
             here_Q = place_Q - number * sent
             came_Q = (here_Q >= 0) & (here_Q < sent)
@@ -212,7 +221,7 @@ def fetched(tables_RME, ids_RBN, *, dtype):
         return jax.lax.while_loop(lambda c: c[0] < route.rounds, one_round, carry)[1], None
 
     zero = jnp.zeros((positions, E), jnp.float32)
-    total_QE, _ = jax.lax.scan(of_table, zero, (tables_RME, ids_RQ))
+    total_QE, _ = jax.lax.scan(of_table, zero, (jnp.arange(R, dtype=jnp.int32), ids_RQ))
     whole = jax.lax.all_gather(total_QE, "tensor", tiled=True)
     return whole[: rows * length].reshape(rows, length, E)
 
@@ -226,7 +235,8 @@ def returned(ids_RBN, grad_BNE, *, owned: int, dtype, replicas: tuple[str, ...])
     positions = ids_RQ.shape[1]
     capacity = capacity_of(positions, owners)
 
-    def of_table(ids_Q):
+    def of_table(grad_ME, table_and_ids):
+        table, ids_Q = table_and_ids
         route = route_of(ids_Q, owned, owners, capacity)
         summed_QE = jax.ops.segment_sum(
             grad_QE.at[route.order_Q].get(mode="promise_in_bounds").astype(jnp.float32),
@@ -237,13 +247,16 @@ def returned(ids_RBN, grad_BNE, *, owned: int, dtype, replicas: tuple[str, ...])
 
         def one_round(carry):
             number, grad_ME = carry
-            rows = asked_for(route, number, owned, capacity)
+            asked = asked_for(route, number, owned, capacity)
+            rows = jnp.where(asked < owned, table * owned + asked, R * owned)
             grads, _ = parcels(route, summed_QE, number, capacity)
             grads = exchanged(grads).reshape(-1, E).astype(jnp.float32)
             return number + 1, grad_ME.at[rows].add(grads, mode="drop")
 
-        carry = (jnp.int32(0), jnp.zeros((owned, E), jnp.float32))
-        return jax.lax.while_loop(lambda c: c[0] < route.rounds, one_round, carry)[1]
+        carry = (jnp.int32(0), grad_ME)
+        return jax.lax.while_loop(lambda c: c[0] < route.rounds, one_round, carry)[1], None
 
-    grads_RME = jax.lax.map(of_table, ids_RQ)
+    zero = jnp.zeros((R * owned, E), jnp.float32)
+    grad_ME, _ = jax.lax.scan(of_table, zero, (jnp.arange(R, dtype=jnp.int32), ids_RQ))
+    grads_RME = grad_ME.reshape(R, owned, E)
     return jax.lax.psum(grads_RME, replicas) if replicas else grads_RME

@@ -1,7 +1,7 @@
 """Latent transformer: the large stack, one position per patch, no final norm (paper 3.1).
 
-Its layers are scanned, so that its program does not grow with depth, and rematerialised when
-`latent.remat` says so: one block's activations are recomputed in the backward pass.
+Its layers are scanned, so that its program does not grow with depth, and rematerialised as
+`latent.remat` says: what a block doesn't keep is computed once more in the backward pass.
 """
 
 import jax
@@ -11,7 +11,7 @@ from flax import linen as nn
 from bltjax.attention import Sliding
 from bltjax.config import BLTConfig
 from bltjax.model.cache import Places
-from bltjax.model.layers import Block, BlockSize, project, truncated_normal
+from bltjax.model.layers import Block, BlockSize, project, rematerialised, truncated_normal
 from bltjax.patches import Ranges
 from bltjax.rotary import rotary_angles
 from bltjax.sharding import constrained, gathered
@@ -44,7 +44,7 @@ class LatentTransformer(nn.Module):
             shape = (K, E, latent.width)
             self.widen_KED = self.param("widen_KED", truncated_normal(K * E), shape)
         size, parts = block_size(latent), (Sliding(self.span), self.dtype, self.implementation)
-        block = nn.remat(Block, prevent_cse=False) if latent.remat else Block
+        block = rematerialised(latent.remat, scanned=True)
         if self.scanned:
             self.blocks = nn.scan(
                 block,

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention import Pattern, range_attention
+from bltjax.attention import OUTCOME, Pattern, range_attention
 from bltjax.config import RopeScalingConfig
 from bltjax.model.cache import Cache, Places, cached_attention, written
 from bltjax.patches import Ranges
 from bltjax.rotary import rotary_angles, rotate
-from bltjax.sharding import constrained, gathered
+from bltjax.sharding import constrained, gathered, gathers, whole
 
 
 def truncated_normal(fan_in: int):
@@ -31,6 +31,26 @@ def rms_norm(x, scale_D, eps: float):
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     scale = jax.lax.broadcast_in_dim(scale_D, x.shape, (x.ndim - 1,))
     return (wide * inverse * scale).astype(x.dtype)
+
+
+@jax.custom_vjp
+def embedded(bytes_VE, bytes_BN):
+    """The row of each byte; the gradient adds up in fp32, since some bytes are very frequent."""
+    return bytes_VE[bytes_BN]
+
+
+def embedded_backward(kept, grad_BNE):
+    bytes_BN, bytes_V0 = kept
+    flat = grad_BNE.reshape(-1, grad_BNE.shape[-1]).astype(jnp.float32)
+    grad_VE = jax.ops.segment_sum(flat, bytes_BN.reshape(-1), num_segments=bytes_V0.shape[0])
+    # Each device adds up its own rows, rather than all rows of some columns.
+    return whole(grad_VE).astype(bytes_V0.dtype), None
+
+
+embedded.defvjp(
+    lambda bytes_VE, bytes_BN: (embedded(bytes_VE, bytes_BN), (bytes_BN, bytes_VE[:, :0])),
+    embedded_backward,
+)
 
 
 def project(x, weight, axes: int = 1):
@@ -60,6 +80,30 @@ class BlockSize(NamedTuple):
     @property
     def channels(self) -> int:
         return self.width // self.heads
+
+
+# What casts and moves: weights come from it anew in the backward pass.
+FREE = ("convert_element_type", "reshape", "sharding_constraint", "squeeze", "transpose")
+
+
+def all_but_weights(primitive, *_, **__) -> bool:
+    return primitive.name not in FREE
+
+
+def rematerialised(remat: str, *, scanned: bool = False):
+    """Block, keeping for the backward pass what `config.REMAT` says."""
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        if not gathers():
+            return Block
+        policy = all_but_weights
+    elif remat == "products":
+        policy = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(OUTCOME)
+        )
+    else:
+        policy = policies.nothing_saveable
+    return nn.remat(Block, prevent_cse=not scanned, policy=policy)
 
 
 class Block(nn.Module):

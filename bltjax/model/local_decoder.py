@@ -12,7 +12,7 @@ from bltjax.attention import Reading, Sliding
 from bltjax.config import BLTConfig
 from bltjax.model.cache import Cache, Places
 from bltjax.model.cross_attention import CrossAttention, attending_layers
-from bltjax.model.layers import Block, project, rms_norm, truncated_normal
+from bltjax.model.layers import project, rematerialised, rms_norm, truncated_normal
 from bltjax.model.local_encoder import block_size
 from bltjax.patches import Patches, slot_ranges
 from bltjax.sharding import constrained, gathered
@@ -31,7 +31,7 @@ class LocalDecoder(nn.Module):
             self.narrow_DE = self.param("narrow_DE", truncated_normal(D), (D, E))
         else:
             self.narrow_DKE = self.param("narrow_DKE", truncated_normal(D), (D, K, E))
-        block = nn.remat(Block) if local.remat else Block
+        block = rematerialised(local.remat)
         self.blocks = [
             block(
                 block_size(local, local.hidden),

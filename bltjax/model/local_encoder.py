@@ -19,7 +19,7 @@ from bltjax.config import BLTConfig, LocalConfig
 from bltjax.model.cache import Places
 from bltjax.model.cross_attention import CrossAttention, attending_layers
 from bltjax.model.hash_tables import hash_tables, looked_up
-from bltjax.model.layers import Block, BlockSize, project, truncated_normal
+from bltjax.model.layers import BlockSize, embedded, project, rematerialised, truncated_normal
 from bltjax.ngram_hash import hash_ids
 from bltjax.patches import Patches, document_begins, pool_max, slot_ranges
 from bltjax.sharding import by_rows, constrained, gathered
@@ -45,7 +45,7 @@ class LocalEncoder(nn.Module):
                 "ngrams_RME", hash_tables(hashed, E), (hashed.tables, hashed.stored_rows, E)
             )
         self.pool_EKE = self.param("pool_EKE", truncated_normal(E), (E, K, E))
-        block = nn.remat(Block) if local.remat else Block
+        block = rematerialised(local.remat)
         self.blocks = [
             block(
                 block_size(local, local.encoder_hidden or local.hidden),
@@ -82,7 +82,8 @@ class LocalEncoder(nn.Module):
         return self.attending[:1] or (self.config.local.encoder_layers - 1,)
 
     def embedded(self, bytes_BN, ids_RBN):
-        embeds_BNE = gathered(self.bytes_VE, "bytes_VE", self.dtype)[bytes_BN].astype(jnp.float32)
+        embeds_BNE = embedded(gathered(self.bytes_VE, "bytes_VE", self.dtype), bytes_BN)
+        embeds_BNE = embeds_BNE.astype(jnp.float32)
         if self.config.hash.tables:
             embeds_BNE += looked_up(self.ngrams_RME, ids_RBN, self.dtype)
         return constrained(embeds_BNE.astype(self.dtype), "embeds_BNE")

@@ -23,7 +23,7 @@ REQUIRED = {
 LEFT_BEHIND = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 
-def latent_config(found: dict, where: str, remat: bool) -> LatentConfig:
+def latent_config(found: dict, where: str, remat: str) -> LatentConfig:
     """The latent transformer that the Llama of a config.json is.
 
     Raises:

@@ -1,0 +1,130 @@
+"""Every mesh of up to eight devices gives the loss and the gradients of one, and none reshards.
+
+The mesh accumulates two micro-batches, one device takes the batch whole.
+"""
+
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from bltjax.config import (
+    BLTConfig,
+    CrossConfig,
+    DataConfig,
+    HashConfig,
+    LatentConfig,
+    LocalConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+from bltjax.sharding import make_mesh, row_sharding
+from bltjax.training_step import step_parts
+
+POWERS = [
+    (data, fsdp, tensor)
+    for data in (1, 2, 4, 8)
+    for fsdp in (1, 2, 4, 8)
+    for tensor in (1, 2, 4, 8)
+    if 1 < data * fsdp * tensor <= 8
+]
+# Table rows are a multiple of 512, so fsdp and tensor are powers of two; data can be any.
+OTHERS = [(3, 1, 1), (3, 2, 1), (3, 1, 2), (6, 1, 1), (5, 1, 1), (7, 1, 1)]
+QUICK = [(1, 2, 4), (2, 2, 2)]
+
+
+def run_config(rows: int, **settings) -> RunConfig:
+    """Grouped key/value heads, two slots a patch, tables; byte heads that 8 doesn't divide."""
+    return RunConfig(
+        blt=BLTConfig(
+            LocalConfig(encoder_layers=1, decoder_layers=1, width=32, heads=4, hidden=48, window=9),
+            CrossConfig(slots=2, heads=4),
+            LatentConfig(layers=2, width=64, heads=16, key_value_heads=8, hidden=96),
+            HashConfig(sizes=(3, 5), functions=1, rows=4000),
+        ),
+        data=DataConfig(rows=rows, row_bytes=32, row_patches=16),
+        compute_dtype="float32",
+        **settings,
+    )
+
+
+def batch_of(config):
+    random, data = np.random.default_rng(0), config.data
+    shape = (data.rows, data.row_bytes)
+    starts = random.random((data.rows, data.row_bytes + 1)) < 0.3
+    starts[:, :2] = True
+    return {
+        "bytes_BN": random.integers(4, 260, shape).astype(np.int32),
+        "targets_BN": random.integers(4, 260, shape).astype(np.int32),
+        "weights_BN": (random.random(shape) < 0.9).astype(np.float32),
+        "starts_BN1": starts,
+        "documents_BN": np.ones(shape, np.int32),
+    }
+
+
+@functools.cache
+def initial_state():
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    parts = step_parts(run_config(1), mesh)
+    return jax.device_get(jax.jit(parts.initial_state)(jax.random.key(0)))
+
+
+def stepped(config, devices):
+    """Adam's first moments (a tenth of the gradients) and the report of one step; its programs."""
+    mesh = make_mesh(config.mesh, devices)
+    parts = step_parts(config, mesh)
+    state = jax.device_put(initial_state(), parts.shardings)
+    batch = jax.device_put(batch_of(config), row_sharding(mesh))
+    lowered = parts.step.lower(state, batch)
+    compiled = lowered.compile()
+    moments = jax.tree.leaves(state.opt)
+    state, report = compiled(state, batch)
+    assert all(leaf.is_deleted() for leaf in moments if leaf.ndim), "the state is given up"
+    return jax.device_get((state.opt[0].mu, report)), lowered, compiled
+
+
+@functools.cache
+def on_one(rows: int):
+    optimizer = OptimizerConfig(warmup_steps=0, clip=1e9)
+    return stepped(
+        run_config(rows, optimizer=optimizer, mesh=MeshConfig(1, 1, 1)), jax.devices()[:1]
+    )[0]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in POWERS + OTHERS],
+    ids=str,
+)
+def test_any_mesh_equals_one_device(shape):
+    data, fsdp, _ = shape
+    rows = 2 * data * fsdp if shape in OTHERS else 16
+    optimizer = OptimizerConfig(warmup_steps=0, clip=1e9, accumulate=2)
+    config = run_config(rows, optimizer=optimizer, mesh=MeshConfig(*shape))
+    found, lowered, compiled = stepped(config, jax.devices()[: math.prod(shape)])
+
+    def close(path, a, b):
+        scale = np.abs(a).max()
+        np.testing.assert_allclose(b / scale, a / scale, atol=1e-5, err_msg=str(path))
+
+    jax.tree_util.tree_map_with_path(close, on_one(rows), found)
+    check_shardings(shape, lowered.as_text(), compiled.as_text())
+
+
+def check_shardings(shape, lowered: str, compiled: str):
+    _, fsdp, tensor = shape
+    # Every product of a layer holds its output, and every weight is brought together.
+    assert fsdp * tensor == 1 or lowered.count("sdy.sharding_constraint") > 100
+    # Nothing moves from one way of splitting to another: only ids, rows, gradients of tables.
+    exchanges = re.findall(r'all-to-all.*op_name="[^"]*/([^/"]+)"', compiled)
+    assert set(exchanges) <= {"all_to_all"}
+    # No device holds a whole table, the latent layers together, or a gradient of either.
+    if fsdp * tensor > 1:
+        assert "f32[2,4096,32]" not in compiled and "f32[8192,32]" not in compiled
+    if fsdp > 1:
+        assert f"f32[2,64,{16 // tensor},4]" not in compiled
+        assert f"f32[2,64,{96 // tensor}]" not in compiled
