@@ -33,6 +33,7 @@ from bltjax.hlo_collectives import by_kind_and_axis, read_collectives
 from bltjax.hlo_work import Work, read_work
 from bltjax.metrics import quantity
 from bltjax.model import parameter_count
+from bltjax.plan_changes import Change, nearest_changes
 from bltjax.roofline import Bound, bound
 from bltjax.sharding import make_mesh
 from bltjax.training_step import step_parts
@@ -76,11 +77,14 @@ class Plan:
             name: int(getattr(self.memory, name))
             for name in ("parameters", "optimizer", "activations", "total", "capacity")
         }
-        names = [field.name for field in dataclasses.fields(Bound)] + ["interconnect_s", "step_s"]
+        names = [field.name for field in dataclasses.fields(Bound)]
+        names += ["interconnect_s", "step_s", "limit"]
         return {
             "topology": self.topology.name,
             "slices": self.topology.slices,
             "mesh": self.mesh,
+            "rows": self.config.data.rows,
+            "accumulate": self.config.optimizer.accumulate,
             "fits": self.memory.fits,
             "parameters": self.parameters,
             "hbm_bytes": memory,
@@ -296,6 +300,14 @@ def text(found: Plan, name: str) -> str:
     return "\n".join(lines)
 
 
+def change_lines(changes: list[Change], memory: Memory) -> list[str]:
+    lines = ["it would fit with" if changes else "nothing near makes it fit: take a larger slice"]
+    for change in changes:
+        how = "compiled" if change.compiled else "estimated"
+        lines.append(f"    {change.options}   {gib(change.total)} of {gib(memory.capacity)}, {how}")
+    return lines
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, help="configs/FILE.py or configs/FILE.py:ARGUMENT"
@@ -310,6 +322,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
     jax.config.update("jax_platforms", "cpu")  # a TPU that is here may be busy
     found = plan(config, topology)
-    print(json.dumps(found.summary(), indent=2) if args.json else text(found, args.config))
+    changes = [] if found.memory.fits else nearest_changes(found, plan)
+    if args.json:
+        told = [dataclasses.asdict(x) | {"options": x.options} for x in changes]
+        print(json.dumps(found.summary() | {"changes": told}, indent=2))
+    else:
+        print(text(found, args.config))
+        if not found.memory.fits:
+            print("\n".join(change_lines(changes, found.memory)))
     if not found.memory.fits:
         sys.exit(1)
