@@ -13,6 +13,7 @@ while [ $# -gt 0 ]; do
         *) echo "usage: bash launch/plan_all.sh [--workdir DIR] [--only WORD]" >&2; exit 2 ;;
     esac
 done
+# shellcheck disable=SC1091
 source launch/environment.sh tpu
 mkdir -p "$workdir"
 # The 8Bs take the paper's 16M bytes a step, in as many micro-batches as leave a chip a row or four;
@@ -40,7 +41,7 @@ for plan in "${chosen[@]}"; do
     [ -s "$workdir/$name.json" ] && continue
     left=""
     if [ "$compiled" -gt 0 ]; then
-        left=", about $(((SECONDS - begun) / compiled * (missing - compiled) / 60)) minutes left"
+        left=", about $(((SECONDS - begun) * (missing - compiled) / compiled / 60)) minutes left"
     fi
     echo "$name: $((compiled + 1)) of $missing$left" >&2
     options=()
