@@ -23,6 +23,11 @@ HASH_PRIMES = (
 #     products  outputs of matrix products and of attention: about 60 % of it, and 2 % more FLOPs
 #     full      the block's input alone: a third more FLOPs
 REMAT = ("none", "products", "full")
+# How Adam's moments of the hash tables are kept; the tables can be most of a model.
+#     float32   as those of all other parameters: 8 bytes a number
+#     bfloat16  4 bytes
+#     factored  the first in bfloat16; the second as one number a row and one a column: 2 bytes
+TABLE_MOMENTS = ("float32", "bfloat16", "factored")
 # Ways to compute attention; the interpreted ones run a TPU's or a GPU's kernels anywhere, slowly.
 ATTENTION = (
     "auto", "dense", "xla", "pallas_tpu", "pallas_gpu",
@@ -319,9 +324,11 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # on matrices; not on norms, byte embeddings, hash tables
     clip: float = 1.0
     accumulate: int = 1  # micro-batches per step
+    table_moments: str = "float32"  # one of TABLE_MOMENTS
 
     def __post_init__(self):
         positive(self, "steps", "lr", "clip", "accumulate")
+        one_of("optimizer.table_moments", self.table_moments, TABLE_MOMENTS)
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps ({self.warmup_steps}) must lie in 0 ... optimizer.steps"
