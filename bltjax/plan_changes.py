@@ -66,12 +66,7 @@ def estimates(found) -> Iterator[Change]:
     for settings, less in (((), 0.0), (narrow, saved)):
         for more in doublings(count, config.data.rows // shards):
             total = states + 2 * memory.parameters + rest * count / more - less
-            if total <= memory.capacity:
-                yield Change((*settings, ("optimizer.accumulate", more)), "", total)
-                break
-        else:
-            continue
-        break
+            yield Change((*settings, ("optimizer.accumulate", more)), "", total)
     if config.blt is not None:
         stacks = ("local", "latent")
         lean = tuple(
@@ -116,7 +111,8 @@ def nearest_changes(found, plan: Callable[[RunConfig, Topology], object]) -> lis
     told: list[Change] = []
     tries = COMPILED
     for change in estimates(found):
-        if change.total > found.memory.capacity:
+        kinds = [[name for name, _ in x.settings] for x in told]
+        if change.total > found.memory.capacity or [name for name, _ in change.settings] in kinds:
             continue
         if tries and not any(x.compiled for x in told):
             tries -= 1
