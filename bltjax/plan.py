@@ -19,7 +19,6 @@ from bltjax.ahead import (
     TooLarge,
     compile_ahead,
     described_devices,
-    places,
     shard_bytes,
     used_bytes,
 )
@@ -28,13 +27,12 @@ from bltjax.config import ByteLMConfig, RunConfig
 from bltjax.config_file import load_config
 from bltjax.data.packing import lay_out
 from bltjax.flops import paper_flops, recomputed_flops, training_flops
-from bltjax.hlo import read_program
-from bltjax.hlo_collectives import by_kind_and_axis, read_collectives
-from bltjax.hlo_work import Work, read_work
+from bltjax.hlo_collectives import by_kind_and_axis
+from bltjax.hlo_work import Work
 from bltjax.metrics import quantity
 from bltjax.model import parameter_count
 from bltjax.plan_changes import Change, nearest_changes
-from bltjax.roofline import Bound, bound
+from bltjax.roofline import Bound, account
 from bltjax.sharding import make_mesh
 from bltjax.training_step import step_parts
 
@@ -180,26 +178,18 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
                 compile_s=time.monotonic() - begun,
             )
     spent = time.monotonic() - begun
-    program = read_program(compiled.as_text())
-    work = read_work(program)
-    collectives = read_collectives(program, found.mesh)
-    flops = dataclasses.replace(found.flops, compiler=work.flops * mesh.size)
+    step_bytes = config.data.rows * config.data.row_bytes
+    told = account(compiled.as_text(), topology, mesh, found.flops.exact, step_bytes)
+    flops = dataclasses.replace(found.flops, compiler=told.work.flops * mesh.size)
     return dataclasses.replace(
         found,
         memory=dataclasses.replace(memory, total=used_bytes(compiled)),
         flops=flops,
         compile_s=spent,
-        work=work,
-        collectives=by_kind_and_axis(collectives),
-        bound=bound(
-            work,
-            collectives,
-            topology,
-            places(topology, mesh.devices.flat),
-            flops.exact,
-            config.data.rows * config.data.row_bytes,
-        ),
-        unknown_loops=len(program.unknown_loops),
+        work=told.work,
+        collectives=by_kind_and_axis(told.collectives),
+        bound=told.bound,
+        unknown_loops=told.unknown_loops,
     )
 
 
@@ -322,13 +312,11 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
     jax.config.update("jax_platforms", "cpu")  # a TPU that is here may be busy
     found = plan(config, topology)
-    changes = [] if found.memory.fits else nearest_changes(found, plan)
-    if args.json:
-        told = [dataclasses.asdict(x) | {"options": x.options} for x in changes]
-        print(json.dumps(found.summary() | {"changes": told}, indent=2))
-    else:
-        print(text(found, args.config))
-        if not found.memory.fits:
-            print("\n".join(change_lines(changes, found.memory)))
+    told, lines = found.summary(), [text(found, args.config)]
+    if not found.memory.fits:
+        changes = nearest_changes(found, plan)
+        lines += change_lines(changes, found.memory)
+        told["changes"] = [dataclasses.asdict(x) | {"options": x.options} for x in changes]
+    print(json.dumps(told, indent=2) if args.json else "\n".join(lines))
     if not found.memory.fits:
         sys.exit(1)
