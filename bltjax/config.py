@@ -403,6 +403,14 @@ class RunConfig:
         one_of("attention", self.attention, ATTENTION)
         positive(self, "log_every", "evaluate_every")
         divides("optimizer.accumulate", self.optimizer.accumulate, "data.rows", self.data.rows)
+        mesh = self.mesh
+        if mesh.data > 0 and mesh.fsdp > 0:
+            shards, rows = mesh.data * mesh.fsdp, self.data.rows // self.optimizer.accumulate
+            divides("mesh.data x mesh.fsdp", shards, "data.rows / optimizer.accumulate", rows)
+        if mesh.tensor > 0 and self.blt is not None:
+            latent = self.blt.latent
+            divides("mesh.tensor", mesh.tensor, "latent.heads", latent.heads)
+            divides("mesh.tensor", mesh.tensor, "latent.key_value_heads", latent.key_value_heads)
         if self.latent_init.path and (self.blt is None or self.init_from):
             raise ValueError("latent_init.path is for a BLT that does not begin from init_from")
 
