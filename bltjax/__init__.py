@@ -8,6 +8,7 @@
     blt.entropies(text)                           # float32 [len + 1], nats
     blt.patches(text)                             # list of bytes that joins to the text
     blt.bits_per_byte(text)
+    blt.cross_weights(text)                       # what slots and bytes look at, to draw
     for piece in blt.generate("A BLT has", max_bytes=200):
         print(piece, end="")
 

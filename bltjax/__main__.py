@@ -5,22 +5,27 @@ import importlib
 import logging
 import os
 import sys
+import traceback
+import typing
 
 # What each verb does; its program has add_arguments(parser) and main(args, overrides).
 VERBS = {
     "train": "train a byte LM or a BLT; the same command resumes it",
     "entropies": "score a corpus with a byte LM and write records to train a BLT on",
+    "corpus": "report on folders of records: sizes, patch lengths, rates",
     "calibrate": "find the threshold that gives a mean patch length",
     "evaluate": "bits per byte of a run on any text, beside gzip and xz",
     "generate": "continue a text",
     "patches": "show how a text is cut: terminal, HTML, PNG",
     "convert": "released weights into an export; a model into what others load",
     "plan": "compile a training step for TPUs that are not here: does it fit, how fast can it be",
+    "page": "write a run's page: curves, config, samples and patches in one HTML file",
+    "inspect": "what a folder is: run, export, records or weights, and whether it is whole",
     "benchmark": "time a training step, beside the transformers port",
 }
 
 
-PROGRAMS = {"patches": "picture"}  # where a program is not called as its verb
+PROGRAMS = {"patches": "picture", "page": "samples"}  # where a program is not called as its verb
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
             program = importlib.import_module(f"bltjax.{PROGRAMS.get(verb, verb)}")
             program.add_arguments(sub)
     args, rest = parser.parse_known_args(argv)
+    # Here, because it imports jax, which --help needn't wait for.
+    from bltjax.processes import RESTART, Restart, lost_another, process_index
+
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
     unknown = [word for word in rest if not word.startswith("--config.")]
     if unknown:
@@ -61,6 +69,18 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"bltjax {args.verb}: {describe(error)}", file=sys.stderr)
         return 1
+    except Restart as error:
+        print(f"bltjax {args.verb}: {error}", file=sys.stderr)
+        return RESTART
+    except RuntimeError as error:
+        if args.debug or not lost_another(error):
+            raise
+        print(
+            f"bltjax {args.verb}: process {process_index()} can't go on, most likely because"
+            f" another one ended: {describe(error)}",
+            file=sys.stderr,
+        )
+        return RESTART
     except KeyboardInterrupt:
         print(f"bltjax {args.verb}: interrupted; the same command resumes", file=sys.stderr)
         return 130
@@ -78,5 +98,19 @@ def describe(error: Exception) -> str:
     return str(error)
 
 
+def run() -> typing.NoReturn:
+    """`main`, and then out: also past jax's wait for the other processes, after an error."""
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    from bltjax.processes import joined, leave
+
+    if code and joined():
+        leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -23,8 +23,11 @@ def as_bytes(text: str | bytes) -> bytes:
 
 def encode(text: str | bytes, *, bos: bool = True, eos: bool = True) -> np.ndarray:
     """Ids of a text as int32 [bos + bytes + eos]."""
-    body = np.frombuffer(as_bytes(text), np.uint8).astype(np.int32) + OFFSET
-    return np.concatenate([[BOS] * bos, body, [EOS] * eos]).astype(np.int32)
+    body = np.frombuffer(as_bytes(text), np.uint8)
+    ids_N = np.full(bos + len(body) + eos, EOS, np.int32)
+    ids_N[:bos] = BOS
+    np.add(body, OFFSET, out=ids_N[bos : bos + len(body)], dtype=np.int32)
+    return ids_N
 
 
 def decode(ids, *, cut_at_eos: bool = False) -> bytes:

@@ -4,6 +4,7 @@
     benchmark rows     one step as rows grow from 1k to 32k bytes: time and peak memory
     benchmark slots    how full rows of given folders of records are, with and without look-ahead
     benchmark generate 128 bytes after a prompt, greedily: `benchmark_generate.py` has the sides
+    benchmark input    text bytes a second of the input pipeline: `benchmark_input.py`
     benchmark convert  time and peak memory of importing the released 1B's shapes, made-up weights
 
 In the first two, both sides run the same model on the same bytes and patches with AdamW in fp32.
@@ -19,16 +20,15 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from etils import epath
 
 from bltjax.alphabet import BOS, OFFSET
+from bltjax.benchmark_convert import benchmark_convert
 from bltjax.benchmark_generate import BYTES, WHOLE_BYTES, cached_side, port_side, whole_side
-from bltjax.calibrate import calibrate, sample_documents
+from bltjax.benchmark_input import DOCUMENT_BYTES, benchmark_input, benchmark_slots
 from bltjax.config import (
     BLTConfig,
     CrossConfig,
@@ -37,21 +37,13 @@ from bltjax.config import (
     LatentConfig,
     LocalConfig,
     OptimizerConfig,
-    PatchingConfig,
     RunConfig,
-    SourceConfig,
 )
-from bltjax.config_file import load_config
-from bltjax.data.pipeline import fills, training_batches
-from bltjax.data.records import RecordDocuments
 from bltjax.flops import training_flops
 from bltjax.metrics import duration, quantity
-from bltjax.weights.model_files import leaf_shapes
-from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces, tensor_shapes
 from bltjax.weights.port import port_settings
-from bltjax.weights.safetensors import write_folder
-from bltjax.weights.tensors import DTYPES, Tensor
 
+WHAT = ("train", "rows", "slots", "input", "convert", "generate")
 PEERS = ("transformers",)
 # Both sides keep their large buffers, as the launch scripts have it (launch/environment.sh).
 MALLOC = (
@@ -104,10 +96,9 @@ def our_step(config: RunConfig):
 
     from bltjax.checkpoint import TrainState
     from bltjax.model import initial_params
-    from bltjax.optimizer import make_optimizer
-    from bltjax.training_step import make_train_step, run_model
+    from bltjax.training_step import make_train_step, run_model, run_optimizer
 
-    model, optimizer = run_model(config), make_optimizer(config.optimizer)
+    model, optimizer = run_model(config), run_optimizer(config)
     params = jax.jit(lambda key: initial_params(model, key))(jax.random.key(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
@@ -310,64 +301,6 @@ def benchmark_generate(peer: str | None, repeats: int, threads: int, prompt_byte
     return result | {"threads": threads}
 
 
-def benchmark_slots(records: list[str], row_bytes: int) -> dict:
-    """Shares of byte and patch slots that are used, at the threshold that suits such rows."""
-    documents = [RecordDocuments(Path(folder)) for folder in records]
-    # As much of each, as the mixture has it.
-    share = min([1 << 20, *(folder.manifest.total("text_bytes") for folder in documents)])
-    sample = [document for folder in documents for document in sample_documents(folder, share, 0)]
-    threshold, _ = calibrate(sample, PatchingConfig(), MEAN_PATCH)
-    result = {"threshold": threshold, "row_bytes": row_bytes}
-    for look_ahead in (1, 32):
-        data = DataConfig(
-            train={folder: SourceConfig(folder) for folder in records},
-            rows=4,
-            row_bytes=row_bytes,
-            row_patches=round(row_bytes / MEAN_PATCH),
-            look_ahead=look_ahead,
-        )
-        patching = PatchingConfig(threshold=threshold)
-        batches = iter(training_batches(data, patching, seed=0, streams=range(data.rows)))
-        drawn = [fills(next(batches), data.row_patches) for _ in range(max(8, 2**19 // row_bytes))]
-        batches.close()
-        byte_fill, patch_fill = (float(share) for share in np.mean(drawn, axis=0))
-        result[f"look_ahead_{look_ahead}"] = {"byte_fill": byte_fill, "patch_fill": patch_fill}
-    return result
-
-
-def made_up(shape: tuple[int, ...], noise: np.ndarray) -> Tensor:
-    row = int(np.prod(shape[1:], dtype=np.int64))
-
-    def read(begin: int, end: int) -> np.ndarray:
-        return np.resize(noise, (end - begin) * row).reshape(end - begin, *shape[1:])
-
-    return Tensor(shape, noise.dtype, read, "made up")
-
-
-def benchmark_convert(config: str, byte_lm: str, folder: Path) -> dict:
-    """Writes a folder of the transformers port with made-up weights, and times its import."""
-    run, lm, dtype = load_config(config), load_config(byte_lm), DTYPES["bfloat16"]
-    shapes = tensor_shapes(blt_pieces(PORT, run.blt), leaf_shapes(run))
-    shapes |= tensor_shapes(byte_lm_pieces(PORT, lm.byte_lm), leaf_shapes(lm))
-    noise = np.random.default_rng(0).standard_normal(1 << 24, np.float32).astype(dtype)
-    tensors = {name: made_up(shape, noise) for name, shape in shapes.items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix="bltjax-convert-") as room:
-        source, out = Path(room) / "source", Path(room) / "out"
-        source.mkdir()
-        write_folder(epath.Path(source), tensors, lambda _: None)
-        (source / "config.json").write_text(json.dumps(port_settings(run, lm, dtype.name)))
-        begun = time.perf_counter()
-        command = [sys.executable, "-m", "bltjax", "convert", str(source), str(out)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        seconds = time.perf_counter() - begun
-    return {
-        "bytes": sum(tensor.bytes for tensor in tensors.values()),
-        "largest_tensor_bytes": max(tensor.bytes for tensor in tensors.values()),
-        "seconds": seconds,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
-    }
-
-
 def row_line(line: dict) -> str:
     parts = [
         f"{side} {found['ms']:7.0f} ms ({found['ms'] * 1024 / line['row_bytes']:5.0f} a KiB)"
@@ -379,9 +312,7 @@ def row_line(line: dict) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "what", choices=("train", "rows", "slots", "convert", "generate"), help="see above"
-    )
+    parser.add_argument("what", choices=WHAT, help="see above")
     parser.add_argument("--peer", choices=PEERS, help="measure it too (extra: parity)")
     parser.add_argument(
         "--repeats", type=int, help="steps of each (default: 5, after four more; generate: 3)"
@@ -419,6 +350,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError("benchmark slots, and no other, takes --records FOLDER...")
     if args.what == "slots":
         result = benchmark_slots(args.records, args.row_bytes)
+    elif args.what == "input":
+        result = benchmark_input(args.repeats)
     elif args.what == "generate":
         result = benchmark_generate(args.peer, args.repeats, args.threads, args.prompt_bytes)
     elif args.what == "rows":
@@ -436,6 +369,14 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
                 f"rows of {args.row_bytes} bytes, look-ahead {look_ahead}: {found['byte_fill']:.1%}"
                 f" of bytes, {found['patch_fill']:.1%} of patches"
             )
+    elif args.what == "input":
+        for size in DOCUMENT_BYTES:
+            for kind, found in result[f"documents_of_{size}"].items():
+                print(
+                    f"{kind.replace('_', ' ')}, documents of {size} bytes:"
+                    f" {quantity(found['bytes_per_second_per_core'])}B a second of a core,"
+                    f" {quantity(found['bytes_per_second'])}B by the clock"
+                )
     elif args.what == "generate":
         print(
             f"after {args.prompt_bytes} bytes: ours {result['ours_ms_per_byte']:.2f} ms a byte,"

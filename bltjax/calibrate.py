@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from bltjax.config import PatchingConfig
 from bltjax.config_file import parse_scheme
@@ -71,7 +72,9 @@ def calibrate(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--records", required=True, type=Path, help="folder written by entropies")
+    parser.add_argument(
+        "--records", required=True, type=epath.Path, help="folder written by entropies"
+    )
     parser.add_argument("--mean", type=float, default=4.5, help="target mean patch length in bytes")
     parser.add_argument(
         "--scheme",

@@ -3,9 +3,9 @@
 WORKDIR/
   config.json                the resolved config; a run with another config is refused
   metrics.jsonl              one line per report; TensorBoard events beside it
-  checkpoints/STEP/          written whole or not at all, by Orbax
-    params/  opt/            arrays
-    progress/                JSON: step, data streams, config, held-out bits per byte
+  goodput.json               seconds by what they went into, over all restarts
+  checkpoints/STEP/          written whole or not at all (saving.py)
+  damaged/STEP/              what could not be restored
   byte_lm/                   BLT in entropy mode: the byte LM that placed its patches, as a
                              work directory of its own, so that the two travel together
 """
@@ -13,8 +13,6 @@ WORKDIR/
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +20,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from etils import epath
 
-from bltjax.config import RunConfig, differences, from_dict, to_dict
+from bltjax.config import OF_THE_MACHINE, RunConfig, differences, from_dict, to_dict
+from bltjax.processes import from_writer, gathered, is_writer, process_index
+from bltjax.storage import is_remote, write_text
 
 CHUNK_BYTES = 64 << 20
+COMMIT = "commit_success.txt"  # Orbax's name
 
 
 class TrainState(NamedTuple):
@@ -36,39 +38,65 @@ class TrainState(NamedTuple):
     opt: Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file under its name either whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def saved_steps(workdir: Path) -> list[int]:
-    """Steps of the whole checkpoints; Orbax gives a number to a folder only when it is whole."""
-    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+    """Steps of the whole checkpoints.
+
+    Orbax gives a number to a folder only when it is whole; in a bucket, which can't rename, it
+    writes a file last.
+    """
+    folders = [p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+    if is_remote(workdir):
+        parts = ("", "params")  # of a run's checkpoint, and of parameters alone
+        folders = [p for p in folders if any((p / part / COMMIT).exists() for part in parts)]
+    return sorted(int(p.name) for p in folders)
 
 
-def check_workdir(workdir: Path, config: RunConfig) -> None:
+def check_workdir(workdir: Path, config: RunConfig) -> list[str]:
     """Creates the directory, or checks that what was trained in it had the same config.
 
     A run that never came to a checkpoint has nothing to lose, so its directory may be taken.
+    Settings of the machine may have changed; returns lines that tell how. Every process calls this.
 
     Raises:
-      ValueError: with the differing settings, if the directory belongs to another config.
+      ValueError: with the differing settings, if the directory belongs to another config; or if the
+        processes don't share it.
       OSError: if it cannot be written.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_text(workdir / ".writable", "")
-    (workdir / ".writable").unlink()
+    mark = workdir / "checkpoints" / ".writable"
+    lines = from_writer("checking the work directory", lambda: begin_workdir(workdir, config, mark))
+    problem = ""
+    try:
+        if not mark.exists():
+            problem = f"{workdir} is not the folder that process 0 sees: all must share one"
+        own = mark.with_name(f".writable-{process_index()}")
+        own.write_text("")
+        own.unlink()
+    except OSError as error:
+        problem = str(error)
+    problems = gathered("checking the work directory", problem)
+    if is_writer():
+        mark.unlink()
+    for index, problem in enumerate(problems):
+        if problem:
+            raise ValueError(f"process {index}: {problem}")
+    return lines
+
+
+def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> list[str]:
+    """Makes the directory and `mark` in it; the differences that don't matter, if it is a run's."""
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_text("")  # a folder that can't be written is found now, not at the first checkpoint
     if not saved_steps(workdir):
-        return
+        return []
     lines = differences(to_dict(read_config(workdir)), to_dict(config))
-    if lines:
+    matter = [line for line in lines if not line.startswith(OF_THE_MACHINE)]
+    if matter:
         raise ValueError(
             f"{workdir} holds a run with another config (its value -> yours):\n  "
-            + "\n  ".join(lines)
+            + "\n  ".join(matter)
             + "\nGive the same settings to resume it, or another --workdir to start afresh."
         )
+    return lines
 
 
 def write_config(workdir: Path, config: RunConfig) -> None:
@@ -86,28 +114,6 @@ def read_config(workdir: Path) -> RunConfig:
         return from_dict(RunConfig, json.loads(path.read_text()))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
-        (workdir / "checkpoints").absolute(),
-        item_names=("params", "opt", "progress"),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=config.checkpoint.keep, enable_async_checkpointing=True
-        ),
-    )
-
-
-def save(manager: ocp.CheckpointManager, state: TrainState, progress: dict) -> None:
-    """Starts writing the state and its progress; arrays are copied first, so training may go on."""
-    manager.save(
-        int(progress["step"]),
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params, save_args=in_chunks(state.params)),
-            opt=ocp.args.StandardSave(state.opt),
-            progress=ocp.args.JsonSave(progress),
-        ),
-    )
 
 
 def in_chunks(params):
@@ -128,28 +134,6 @@ def reading(folder: Path):
         raise ValueError(f"{folder} can't be read: {reason[0][:200]}\n{way_out}") from error
 
 
-def restore(
-    manager: ocp.CheckpointManager, workdir: Path, state: TrainState
-) -> tuple[TrainState, dict]:
-    """The newest checkpoint, on the shardings of `state` (arrays or shapes), and its progress.
-
-    Raises:
-      ValueError: naming the checkpoint, if it is damaged.
-    """
-    step = manager.latest_step()
-    with reading(workdir / "checkpoints" / str(step)):
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(state.params),
-                opt=ocp.args.StandardRestore(state.opt),
-                progress=ocp.args.JsonRestore(),
-            ),
-        )
-    step = jax.device_put(np.int32(step), state.step.sharding)
-    return TrainState(step, restored["params"], restored["opt"]), restored["progress"]
-
-
 def newest_checkpoint(workdir: Path) -> tuple[Path, int]:
     """The folder and the step of a run's newest checkpoint.
 
@@ -162,15 +146,27 @@ def newest_checkpoint(workdir: Path) -> tuple[Path, int]:
     return workdir / "checkpoints" / str(steps[-1]), steps[-1]
 
 
+def alone() -> ocp.options.MultiprocessingOptions:
+    """For what a process reads or writes without the others."""
+    me = process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+
+
+def reader() -> ocp.StandardCheckpointer:
+    return ocp.StandardCheckpointer(multiprocessing_options=alone())
+
+
 def stored_shapes(folder: Path) -> dict:
     """Nested dicts of what Orbax knows of each array (shape, dtype) in a folder of parameters."""
-    with quiet(), ocp.StandardCheckpointer() as checkpointer:
+    with quiet(), reader() as checkpointer:
         return dict(checkpointer.metadata(folder.absolute()).item_metadata)
 
 
 def restore_params(folder: Path, shardings=None, dtype=None) -> dict:
     """The parameters that Orbax wrote to `folder`, each on its sharding (default: one device)."""
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = stored_shapes(folder)
     if shardings is None:
         shardings = jax.tree.map(lambda _: one, shapes)
@@ -179,17 +175,18 @@ def restore_params(folder: Path, shardings=None, dtype=None) -> dict:
         shapes,
         shardings,
     )
-    with quiet(), ocp.StandardCheckpointer() as checkpointer:
+    with quiet(), reader() as checkpointer:
         return checkpointer.restore(folder.absolute(), target)
 
 
-def save_params(workdir: Path, config: RunConfig, params, step: int) -> None:
-    """A work directory with parameters alone; replaces what is there."""
-    shutil.rmtree(workdir, ignore_errors=True)
+def save_params(workdir: epath.Path, config: RunConfig, params, step: int) -> None:
+    """A work directory with parameters alone, of one process; replaces what is there."""
+    workdir = epath.Path(workdir)
+    workdir.rmtree(missing_ok=True)
     workdir.mkdir(parents=True)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with reader() as checkpointer:
         path = (workdir / "checkpoints" / str(step) / "params").absolute()
-        checkpointer.save(path, params, force=True)
+        checkpointer.save(path, jax.device_get(params), force=True)
     write_config(workdir, config)
 
 

@@ -20,8 +20,8 @@ HASH_PRIMES = (
 )  # fmt: skip
 # What a block keeps for the backward pass, which computes the rest once more.
 #     none      everything but weights that were gathered from fsdp, which are gathered again
-#     products  outputs of matrix products and of attention: about 60 % of it, and 2 % more FLOPs
-#     full      the block's input alone: a third more FLOPs
+#     products  outputs of matrix products and of attention
+#     full      the block's input alone
 REMAT = ("none", "products", "full")
 # How Adam's moments of the hash tables are kept; the tables can be most of a model.
 #     float32   as those of all other parameters: 8 bytes a number
@@ -33,6 +33,8 @@ ATTENTION = (
     "auto", "dense", "xla", "pallas_tpu", "pallas_gpu",
     "pallas_tpu_interpreted", "pallas_gpu_interpreted",
 )  # fmt: skip
+# Settings that say how a run is carried out, not what it is: they may change when it is resumed.
+OF_THE_MACHINE = ("mesh.", "checkpoint.", "faults.hang_seconds", "data.prefetch", "log_every")
 
 
 def divides(small_name: str, small: int, large_name: str, large: int) -> None:
@@ -355,10 +357,34 @@ class LatentInitConfig:
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 100  # steps
-    keep: int = 2
+    keep: int = 2  # the newest ones
+    keep_every: int | None = None  # steps; those that this divides are kept for good
 
     def __post_init__(self):
         positive(self, "every", "keep")
+        if self.keep_every is not None:
+            divides("checkpoint.every", self.every, "checkpoint.keep_every", self.keep_every)
+
+
+@dataclasses.dataclass(frozen=True)
+class FaultsConfig:
+    """What a run does about bad batches and about silence.
+
+    A batch is bad if its loss or gradient is not finite, or if its loss exceeds `spike` times the
+    running mean of the losses. `stop` ends the run; `skip` leaves the state as it was before such a
+    batch, counts it, and ends the run after more than `most_skips` in a row.
+    """
+
+    bad_batch: str = "stop"
+    spike: float | None = None  # None: only what is not finite is bad
+    most_skips: int = 3
+    hang_seconds: float = 300.0  # without a finished step, until the run ends to be restarted
+
+    def __post_init__(self):
+        one_of("faults.bad_batch", self.bad_batch, ("stop", "skip"))
+        positive(self, "most_skips", "hang_seconds")
+        if self.spike is not None and self.spike <= 1:
+            raise ValueError(f"faults.spike ({self.spike}) is a multiple of the mean: > 1, or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,6 +415,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     mesh: MeshConfig = MeshConfig()
     compute_dtype: str = "auto"  # auto: bfloat16 on TPU and GPU, float32 on CPU
     attention: str = "auto"  # auto: by platform; or one of ATTENTION

@@ -3,21 +3,31 @@
 Records hold entropies, not patches, so that one pass over the corpus serves every threshold. A
 shard appears under its final name only when whole; the same command keeps finished shards, redoes
 an unfinished one, and writes the manifest last.
+
+On a pod every process runs the same command and scores every count-th shard, its devices a shard
+each. What a shard holds,
+and how it is scored, depends on the corpus and the byte LM alone, so any number of processes gives
+the same records, also after a restart with another number. Processes never talk: each reads the
+corpus through once and finds the plan that the others made, or a difference from it; and whoever
+sees that all shards are there writes the manifest, the same one whoever does.
 """
 
 import argparse
 import dataclasses
 import json
+import queue
+import threading
+import time
 import zlib
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
 
-from bltjax import checkpoint as ckpt
-from bltjax.config import MeshConfig, SourceConfig
-from bltjax.config_file import add_mesh_argument, add_source_arguments, source_from
+from bltjax import corpus, processes
+from bltjax.config import SourceConfig, differences
+from bltjax.config_file import add_source_arguments, source_from
 from bltjax.data.records import (
     Manifest,
     ShardInfo,
@@ -26,12 +36,10 @@ from bltjax.data.records import (
     write_manifest,
     write_shard,
 )
-from bltjax.data.sources import open_source
-from bltjax.export import read_config
+from bltjax.data.sources import Documents, open_source
 from bltjax.metrics import Progress, quantity
-from bltjax.scoring import load_entropy_model, score_documents
-from bltjax.sharding import make_mesh
-from bltjax.training_step import check_mesh
+from bltjax.scoring import EntropyModel, load_entropy_model, score_documents
+from bltjax.storage import check_writable, size_of, write_text
 
 SHARD_BYTES = 64 << 20
 
@@ -49,76 +57,173 @@ def plan_shards(lengths: list[int], shard_bytes: int) -> list[range]:
     return shards
 
 
-def write_entropies(
-    source: SourceConfig,
-    byte_lm: Path,
-    out: Path,
-    *,
-    newline_reset: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-    skip_bad: bool = False,
-    mesh: Mesh | None = None,
-) -> Manifest:
-    """Scores `source` with the run in `byte_lm` into the folder `out`.
-
-    Raises:
-      ValueError: if `out` was begun with another byte LM or another corpus.
-    """
-    mesh = mesh or make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    check_mesh(read_config(byte_lm).model, None, mesh)
-    model = load_entropy_model(byte_lm, newline_reset=newline_reset, mesh=mesh)
-    documents = open_source(source, skip_bad=skip_bad)
-    if documents.bad:
-        print(f"{source.path}: {documents.bad} broken lines skipped")
+def make_plan(
+    documents: Documents, source: SourceConfig, identity: str, shard_bytes: int
+) -> tuple[dict, list[tuple[range, int]]]:
+    """What is to be scored, the same for every process; and each shard's documents and bytes."""
     lengths, checksum = [], 0
+    progress = Progress("reading", len(documents), " documents")
     for index in range(len(documents)):
         text = documents[index].text
         lengths.append(len(text))
         checksum = zlib.crc32(text, checksum)
-    shards = plan_shards(lengths, shard_bytes)
+        progress.advance(1)
     plan = {
-        "byte_lm": model.identity,
+        "byte_lm": identity,
         "source": {k: v for k, v in dataclasses.asdict(source).items() if k != "weight"},
         "documents": len(lengths),
         "text_bytes": sum(lengths),
         "text_crc32": checksum,
         "shard_bytes": shard_bytes,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    plan_path = out / "plan.json"
-    if plan_path.exists() and json.loads(plan_path.read_text()) != plan:
-        raise ValueError(
-            f"{out} was begun with another byte LM or corpus:\n  there: {plan_path.read_text()}\n"
-            f"  asked: {json.dumps(plan)}\nGive another --out, or remove that folder."
-        )
-    ckpt.write_text(plan_path, json.dumps(plan))
+    shards = plan_shards(lengths, shard_bytes)
+    return plan, [(indices, sum(lengths[indices.start : indices.stop])) for indices in shards]
 
-    progress = Progress("entropies", sum(lengths) + len(lengths))
-    infos: list[ShardInfo] = []
-    for number, indices in enumerate(shards):
-        path = out / f"shard-{number:05d}-of-{len(shards):05d}.array_record"
-        side = path.with_suffix(".json")
-        info = ShardInfo(**json.loads(side.read_text())) if side.exists() else None
-        if info and info.is_whole(path):
-            infos.append(info)
-            progress.advance(infos[-1].positions)
-            print(f"{path.name}: kept, {quantity(infos[-1].text_bytes)}B")
-            continue
-        texts = [documents[i].text for i in indices]
-        with jax.set_mesh(mesh):
-            entropies, padding = score_documents(
-                model.config,
-                model.params,
-                texts,
-                newline_reset=newline_reset,
-                scored=progress.advance,
-            )
-        write_shard(
-            path, (encode_record(t.tobytes(), e) for t, e in zip(texts, entropies, strict=True))
+
+def agree_on(plan: dict, out: epath.Path) -> None:
+    """Leaves the plan in `out`, where another process or an earlier run may have left it.
+
+    Raises:
+      ValueError: with the differences, if that is another one.
+    """
+    path = out / "plan.json"
+    if not path.exists():
+        write_text(path, json.dumps(plan))
+    lines = differences(json.loads(path.read_text()), plan)
+    if lines:
+        raise ValueError(
+            f"{out} was begun with another byte LM or corpus (there -> here):\n  "
+            + "\n  ".join(lines)
+            + "\nGive another --out, or remove that folder; on a pod, give all processes the same."
         )
-        infos.append(shard_info(path, sum(map(len, texts)), len(texts), padding))
-        ckpt.write_text(side, json.dumps(dataclasses.asdict(infos[-1])))
-        print(f"{path.name}: {quantity(infos[-1].text_bytes)}B in {len(texts)} documents")
+
+
+def shard_path(out: epath.Path, number: int, count: int) -> epath.Path:
+    return out / f"shard-{number:05d}-of-{count:05d}.array_record"
+
+
+def side_path(path: epath.Path) -> epath.Path:
+    """What is known of a shard, and which process made it in what time."""
+    return path.with_suffix(".json")
+
+
+def read_side(path: epath.Path) -> ShardInfo | None:
+    """What the manifest will say of a shard, if it was written."""
+    side = side_path(path)
+    if not side.exists():
+        return None
+    values = json.loads(side.read_text())
+    values.pop("made", None)
+    return ShardInfo(**values)
+
+
+def score_shard(
+    path: epath.Path,
+    texts: list,
+    model: EntropyModel,
+    device: jax.Device,
+    scored: Callable[[int], None],
+    process: int,
+    count: int,
+) -> None:
+    """Scores the documents of one shard on a device, and writes it."""
+    begun = time.monotonic()
+    with jax.default_device(device):
+        entropies, padding = score_documents(
+            model.config,
+            model.params,
+            texts,
+            newline_reset=model.newline_reset,
+            scored=scored,
+        )
+    records = (encode_record(t.tobytes(), e) for t, e in zip(texts, entropies, strict=True))
+    write_shard(path, records, f"{process}-of-{count}.")
+    info = shard_info(path, sum(map(len, texts)), len(texts), padding)
+    made = {
+        "seconds": time.monotonic() - begun,
+        "process": process,
+        "device": device.device_kind,
+    }
+    write_text(side_path(path), json.dumps(dataclasses.asdict(info) | {"made": made}))
+
+
+def write_entropies(
+    source: SourceConfig,
+    byte_lm: epath.Path,
+    out: epath.Path,
+    *,
+    newline_reset: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    skip_bad: bool = False,
+    process: int = 0,
+    count: int = 1,
+) -> Manifest | None:
+    """Scores this process' shards of `source` into the folder `out`; the manifest once all are.
+
+    byte_lm: a run or an export. process, count: which this is, of how many. Returns None while
+    others' shards are missing.
+
+    Raises:
+      ValueError: if `out` was begun with another byte LM or another corpus.
+      OSError: if `out` can't be written.
+    """
+    check_writable(out)
+    model = load_entropy_model(byte_lm, newline_reset=newline_reset)
+    documents = open_source(source, skip_bad=skip_bad)
+    if documents.bad:
+        print(f"{source.path}: {documents.bad} broken lines skipped")
+    plan, shards = make_plan(documents, source, model.identity, shard_bytes)
+    agree_on(plan, out)
+    total = len(shards)
+    mine = range(process, total, count)
+    progress = Progress("entropies", sum(len(shards[n][0]) + shards[n][1] for n in mine))
+    lock, devices = threading.Lock(), queue.SimpleQueue()
+    for device in jax.local_devices():
+        devices.put((device, model._replace(params=jax.device_put(model.params, device))))
+
+    def scored(positions: int) -> None:
+        with lock:
+            progress.advance(positions)
+
+    def complete(number: int) -> None:
+        """Scores one shard on a device that has nothing to do, unless it is there."""
+        indices, size = shards[number]
+        path = shard_path(out, number, total)
+        info = read_side(path)
+        if info and info.is_whole(path):
+            scored(info.positions)
+            print(f"{path.name}: kept, {quantity(size)}B")
+            return
+        with lock:
+            texts = [documents[i].text for i in indices]
+        device, its_model = devices.get()
+        try:
+            score_shard(path, texts, its_model, device, scored, process, count)
+        finally:
+            devices.put((device, its_model))
+        print(f"{path.name}: {quantity(size)}B in {len(texts)} documents")
+
+    with ThreadPoolExecutor(len(jax.local_devices())) as pool:
+        try:
+            for done in [pool.submit(complete, number) for number in mine]:
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    paths = [shard_path(out, number, total) for number in range(total)]
+    infos = [read_side(path) for path in paths]
+    # Others' shards were published whole; their sizes say that they are still there.
+    missing = [
+        path.name
+        for path, info in zip(paths, infos, strict=True)
+        if info is None or size_of(path) != info.size
+    ]
+    if missing:
+        print(
+            f"process {process} of {count} has done its part; {len(missing)} shards of others are"
+            f" not there yet ({missing[0]} ...). The last to finish completes {out}; if a process"
+            " was lost, run the same command again."
+        )
+        return None
     manifest = Manifest(
         byte_lm=plan["byte_lm"],
         byte_lm_path=str(byte_lm),
@@ -135,20 +240,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--byte_lm", required=True, type=epath.Path, help="run or export of a byte LM"
     )
-    parser.add_argument("--out", required=True, type=Path, help="folder for the records")
+    parser.add_argument(
+        "--out", required=True, type=epath.Path, help="folder for the records; or gs://"
+    )
     add_source_arguments(parser, required=True)
     parser.add_argument(
         "--newline_reset",
         action="store_true",
         help="the byte LM's context begins anew with each newline (patching.newline_reset)",
     )
-    add_mesh_argument(parser)
     parser.add_argument("--shard_bytes", type=int, default=SHARD_BYTES, help="text per shard")
+    processes.add_arguments(parser)
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("entropies takes its model from --byte_lm; it has no --config settings")
+    process, count = processes.placed(args)
     manifest = write_entropies(
         source_from(args),
         args.byte_lm,
@@ -156,13 +264,17 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         newline_reset=args.newline_reset,
         shard_bytes=args.shard_bytes,
         skip_bad=args.skip_bad,
-        mesh=make_mesh(args.mesh) if args.mesh else None,
+        process=process,
+        count=count,
     )
+    if manifest is None:
+        return
     padding = manifest.total("padding")
     print(
         f"{args.out}: {manifest.total('documents')} documents,"
         f" {quantity(manifest.total('text_bytes'))}B;"
         f" {padding / (manifest.total('positions') + padding):.2%} of scored positions"
         f" were padding; scored by byte LM {manifest.byte_lm}\n"
-        f"next: python -m bltjax calibrate --records {args.out} --mean 4.5"
     )
+    corpus.write_report([args.out])
+    print(f"next: python -m bltjax calibrate --records {args.out} --mean 4.5")

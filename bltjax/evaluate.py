@@ -2,7 +2,8 @@
 
 Only text bytes count: sum of -log2 p over them, divided by their number, so models with different
 patches, and compressors, compare. A document that fits in a row is never split; the number of cuts
-in longer ones is reported. The result does not depend on batch size or document order.
+in longer ones is reported. The result does not depend on batch size, document order, devices or
+processes: the parameters and the rows are divided among all devices of all processes.
 """
 
 import argparse
@@ -32,14 +33,18 @@ from bltjax.data.sources import open_source
 from bltjax.export import TOKENIZER, load_params, read_config
 from bltjax.metrics import Progress, quantity
 from bltjax.model import parameter_count
+from bltjax.process_rows import own_part
+from bltjax.processes import add_arguments as add_process_arguments
+from bltjax.processes import is_writer, join
 from bltjax.scoring import load_entropy_model, scored_source
-from bltjax.sharding import make_mesh, row_sharding
-from bltjax.training_step import check_mesh, make_scores, run_model, under
+from bltjax.sharding import make_mesh, row_sharding, tree_shardings
+from bltjax.training_step import check_mesh, jitted_scores, run_model
+from bltjax.weights.model_files import model_shapes
 
 XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
 
 
-def run_patching(config: RunConfig, workdir: epath.Path, mesh: Mesh | None = None):
+def run_patching(config: RunConfig, workdir: epath.Path):
     """(PatchingConfig, EntropyModel) of a run or an export, each None where it has none.
 
     What the patches need lies in the same folder, so that the two travel together.
@@ -57,9 +62,7 @@ def run_patching(config: RunConfig, workdir: epath.Path, mesh: Mesh | None = Non
             f"{workdir} has no byte LM, which its entropy patching needs: convert it again with"
             " --byte_lm"
         )
-    reset = patching.newline_reset
-    model = load_entropy_model(workdir / "byte_lm", newline_reset=reset, mesh=mesh)
-    return patching, model
+    return patching, load_entropy_model(workdir / "byte_lm", newline_reset=patching.newline_reset)
 
 
 def evaluate(
@@ -67,22 +70,26 @@ def evaluate(
 ) -> dict:
     """Bits per byte on `source` of a run or an export, with counts of what was scored.
 
+    mesh: of all devices of all processes, which is the default.
+
     Raises:
       ValueError: where the mesh doesn't divide what it should split, with both numbers.
     """
-    mesh = mesh or make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     config = read_config(workdir)
-    check_mesh(config.model, config.data.rows, mesh)
-    _, params, step = load_params(workdir, mesh=mesh)
-    patching, byte_lm = run_patching(config, workdir, mesh)
-    with jax.set_mesh(mesh):
-        documents = scored_source(source, patching, byte_lm, skip_bad=skip_bad)
-    batches, cuts = held_out_batches(documents, config.data, patching)
-    scores = jax.jit(under(mesh, make_scores(run_model(config))))
+    mesh = mesh or make_mesh(MeshConfig())
+    check_mesh(config.model, None, mesh)
+    shardings = tree_shardings(model_shapes(config), mesh)
+    config, params, step = load_params(workdir, shardings)
+    patching, byte_lm = run_patching(config, workdir)
+    documents = scored_source(source, patching, byte_lm, skip_bad=skip_bad)
+    # As many rows as the devices divide: the figure doesn't depend on it.
+    data = dataclasses.replace(config.data, rows=-(-config.data.rows // mesh.size) * mesh.size)
+    batches, cuts = held_out_batches(documents, data, patching)
+    scores = jitted_scores(run_model(config), shardings, mesh)
     nats = text_bytes = 0.0
     progress = Progress("evaluating", len(batches), " batches")
     for batch in batches:
-        sums = jax.device_get(scores(params, jax.device_put(batch, row_sharding(mesh))))
+        sums = jax.device_get(scores(params, own_part(batch, row_sharding(mesh))))
         nats += float(sums.text_nats)
         text_bytes += float(sums.text_bytes)
         progress.advance(1)
@@ -123,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workdir_argument(parser)
     add_source_arguments(parser, required=False, default="the run's held-out")
     add_mesh_argument(parser)
+    add_process_arguments(parser)
     parser.add_argument("--compressors", action="store_true", help="also gzip -9 and xz -9")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
 
@@ -130,6 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("evaluate takes its config from the work directory; drop --config.*")
+    join(args)
     config = read_config(args.workdir)
     if args.source:
         sources = [source_from(args)]
@@ -159,5 +168,5 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         )
         for name, bits in result.get("compressors", {}).items():
             print(f"  {name.replace('_', ' '):28s}{bits:8.4f} bits per byte")
-    if args.out:
+    if args.out and is_writer():
         ckpt.write_text(args.out, json.dumps(results if len(results) > 1 else results[0]) + "\n")

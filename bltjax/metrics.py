@@ -1,18 +1,27 @@
 """Reports of a run: a line for a person, JSONL and TensorBoard events for programs."""
 
 import json
-import os
 import sys
 import time
+import uuid
 from pathlib import Path
 
+from etils import epath
 from tensorboardX import SummaryWriter
+
+from bltjax.processes import is_writer
+from bltjax.storage import is_remote, scratch, write_text
+
+METRICS = "metrics.jsonl"
+UPLOAD_SECONDS = 60.0
 
 
 def duration(seconds: float) -> str:
     """90 -> '1m30s'."""
     seconds = round(seconds)
     hours, minutes = seconds // 3600, seconds // 60 % 60
+    if hours >= 72:
+        return f"{hours / 24:,.0f} days"
     if hours:
         return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"
@@ -27,33 +36,61 @@ def quantity(value: float) -> str:
 
 
 class Reporter:
-    """Writes reports of one run; on resume, drops the lines of steps that will be run again."""
+    """Writes reports of one run; on resume, drops the lines of steps that will be run again.
 
-    def __init__(self, workdir: Path, first_step: int):
-        self.path = workdir / "metrics.jsonl"
-        if self.path.exists():
+    Of many processes one writes. Objects in a bucket can't be added to, so there the files are
+    written on this machine, and copied every UPLOAD_SECONDS and at the end.
+    """
+
+    def __init__(self, workdir: epath.Path, first_step: int):
+        self.writes = is_writer()
+        if not self.writes:
+            return
+        self.workdir, self.folder, self.uploaded = workdir, Path(workdir), time.monotonic()
+        if is_remote(workdir):
+            self.folder = scratch() / "reports" / uuid.uuid4().hex
+            (self.folder / "tensorboard").mkdir(parents=True)
+            if (workdir / METRICS).exists():
+                (self.folder / METRICS).write_text((workdir / METRICS).read_text())
+        path = self.folder / METRICS
+        if path.exists():
             kept = []
-            for line in self.path.read_text().splitlines():
+            for line in path.read_text().splitlines():
                 try:
                     if json.loads(line)["step"] <= first_step:
                         kept.append(line)
                 except (json.JSONDecodeError, KeyError):
                     continue  # the line that a killed process was writing
-            partial = self.path.with_name(".metrics.partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            os.replace(partial, self.path)
-        self.file = self.path.open("a")
-        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+            write_text(path, "".join(line + "\n" for line in kept))
+        self.file = path.open("a")
+        self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        if not self.writes:
+            return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         for name, value in values.items():
             self.events.add_scalar(name, value, step)
+        if time.monotonic() - self.uploaded > UPLOAD_SECONDS:
+            self.events.flush()
+            self.upload()
+
+    def upload(self) -> None:
+        """Copies the files to the bucket, if that is where the run lives."""
+        self.uploaded = time.monotonic()
+        if is_remote(self.workdir):
+            for path in (self.folder / METRICS, *(self.folder / "tensorboard").iterdir()):
+                target = self.workdir / str(path.relative_to(self.folder))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
 
     def close(self) -> None:
+        if not self.writes:
+            return
         self.file.close()
         self.events.close()
+        self.upload()
 
 
 class Progress:
@@ -68,7 +105,7 @@ class Progress:
     def advance(self, amount: float) -> None:
         self.done += amount
         now = time.monotonic()
-        if now - self.said >= self.interval:
+        if now - self.said >= self.interval and is_writer():
             self.said = now
             self.print()
 

@@ -19,6 +19,7 @@ from bltjax.decoding.sampling import Sampling
 from bltjax.decoding.whole import bucket
 from bltjax.evaluate import run_patching
 from bltjax.export import load_params
+from bltjax.inside import CrossWeights, cross_weights
 from bltjax.model import batch_logits, make_model
 from bltjax.patching import force_starts, patch_starts
 from bltjax.scoring import EntropyModel, score_documents
@@ -80,16 +81,19 @@ class LoadedModel:
 
     def logits_with(self, ids: np.ndarray, starts_N1: np.ndarray | None) -> np.ndarray:
         """The same for ids that begin with BOS and, of a BLT, given patch starts [len + 1]."""
-        length = bucket(len(ids))
-        bytes_BN = np.zeros((1, length), np.int32)
-        bytes_BN[0, : len(ids)] = ids
-        documents_BN = (np.arange(length) < len(ids)).astype(np.int32)[None]
-        batch, patches = {"bytes_BN": bytes_BN, "documents_BN": documents_BN}, 0
-        if starts_N1 is not None:
-            batch["starts_BN1"] = np.zeros((1, length + 1), bool)
-            batch["starts_BN1"][0, : len(ids) + 1] = starts_N1
-            patches = min(length, bucket(int(starts_N1[:-1].sum())))
+        batch, patches = row_of(ids, starts_N1)
         return np.asarray(self.all_logits(self.params, batch, patches=patches))[: len(ids)]
+
+    def cross_weights(self, text: str | bytes) -> CrossWeights:
+        """What the cross-attentions look at in a text, by layer, slot, head and byte.
+
+        Raises:
+          ValueError: for a byte LM.
+        """
+        ids = encode(text, eos=False)
+        batch, patches = row_of(ids, self.starts(text))
+        model = make_model(self.run.model, patches, compute_dtype(self.run), None)
+        return cross_weights(self.config.blt, model, self.params, batch, len(ids))
 
     def entropies(self, text: str | bytes) -> np.ndarray:
         """float32 [len + 1], nats, indexed as logits: how unsure the byte LM is of each next byte.
@@ -174,6 +178,20 @@ class LoadedModel:
                 yield shown
         if shown := stream.decode(b"", True):
             yield shown
+
+
+def row_of(ids: np.ndarray, starts_N1: np.ndarray | None) -> tuple[dict, int]:
+    """A batch of one row, padded to a power of two, and room for its patches."""
+    length = bucket(len(ids))
+    bytes_BN = np.zeros((1, length), np.int32)
+    bytes_BN[0, : len(ids)] = ids
+    documents_BN = (np.arange(length) < len(ids)).astype(np.int32)[None]
+    batch, patches = {"bytes_BN": bytes_BN, "documents_BN": documents_BN}, 0
+    if starts_N1 is not None:
+        batch["starts_BN1"] = np.zeros((1, length + 1), bool)
+        batch["starts_BN1"][0, : len(ids) + 1] = starts_N1
+        patches = min(length, bucket(int(starts_N1[:-1].sum())))
+    return batch, patches
 
 
 def load(path) -> LoadedModel:

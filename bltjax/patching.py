@@ -56,7 +56,9 @@ def trace_starts(config: PatchingConfig, ids_N, entropies_N=None) -> Trace:
     """`patch_starts`, and what `next_starts` needs to go on from any position."""
     xp = jnp if isinstance(ids_N, jax.Array) else np
     length = ids_N.shape[-1]
-    index_N1 = xp.broadcast_to(xp.arange(length + 1), (*ids_N.shape[:-1], length + 1))
+    index_N1 = xp.arange(length + 1)
+    if ids_N.ndim > 1:
+        index_N1 = xp.broadcast_to(index_N1, (*ids_N.shape[:-1], length + 1))
     past = []
     if config.mode == "space" or config.whole_characters:
         past = [shifted(xp, ids_N, by, BOE) for by in (1, 2, 3)]
@@ -76,7 +78,9 @@ def trace_starts(config: PatchingConfig, ids_N, entropies_N=None) -> Trace:
                     f" {tuple(ids_N.shape)}, entropies {found}"
                 )
             entropies_N = entropies_N.astype(xp.float32)
-            now_N1, before_N1 = (shifted(xp, entropies_N, by, 0.0) for by in (1, 2))
+            now_N1 = shifted(xp, entropies_N, 1, 0.0)
+            if config.monotonic or config.threshold_add is not None:
+                before_N1 = shifted(xp, entropies_N, 2, 0.0)
         starts_N1 = opens(xp, config, index_N1, past, now_N1, before_N1)
     inside_N1 = inside_character(xp, past) if config.whole_characters else None
     began_N1, waits = None, ()
@@ -136,7 +140,7 @@ def opens(xp, config: PatchingConfig, index, past, now, before):
     """Whether position `index` opens a patch, by its mode alone; elementwise.
 
     past: ids 1, 2 and 3 positions earlier; now, before: the entropies known before it and before
-    the position before it.
+    the position before it, which only the relative modes read.
     """
     if config.mode == "byte":
         return index >= 0
@@ -228,8 +232,12 @@ def after_character(xp, starts_N1, inside_N1):
 
 def force_starts(starts_N1):
     """The first two positions open patches: of every document (BOS is its own) and every row."""
-    xp = jnp if isinstance(starts_N1, jax.Array) else np
-    return starts_N1 | xp.broadcast_to(xp.arange(starts_N1.shape[-1]) < 2, starts_N1.shape)
+    if isinstance(starts_N1, jax.Array):
+        first_N1 = jnp.arange(starts_N1.shape[-1]) < 2
+        return starts_N1 | jnp.broadcast_to(first_N1, starts_N1.shape)
+    starts_N1 = starts_N1.copy()
+    starts_N1[..., :2] = True
+    return starts_N1
 
 
 def patch_lengths(starts_N1) -> np.ndarray:

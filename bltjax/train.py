@@ -3,68 +3,95 @@
 The loop dispatches step n and only then fetches the report of step n - 1, so the host never stalls
 the device. A checkpoint holds the state, the data streams and the step together; running the same
 command again resumes from the newest one, and its losses are those of a run never interrupted.
+As many processes run it as there are hosts: each builds the rows of its devices, all compute every
+step together, one writes reports.
 """
 
 import argparse
 import contextlib
-import shutil
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
 from bltjax import checkpoint as ckpt
-from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, RunConfig, to_dict
+from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, RunConfig, divides, to_dict
 from bltjax.config_file import load_config
-from bltjax.data.pipeline import fills, held_out_batches, training_batches
+from bltjax.data.pipeline import held_out_batches, training_batches
 from bltjax.export import TOKENIZER
-from bltjax.flops import training_flops, utilisation
-from bltjax.metrics import Reporter, duration, quantity
+from bltjax.flops import training_flops
+from bltjax.goodput import Goodput
+from bltjax.metrics import Reporter, quantity
 from bltjax.model import parameter_count
-from bltjax.objective import Sums
-from bltjax.optimizer import learning_rate
+from bltjax.page import write_page
+from bltjax.preemption import Notice
+from bltjax.process_rows import global_batch, own_part, own_rows
+from bltjax.processes import (
+    Restart,
+    barrier,
+    check_agreement,
+    is_writer,
+    join,
+    process_count,
+)
+from bltjax.processes import add_arguments as add_process_arguments
+from bltjax.profiling import Profile
+from bltjax.reports import Reports
+from bltjax.saving import last_good, make_manager, restore_newest, save
 from bltjax.scoring import scored_source
 from bltjax.sharding import make_mesh, row_sharding
 from bltjax.start import check_start, entropy_model, placed_patches, started
 from bltjax.training_step import compute_dtype, step_parts
+from bltjax.watchdog import Watchdog
 
+PATIENCE = 3600.0  # seconds, for what may take long without being a hang: compiling, evaluating
 KINDS = {BLTConfig: "BLT", ByteLMConfig: "byte LM", ByteCNNConfig: "byte CNN"}
 
 
 def held_out_bits(scores, params, batches, sharding) -> float:
     total = [0.0, 0.0]
     for batch in batches:
-        sums = jax.device_get(scores(params, jax.device_put(batch, sharding)))
+        sums = jax.device_get(scores(params, own_part(batch, sharding)))
         total[0] += float(sums.text_nats)
         total[1] += float(sums.text_bytes)
     return total[0] / np.log(2.0) / max(total[1], 1.0)
 
 
-def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> dict[str, float]:
+def train(
+    config: RunConfig, workdir: epath.Path, *, stop_at: int | None = None, profiled: str = ""
+) -> dict:
     """Trains to `optimizer.steps` (or until `stop_at`), resuming what is there; the last report.
 
+    profiled: START:STOP, the steps of which a trace is written.
+
     Raises:
-      ValueError: for a work directory of another run, or data that the config cannot use.
-      FloatingPointError: at the first step whose loss or gradient is not finite.
+      ValueError: for a work directory of another run, data that the config cannot use, processes
+        that were told different things.
+      FloatingPointError: at a step whose loss or gradient `config.faults` doesn't let pass.
+      Restart: after SIGTERM, once the state is saved.
     """
     begun = time.monotonic()
-    ckpt.check_workdir(workdir, config)
-    if not ckpt.saved_steps(workdir):
+    workdir = epath.Path(workdir)
+    profile = Profile(profiled, workdir)
+    settings = {"workdir": str(workdir), "stop_at": stop_at, "config": to_dict(config)}
+    check_agreement(settings)
+    changed = ckpt.check_workdir(workdir, config)
+    resumes = bool(ckpt.saved_steps(workdir))
+    if not resumes:
         check_start(config)
     byte_lm = entropy_model(config, workdir)
     mesh = make_mesh(config.mesh)
+    if config.mesh.tensor == 1:
+        divides("the number of processes", process_count(), "data.rows", config.data.rows)
     parts = step_parts(config, mesh)
     rows = row_sharding(mesh)
     patching = placed_patches(config, workdir)
     expected = byte_lm.identity if byte_lm else None
 
+    streams = own_rows(rows, config.data.rows)
     dataset = training_batches(
-        config.data,
-        patching,
-        seed=config.seed,
-        expected_identity=expected,
-        streams=range(config.data.rows),
+        config.data, patching, seed=config.seed, expected_identity=expected, streams=streams
     )
     batches = iter(dataset)
     held_out = []
@@ -83,17 +110,20 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
         f"{KINDS[type(config.model)]}: {quantity(counts['total'])} parameters ("
         + ", ".join(f"{part} {quantity(n)}" for part, n in counts.items() if part != "total")
         + f"); {quantity(flops)}FLOP a step; mesh {dict(mesh.shape)}; {compute_dtype(config).name}"
+        + (f"; {process_count()} processes" if process_count() > 1 else "")
     )
 
     # The data is there and the settings hold: from here on the directory is this run's.
-    if not ckpt.saved_steps(workdir):
+    if is_writer() and (changed or not resumes):
         ckpt.write_config(workdir, config)
+    if is_writer() and not resumes:
         if byte_lm:
             ckpt.save_params(workdir / "byte_lm", byte_lm.run, byte_lm.params, 0)
         if config.blt and config.patching.mode == "bpe":
-            shutil.copyfile(config.patching.tokenizer, workdir / TOKENIZER)
-    manager = ckpt.make_manager(workdir, config)
-    if manager.latest_step() is None:
+            epath.Path(config.patching.tokenizer).copy(workdir / TOKENIZER, overwrite=True)
+    barrier("beginning the work directory")
+    goodput = Goodput(workdir, begun)
+    if not resumes:
         key = jax.random.key(config.seed)
         state = jax.jit(parts.initial_state, out_shardings=parts.shardings)(key)
         state = state._replace(params=started(config, state.params, parts.shardings.params))
@@ -104,149 +134,107 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
             parts.shapes,
             parts.shardings,
         )
-        state, progress = ckpt.restore(manager, workdir, target)
+        state, states, progress = restore_newest(workdir, target, streams)
         first = progress["step"]
-        batches.set_state(progress["streams"])
+        batches.set_state(states)
         print(f"resumed {workdir} after step {first}")
+        for line in changed:
+            print(f"  changed: {line}")
+    goodput.resume(first)
+    manager = make_manager(workdir, config)
     reporter = Reporter(workdir, first)
-    rate_of = learning_rate(config.optimizer)
     last_step = min(config.optimizer.steps, stop_at or config.optimizer.steps)
-    window = Window(begun)
-    # A byte LM's positions are its patches.
-    patch_slots = config.data.row_patches if config.blt else config.data.row_bytes
-    values: dict[str, float] = {}
-    warned = False
-
-    def report(step: int, out, filled) -> None:
-        """Fetches a step's report; prints and writes one every `log_every`."""
-        nonlocal values, warned
-        sums, norm = jax.device_get((out["sums"], out["gradient_norm"]))
-        if not (np.isfinite(sums.nats) and np.isfinite(norm)):
-            manager.wait_until_finished()
-            good = manager.latest_step()
-            raise FloatingPointError(
-                f"step {step}: loss {sums.nats / max(sums.weight, 1):.4g}, gradient norm"
-                f" {norm:.4g}."
-                f" Last good checkpoint: {'none' if good is None else f'step {good}'} in"
-                f" {workdir / 'checkpoints'}.\nA lower --config.optimizer.lr or a longer"
-                " warm-up usually helps; a changed config needs another --workdir."
-            )
-        window.add(sums, filled)
-        if step % config.log_every and step != last_step:
-            return
-        with jax.transfer_guard("allow"):
-            rate = float(rate_of(step - 1))
-        values = window.flush() | {
-            "gradient_norm": float(norm),
-            "learning_rate": rate,
-            "training_flops": float(flops) * step,
-        }
-        values |= utilisation(flops * values["steps_per_second"], list(mesh.devices.flat))
-        if not warned and config.blt and min(values["byte_fill"], values["patch_fill"]) < 0.9:
-            warned = True
-            data = config.data
-            used = values["byte_fill"] * data.row_bytes / (values["patch_fill"] * data.row_patches)
-            print(
-                f"warning: rows are {values['byte_fill']:.0%} full of bytes and"
-                f" {values['patch_fill']:.0%} of patches, because patches average {used:.2f} bytes"
-                f" and a row has {data.row_bytes / data.row_patches:.2f} bytes for each. Calibrate"
-                " the threshold, or change data.row_patches."
-            )
-        reporter.write(step, values)
-        left = (config.optimizer.steps - step) / max(values["steps_per_second"], 1e-9)
-        print(
-            f"step {step}/{config.optimizer.steps}  loss {values['loss']:.4f}"
-            f"  {values['bits_per_byte']:.3f} bits/byte  {quantity(values['bytes_per_second'])}B/s"
-            f"  fill {values['byte_fill']:.1%} of bytes {values['patch_fill']:.1%} of patches"
-            + (f"  mfu {values['mfu']:.1%}" if "mfu" in values else "")
-            + f"  {duration(left)} left",
-            flush=True,
-        )
+    reports = Reports(config, reporter, flops, last_step, lambda: last_good(manager, workdir))
+    notice = Notice(mesh)
+    watchdog = Watchdog(config.faults.hang_seconds)
+    preempted = False
 
     with contextlib.ExitStack() as exits:
         exits.callback(batches.close)
         exits.callback(reporter.close)
-        exits.callback(manager.close)  # waits for a checkpoint that is being written
+        exits.callback(profile.close)
+        exits.push(lambda error, *_: close(manager, error is not None))
+        exits.enter_context(notice)
+        exits.enter_context(watchdog)
         exits.enter_context(jax.set_mesh(mesh))  # by which kernels are split among devices
         # A transfer that nobody asked for would stall every step; it is an error here.
         exits.enter_context(jax.transfer_guard("disallow"))
         pending = None
         for step in range(first + 1, last_step + 1):
-            batch = next(batches)
-            state, out = parts.step(state, jax.device_put(batch, rows))
+            watchdog.mark(step, "waits for data")
+            with goodput.during("input"):
+                batch = global_batch(next(batches), rows, config.data.rows)
+            if step == first + 1:
+                watchdog.mark(step, "compiles", PATIENCE)
+                with goodput.during("compile"):
+                    state, out = parts.step(state, batch)
+                    jax.block_until_ready(out)
+                goodput.begin_steps()
+            else:
+                watchdog.mark(step, "computes")
+                state, out = parts.step(state, batch)
+            profile.step(step, out)
+            out["notice"] = notice.asked()
             if pending is not None:
-                report(*pending)
-            pending = (step, out, fills(batch, patch_slots))
-            at_end = step == last_step
-            evaluates = bool(held_out) and (step % config.evaluate_every == 0 or at_end)
-            saves = step % config.checkpoint.every == 0 or at_end
+                preempted = reports.take(*pending)
+            pending = (step, out)
+            ends = step == last_step
+            # Whoever was given notice has little time, and saves at once.
+            evaluates = bool(held_out) and (
+                ends or (step % config.evaluate_every == 0 and not preempted)
+            )
+            saves = ends or preempted or step % config.checkpoint.every == 0
             if evaluates or saves:
-                report(*pending)  # nothing that is not finite may reach a checkpoint
+                reports.take(*pending)  # nothing that is not finite may reach a checkpoint
                 pending = None
             if evaluates:
-                paused = time.monotonic()
-                bits = held_out_bits(parts.scores, state.params, held_out, rows)
-                reporter.write(step, {"held_out_bits_per_byte": bits})
-                print(
-                    f"step {step}/{config.optimizer.steps}  held out {bits:.4f} bits/byte",
-                    flush=True,
-                )
-                values["held_out_bits_per_byte"] = bits
-                window.pause(time.monotonic() - paused)
+                watchdog.mark(step, "evaluates", PATIENCE)
+                with goodput.during("evaluation"), reports.paused():
+                    bits = held_out_bits(parts.scores, state.params, held_out, rows)
+                reports.held_out(step, bits)
             if saves:
+                watchdog.mark(step, "saves", PATIENCE)
                 progress = {
                     "step": step,
-                    "streams": batches.get_state(),
                     "config": to_dict(config),
-                    "held_out_bits_per_byte": values.get("held_out_bits_per_byte"),
+                    "held_out_bits_per_byte": reports.values.get("held_out_bits_per_byte"),
                 }
-                ckpt.save(manager, state, progress)
-    return values
+                with goodput.during("checkpoints"):
+                    save(manager, state, batches.get_state(), progress)
+                goodput.save(step)
+            manager.check_for_errors()
+            if step % config.log_every == 0:
+                goodput.write()
+            if preempted:
+                break
+        watchdog.mark(last_step, "ends", PATIENCE)
+        with goodput.during("checkpoints"):
+            manager.wait_until_finished()
+        goodput.write(ended=not preempted)
+        reporter.write(last_step, {f"goodput/{kind}": s for kind, s in goodput.shares().items()})
+    print(goodput.told())
+    if preempted and step < last_step:
+        raise Restart(f"SIGTERM: step {step} is saved, and the same command goes on from there")
+    return reports.values
 
 
-class Window:
-    """Sums since the last report, and the time that they took."""
-
-    def __init__(self, begun: float):
-        self.begun = begun
-        self.clear()
-
-    def clear(self) -> None:
-        self.since = time.monotonic()
-        self.sums, self.filled, self.steps = np.zeros(4), np.zeros(2), 0
-
-    def add(self, sums: Sums, filled: tuple[float, float]) -> None:
-        self.sums += np.array([float(x) for x in sums])
-        self.filled += np.array(filled)
-        self.steps += 1
-
-    def pause(self, seconds: float) -> None:
-        """Leaves out time that was not spent in steps."""
-        self.since += seconds
-
-    def flush(self) -> dict[str, float]:
-        elapsed = max(time.monotonic() - self.since, 1e-9)
-        sums = Sums(*self.sums)
-        byte_fill, patch_fill = self.filled / self.steps
-        values = {
-            "loss": sums.nats / max(sums.weight, 1.0),
-            "bits_per_byte": sums.text_nats / np.log(2.0) / max(sums.text_bytes, 1.0),
-            "bytes_per_second": sums.text_bytes / elapsed,
-            "steps_per_second": self.steps / elapsed,
-            "byte_fill": byte_fill,
-            "patch_fill": patch_fill,
-            "seconds": time.monotonic() - self.begun,
-        }
-        self.clear()
-        return {name: float(value) for name, value in values.items()}
+def close(manager, failed: bool) -> None:
+    """Lets a checkpoint be written to its end; not after an error among many processes, since one
+    that has ended would be waited for."""
+    if not failed or process_count() == 1:
+        manager.close()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, help="configs/FILE.py or configs/FILE.py:ARGUMENT"
     )
-    parser.add_argument("--workdir", required=True, type=Path, help="where the run lives")
+    parser.add_argument("--workdir", required=True, type=epath.Path, help="where the run lives")
+    add_process_arguments(parser)
     parser.add_argument("--stop_at", type=int, help="stop after this step, as if interrupted")
+    parser.add_argument(
+        "--profile", default="", metavar="START:STOP", help="trace these steps, for xprof"
+    )
     parser.add_argument("--init_from", help="run or export whose parameters training begins with")
     parser.add_argument(
         "--init_latent_from",
@@ -260,6 +248,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         overrides = [*overrides, f"init_from={args.init_from}"]
     if args.init_latent_from:
         overrides = [*overrides, f"latent_init.path={args.init_latent_from}"]
+    join(args)
     config = load_config(args.config, overrides)
-    train(config, args.workdir, stop_at=args.stop_at)
+    train(config, args.workdir, stop_at=args.stop_at, profiled=args.profile)
+    if is_writer():
+        print(f"page: {write_page(args.workdir)}")
     print(f"finished; the run is in {args.workdir}")

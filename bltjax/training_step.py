@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from bltjax.bad_batches import guarded, told
 from bltjax.checkpoint import TrainState
 from bltjax.config import BLTConfig, RunConfig, divides
-from bltjax.model import Model, batch_logits, initial_params, make_model
+from bltjax.model import Model, batch_logits, initial_params, make_model, part_of
 from bltjax.objective import Sums, target_sums
 from bltjax.optimizer import make_optimizer
 from bltjax.sharding import (
@@ -40,6 +41,22 @@ def run_model(config: RunConfig):
     return make_model(config.model, config.data.row_patches, compute_dtype(config), implementation)
 
 
+def run_optimizer(config: RunConfig) -> optax.GradientTransformationExtraArgs:
+    return guarded(make_optimizer(config.optimizer, config.latent_init), config.faults)
+
+
+def fills(batch, config: RunConfig) -> jax.Array:
+    """float32 [2]: shares of the byte and of the patch slots of a batch that are used.
+
+    A byte LM's positions are its patches.
+    """
+    real_BN = batch["documents_BN"] > 0
+    opens_BN = batch["starts_BN1"][:, :-1] & real_BN
+    slots = config.data.row_patches if config.blt else config.data.row_bytes
+    patches = opens_BN.sum(axis=1).astype(jnp.float32).mean() / slots
+    return jnp.stack([real_BN.mean(), patches])
+
+
 def micro_batches(batch, count: int):
     """Each array [B, ...] as [count, B / count, ...]; row b is in micro-batch b % count, so that
     every device has rows of its own in each."""
@@ -48,8 +65,17 @@ def micro_batches(batch, count: int):
     )
 
 
+def norms_by_part(tree, config) -> dict[str, jax.Array]:
+    """The norms of a tree like the model's parameters, by part: encoder, latent and so on."""
+    squares: dict[str, jax.Array] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        part = part_of(path, config)
+        squares[part] = squares.get(part, 0.0) + jnp.sum(jnp.square(leaf))
+    return {part: jnp.sqrt(square) for part, square in squares.items()}
+
+
 def make_train_step(config: RunConfig, model, optimizer):
-    """(state, batch) -> (state, report), to be jitted.
+    """(state, batch) -> (state, report), to be jitted; the optimizer is `run_optimizer`'s.
 
     The loss is the mean over all weighted targets of the batch, however it is cut into
     micro-batches: sums are accumulated, and divided once.
@@ -81,24 +107,42 @@ def make_train_step(config: RunConfig, model, optimizer):
         grads, sums = by_slices(gradient_sums)(state.params, batch)
         # Gradients of sums: one factor makes them means and clips them, in one pass over them.
         weight = jnp.maximum(sums.weight, 1)
-        norm = optax.tree.norm(grads) / weight
+        norms = {part: norm / weight for part, norm in norms_by_part(grads, config.model).items()}
+        norm = jnp.sqrt(sum(part**2 for part in norms.values()))
         factor = jnp.minimum(1, config.optimizer.clip / norm) / weight
         grads = jax.tree.map(lambda g: g * factor, grads)
-        updates, opt = optimizer.update(grads, state.opt, state.params)
+        updates, opt = optimizer.update(
+            grads, state.opt, state.params, loss=sums.nats / weight, norm=norm
+        )
         params = jax.tree.map(lambda p, u: p + u, state.params, updates)
-        return TrainState(state.step + 1, params, opt), {"sums": sums, "gradient_norm": norm}
+        report = {
+            "sums": sums,
+            "gradient_norm": norm,
+            "gradient_norms": norms,
+            "update_norms": norms_by_part(updates, config.model),
+            "fills": fills(batch, config),
+            "guard": told(opt),
+        }
+        return TrainState(state.step + 1, params, opt), report
 
     return step
 
 
-def make_scores(model):
-    """(params, batch) -> Sums, to be jitted: evaluation and held-out bits per byte."""
+def jitted_scores(model, shardings, mesh: Mesh):
+    """Jitted (params, batch) -> Sums, every process' own copy: evaluation.
+
+    shardings: of the parameters.
+    """
 
     def scores(params, batch) -> Sums:
         logits_BNV = batch_logits(model, params, batch)
         return target_sums(logits_BNV, batch["targets_BN"], batch["weights_BN"])
 
-    return scores
+    return jax.jit(
+        under(mesh, scores),
+        in_shardings=(shardings, row_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
 
 
 def by_slices(sums):
@@ -165,7 +209,7 @@ def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
     """
     check_mesh(config.model, config.data.rows // config.optimizer.accumulate, mesh)
     model = run_model(config)
-    optimizer = make_optimizer(config.optimizer, config.latent_init)
+    optimizer = run_optimizer(config)
 
     def initial_state(key) -> TrainState:
         params = initial_params(model, key)
@@ -182,5 +226,5 @@ def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-    scores = jax.jit(under(mesh, make_scores(model)), in_shardings=(shardings.params, rows))
+    scores = jitted_scores(model, shardings.params, mesh)
     return StepParts(model, initial_state, shapes, shardings, step, scores)

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts: a Python with bltjax and the named extras. An active virtual
 # environment is used as it is; otherwise .venv in the repository is made once and kept.
 # Usage: source launch/environment.sh EXTRA[,EXTRA...]

@@ -62,4 +62,5 @@ works=("$workdir"/text/held_out/*.txt)
 stage picture "${blt[@]}" patches --workdir="$workdir/blt" --file="${works[0]}" --limit=480 \
     --scheme=entropy --scheme=space --scheme=static \
     --png="$workdir/patches.png" --html="$workdir/patches.html"
+stage page "${blt[@]}" page "$workdir/blt"
 python launch/quickstart_report.py "$workdir"

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 selection=(-m "not slow") extras=test
 for argument in "$@"; do
     case "$argument" in
-        --all) selection=(); extras=test,parity ;;
+        --all) selection=(); extras=test,parity,notebook ;;
         *) echo "usage: bash launch/test.sh [--all]" >&2; exit 2 ;;
     esac
 done

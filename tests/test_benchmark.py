@@ -12,7 +12,8 @@ import pytest
 
 from bltjax.__main__ import main
 from bltjax.alphabet import encode
-from bltjax.benchmark import MALLOC, Worker, benchmark_slots, run_config, sample_batch
+from bltjax.benchmark import MALLOC, Worker, run_config, sample_batch
+from bltjax.benchmark_input import MEAN_PATCH, benchmark_slots, made_records
 from bltjax.calibrate import mean_patch_bytes
 from bltjax.config import PatchingConfig
 from bltjax.data.records import (
@@ -134,6 +135,27 @@ def test_slots_of_a_mixed_corpus(tmp_path):
     ahead, none = found["look_ahead_32"], found["look_ahead_1"]
     print(f"mean patches {means}; with look-ahead {ahead}, without {none}")
     assert max(ahead.values()) > 0.95 and min(ahead.values()) > min(none.values())
+
+
+def test_input(capsys, monkeypatch):
+    """All sizes and both kinds are measured, and the patches are as long as they say."""
+    monkeypatch.setattr("bltjax.benchmark_input.CORPUS_BYTES", 1 << 17)
+    monkeypatch.setattr("bltjax.benchmark_input.BATCHES", 2)
+    assert main(["benchmark", "input", "--json", "--repeats=1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes_per_second_per_core"] > 1e5
+    long, short = (found[f"documents_of_{size}"] for size in (4096, 512))
+    assert found["bytes_per_second_per_core"] == long["blt"]["bytes_per_second_per_core"]
+    assert short["byte_lm"]["bytes_per_second"] > 0
+
+
+def test_made_records_have_the_patches_that_their_threshold_gives(tmp_path, monkeypatch):
+    monkeypatch.setattr("bltjax.benchmark_input.CORPUS_BYTES", 1 << 16)
+    made_records(tmp_path, 4096)
+    documents = RecordDocuments(tmp_path)
+    assert len(documents) == 16
+    patching = PatchingConfig(threshold=float(np.log(MEAN_PATCH)))
+    assert 4.3 < mean_patch_bytes((documents[i] for i in range(16)), patching) < 4.7
 
 
 def test_refused(capsys):

@@ -10,8 +10,6 @@ from bltjax.checkpoint import (
     TrainState,
     check_workdir,
     identity,
-    make_manager,
-    save,
     save_params,
     saved_steps,
     stored_shapes,
@@ -19,6 +17,7 @@ from bltjax.checkpoint import (
 from bltjax.config import ByteLMConfig, RunConfig
 from bltjax.export import load_params
 from bltjax.model import initial_params, make_model
+from bltjax.saving import make_manager, save
 
 CONFIG = RunConfig(byte_lm=ByteLMConfig(layers=1, width=8, heads=1, hidden=8, window=4))
 
@@ -69,6 +68,7 @@ def test_parameters_lie_in_chunks(tmp_path, monkeypatch):
     save(
         manager,
         TrainState(jax.numpy.zeros((), int), params, {"a_E": jax.numpy.ones(2)}),
+        {},
         {"step": 1},
     )
     manager.close()

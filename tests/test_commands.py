@@ -182,5 +182,6 @@ def test_odd_texts_train(runs, tmp_path):
         f"--workdir={tmp_path / 'run'}",
         f"--config.data.train.text.path={tmp_path}",
         f"--config.data.held_out.text.path={tmp_path}/b.txt",
+        "--config.data.rows=2",
         "--stop_at=2",
     )

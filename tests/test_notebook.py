@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import bltjax
-from bltjax.model import batch_logits, make_model
+from bltjax.attention.dense import dense
+from bltjax.model import batch_logits, cross_attention, make_model
 from bltjax.patching import patch_starts
 
 TEXT = "the patch begins where the next byte is hard to guess; 日本 żółć"
@@ -69,8 +70,39 @@ def test_generation(blt):
     assert list(blt.generate("the ", max_bytes=0)) == []
 
 
+def test_cross_weights_are_those_of_the_attention(blt, monkeypatch):
+    """Values, weighted by them, are what each cross-attention gave."""
+    met, length, slots = [], len(TEXT.encode()) + 1, blt.config.blt.cross.slots
+
+    def attention(q_BQGC, k_BTGC, v_BTGC, *ranges, **options):
+        out_BQGC = dense(q_BQGC, k_BTGC, v_BTGC, *ranges)
+        met.append((np.asarray(v_BTGC[0]), np.asarray(out_BQGC[0])))
+        return out_BQGC
+
+    monkeypatch.setattr(cross_attention, "range_attention", attention)
+    found = blt.cross_weights(TEXT)
+    starts_N1 = blt.starts(TEXT)
+    begins = np.flatnonzero(starts_N1[:-1])
+    layers = len(found.encoder_LKGN)
+    assert layers and len(found.decoder_LKGN) and len(met) == layers + len(found.decoder_LKGN)
+    for weights_KGN, (v_NGC, out_SGC) in zip(found.encoder_LKGN, met, strict=False):
+        np.testing.assert_allclose(np.add.reduceat(weights_KGN, begins, axis=2), 1, atol=1e-6)
+        parts_NKGC = np.einsum("KGN,NGC->NKGC", weights_KGN, v_NGC[:length])
+        sums_PKGC = np.add.reduceat(parts_NKGC, begins, axis=0)
+        out_PKGC = out_SGC.reshape(-1, *sums_PKGC.shape[1:])[: len(begins)]
+        np.testing.assert_allclose(sums_PKGC, out_PKGC, atol=1e-5)
+    reads_N = np.cumsum(starts_N1)[1:] - 2
+    reads_N[0] = 0  # BOS closes its own patch, and reads that
+    for weights_KGN, (v_SGC, out_NGC) in zip(found.decoder_LKGN, met[layers:], strict=True):
+        v_PKGC = v_SGC.reshape(-1, slots, *v_SGC.shape[1:])
+        read_NGC = np.einsum("KGN,NKGC->NGC", weights_KGN, v_PKGC[reads_N])
+        np.testing.assert_allclose(read_NGC, out_NGC[:length], atol=1e-5)
+
+
 def test_what_a_byte_lm_lacks(byte_lm, tmp_path):
     with pytest.raises(ValueError, match="a byte LM has no patches"):
         byte_lm.patches(TEXT)
+    with pytest.raises(ValueError, match="a byte LM has no patches"):
+        byte_lm.cross_weights(TEXT)
     with pytest.raises(ValueError, match="neither a training run nor an export"):
         bltjax.load(tmp_path)

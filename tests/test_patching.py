@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bltjax.alphabet import OFFSET, encode
 from bltjax.config import PatchingConfig
-from bltjax.data.packing import Packer, cut, pack_exact
+from bltjax.data.packing import Packer, batch_of, cut, pack_exact
 from bltjax.data.records import Document
 from bltjax.patching import (
     cursor_at,
@@ -275,10 +275,10 @@ def test_only_the_first_two_positions_of_a_cut_row_may_lie_inside_a_character(
         packer = Packer(lambda: 0, lambda key: document, row_bytes, row_bytes, 1)
         rows = [packer.next_row() for _ in range(12)]
     assert len(rows) > 1
-    for row in rows:
-        continuation = (row["bytes_BN"] >= OFFSET + 0x80) & (row["bytes_BN"] <= OFFSET + 0xBF)
-        inside = np.flatnonzero(row["starts_BN1"][:-1] & continuation)
-        assert set(inside) <= {0, 1}
+    batch = batch_of(rows, row_bytes)
+    continuation_BN = (batch["bytes_BN"] >= OFFSET + 0x80) & (batch["bytes_BN"] <= OFFSET + 0xBF)
+    _, inside = np.nonzero(batch["starts_BN1"][:, :-1] & continuation_BN)
+    assert set(inside) <= {0, 1}
 
 
 def test_a_cut_row_opens_patches_at_its_first_two_positions():
@@ -287,8 +287,9 @@ def test_a_cut_row_opens_patches_at_its_first_two_positions():
         PatchingConfig(mode="byte", whole_characters=True),
     )
     rows, _ = pack_exact([document], 5, 5)  # the second row begins with the second byte of 好
-    assert np.flatnonzero(rows[0]["starts_BN1"]).tolist() == [0, 1, 4]
-    assert np.flatnonzero(rows[1]["starts_BN1"][:-1]).tolist() == [0, 1, 2]
+    first_N1, second_N1 = batch_of(rows, 5)["starts_BN1"][:2]
+    assert np.flatnonzero(first_N1).tolist() == [0, 1, 4]
+    assert np.flatnonzero(second_N1[:-1]).tolist() == [0, 1, 2]
 
 
 def test_bpe_is_not_for_a_device_and_takes_a_tokenizer():

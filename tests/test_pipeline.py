@@ -85,12 +85,17 @@ def test_mixture_weights_are_shares_of_bytes(tmp_path):
     assert abs(taken["a"] / (taken["a"] + taken["b"]) - 0.75) < 0.02
 
 
-def test_seeds_and_streams_differ_and_fewer_records_than_streams_work(tmp_path):
+def test_seeds_and_streams_differ_and_a_source_of_fewer_records_is_shared(tmp_path):
     data = data_of(tmp_path, rows=40)
     first = next(iter(_rows(data, 3)))
     other = next(iter(_rows(data, 4)))
     assert not equal(first, other)
     assert len({row.tobytes() for row in first["bytes_BN"]}) > 30
+
+
+def test_fewer_records_than_streams_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has 60 documents in all, but data.rows \(61\) streams"):
+        training_batches(data_of(tmp_path, rows=61), SPACE, seed=3, streams=range(61))
 
 
 def _rows(data, seed):
@@ -102,7 +107,7 @@ def _rows(data, seed):
 def test_one_byte_documents(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "x"}\n')
     data = data_of(tmp_path)
-    data = DataConfig(train={"x": SourceConfig(str(tmp_path / "x.jsonl"))}, rows=2, row_bytes=8,
+    data = DataConfig(train={"x": SourceConfig(str(tmp_path / "x.jsonl"))}, rows=1, row_bytes=8,
                       row_patches=8)  # fmt: skip
     batch = next(iter(_rows(data, 0)))
     assert batch["bytes_BN"][0].tolist() == [1, 124, 2, 1, 124, 2, 1, 124]
@@ -111,9 +116,12 @@ def test_one_byte_documents(tmp_path):
 def test_streams_that_wait_for_the_same_document_share_it(tmp_path):
     """A file without split_bytes is one document, which every stream holds many times over."""
     (tmp_path / "big.txt").write_bytes(b"word " * 100_000)
-    data = DataConfig(
-        train={"x": SourceConfig(str(tmp_path / "big.txt"))}, rows=4, row_bytes=64, row_patches=64
-    )
+    (tmp_path / "small.jsonl").write_text('{"text": "word"}\n' * 4)
+    train = {
+        "x": SourceConfig(str(tmp_path / "big.txt")),
+        "y": SourceConfig(str(tmp_path / "small.jsonl"), weight=1e-6),
+    }
+    data = DataConfig(train=train, rows=4, row_bytes=64, row_patches=64)
     tracemalloc.start()
     batches = iter(training_batches(data, None, seed=0, streams=range(4)))
     for _ in range(3):

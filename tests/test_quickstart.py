@@ -54,6 +54,6 @@ def test_quickstart(tmp_path):
     assert report["parameters"]["blt"]["total"] > report["parameters"]["byte_lm"]["total"]
     # Again: everything is there, nothing is trained anew.
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.count("done before") == 10
-    for name in ("report.json", "patches.png", "patches.html"):
+    assert again.returncode == 0 and again.stdout.count("done before") == 11
+    for name in ("report.json", "patches.png", "patches.html", "blt/page.html"):
         assert (tmp_path / "run" / name).stat().st_size > 0 and name in again.stdout

@@ -18,8 +18,7 @@ from bltjax.checkpoint import TrainState
 from bltjax.config_file import load_config
 from bltjax.export import load_params
 from bltjax.model import initial_params
-from bltjax.optimizer import make_optimizer
-from bltjax.training_step import make_train_step, run_model
+from bltjax.training_step import make_train_step, run_model, run_optimizer
 
 ROOT = Path(__file__).parents[1]
 TINY = "tests/tiny.py"
@@ -52,9 +51,25 @@ def test_the_loss_falls_and_everything_is_reported(runs):
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         assert {line["step"] for line in lines if "held_out_bits_per_byte" in line} == {6, 12}
         assert list((workdir / "tensorboard").iterdir())
+    parts = {"encoder", "latent", "decoder", "hash_tables"}
+    for line in (line for line in lines if "loss" in line):
+        for name in ("gradient_norms", "update_norms"):
+            assert all(line[f"{name}/{part}"] > 0 for part in parts)
+        squares = sum(line[f"gradient_norms/{part}"] ** 2 for part in parts)
+        assert squares == pytest.approx(line["gradient_norm"] ** 2, rel=1e-5)
+        assert 1 <= line["mean_patch_bytes"] < 12 and line["bytes_per_second_per_chip"] > 0
     tables = load_params(runs.blt)[1]["encoder"]["ngrams_RME"]
     assert not np.asarray(tables)[:, 300:].any(), "rows that only pad a table stay zero"
     assert load_params(runs.blt)[2] == 12 and load_params(runs.blt / "byte_lm")[0].byte_lm
+
+
+def test_a_window_of_steps_is_traced(runs, tmp_path, capsys):
+    assert main(command(runs, "byte_lm", tmp_path, "--profile=2:3", "--stop_at=4")) == 0
+    assert f"trace of steps 2 to 3: xprof --logdir={tmp_path}/profile" in capsys.readouterr().out
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert b"jit_step" in trace.read_bytes()
+    assert main(command(runs, "byte_lm", tmp_path, "--profile=3:2")) == 1
+    assert "--profile is '3:2', not START:STOP" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["byte_lm", pytest.param("blt", marks=pytest.mark.slow)])
@@ -145,7 +160,7 @@ def test_accumulation_equals_one_batch():
     for count in (1, 2):
         paths = ["data.train.text.path=x", "data.held_out.text.path=x"]
         config = load_config(f"{TINY}:blt", [f"optimizer.accumulate={count}", *paths])
-        model, optimizer = run_model(config), make_optimizer(config.optimizer)
+        model, optimizer = run_model(config), run_optimizer(config)
         params = jax.jit(lambda key, model=model: initial_params(model, key))(jax.random.key(0))
         state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
         batch = batch_of(config, np.random.default_rng(0))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bltjax.alphabet import BOE, encode
+from bltjax.alphabet import encode
 from bltjax.config import PatchingConfig
 from bltjax.data.records import Document
 from bltjax.patching import force_starts, patch_starts
@@ -49,34 +49,38 @@ class Piece(NamedTuple):
     starts_N1: np.ndarray
     begin: int
     end: int
+    patches: int  # that begin in the piece, those that the row forces included
 
 
 def next_piece(ids_N, starts_N1, begin: int, used: int, room: int, patch_room: int) -> Piece:
     """As much of a document from `begin` as a row with `used` bytes still holds."""
     end = min(len(ids_N), begin + room)
-    opens_N = starts_N1[begin:end].astype(np.int32)
-    opens_N[: max(0, 2 - used)] = 1  # the row's first two positions
-    held = int(np.searchsorted(np.cumsum(opens_N), patch_room, side="right"))
-    return Piece(ids_N, starts_N1, begin, begin + held)
+    opens_N = starts_N1[begin:end]
+    forced = slice(0, max(0, 2 - used))  # the row's first two positions
+    patches = np.count_nonzero(opens_N) + np.count_nonzero(~opens_N[forced])
+    if patches > patch_room:
+        opens_N = opens_N.astype(np.int32)
+        opens_N[forced] = 1
+        end = begin + int(np.searchsorted(np.cumsum(opens_N), patch_room, side="right"))
+        patches = patch_room
+    return Piece(ids_N, starts_N1, begin, end, patches)
 
 
-def piece_patches(piece: Piece, used: int) -> int:
-    opens_N = piece.starts_N1[piece.begin : piece.end].astype(np.int32)
-    opens_N[: max(0, 2 - used)] = 1
-    return int(opens_N.sum())
-
-
-def lay_out(pieces: Sequence[Piece], row_bytes: int) -> dict[str, np.ndarray]:
-    """The arrays of one row."""
-    row = {
-        "bytes_BN": np.full(row_bytes, BOE, np.int32),
-        "targets_BN": np.full(row_bytes, BOE, np.int32),
-        "weights_BN": np.zeros(row_bytes, np.float32),
-        "starts_BN1": np.zeros(row_bytes + 1, bool),
-        "documents_BN": np.zeros(row_bytes, np.int32),
+def empty_rows(rows: int, row_bytes: int) -> dict[str, np.ndarray]:
+    """The arrays of a batch without documents: padding, whose id BOE is 0."""
+    return {
+        "bytes_BN": np.zeros((rows, row_bytes), np.int32),
+        "targets_BN": np.zeros((rows, row_bytes), np.int32),
+        "weights_BN": np.zeros((rows, row_bytes), np.float32),
+        "starts_BN1": np.zeros((rows, row_bytes + 1), bool),
+        "documents_BN": np.zeros((rows, row_bytes), np.int32),
     }
+
+
+def lay_out(pieces: Sequence[Piece], row: dict[str, np.ndarray]) -> None:
+    """Writes pieces into one row of `empty_rows`, [N] of each array."""
     place = 0
-    for number, (ids_N, starts_N1, begin, end) in enumerate(pieces, start=1):
+    for number, (ids_N, starts_N1, begin, end, _) in enumerate(pieces, start=1):
         size = end - begin
         here = slice(place, place + size)
         targets_N = ids_N[begin + 1 : end + 1]  # one fewer than bytes where the document ends
@@ -88,7 +92,14 @@ def lay_out(pieces: Sequence[Piece], row_bytes: int) -> dict[str, np.ndarray]:
         place += size
     if place:
         row["starts_BN1"][:2] = True
-    return row
+
+
+def batch_of(rows: Sequence[Sequence[Piece]], row_bytes: int) -> dict[str, np.ndarray]:
+    """A batch, row by row; rows are written where they stay."""
+    batch = empty_rows(len(rows), row_bytes)
+    for number, pieces in enumerate(rows):
+        lay_out(pieces, {name: array[number] for name, array in batch.items()})
+    return batch
 
 
 class Candidate(NamedTuple):
@@ -98,7 +109,7 @@ class Candidate(NamedTuple):
     ids_N: np.ndarray
     starts_N1: np.ndarray
     size: tuple[int, int]  # bytes, patches
-    age: int = 0  # picks that passed it over
+    since: int = 0  # the pick at which it began to wait
     position: int = 0
 
 
@@ -119,42 +130,53 @@ class Packer:
         self.supply, self.read = supply, read
         self.row_bytes, self.row_patches, self.look_ahead = row_bytes, row_patches, look_ahead
         self.waiting: list[Candidate] = []
+        self.shares_Q2 = np.zeros((look_ahead, 2))  # of a row's bytes and patches, by who waits
+        self.picks = 0
         self.open: Candidate | None = None
 
     def state(self) -> dict:
         return {
-            "waiting": [[waits.key, waits.age] for waits in self.waiting],
+            "waiting": [[waits.key, self.picks - waits.since] for waits in self.waiting],
             "open": None if self.open is None else [self.open.key, self.open.position],
         }
 
     def restore(self, state: dict) -> None:
-        self.waiting = [self.candidate(key)._replace(age=age) for key, age in state["waiting"]]
+        self.waiting = []
+        for key, age in state["waiting"]:
+            self.wait(self.candidate(key, since=self.picks - age))
         self.open = None
         if state["open"] is not None:
             key, position = state["open"]
-            self.open = self.candidate(key)._replace(position=position)
+            self.open = self.candidate(key, position=position)
 
-    def candidate(self, key: Any) -> Candidate:
+    def candidate(self, key: Any, *, since: int = 0, position: int = 0) -> Candidate:
         ids_N, starts_N1 = self.read(key)
-        return Candidate(key, ids_N, starts_N1, (len(ids_N), int(starts_N1[:-1].sum())))
+        size = (len(ids_N), np.count_nonzero(starts_N1[:-1]))
+        return Candidate(key, ids_N, starts_N1, size, since, position)
+
+    def wait(self, candidate: Candidate) -> None:
+        size_2 = np.array(candidate.size) / (self.row_bytes, self.row_patches)
+        self.shares_Q2[len(self.waiting)] = size_2
+        self.waiting.append(candidate)
 
     def pick(self, used: int, patches: int) -> Candidate:
         """Takes the waiting document that leaves bytes and patches most evenly used."""
         while len(self.waiting) < self.look_ahead:
-            self.waiting.append(self.candidate(self.supply()))
+            self.wait(self.candidate(self.supply(), since=self.picks))
         # The awkward ones must not wait for ever.
         chosen = 0
-        if self.waiting[0].age < 4 * self.look_ahead:
-            sizes = np.array([waits.size for waits in self.waiting], np.float64)
-            room = np.array([self.row_bytes - used, self.row_patches - patches], np.float64)
-            fits = np.minimum(1.0, (room / sizes).min(axis=1, keepdims=True))
-            after = (sizes * fits + [used, patches]) / [self.row_bytes, self.row_patches]
-            chosen = int(np.argmin(np.abs(after[:, 0] - after[:, 1])))
-        picked = self.waiting.pop(chosen)
-        self.waiting = [waits._replace(age=waits.age + 1) for waits in self.waiting]
-        return picked
+        if self.picks - self.waiting[0].since < 4 * self.look_ahead:
+            byte_share_Q, patch_share_Q = self.shares_Q2.T
+            byte_share, patch_share = used / self.row_bytes, patches / self.row_patches
+            fits_Q = np.minimum((1 - byte_share) / byte_share_Q, (1 - patch_share) / patch_share_Q)
+            uneven_Q = np.minimum(fits_Q, 1) * (byte_share_Q - patch_share_Q)
+            chosen = int(np.abs(uneven_Q + (byte_share - patch_share)).argmin())
+        self.picks += 1
+        self.shares_Q2[chosen:-1] = self.shares_Q2[chosen + 1 :]
+        return self.waiting.pop(chosen)
 
-    def next_row(self) -> dict[str, np.ndarray]:
+    def next_row(self) -> list[Piece]:
+        """What the next row holds; `batch_of` writes it out."""
         pieces: list[Piece] = []
         used = patches = 0
         while used < self.row_bytes and patches < self.row_patches:
@@ -163,7 +185,7 @@ class Packer:
             room = (self.row_bytes - used, self.row_patches - patches)
             piece = next_piece(ids_N, starts_N1, begin, used, *room)
             if piece.end > piece.begin:
-                patches += piece_patches(piece, used)
+                patches += piece.patches
                 used += piece.end - piece.begin
                 pieces.append(piece)
             # With EOS alone left there is nothing more to predict: EOS was the last target.
@@ -171,12 +193,12 @@ class Packer:
             if piece.end < len(ids_N) - 1:
                 self.open = document._replace(position=piece.end)
                 break
-        return lay_out(pieces, self.row_bytes)
+        return pieces
 
 
 def pack_exact(
     documents: Iterable[tuple[np.ndarray, np.ndarray]], row_bytes: int, row_patches: int
-) -> tuple[list[dict[str, np.ndarray]], int]:
+) -> tuple[list[list[Piece]], int]:
     """Rows for evaluation, and the number of cuts.
 
     A document that fits a row is never split; a longer one starts a row of its own and goes on in
@@ -192,25 +214,25 @@ def pack_exact(
         while begin == 0 or begin < len(ids_N) - 1:
             piece = next_piece(ids_N, starts_N1, begin, 0, row_bytes, row_patches)
             cuts += begin > 0
-            rows.append(([piece], piece.end - piece.begin, piece_patches(piece, 0)))
+            rows.append(([piece], piece.end - piece.begin, piece.patches))
             begin = piece.end
     # Largest first, each into the fullest row that has room for it: best fit.
     short.sort(key=lambda item: -max(len(item[0]) / row_bytes, item[1][:-1].sum() / row_patches))
     by_room = sorted((row_bytes - used, number) for number, (_, used, _) in enumerate(rows))
     for ids_N, starts_N1 in short:
-        piece = Piece(ids_N, starts_N1, 0, len(ids_N))
+        # Its first two positions open patches anyway, so a row's start adds none.
+        piece = Piece(ids_N, starts_N1, 0, len(ids_N), np.count_nonzero(starts_N1[:-1]))
         first = bisect.bisect_left(by_room, (len(ids_N),))
         # A row with room for the bytes may have none for the patches; few are looked at, for speed.
         for place in range(first, min(first + 64, len(by_room))):
             room, number = by_room[place]
             pieces, used, patches = rows[number]
-            more = piece_patches(piece, used)
-            if patches + more <= row_patches:
+            if patches + piece.patches <= row_patches:
                 del by_room[place]
-                rows[number] = ([*pieces, piece], used + len(ids_N), patches + more)
+                rows[number] = ([*pieces, piece], used + len(ids_N), patches + piece.patches)
                 break
         else:
             room, number = row_bytes, len(rows)
-            rows.append(([piece], len(ids_N), piece_patches(piece, 0)))
+            rows.append(([piece], len(ids_N), piece.patches))
         bisect.insort(by_room, (room - len(ids_N), number))
-    return [lay_out(pieces, row_bytes) for pieces, _, _ in rows], cuts
+    return [pieces for pieces, _, _ in rows], cuts

@@ -14,8 +14,9 @@ import numpy as np
 
 from bltjax.bpe import load_tokenizer
 from bltjax.config import DataConfig, PatchingConfig
-from bltjax.data.packing import Packer, cut, lay_out, pack_exact
+from bltjax.data.packing import Packer, batch_of, cut, pack_exact
 from bltjax.data.records import RecordDocuments
+from bltjax.data.shuffle import Order
 from bltjax.data.sources import Documents, open_source
 
 
@@ -33,19 +34,17 @@ class Stream:
     ):
         self.sources, self.patching, self.shared = sources, patching, shared
         self.weights = {name: data.train[name].weight for name in sources}
-        self.order = {}
+        self.order: dict[str, Order] = {}
+        self.number, self.rows, self.row_bytes = number, data.rows, data.row_bytes
         # Where in its turn a source begins. Were it 0 in all streams, they would all meet a rare
         # source in the same batch.
         self.phase, self.lead = {}, {}
         for rank, (name, documents) in enumerate(sources.items()):
-            # Too few records to share are shared by all, each stream in an order of its own.
-            mine = np.arange(number, len(documents), data.rows)
-            if len(documents) < data.rows:
-                mine = np.arange(len(documents))
             stream_seed, phase = np.random.SeedSequence([seed, number, rank]).generate_state(2)
             self.phase[name] = int(phase) / 2**32
-            order = grain.MapDataset.source(mine).seed(int(stream_seed)).shuffle()
-            self.order[name] = order.repeat()  # shuffled anew in every epoch
+            mine = len(range(number, len(documents), data.rows))
+            shared_by_all = len(documents) < data.rows
+            self.order[name] = Order(len(documents) if shared_by_all else mine, int(stream_seed))
         self.newest: tuple[np.ndarray, ...] = ()
         self.taken = dict.fromkeys(sources, 0)
         self.bytes = dict.fromkeys(sources, 0)
@@ -55,16 +54,25 @@ class Stream:
     def supply(self) -> list:
         """[source, record] next in the mixture: the source furthest behind its share of bytes."""
         name = min(self.sources, key=self.due)
-        record = int(self.order[name][self.taken[name]])
+        record = self.record(name, self.taken[name])
         self.newest = self.read([name, record])  # asked for next: held, so not read again
         self.taken[name] += 1
         self.bytes[name] += len(self.newest[0]) - 2  # without BOS and EOS
         return [name, record]
 
+    def record(self, name: str, place: int) -> int:
+        """The number of the record at a place of this stream's order: one of every B-th.
+
+        Too few records to share are shared by all, each stream in an order of its own.
+        """
+        mine = self.order[name][place]
+        shared_by_all = len(self.sources[name]) < self.rows
+        return mine if shared_by_all else self.number + self.rows * mine
+
     def due(self, name: str) -> float:
         """Of all sources, the one where this is least comes next."""
         if name not in self.lead:
-            first = int(self.order[name][0])
+            first = self.record(name, 0)
             self.lead[name] = self.phase[name] * (len(self.read([name, first])[0]) - 2)
         return (self.bytes[name] + self.lead[name]) / self.weights[name]
 
@@ -115,8 +123,8 @@ class BatchIterator(grain.DatasetIterator):
         self._streams = streams
 
     def __next__(self) -> dict[str, np.ndarray]:
-        rows = [stream.packer.next_row() for stream in self._streams.values()]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        streams = list(self._streams.values())
+        return batch_of([stream.packer.next_row() for stream in streams], streams[0].row_bytes)
 
     def get_state(self) -> dict:
         return {str(number): stream.state() for number, stream in self._streams.items()}
@@ -155,9 +163,21 @@ def training_batches(
     }
     if patching is not None and patching.mode == "bpe":
         load_tokenizer(patching.tokenizer)  # what is wrong with it is said now
+    records = sum(map(len, sources.values()))
+    if records < data.rows:
+        raise ValueError(
+            f"config.data.train has {records} documents in all, but data.rows ({data.rows}) streams"
+            " need one each at least: set split_bytes, which cuts text files into documents, or"
+            " take fewer rows"
+        )
     for name, documents in sources.items():
         if documents.bad:
             print(f"{name}: {documents.bad} broken lines skipped")
+        if len(documents) < data.rows:
+            print(
+                f"{name}: {len(documents)} records for {data.rows} streams, so that every stream"
+                " takes all of them, in an order of its own"
+            )
         scored = isinstance(documents, RecordDocuments)
         if patching is not None and patching.mode == "entropy" and not scored:
             raise ValueError(
@@ -181,9 +201,9 @@ def held_out_batches(
     limit = data.row_bytes if patching is None else data.row_patches
     cut_documents = (cut(documents[i], patching) for i in range(len(documents)))
     rows, cuts = pack_exact(cut_documents, data.row_bytes, limit)
-    rows += [lay_out([], data.row_bytes)] * (-len(rows) % data.rows)
+    rows += [[]] * (-len(rows) % data.rows)
     groups = (rows[i : i + data.rows] for i in range(0, len(rows), data.rows))
-    return [{name: np.stack([row[name] for row in g]) for name in g[0]} for g in groups], cuts
+    return [batch_of(group, data.row_bytes) for group in groups], cuts
 
 
 def fills(batch: dict[str, np.ndarray], row_patches: int) -> tuple[float, float]:

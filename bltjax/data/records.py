@@ -7,9 +7,9 @@ patches, so that one scoring of a corpus serves every threshold. Files appear un
 names only when whole, and the manifest, written last, says what they must be.
 """
 
+import bisect
 import dataclasses
 import json
-import os
 import struct
 import zlib
 from collections.abc import Iterable
@@ -17,6 +17,9 @@ from pathlib import Path
 
 import numpy as np
 from array_record.python import array_record_module
+from etils import epath
+
+from bltjax.storage import is_remote, local_copy, publish, scratch, size_of, write_text
 
 MAGIC = b"BLT1"
 HEADER = struct.Struct("<4sII")
@@ -69,11 +72,9 @@ class ShardInfo:
     size: int  # bytes of the file
     crc32: int
 
-    def is_whole(self, path: Path) -> bool:
+    def is_whole(self, path: epath.Path) -> bool:
         """Whether the file is there, byte for byte."""
-        if not path.is_file() or path.stat().st_size != self.size:
-            return False
-        return file_crc32(path) == self.crc32
+        return size_of(path) == self.size and file_crc32(path) == self.crc32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Manifest:
         return sum(getattr(shard, field) for shard in self.shards)
 
 
-def file_crc32(path: Path) -> int:
+def file_crc32(path: epath.Path) -> int:
     checksum = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -105,9 +106,13 @@ def file_crc32(path: Path) -> int:
     return checksum
 
 
-def write_shard(path: Path, records: Iterable[bytes]) -> None:
-    """Writes an ArrayRecord file beside its place, then moves it there whole."""
-    partial = path.with_name(f".{path.name}.partial")
+def write_shard(path: epath.Path, records: Iterable[bytes], writer_name: str = "") -> None:
+    """Writes an ArrayRecord file beside its place, then moves it there whole.
+
+    writer_name: tells writers of one shard apart, if there may be several.
+    """
+    folder = scratch() if is_remote(path) else Path(path).parent
+    partial = folder / f".{path.name}.{writer_name}partial"
     try:
         writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,zstd:3")
         try:
@@ -120,29 +125,21 @@ def write_shard(path: Path, records: Iterable[bytes]) -> None:
     publish(partial, path)
 
 
-def publish(partial: Path, path: Path) -> None:
-    """Gives a file its final name, once its bytes are on the disk."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def shard_info(path: Path, texts_bytes: int, documents: int, padding: int) -> ShardInfo:
+def shard_info(path: epath.Path, texts_bytes: int, documents: int, padding: int) -> ShardInfo:
     positions = texts_bytes + documents
-    size, crc32 = path.stat().st_size, file_crc32(path)
+    size, crc32 = size_of(path), file_crc32(path)
     return ShardInfo(path.name, documents, texts_bytes, positions, padding, size, crc32)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
-    publish(partial, folder / MANIFEST)
+def write_manifest(folder: epath.Path, manifest: Manifest) -> None:
+    text = json.dumps(dataclasses.asdict(manifest), indent=1) + "\n"
+    write_text(epath.Path(folder) / MANIFEST, text)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: epath.Path) -> Manifest:
     """Raises ValueError for a folder without a manifest, or with one that is not ours."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"{folder} has no {MANIFEST}: it is not a finished folder of records."
             " Run the entropies command to its end."
@@ -166,9 +163,9 @@ class RecordDocuments:
 
     bad = 0
 
-    def __init__(self, folder: Path, expected_identity: str | None = None):
+    def __init__(self, folder: epath.Path, expected_identity: str | None = None):
         """Raises ValueError for missing or truncated shards, or another byte LM's entropies."""
-        self.folder = Path(folder)
+        self.folder = epath.Path(folder)
         self.manifest = read_manifest(self.folder)
         if expected_identity not in (None, self.manifest.byte_lm):
             raise ValueError(
@@ -178,40 +175,45 @@ class RecordDocuments:
             )
         for shard in self.manifest.shards:
             path = self.folder / shard.name
-            found = path.stat().st_size if path.is_file() else None
+            found = size_of(path)
             if found != shard.size:
                 what = "is missing" if found is None else f"has {found} bytes, not {shard.size}"
                 raise ValueError(
                     f"{path} {what}: the shard is damaged."
                     " Run the entropies command again; it keeps the whole shards."
                 )
-        self.ends = np.cumsum([shard.documents for shard in self.manifest.shards])
+        self.ends = np.cumsum([shard.documents for shard in self.manifest.shards]).tolist()
         self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return self.ends[-1] if self.ends else 0
 
     def __getstate__(self):
         return self.__dict__ | {"_readers": {}}
 
     def name(self, index: int) -> str:
-        shard = int(np.searchsorted(self.ends, index, side="right"))
+        shard = bisect.bisect_right(self.ends, index)
         return f"{self.folder / self.manifest.shards[shard].name}[{index}]"
 
     def __getitem__(self, index: int) -> Document:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.folder} has no record {index}; it has {len(self)}")
-        shard = int(np.searchsorted(self.ends, index, side="right"))
-        path = self.folder / self.manifest.shards[shard].name
+        shard = bisect.bisect_right(self.ends, index)
+        first = self.ends[shard] - self.manifest.shards[shard].documents
         try:
-            if shard not in self._readers:
-                self._readers[shard] = array_record_module.ArrayRecordReader(
-                    str(path), "readahead_buffer_size:0"
-                )
-            first = int(self.ends[shard]) - self.manifest.shards[shard].documents
-            return decode_record(self._readers[shard].read([index - first])[0])
+            # A range: for a list of numbers the reader looks at every record that it has.
+            return decode_record(self.reader(shard).read(index - first, index - first + 1)[0])
         except (ValueError, RuntimeError, IndexError) as error:
+            path = self.folder / self.manifest.shards[shard].name
             raise ValueError(
                 f"{path}, record {index}: {error}. The shard is damaged: run the entropies"
                 " command again; it keeps the whole shards."
             ) from None
+
+    def reader(self, shard: int) -> array_record_module.ArrayRecordReader:
+        if shard not in self._readers:
+            path = local_copy(self.folder / self.manifest.shards[shard].name)
+            self._readers[shard] = array_record_module.ArrayRecordReader(
+                str(path), "readahead_buffer_size:0"
+            )
+        return self._readers[shard]

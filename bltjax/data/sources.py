@@ -4,22 +4,22 @@ Text is bytes and is never decoded, so that what is not UTF-8 trains as well. Do
 when a source is opened (offsets, not text, are kept) and read when asked for.
 """
 
-import glob
 import itertools
 import json
 import mmap
-import os
 import re
 from array import array
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from bltjax.alphabet import as_bytes
 from bltjax.config import SourceConfig
 from bltjax.data.parquet import ParquetDocuments
 from bltjax.data.records import MANIFEST, Document, RecordDocuments
 from bltjax.data.tfds import TFDSDocuments
+from bltjax.storage import is_remote, local_copy, matches
 
 BLANK_LINES = re.compile(rb"\n(?:\r?\n)+")
 # Their bytes would train, and teach nothing.
@@ -161,28 +161,25 @@ def open_source(
       ValueError: for a path without files, an empty corpus, a bad line, damaged records.
       OSError: for a file that cannot be read.
     """
-    path = Path(source.path)
+    path = epath.Path(source.path)
     if source.path.startswith("tfds:"):
         name = source.path.removeprefix("tfds:")
         documents: Documents = TFDSDocuments(name, source.field, source.split, source.data_dir)
     elif path.is_dir() and ((path / MANIFEST).exists() or (path / "plan.json").exists()):
         documents = RecordDocuments(path, expected_identity)
     else:
-        pattern = str(path / "*.txt") if path.is_dir() else source.path
-        paths = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
-        if os.path.isfile(source.path):  # a name with brackets is itself before it is a pattern
-            paths = [path]
-        paths = [found for found in paths if found.is_file()]
+        paths = matches(str(path / "*.txt") if path.is_dir() else source.path)
         if not paths and path.is_dir():
             raise ValueError(
                 f"{source.path} is a folder with neither records nor *.txt files;"
                 f" other files need a pattern, such as '{path / '*.jsonl'}'"
             )
         if not paths:
+            where = "" if is_remote(path) else f" (working directory: {Path.cwd()})"
             raise ValueError(
-                f"{source.path}: no such file, and no file matches it as a glob"
-                f" (working directory: {Path.cwd()})"
+                f"{source.path}: no such file, and no file matches it as a glob{where}"
             )
+        paths = [local_copy(found) for found in paths]  # all of a bucket's are read once anyway
         kinds = [kind_of(found) for found in paths]
         for found, kind in zip(paths, kinds, strict=True):
             if kind != kinds[0]:

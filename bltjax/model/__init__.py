@@ -43,13 +43,19 @@ def initial_params(model: Model, key) -> dict:
     return model.init(key, *inputs)["params"]
 
 
+def part_of(path, config) -> str:
+    """Which part of a model the parameter at a path of its tree belongs to."""
+    if path[-1].key == "ngrams_RME":
+        return "hash_tables"
+    return path[0].key if isinstance(config, BLTConfig) else "all"
+
+
 def parameter_count(params, config) -> dict[str, int]:
     """Parameters by part and in total; the padding of the hash tables is not counted."""
     counts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        size, part = leaf.size, path[0].key if isinstance(config, BLTConfig) else "all"
-        if path[-1].key == "ngrams_RME":
+        size, part = leaf.size, part_of(path, config)
+        if part == "hash_tables":
             size = size // config.hash.stored_rows * config.hash.rows
-            part = "hash_tables"
         counts[part] = counts.get(part, 0) + size
     return counts | {"total": sum(counts.values())}

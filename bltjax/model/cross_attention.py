@@ -56,9 +56,12 @@ class CrossAttention(nn.Module):
         return 2 * x_BQE + constrained(project(out_BQGC, o_GCE, axes=2), "x_BQE")
 
     def __call__(self, x_BQE, source_BTE, ranges: Ranges):
+        q_BQGC = self.queries(x_BQE)
         k_BTGC, v_BTGC = self.source(source_BTE)
+        # Kept only where someone asks for them, to look at (bltjax/inside.py).
+        self.sow("cross", "queries_keys", (q_BQGC, k_BTGC))
         out_BQGC = range_attention(
-            self.queries(x_BQE),
+            q_BQGC,
             k_BTGC,
             v_BTGC,
             ranges.start_BQ,

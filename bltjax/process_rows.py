@@ -1,0 +1,40 @@
+"""Which rows of the global batch a process builds, and global arrays made of every process' rows.
+
+Row b of the global batch is stream b, whoever builds it. A process builds the rows that its devices
+hold; where the mesh gives one row to several processes (`tensor` across hosts), each builds it.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+
+def own_rows(sharding: NamedSharding, rows: int) -> list[int]:
+    """The rows, in order, that lie on devices of this process."""
+    places = sharding.addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (place,) in places for row in range(rows)[place]})
+
+
+def global_batch(batch: dict[str, np.ndarray], sharding: NamedSharding, rows: int):
+    """Arrays [rows, ...] over all processes, of the [own rows, ...] that each has built."""
+    own = own_rows(sharding, rows)
+    place_of = {row: place for place, row in enumerate(own)}
+
+    places = sharding.addressable_devices_indices_map((rows,))
+
+    def array(local: np.ndarray) -> jax.Array:
+        # A transfer that is asked for; jax.make_array_from_callback would be an implicit one.
+        parts = [
+            jax.device_put(local[[place_of[row] for row in range(rows)[place]]], device)
+            for device, (place,) in places.items()
+        ]
+        return jax.make_array_from_single_device_arrays((rows, *local.shape[1:]), sharding, parts)
+
+    return {name: array(local) for name, local in batch.items()}
+
+
+def own_part(batch: dict[str, np.ndarray], sharding: NamedSharding):
+    """Global arrays of a batch that every process has whole."""
+    rows = len(next(iter(batch.values())))
+    own = own_rows(sharding, rows)
+    return global_batch({name: array[own] for name, array in batch.items()}, sharding, rows)

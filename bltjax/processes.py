@@ -1,0 +1,295 @@
+"""Many processes as one: how they find each other, agree, and end.
+
+`join` is called before jax touches a device. On Cloud TPU, GKE and SLURM jax itself knows the
+coordinator, the number of processes and which of them this is; elsewhere three options say so.
+From then on process 0 alone prints and writes (`is_writer`); what the others print goes nowhere,
+except for errors. What processes tell each other here are small values of JSON in the
+coordinator's key-value store, so that it works while no device does.
+
+A program ends with one of these codes, and the scripts in launch/ act on them:
+
+    0     finished
+    1     an error that a restart would meet again: a setting, data, a loss that is not finite
+    75    RESTART: the same command goes on where it stopped (notice of preemption, a lost process)
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jaxlib
+from jax._src import distributed, xla_bridge  # no public door to the key-value store
+from jax._src.clusters import ClusterEnv  # nor to what it knows of clusters
+
+from bltjax.config import differences
+
+RESTART = 75  # EX_TEMPFAIL of sysexits.h
+JOIN_SECONDS = 300
+AGREE_SECONDS = 1200  # hosts read their data at different speeds
+# Beginnings of errors that a process would meet alone, and meet again.
+OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND")
+calls = itertools.count()  # every process makes the same calls, so a number names one
+
+
+class Restart(Exception):
+    """Ends a program with the code RESTART; its message says why."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--coordinator, --processes, --process of the programs that run as many processes."""
+    group = parser.add_argument_group(
+        "many processes",
+        "found by themselves on Cloud TPU, GKE and SLURM; elsewhere give all three",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which this is: 0 ... N - 1")
+    group.add_argument(
+        "--join_seconds",
+        type=int,
+        default=JOIN_SECONDS,
+        help=f"how long to wait for the others (default: {JOIN_SECONDS})",
+    )
+
+
+def join(args: argparse.Namespace) -> None:
+    """Makes this process one of many, if the options or the cluster say so.
+
+    Raises:
+      ValueError: for options that don't fit together.
+      Restart: if the coordinator, or another process, isn't there in time.
+    """
+    if joined():
+        return
+    given = [args.coordinator, args.processes, args.process]
+    # Collectives of CPU devices in several processes; other devices have their own.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # jax would catch SIGTERM in every program, also in those that have nothing to save.
+    jax.config.update("jax_enable_preemption_service", False)
+    if given == [None, 1, None]:
+        return
+    if given.count(None) == 3:
+        join_cluster(args.join_seconds)
+    elif None in given:
+        raise ValueError(
+            "--coordinator, --processes and --process belong together; given are"
+            f" {args.coordinator}, {args.processes} and {args.process}"
+        )
+    else:
+        join_at(args.coordinator, args.processes, args.process, args.join_seconds)
+    if not is_writer():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+
+
+def placed(args: argparse.Namespace) -> tuple[int, int]:
+    """Which process this is, and of how many, told without meeting the others.
+
+    For work that is divided and not shared: a process that is lost, or late, holds up nobody.
+
+    Raises:
+      ValueError: for --process without --processes, or one that doesn't fit it.
+    """
+    index, count = args.process, args.processes
+    if index is None and count is None:
+        kinds = ClusterEnv._cluster_types
+        there = (kind for kind in kinds if not kind.opt_in_only_method and kind.is_env_present())
+        cluster = next(there, None)
+        if cluster is None:
+            return 0, 1
+        return cluster.get_process_id(), cluster.get_process_count()
+    if index is None or count is None or not 0 <= index < count:
+        raise ValueError(f"--process ({index}) must be 0 ... --processes - 1, of {count}")
+    return index, count
+
+
+def join_cluster(seconds: int) -> None:
+    if xla_bridge.backends_are_initialized():
+        return  # called from a program that has begun to compute, such as a notebook: alone
+    try:
+        jax.distributed.initialize(initialization_timeout=seconds)
+    except ValueError as error:
+        # So jax says that it knows no cluster here: one process is all there is.
+        if "coordinator_address should be defined" not in str(error):
+            raise
+    except (OSError, RuntimeError) as error:
+        # To go on alone would let every host of a pod train for itself.
+        raise ValueError(
+            f"looking for the other processes of a cluster failed: {error}\nIf this is the only"
+            " one, say --processes=1."
+        ) from error
+
+
+def join_at(address: str, count: int, index: int, seconds: int) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--coordinator is {address!r}, not HOST:PORT")
+    if not 0 <= index < count:
+        raise ValueError(f"--process ({index}) must be 0 ... --processes - 1 = {count - 1}")
+    deadline = time.monotonic() + seconds
+    if index:
+        wait_for_listener(host.strip("[]"), int(port), address, index, seconds)
+    # Time's end inside jax aborts the process with a stack trace. Ours comes first.
+    late = threading.Timer(
+        max(1.0, deadline - time.monotonic()),
+        lambda: leave(
+            RESTART,
+            f"process {index} waited {seconds} s at the coordinator {address}, but not all of"
+            f" {count} processes came. Check that each was started, with this address and"
+            f" --processes={count}.",
+        ),
+    )
+    late.daemon = True
+    late.start()
+    jax.distributed.initialize(
+        address,
+        count,
+        index,
+        initialization_timeout=seconds + 60,
+        cluster_detection_method="deactivate",
+    )
+    late.cancel()
+
+
+def wait_for_listener(host: str, port: int, address: str, index: int, seconds: int) -> None:
+    """Returns once somebody listens at the coordinator's address."""
+    deadline, reason = time.monotonic() + seconds, ""
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+            time.sleep(0.2)
+    raise Restart(
+        f"process {index} could not reach the coordinator at {address} in {seconds} s ({reason})."
+        " Is that the address of process 0, and does process 0 run?"
+    )
+
+
+def joined() -> bool:
+    return distributed.global_state.client is not None
+
+
+def process_index() -> int:
+    """Which process this is. Unlike jax.process_index, it starts no device."""
+    return distributed.global_state.process_id
+
+
+def process_count() -> int:
+    return distributed.global_state.num_processes
+
+
+def is_writer() -> bool:
+    """Whether this process prints, and writes logs and configs."""
+    return process_index() == 0
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error most likely comes of another process' end; a restart is the way on."""
+    if not joined() or not isinstance(error, jax.errors.JaxRuntimeError):
+        return False
+    return not str(error).startswith(OWN_FAULTS)
+
+
+def leave(code: int, message: str = "") -> NoReturn:
+    """Ends this process now; at an ordinary end jax would wait for others that may wait for it."""
+    if message:
+        print(f"bltjax: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_writer() and joined():
+        time.sleep(1)  # without their coordinator the others abort, before they say why they end
+    os._exit(code)
+
+
+def gathered(what: str, value: Any) -> list:
+    """The value of every process, by its number; `what` names it if a process doesn't come.
+
+    value: small, and JSON.
+
+    Raises:
+      Restart: naming the processes that didn't give theirs in time.
+    """
+    if not joined():
+        return [value]
+    client, count = distributed.global_state.client, process_count()
+    folder = f"bltjax/{next(calls)}/"
+    client.key_value_set(f"{folder}{process_index()}", json.dumps(value))
+    try:
+        client.wait_at_barrier(f"{folder}whole", AGREE_SECONDS * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(folder)}
+        lost = sorted(set(range(count)) - came)
+        raise Restart(
+            f"{what}: no word from process {', '.join(map(str, lost))} in {AGREE_SECONDS} s"
+            if lost
+            else f"{what}: {error}"
+        ) from error
+    found = {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(folder)}
+    client.wait_at_barrier(f"{folder}read", AGREE_SECONDS * 1000)  # process 0 may end after this
+    return [json.loads(found[index]) for index in range(count)]
+
+
+def barrier(what: str) -> None:
+    """Returns once every process has come here."""
+    gathered(what, None)
+
+
+def from_writer(what: str, make: Callable[[], Any]) -> Any:
+    """What process 0 makes, in every process; what it raises as ValueError or OSError, too."""
+    made, problem = None, ""
+    if is_writer():
+        try:
+            made = make()
+        except (ValueError, OSError) as error:
+            problem, raised = str(error) or type(error).__name__, error
+    made, problem = gathered(what, [made, problem])[0]
+    if problem:
+        raise raised if is_writer() else ValueError(problem)
+    return made
+
+
+def code_version() -> str:
+    """A checksum of this package's sources."""
+    digest, root = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_agreement(settings: dict) -> None:
+    """Raises ValueError, naming hosts and differences, unless all run the same on the same.
+
+    settings: what this process was told to do, as JSON.
+    """
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "sources": code_version()}
+    mine = {"bltjax": settings, "versions": versions}
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+    digests = gathered("comparing settings", digest)
+    if len(set(digests)) == 1:
+        return
+    # Whole settings travel only now: of process 0, and of those that differ from it.
+    differs = digests[process_index()] != digests[0]
+    told = gathered(
+        "comparing settings", [socket.gethostname(), mine if differs or is_writer() else None]
+    )
+    lines = []
+    for index, (host, theirs) in enumerate(told):
+        if digests[index] != digests[0]:
+            lines.append(f"process {index} ({host}):")
+            lines += [f"  {line}" for line in differences(told[0][1], theirs)]
+    raise ValueError(
+        f"processes differ from process 0 ({told[0][0]}; its value -> theirs):\n  "
+        + "\n  ".join(lines)
+        + "\nStart all with the same command, from the same copy of bltjax and of its packages."
+    )

@@ -1,0 +1,97 @@
+"""What a run's model writes, and how it cuts a text: kept beside the run, for its page.
+
+Prompts are the beginnings of held-out documents. One device must hold the model; a run too large
+for that has a page all the same, without this part.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from bltjax.checkpoint import newest_checkpoint, read_config
+from bltjax.config import RunConfig
+from bltjax.data.sources import open_source
+from bltjax.notebook import LoadedModel, load
+from bltjax.page import SAMPLES, write_page
+from bltjax.picture import patch_strings, whole_characters_up_to
+from bltjax.storage import write_text
+
+PROMPT_BYTES, CUT_BYTES = 60, 600
+
+
+def held_out_texts(config: RunConfig, count: int) -> Iterator[bytes]:
+    """Held-out documents that are longer than a prompt; far apart, where there are many."""
+    for source in config.data.held_out.values():
+        documents = open_source(source, skip_bad=config.data.skip_bad)
+        for index in np.linspace(0, len(documents) - 1, 4 * count).astype(int):
+            text = documents[int(index)].text.tobytes()
+            if len(text) > PROMPT_BYTES:
+                yield text
+
+
+def cut_pieces(model: LoadedModel, text: bytes) -> list[dict]:
+    """The patches of a text as the page shows them."""
+    lengths = [len(patch) for patch in model.patches(text)]
+    begins = np.cumsum([0, *lengths[:-1]])
+    entropies_N = model.entropies(text) if model.config.threshold is not None else None
+    return [
+        {"text": shown, "bytes": length, "nats": None if entropies_N is None else float(nats)}
+        for shown, length, nats in zip(
+            patch_strings(text, begins),
+            lengths,
+            np.zeros(len(begins)) if entropies_N is None else entropies_N[begins],
+            strict=True,
+        )
+    ]
+
+
+def write_samples(
+    workdir: epath.Path, *, count: int, max_bytes: int, temperature: float, seed: int
+) -> dict:
+    """Lets the newest checkpoint write, and keeps it in the work directory.
+
+    Raises:
+      ValueError: for a folder without a whole checkpoint, or a setting out of range.
+    """
+    config, model = read_config(workdir), load(workdir)
+    texts = list(held_out_texts(config, count))[:: 4 if count > 1 else 1][:count] or [b""]
+    incremental = model.config.patching is None or model.config.patching.incremental
+    found = {"step": newest_checkpoint(workdir)[1], "temperature": temperature, "texts": []}
+    for number, text in enumerate(texts if incremental else ()):
+        prompt = whole_characters_up_to(text, PROMPT_BYTES).decode("utf-8", errors="replace")
+        written = model.generate(
+            prompt, max_bytes=max_bytes, temperature=temperature, seed=seed + number
+        )
+        found["texts"].append({"prompt": prompt, "written": "".join(written)})
+    if config.blt and texts[0]:
+        found["patches"] = cut_pieces(model, whole_characters_up_to(texts[0], CUT_BYTES))
+    write_text(workdir / SAMPLES, json.dumps(found) + "\n")
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workdir", type=epath.Path, help="a training run's work directory")
+    parser.add_argument("--samples", type=int, default=3, help="texts to write (0: none anew)")
+    parser.add_argument("--max_bytes", type=int, default=300, help="bytes of each")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest byte")
+    parser.add_argument("--seed", type=int, default=0, help="of the first")
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError("page takes no --config settings")
+    if args.samples < 0:
+        raise ValueError(f"--samples ({args.samples}) must be >= 0")
+    read_config(args.workdir)  # a folder that is no run is refused before anything is loaded
+    if args.samples:
+        write_samples(
+            args.workdir,
+            count=args.samples,
+            max_bytes=args.max_bytes,
+            temperature=args.temperature,
+            seed=args.seed,
+        )
+    print(f"page: {write_page(args.workdir)}")

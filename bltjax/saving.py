@@ -1,0 +1,250 @@
+"""A training state and its data streams: saved by all processes, restored by any number of them.
+
+    WORKDIR/checkpoints/STEP/   has its number for a name only when every process wrote its part
+      params/  opt/             arrays: a process writes what its devices hold
+      streams/                  JSON, a file for each stream, by the process that builds its rows
+      progress/                 JSON: step, config, checksums of the arrays, held-out bits per byte
+    WORKDIR/damaged/STEP/       a checkpoint that could not be restored: moved, never deleted
+
+The checksums are of the arrays as they were on the devices, and are compared with those of what has
+been restored: so damage anywhere in between is found, whatever the files say.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
+from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
+
+from bltjax.checkpoint import TrainState, in_chunks, quiet, reader, saved_steps
+from bltjax.config import RunConfig
+from bltjax.processes import from_writer, gathered, process_count
+
+ITEMS = ("params", "opt", "streams", "progress")
+FORMAT = 2  # of progress/; another one is refused, not taken for damage
+SAVE_SECONDS = 1200  # for all processes to write their parts
+
+
+class StreamsHandler(ocp.AsyncCheckpointHandler):
+    """Streams' states, each in a file of its own; a process writes and reads those of its rows."""
+
+    def save(self, directory, args: "StreamsSave") -> None:
+        for number, state in args.states.items():
+            (directory / f"{number}.json").write_text(json.dumps(state))
+
+    async def async_save(self, directory, args: "StreamsSave"):
+        async def write() -> None:
+            self.save(directory, args)
+
+        return [CommitFutureAwaitingContractedSignals(write(), name="streams")]
+
+    def restore(self, directory, args: "StreamsRestore") -> dict[str, dict]:
+        return {
+            str(number): json.loads((directory / f"{number}.json").read_text())
+            for number in args.numbers
+        }
+
+
+@ocp.args.register_with_handler(StreamsHandler, for_save=True)
+@dataclasses.dataclass
+class StreamsSave(ocp.args.CheckpointArgs):
+    states: dict[str, dict]
+
+
+@ocp.args.register_with_handler(StreamsHandler, for_restore=True)
+@dataclasses.dataclass
+class StreamsRestore(ocp.args.CheckpointArgs):
+    numbers: list[int]
+
+
+def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
+    """Saves asynchronously; keeps the newest checkpoints, and those that are kept for good."""
+    policies = [preserve.LatestN(config.checkpoint.keep)]
+    if config.checkpoint.keep_every is not None:
+        policies.append(preserve.EveryNSteps(config.checkpoint.keep_every))
+    processes = ocp.options.MultiprocessingOptions()
+    if process_count() > 1:
+        # Named processes meet at the coordinator. Otherwise they would by collective operations,
+        # which must not come between those of the steps.
+        everyone = set(range(process_count()))
+        processes = ocp.options.MultiprocessingOptions(active_processes=everyone)
+    folder = workdir / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    return ocp.CheckpointManager(
+        folder.absolute(),
+        item_names=ITEMS,
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=preserve.AnyPreservationPolicy(policies),
+            create=False,
+            cleanup_tmp_directories=True,  # what was cut off
+            multiprocessing_options=processes,
+            async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_SECONDS),
+        ),
+    )
+
+
+@jax.jit
+def checksums(tree) -> list[jax.Array]:
+    """uint32 of each leaf: any one element that changes, changes it."""
+
+    def of_leaf(leaf):
+        width = leaf.dtype.itemsize * 8
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+        factor = jnp.uint32(1)  # odd everywhere, so that no change is multiplied by zero
+        for axis in range(leaf.ndim):
+            place = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            factor = factor + place * jnp.uint32(2 * (axis * 7919 + 1))
+        return (bits * factor).sum(dtype=jnp.uint32)
+
+    return [of_leaf(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def named_checksums(state: TrainState) -> dict[str, int]:
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    return dict(zip(names, map(int, jax.device_get(checksums(state))), strict=True))
+
+
+def save(
+    manager: ocp.CheckpointManager, state: TrainState, streams: dict[str, dict], progress: dict
+) -> None:
+    """Starts writing, in every process; arrays are copied first, so training may go on.
+
+    streams: states of this process' streams.
+    progress: JSON, with `step`.
+    """
+    progress = {"format": FORMAT, "checksums": named_checksums(state), **progress}
+    manager.save(
+        int(progress["step"]),
+        args=ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params, save_args=in_chunks(state.params)),
+            opt=ocp.args.StandardSave(state.opt),
+            streams=StreamsSave(streams),
+            progress=ocp.args.JsonSave(progress),
+        ),
+    )
+
+
+class Restored(NamedTuple):
+    state: TrainState
+    streams: dict[str, dict]
+    progress: dict
+
+
+def read_progress(folder: Path) -> dict:
+    """Raises ValueError if the checkpoint is of another version of bltjax."""
+    progress = json.loads((folder / "progress" / "metadata").read_text())
+    if progress.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} was written by another version of bltjax (format"
+            f" {progress.get('format', 1)}, not {FORMAT}): resume it with that one, or begin anew"
+            f" with --init_from={folder.parent.parent}"
+        )
+    return progress
+
+
+def restore(folder: Path, target: TrainState, streams: list[int]) -> Restored:
+    """A checkpoint on the shardings of `target` (arrays or shapes), with these streams' states.
+
+    A process reads what its devices hold, and waits for no other.
+
+    Raises:
+      ValueError: if an array is not what was saved. Besides, whatever reading damaged files raises.
+    """
+    progress = read_progress(folder)
+    states = StreamsHandler().restore(folder / "streams", StreamsRestore(streams))
+    with quiet(), reader() as checkpointer:
+        params = checkpointer.restore((folder / "params").absolute(), target.params)
+        opt = checkpointer.restore((folder / "opt").absolute(), target.opt)
+    step = jax.make_array_from_callback(
+        (), target.step.sharding, lambda _: np.asarray(progress["step"], np.int32)
+    )
+    state = TrainState(step, params, opt)
+    return Restored(state, states, progress)
+
+
+def damage(restored: Restored) -> str:
+    """Which arrays are not what was saved; empty if all are. Every process calls this at once."""
+    saved = restored.progress["checksums"]
+    found = named_checksums(restored.state)
+    wrong = sorted(
+        name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name)
+    )
+    return f"{', '.join(wrong[:3])} is not what was saved" if wrong else ""
+
+
+def restore_newest(workdir: Path, target: TrainState, streams: list[int]) -> Restored:
+    """The newest checkpoint that every process can restore; damaged ones are moved aside.
+
+    Raises:
+      ValueError: naming what is wrong, if none is whole, or one is of another version.
+    """
+    steps = from_writer("looking for checkpoints", lambda: saved_steps(workdir))
+    while steps:
+        folder, restored = workdir / "checkpoints" / str(steps[-1]), None
+        version = gathered("reading a checkpoint's version", other_version(folder))
+        if any(version):
+            raise ValueError(next(filter(None, version)))
+        try:
+            restored = restore(folder, target, streams)
+            problem = ""
+        except Exception as error:  # Orbax and its storage raise many kinds
+            problem = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        problems = gathered("restoring a checkpoint", problem)
+        if not any(problems):
+            problems = [damage(restored)]  # of global arrays: the same in every process
+        if not any(problems):
+            return restored
+        told = next(filter(None, problems))
+        if len(steps) == 1:
+            raise ValueError(
+                f"{folder} can't be restored: {told}\nIt is the last one that there is. Begin anew"
+                " in another --workdir, or bring the files back."
+            )
+        moved = from_writer(
+            "moving a checkpoint aside", functools.partial(move_aside, workdir, folder)
+        )
+        print(f"{folder} is damaged: {told}\n  moved to {moved}; trying step {steps[-2]}")
+        steps.pop()
+    raise ValueError(f"{workdir} has no checkpoint")
+
+
+def other_version(folder: Path) -> str:
+    try:
+        read_progress(folder)
+    except ValueError as error:
+        # Unreadable JSON is a ValueError too, but damage.
+        return "" if isinstance(error, json.JSONDecodeError) else str(error)
+    except OSError:
+        return ""
+    return ""
+
+
+def move_aside(workdir: Path, folder: Path) -> str:
+    """Moves a checkpoint to `damaged/`; where it is now."""
+    place = workdir / "damaged" / folder.name
+    count = 1
+    while place.exists():
+        count += 1
+        place = workdir / "damaged" / f"{folder.name}-{count}"
+    place.parent.mkdir(exist_ok=True)
+    folder.rename(place)
+    return str(place)
+
+
+def last_good(manager: ocp.CheckpointManager, workdir: Path) -> str:
+    """What is left of a run that bad batches ended, and what to do."""
+    manager.wait_until_finished()
+    step = manager.latest_step()
+    return (
+        f"Last good checkpoint: {'none' if step is None else f'step {step}'} in"
+        f" {workdir / 'checkpoints'}.\nA lower --config.optimizer.lr or a longer warm-up usually"
+        " helps, and --config.faults.bad_batch=skip leaves such batches out; a changed config"
+        " needs another --workdir."
+    )

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Runs a command again for as long as it asks for it by exit code 75, or dies of a signal (codes
+# above 128: killed for memory, a crash in a driver). Any other code is an answer, and becomes this
+# script's. A SIGTERM is passed on, and nothing is started again: then the code is the command's, or
+# 75 if it died of the signal, as a program does that has nothing to save yet.
+# After 20 runs in a row of under ten minutes each it gives up, with code 1.
+#   bash launch/restart.sh COMMAND...
+set -euo pipefail
+case "${1:---help}" in
+    --help) echo "usage: bash launch/restart.sh COMMAND..." >&2; exit 2 ;;
+esac
+most=20 long=600 pause="${BLTJAX_RESTART_PAUSE:-10}"
+told=false interrupted=false child=
+pass_on() {
+    told=true interrupted=true
+    [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true
+}
+trap pass_on TERM
+short=0
+while true; do
+    begun=$SECONDS
+    "$@" &
+    child=$!
+    interrupted=true
+    while $interrupted; do  # a trap ends `wait` before the command has ended
+        interrupted=false code=0
+        wait "$child" || code=$?
+    done
+    child=
+    if $told; then
+        [ "$code" -le 128 ] || code=75
+        exit "$code"
+    fi
+    case "$code" in
+        75) ;;
+        130) exit 130 ;;  # a person's Ctrl-C
+        *) [ "$code" -gt 128 ] || exit "$code" ;;
+    esac
+    if [ $((SECONDS - begun)) -lt $long ]; then
+        short=$((short + 1))
+    else
+        short=0
+    fi
+    if [ $short -ge $most ]; then
+        echo "restart.sh: exit code $code; $most runs in a row took under $long s: giving up" >&2
+        exit 1
+    fi
+    echo "restart.sh: exit code $code after $((SECONDS - begun)) s; again in $pause s" >&2
+    sleep "$pause" & wait $! || true  # a SIGTERM needn't wait for it
+    ! $told || exit 75
+done

@@ -1,0 +1,86 @@
+"""Where the time of a run went, over its restarts; and who keeps the others waiting."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bltjax.goodput import KINDS, Goodput
+from bltjax.watchdog import silent_or_behind
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves when it is told to."""
+
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+        time = monotonic
+
+    clock = Clock()
+    monkeypatch.setattr("bltjax.goodput.time", clock)
+    return clock
+
+
+def test_every_second_is_counted_once(tmp_path, clock):
+    first = Goodput(tmp_path, begun=990.0)
+    first.resume(0)
+    with first.during("input"):
+        clock.now += 1
+    with first.during("compile"):
+        clock.now += 5
+    first.begin_steps()
+    clock.now += 20
+    first.save(10)
+    clock.now += 7
+    first.write()  # and then the process is killed
+    clock.now += 30
+
+    second = Goodput(tmp_path, begun=clock.now)
+    clock.now += 4
+    second.resume(10)
+    second.begin_steps()
+    clock.now += 13
+    second.write(ended=True)
+    expected = dict.fromkeys(KINDS, 0.0) | {
+        "start": 14.0, "input": 1.0, "compile": 5.0, "steps": 33.0, "lost": 7.0, "restarts": 30.0,
+    }  # fmt: skip
+    assert second.seconds == expected
+    assert second.shares()["steps"] == pytest.approx(33 / 90)
+    assert "goodput 36.7% of 90 s" in second.told() and "lost 7.8%" in second.told()
+    clock.now += 1000  # a run that ended as it was told to may rest
+    assert Goodput(tmp_path, begun=clock.now).seconds["restarts"] == 30.0
+    assert json.loads((tmp_path / "goodput.json").read_text())["saved"] == {"10": 20.0}
+
+
+def test_who_keeps_the_others_waiting():
+    def beats(*told):
+        return {i: [f"vm-{i}", *beat] for i, beat in enumerate(told)}
+
+    before = beats((7, "computes", 3), (7, "computes", 3), (7, "computes", 3))
+    silent = beats((7, "computes", 5), (7, "computes", 3), (7, "computes", 5))
+    assert silent_or_behind(before, silent, 3) == (
+        "Look at: process 1 (vm-1) is silent; its last word: computes, step 7."
+    )
+    behind = beats((7, "computes", 5), (7, "computes", 5), (6, "waits for data", 5))
+    assert "process 2 (vm-2) waits for data at step 6" in silent_or_behind(before, behind, 3)
+    other = beats((7, "computes", 5), (7, "waits for data", 5), (7, "computes", 5))
+    assert "process 1 (vm-1) waits for data at step 7" in silent_or_behind(before, other, 3)
+    assert "process 3 has never been heard of" in silent_or_behind(before, silent, 4)
+    alike = beats(*[(7, "computes", 5)] * 3)
+    assert silent_or_behind(before, alike, 3) == "All 3 processes are at step 7: computes."
+
+
+def test_silence_ends_a_program_with_the_code_for_a_restart():
+    code = (
+        "import time; from bltjax.watchdog import Watchdog\n"
+        "with Watchdog(0.2) as dog: dog.mark(3, 'waits for data'); time.sleep(60)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 75
+    assert "This process waits for data at step 3" in ended.stderr

@@ -1,0 +1,189 @@
+"""Many processes: the same losses as one, whoever ends; what doesn't fit together is named."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import faults
+import pytest
+from test_train import command, losses
+
+from bltjax.__main__ import main
+from bltjax.processes import RESTART
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "launch"))
+import local_pod  # noqa: E402
+
+
+def pod(processes: int, devices: int, words: list[str], code: int = 0) -> str:
+    """Runs a verb by launch/local_pod.py; what it printed."""
+    start = [sys.executable, "launch/local_pod.py", f"--processes={processes}"]
+    run = subprocess.run(
+        [*start, f"--devices={devices}", "--", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == code, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_options_that_do_not_fit_together(runs, tmp_path, capsys):
+    words = command(runs, "byte_lm", tmp_path)
+    for options, message in (
+        (["--processes=2"], "belong together"),
+        (["--coordinator=here", "--processes=2", "--process=0"], "is 'here', not HOST:PORT"),
+        (["--coordinator=a:1", "--processes=2", "--process=2"], "(2) must be 0 ..."),
+    ):
+        assert main([*words, *options]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_wrong_coordinator_is_told_with_its_address(runs, tmp_path, capsys):
+    port = faults.free_port()
+    where = [f"--coordinator=localhost:{port}", "--processes=2", "--join_seconds=1"]
+    assert main([*command(runs, "byte_lm", tmp_path), *where, "--process=1"]) == 75
+    assert f"could not reach the coordinator at localhost:{port} in 1 s" in capsys.readouterr().err
+    words = [sys.executable, "-m", "bltjax", *command(runs, "byte_lm", tmp_path), *where]
+    alone = subprocess.run([*words, "--process=0"], cwd=ROOT, capture_output=True, text=True)
+    assert alone.returncode == 75
+    assert f"at the coordinator localhost:{port}, but not all of 2 processes came" in alone.stderr
+
+
+def test_processes_that_differ_are_named(runs, tmp_path):
+    """Another setting, and another version of the code."""
+    shutil.copytree(ROOT / "bltjax", tmp_path / "bltjax")
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    with (tmp_path / "bltjax" / "rotary.py").open("a") as file:
+        file.write("# changed\n")
+    where = [f"--coordinator=localhost:{faults.free_port()}", "--processes=2"]
+    words = [sys.executable, "-m", "bltjax", *command(runs, "byte_lm", tmp_path / "run"), *where]
+    processes = [
+        subprocess.Popen(
+            [*words, f"--process={index}", *more], cwd=folder, stderr=subprocess.PIPE, text=True
+        )
+        for index, folder, more in ((0, ROOT, []), (1, tmp_path, ["--config.optimizer.lr=0.5"]))
+    ]
+    for process in processes:
+        error = process.communicate()[1]
+        assert process.returncode == 1, error
+        assert "process 1 (" in error and "bltjax.config.optimizer.lr: 0.003 -> 0.5" in error
+        assert "versions.sources: " in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_count_that_does_not_divide_the_batch(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bltjax.train.process_count", lambda: 3)
+    assert main(command(runs, "byte_lm", tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "the number of processes (3) must divide data.rows (4)" in error
+
+
+def test_a_folder_for_checkpoints_that_can_not_be_written(runs, tmp_path, capsys):
+    (tmp_path / "checkpoints").write_text("in the way")
+    assert main(command(runs, "byte_lm", tmp_path)) == 1
+    captured = capsys.readouterr()
+    assert str(tmp_path / "checkpoints") in captured.err and "step 1" not in captured.out
+
+
+def test_fewer_records_than_streams_are_said(runs, tmp_path, capsys):
+    (tmp_path / "few.jsonl").write_text('{"text": "one two"}\n{"text": "three"}\n')
+    words = command(runs, "byte_lm", tmp_path / "run", "--stop_at=1")
+    assert main([*words, f"--config.data.train.text.path={tmp_path}/few.jsonl"]) == 0
+    assert "text: 2 records for 4 streams" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["byte_lm", "blt"])
+def test_one_two_and_four_processes_are_one(runs, tmp_path, model):
+    """50 steps; besides, held-out figures, and evaluation by as many."""
+    found = {}
+    for count in (1, 2, 4):
+        workdir = tmp_path / str(count)
+        words = command(runs, model, workdir, "--config.optimizer.steps=50")
+        pod(count, 1, [*words, "--config.checkpoint.every=50", "--config.log_every=5"])
+        out = tmp_path / f"{count}.json"
+        pod(count, 1, ["evaluate", f"--workdir={workdir}", f"--out={out}"])
+        held_out = json.loads(out.read_text())["bits_per_byte"]
+        found[count] = losses(workdir) | {"held out": held_out}
+    assert len(found[1]) == 11
+    for count in (2, 4):
+        assert found[count] == pytest.approx(found[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_another_mesh_and_process_count_resumes(runs, tmp_path):
+    words = ["--config.data.rows=8", "--config.optimizer.steps=12"]
+    whole = tmp_path / "whole"
+    pod(4, 2, command(runs, "blt", whole, *words))
+    saved = tmp_path / "saved"
+    pod(4, 2, command(runs, "blt", saved, *words, "--stop_at=4"))
+    for processes, devices in ((1, 8), (2, 2), (8, 1)):
+        copy = tmp_path / f"{processes}x{devices}"
+        shutil.copytree(saved, copy)
+        printed = pod(processes, devices, command(runs, "blt", copy, *words))
+        assert "after step 4" in printed
+        assert losses(copy) == pytest.approx(losses(whole), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return faults.Work(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", faults.KINDS)
+def test_faults_leave_no_trace(work, kind):
+    if kind == "disk_full" and not faults.can_mount():
+        pytest.skip("a small disk can't be mounted here")
+    for _ in range(2):
+        seed = random.SystemRandom().randrange(10**6)
+        print(f"python tests/faults.py --kinds {kind} --times 1 --seed {seed}")
+        print(faults.trial(kind, work, seed))
+
+
+@pytest.mark.slow
+def test_a_silent_process_is_named(work):
+    run = faults.Pod(work, work.root / "silent", more=["--config.faults.hang_seconds=8"])
+    run.reaches(3)
+    os.kill(run.members()[1], signal.SIGSTOP)
+    assert run.ends() == 75, run.text
+    assert "nothing has happened for" in run.text and "process 1 (" in run.text
+    assert "is silent" in run.text
+    again = faults.Pod(work, work.root / "silent", more=["--config.faults.hang_seconds=300"])
+    assert again.ends() == 0, again.text
+    assert faults.traces(work.root / "silent")["losses"] == work.expected["losses"]
+
+
+def test_the_code_of_a_pod_is_the_one_that_says_most():
+    assert local_pod.code_of([0, 0]) == 0
+    assert local_pod.code_of([0, -9]) == local_pod.RESTART == RESTART
+    assert local_pod.code_of([75, 1, -15]) == 1
+
+
+def test_a_pod_ends_when_one_process_does_and_restarts(tmp_path, monkeypatch, capfdbinary):
+    """The first time process 1 says 75 and process 0 would wait for ever."""
+    (tmp_path / "bltjax").mkdir()
+    (tmp_path / "bltjax" / "__main__.py").write_text(
+        "import sys, time, pathlib\n"
+        "me = sys.argv[-1][-1]\n"
+        "print('hello', *sys.argv[1:2], flush=True)\n"
+        "mark = pathlib.Path(f'mark{me}')\n"
+        "again = mark.exists()\n"
+        "mark.touch()\n"
+        "if me == '1' and not again: sys.exit(75)\n"
+        "time.sleep(0 if again else 60)"
+    )
+    monkeypatch.setattr(local_pod, "ROOT", tmp_path)
+    monkeypatch.setattr(local_pod, "ENDS_SECONDS", 0.2)
+    words = ["--processes=2", "--devices=1", "--restarts=3", "--", "verb"]
+    assert local_pod.main(words) == 0
+    lines = capfdbinary.readouterr().out.decode().splitlines()
+    assert lines.count("[0] hello verb") == lines.count("[1] hello verb") == 2
+    assert "[0] outlived another one, and is killed" in lines
+    assert "processes ended with -9, 75" in lines and "restart 1 of at most 3" in lines
+    (tmp_path / "mark1").unlink()
+    assert local_pod.main([*words[:2], "--", "verb"]) == RESTART

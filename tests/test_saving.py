@@ -1,0 +1,109 @@
+"""Checkpoints of a run: kept as asked, checked when restored, and fallen back from when damaged."""
+
+import json
+import random
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import command, losses
+
+from bltjax.__main__ import main
+from bltjax.checkpoint import TrainState, saved_steps
+from bltjax.config import ByteLMConfig, CheckpointConfig, RunConfig
+from bltjax.saving import checksums, damage, make_manager, restore, save
+
+CONFIG = RunConfig(
+    byte_lm=ByteLMConfig(layers=1, width=8, heads=1, hidden=8, window=4),
+    checkpoint=CheckpointConfig(every=1, keep=1, keep_every=2),
+)
+
+
+def small_state(step: int) -> TrainState:
+    params = {"ngrams_RME": jnp.arange(24.0).reshape(2, 3, 4), "norm_E": jnp.full(4, step)}
+    return TrainState(jnp.asarray(step, jnp.int32), params, {"count": jnp.asarray(step)})
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    manager = make_manager(tmp_path, CONFIG)
+    for step in range(1, 6):
+        save(manager, small_state(step), {"0": {"taken": step}}, {"step": step})
+    manager.close()
+    assert saved_steps(tmp_path) == [2, 4, 5]
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), small_state(0)
+    )
+    restored = restore(tmp_path / "checkpoints" / "4", target, [0])
+    assert restored.streams == {"0": {"taken": 4}} and int(restored.state.step) == 4
+    assert damage(restored) == ""
+    # What the files can't tell, the arrays do: one that is another step's is named.
+    other = restored._replace(state=restored.state._replace(params=small_state(3).params))
+    assert "norm_E" in damage(other) and "ngrams_RME" not in damage(other)
+
+
+def test_any_changed_bit_changes_the_checksum():
+    random_bits = np.random.default_rng(random.SystemRandom().randrange(1000))
+    array = random_bits.normal(size=(3, 5, 7)).astype(np.float32)
+    whole = int(checksums([array])[0])
+    for _ in range(20):
+        changed = array.copy()
+        bits = changed.view(np.uint32).reshape(-1)
+        bits[random_bits.integers(bits.size)] ^= np.uint32(1 << int(random_bits.integers(32)))
+        assert int(checksums([changed])[0]) != whole
+    swapped = array[:, ::-1].copy()
+    assert int(checksums([swapped])[0]) != whole
+
+
+@pytest.mark.parametrize("harm", ["changed", "truncated", "deleted"])
+def test_a_damaged_checkpoint_is_moved_aside(runs, tmp_path, capsys, harm):
+    """The run goes on from the one before it, and comes to the same losses."""
+    copy = tmp_path / "run"
+    shutil.copytree(runs.byte_lm, copy)
+    newest = copy / "checkpoints" / "12"
+    victim = max((newest / "opt" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    if harm == "deleted":
+        victim.unlink()
+    elif harm == "truncated":
+        victim.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    before = losses(runs.byte_lm)
+    assert main(command(runs, "byte_lm", copy)) == 0
+    printed = capsys.readouterr().out
+    assert f"{newest} is damaged" in printed and "trying step 8" in printed
+    assert f"resumed {copy} after step 8" in printed
+    assert (copy / "damaged" / "12" / "progress").exists() and saved_steps(copy) == [8, 12]
+    assert losses(copy) == before
+
+
+def test_the_last_checkpoint_is_left_where_it_is(runs, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(runs.byte_lm, copy)
+    shutil.rmtree(copy / "checkpoints" / "8")
+    (copy / "checkpoints" / "12" / "streams" / "2.json").write_text("{")
+    assert main(command(runs, "byte_lm", copy)) == 1
+    error = capsys.readouterr().err
+    assert "12 can't be restored" in error and "the last one that there is" in error
+    assert saved_steps(copy) == [12]
+    # One of another version is not damaged.
+    progress = copy / "checkpoints" / "12" / "progress" / "metadata"
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"format": 1}))
+    assert main(command(runs, "byte_lm", copy)) == 1
+    assert "another version of bltjax (format 1, not 2)" in capsys.readouterr().err
+
+
+def test_settings_of_the_machine_may_change(runs, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(runs.byte_lm, copy)
+    shutil.rmtree(copy / "checkpoints" / "12")
+    words = command(runs, "byte_lm", copy, "--config.mesh.fsdp=1", "--config.checkpoint.keep=3")
+    assert main(words) == 0
+    assert "changed: mesh.fsdp: -1 -> 1" in capsys.readouterr().out
+    config = json.loads((copy / "config.json").read_text())
+    assert (config["mesh"]["fsdp"], config["checkpoint"]["keep"]) == (1, 3)
+    assert losses(copy) == losses(runs.byte_lm)
