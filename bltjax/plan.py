@@ -25,7 +25,7 @@ from bltjax.ahead import (
 from bltjax.chips import Topology, read_topology
 from bltjax.config import ByteLMConfig, RunConfig
 from bltjax.config_file import load_config
-from bltjax.data.packing import lay_out
+from bltjax.data.packing import empty_rows
 from bltjax.flops import paper_flops, recomputed_flops, training_flops
 from bltjax.hlo_collectives import by_kind_and_axis
 from bltjax.hlo_work import Work
@@ -98,10 +98,9 @@ class Plan:
 
 def batch_shapes(config: RunConfig):
     """The shapes of a batch as the pipeline makes it."""
-    row = lay_out([], config.data.row_bytes)
-    return {
-        name: jax.ShapeDtypeStruct((config.data.rows, *x.shape), x.dtype) for name, x in row.items()
-    }
+    row = empty_rows(1, config.data.row_bytes)
+    rows = config.data.rows
+    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in row.items()}
 
 
 def for_tpu(config: RunConfig) -> RunConfig:
@@ -146,9 +145,17 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     """
     config = for_tpu(config)
     check(config, topology)
-    mesh = make_mesh(config.mesh, described_devices(topology))
+    devices = described_devices(topology)
     begun = time.monotonic()
-    parts = step_parts(config, mesh)
+    try:
+        mesh = make_mesh(config.mesh, devices)
+        parts = step_parts(config, mesh)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. A mesh of as many devices as {topology.name} has (--config.mesh.fsdp=-1"
+            " takes what is left), --config.data.rows and --config.optimizer.accumulate must go"
+            " together"
+        ) from None
     memory = Memory(
         shard_bytes(parts.shapes.params, parts.shardings.params),
         shard_bytes(parts.shapes.opt, parts.shardings.opt),

@@ -91,11 +91,11 @@ def test_a_plan_in_words(planned):
     ("words", "message"),
     [
         (["--topology=v5e:3x3"], "v5e:3x3' is not offered: v5e comes as 1x1, 2x2"),
-        (["--topology=v5e:4x4", "--config.mesh.fsdp=8"], r"= 1 x 8 x 1 = 8, but there are 16 dev"),
-        (["--topology=v5e:4x4"], r"data x fsdp \(16\) must divide data.rows .* \(4\)"),
+        (["--topology=v5e:4x4", "--config.mesh.fsdp=2"], r"= 1 x 2 x 1 = 2, but there are 16 dev"),
+        (["--topology=v5e:4x4"], r"data x fsdp \(16\) must divide the rows .* \(4\)\. A mesh"),
         (
             ["--topology=v5e:2x2", "--config.mesh.tensor=4", "--config.mesh.fsdp=1"],
-            r"mesh axis tensor \(4\) must divide .* \(2\)",
+            r"mesh.tensor \(4\) must divide latent.heads \(2\)",
         ),
         (
             ["--topology=v5e:2x2", "--slices=2"],
