@@ -29,7 +29,14 @@ def duration(seconds: float) -> str:
 
 def quantity(value: float) -> str:
     """123456 -> '123k': three digits and a prefix."""
-    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for scale, prefix in (
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "k"),
+    ):
         if abs(value) >= scale:
             return f"{value / scale:.3g}{prefix}"
     return f"{value:.3g}"
@@ -63,7 +70,11 @@ class Reporter:
                     continue  # the line that a killed process was writing
             write_text(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a")
-        self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first_step + 1)
+        self.events = SummaryWriter(
+            str(self.folder / "tensorboard"),
+            purge_step=first_step + 1,
+            filename_suffix=f".{uuid.uuid4().hex[:8]}",  # its own names are of this second
+        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if not self.writes:

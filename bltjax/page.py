@@ -23,6 +23,7 @@ from bltjax.weights.model_files import model_shapes
 
 PAGE, SAMPLES = "page.html", "samples.json"
 POINTS = 400  # of a curve; of more, neighbours are averaged
+HINTS = 80  # of a curve's points, those that say what they are
 WIDTH, HEIGHT = 460, 230  # of a picture, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30
 STYLE = """
@@ -156,7 +157,8 @@ def chart(title: str, lines: Sequence[Line], *, from_zero: bool = False) -> str:
         placed = [place(*point) for point in line.points]
         path = " ".join(f"{x},{y}" for x, y in placed)
         parts.append(f'<polyline class="curve" stroke="{colour}" points="{path}"/>')
-        for (x, y), (step, value) in zip(placed, line.points, strict=True):
+        every = -(-len(placed) // HINTS)
+        for (x, y), (step, value) in list(zip(placed, line.points, strict=True))[::every]:
             shown = f'r="3.5" fill="{colour}"' if line.marked else 'r="6" opacity="0"'
             name = html.escape(f"{line.name}, step {step:.0f}: {value:.5g}")
             parts.append(f'<circle cx="{x}" cy="{y}" {shown}><title>{name}</title></circle>')

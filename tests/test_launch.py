@@ -1,6 +1,7 @@
 """The launchers: what a dry run prints, what they refuse, and that they are clean bash."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+
+from bltjax.chips import CHIPS
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = ("tpu_vm", "gke", "slurm")
@@ -114,6 +117,29 @@ def test_slices(topology, accelerator, machine, hosts):
     pool = dry_run("gke", *words, "--cluster", "c", "--location", "us-east5")
     assert f" --machine-type={machine} " in pool and f" --num-nodes={hosts} " in pool
     assert (f" --tpu-topology={topology.split(':')[1]} " in pool) == (hosts > 1)
+
+
+def test_slices_are_those_that_plans_know():
+    """The table in bash has the shapes of the table in Python, and no others."""
+    tried = {
+        f"{name}:{shape}" for name in ("v4", "v5e", "v5p", "v6e")
+        for shape in (*CHIPS[name].shapes, "2x2x8", "3x3x3", "8x4x4", "2x8", "16x16x28", "32x32")
+    }  # fmt: skip
+    loop = """source launch/launching.sh
+    fail() { exit 1; }
+    for word in "$@"; do (slice "$word" && echo "$word $chips $hosts"); done"""
+    words = ["bash", "-c", loop, "slices", *sorted(tried)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    found = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    offered = {f"{name}:{shape}" for name in ("v4", "v5e", "v5p", "v6e")
+               for shape in CHIPS[name].shapes}  # fmt: skip
+    assert found.keys() == offered
+    for name, (chips, hosts) in found.items():
+        sides = [int(side) for side in name.split(":")[1].split("x")]
+        assert int(chips) == math.prod(sides)
+        # In two dimensions up to 8 chips are one host.
+        alone = len(sides) == 2 and int(chips) <= 8
+        assert int(hosts) == (1 if alone else int(chips) // CHIPS[name.split(":")[0]].host_chips)
 
 
 def test_gke():

@@ -18,7 +18,7 @@ from bltjax.storage import check_writable, is_remote, local_copy, matches, size_
 class Bucket(MemoryFileSystem):
     """Objects by their names, without folders of their own, as gs:// has them."""
 
-    protocol = "gs"
+    protocol = ("gcs", "gs")
     read_only = False
 
     def __init__(self, finalize_on_close=True, **rest):
@@ -36,7 +36,7 @@ class Bucket(MemoryFileSystem):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    fsspec.register_implementation("gs", Bucket, clobber=True)
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
     Bucket.store.clear()
     monkeypatch.setenv("BLTJAX_CACHE", str(tmp_path / "cache"))
     yield epath.Path("gs://bucket")
@@ -85,6 +85,8 @@ def test_reports_in_a_bucket_go_on_after_a_restart(bucket, monkeypatch):
     reporter.write(4, {"loss": 0.0})
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 4
     reporter.close()
+    cut_off = (workdir / "metrics.jsonl").read_text() + '{"st'
+    (workdir / "metrics.jsonl").write_text(cut_off)
     again = Reporter(workdir, 2)  # the checkpoint was that of step 2
     again.write(3, {"loss": 9.0})
     again.close()
