@@ -18,6 +18,7 @@ VERBS = {
     "generate": "continue a text",
     "patches": "show how a text is cut: terminal, HTML, PNG",
     "convert": "released weights into an export; a model into what others load",
+    "plan": "compile a training step for TPUs that are not here: does it fit, how fast can it be",
     "page": "write a run's page: curves, config, samples and patches in one HTML file",
     "inspect": "what a folder is: run, export, records or weights, and whether it is whole",
     "benchmark": "time a training step, beside the transformers port",

@@ -1,12 +1,15 @@
-"""Floating-point operations of a forward pass, by our exact shapes.
+"""Floating-point operations, by our exact shapes and by the paper's formula; and what share of a
+chip's peak they reach.
 
 Convention: a multiply-add is 2; matrix products and attention only (norms, rotary angles, softmax
 and table look-ups are 0, so hash tables cost nothing); attention counts the keys that a query may
 see in a row that is one document, so causal attention is halved; patches count at the row's full
-P. Training is three times the forward pass; rematerialisation is not counted.
+P. Training is three times the forward pass. What rematerialisation computes anew is no use to the
+model: it is counted apart, and not in a model's FLOPs utilisation (MFU).
 """
 
 from bltjax.alphabet import VOCABULARY
+from bltjax.chips import chip_of
 from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig
 
 
@@ -45,17 +48,103 @@ def row_forward_flops(
     total = local.encoder_layers * encoder_block + local.decoder_layers * decoder_block
     total += 2 * N * E * VOCABULARY
     total += 2 * P * E * K * E  # pooled vector -> K queries
-    attends = {"none": 0, "last": 1, "all": local.encoder_layers}[cross.encoder]
-    total += attends * cross_flops(P * K, N, N * K, E)
+    encoder_crosses, decoder_crosses = cross_layers(config)
+    total += encoder_crosses * cross_flops(P * K, N, N * K, E)
     if K * E != D:
         total += 2 * P * K * E * D
     key_value_width = D // latent.heads * latent.key_value_heads
     total += latent.layers * block_flops(P, P, D, latent.hidden, key_value_width)
-    attends = {"none": 0, "first": 1, "all": local.decoder_layers}[cross.decoder]
-    total += 2 * P * D * E * (K if attends else 1)
-    return total + attends * cross_flops(N, P * K, N * K, E)
+    total += 2 * P * D * E * (K if decoder_crosses else 1)
+    return total + decoder_crosses * cross_flops(N, P * K, N * K, E)
+
+
+def cross_layers(config: BLTConfig) -> tuple[int, int]:
+    """How many layers of the encoder and of the decoder cross-attend."""
+    local, cross = config.local, config.cross
+    encoder = {"none": 0, "last": 1, "all": local.encoder_layers}[cross.encoder]
+    return encoder, {"none": 0, "first": 1, "all": local.decoder_layers}[cross.decoder]
+
+
+def recomputed_flops(
+    config: ByteLMConfig | ByteCNNConfig | BLTConfig, row_bytes: int, row_patches: int
+) -> int:
+    """FLOPs of one row that the backward pass computes anew, by the policies of the config.
+
+    Of a block, "full" computes all again but its last product, whose result nobody asks for; the
+    other policies keep the results of products and of attention.
+    """
+
+    def again(policy, positions, span, width, hidden, key_value_width) -> int:
+        if policy != "full":
+            return 0
+        block = block_flops(positions, span, width, hidden, key_value_width)
+        return block - 2 * positions * hidden * width
+
+    N, P = row_bytes, row_patches
+    if isinstance(config, ByteCNNConfig):
+        return 0
+    if isinstance(config, ByteLMConfig):
+        block = again(config.remat, N, config.window, config.width, config.hidden, config.width)
+        return config.layers * block
+    local, latent = config.local, config.latent
+    E, D = local.width, latent.width
+    key_value_width = D // latent.heads * latent.key_value_heads
+    encoder = again(local.remat, N, local.window, E, local.encoder_hidden or local.hidden, E)
+    decoder = again(local.remat, N, local.window, E, local.hidden, E)
+    return (
+        local.encoder_layers * encoder
+        + local.decoder_layers * decoder
+        + latent.layers * again(latent.remat, P, P, D, latent.hidden, key_value_width)
+    )
 
 
 def training_flops(config, rows: int, row_bytes: int, row_patches: int) -> int:
     """FLOPs of one optimizer step over `rows` rows."""
     return 3 * rows * row_forward_flops(config, row_bytes, row_patches)
+
+
+def paper_flops(
+    config: ByteLMConfig | ByteCNNConfig | BLTConfig, row_bytes: int, row_patches: int
+) -> float:
+    """FLOPs of one byte, forward, as the paper estimates them (equations 13 to 17, table 11).
+
+    Every hidden layer counts as four times the width, and cross-attention as if it were causal;
+    what is not in its formula (pooling, projections between widths) is left out. The paper has no
+    formula for a CNN: ours is taken.
+    """
+    if isinstance(config, ByteCNNConfig):
+        return row_forward_flops(config, row_bytes, row_patches) / row_bytes
+
+    def attention(width, layers, context):
+        return 4 * layers * width * (context + 1) / 2
+
+    def projections(width, layers, ratio):
+        return (2 * ratio + 2) * 2 * layers * width**2
+
+    def transformer(width, layers, context, vocabulary=0):
+        hidden = 2 * layers * 2 * width * 4 * width
+        both = attention(width, layers, context) + projections(width, layers, 1)
+        return hidden + both + 2 * width * vocabulary
+
+    def cross(width, layers, context, ratio):
+        return attention(width, layers, context) + projections(width, layers, ratio)
+
+    if isinstance(config, ByteLMConfig):
+        return transformer(config.width, config.layers, config.window, 256)
+    local, latent, slots = config.local, config.latent, config.cross.slots
+    E, patch = local.width, row_bytes / row_patches
+    encoder, decoder = cross_layers(config)
+    return (
+        transformer(latent.width, latent.layers, row_patches) / patch
+        + transformer(E, local.encoder_layers, local.window)
+        + transformer(E, local.decoder_layers, local.window, 256)
+        + cross(E, encoder, patch, patch / slots) * slots / patch
+        + cross(E, decoder, slots, slots / patch)
+    )
+
+
+def utilisation(flops_per_second: float, devices) -> dict[str, float]:
+    """What a run reaches on each device: FLOP/s, and as a share of the peak where that is known."""
+    reached = flops_per_second / len(devices)
+    chip = chip_of(devices[0].device_kind)
+    return {"flops_per_second_per_chip": reached} | ({"mfu": reached / chip.flops} if chip else {})

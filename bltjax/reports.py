@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from bltjax.config import RunConfig
+from bltjax.flops import utilisation
 from bltjax.metrics import Reporter, duration, quantity
 from bltjax.objective import Sums
 from bltjax.optimizer import learning_rate
@@ -62,6 +63,8 @@ class Reports:
                 "training_flops": float(self.flops) * step,
                 "skipped_batches": int(guard["skipped"]),
             }
+            reached = self.flops * self.values["steps_per_second"]
+            self.values |= utilisation(reached, jax.devices())
             if self.config.blt:
                 for name in ("gradient_norms", "update_norms"):
                     by_part = {f"{name}/{part}": float(norm) for part, norm in out[name].items()}
@@ -112,7 +115,8 @@ class Reports:
             f"step {step}/{steps}  loss {values['loss']:.4f}"
             f"  {values['bits_per_byte']:.3f} bits/byte  {quantity(values['bytes_per_second'])}B/s"
             f"  fill {values['byte_fill']:.1%} of bytes {values['patch_fill']:.1%} of patches"
-            f"  {duration(left)} left",
+            + (f"  mfu {values['mfu']:.1%}" if "mfu" in values else "")
+            + f"  {duration(left)} left",
             flush=True,
         )
 

@@ -17,6 +17,7 @@ import functools
 import math
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bltjax.config import MeshConfig, divides
@@ -38,10 +39,11 @@ WHERE_DIVIDING = ("G",)
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """The mesh of all devices.
+    """The mesh of all devices; on TPUs of several slices, which share no links, `data` goes across.
 
     Raises:
-      ValueError: if the sizes' product is not the number of devices, with both numbers.
+      ValueError: if the sizes' product is not the number of devices, or slices don't divide `data`,
+        with both numbers.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -56,7 +58,13 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
             f"mesh data x fsdp x tensor = {' x '.join(map(str, sizes))} = {known},"
             f" but there are {len(devices)} devices"
         )
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
+    kinds = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or devices[0].platform != "tpu":
+        return jax.make_mesh(tuple(sizes), AXES, kinds, devices=devices)
+    divides("the number of slices", slices, "mesh axis data", sizes[0])
+    within = (sizes[0] // slices, *sizes[1:])
+    return Mesh(create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=kinds)
 
 
 def dividing(axes: tuple[str, ...], mesh, size: int) -> tuple[str, ...]:

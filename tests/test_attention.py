@@ -157,7 +157,7 @@ def small_tiles(monkeypatch):
         query_slots = pattern.slots if isinstance(pattern, Pooling) else 1
         key_slots = pattern.slots if isinstance(pattern, Reading) else 1
         tiles = Tiles(whole_patches(24, 8, query_slots), whole_patches(16, 8, key_slots))
-        return Plan(tiles, group, shared)
+        return Plan(pattern, tiles, group, shared)
 
     # The package's names of these modules are taken by the functions in them.
     modules = (sys.modules[f"bltjax.attention.{name}"] for name in ("pallas_tpu", "pallas_gpu"))

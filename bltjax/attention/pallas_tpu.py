@@ -33,7 +33,7 @@ to 15. The few cycles less with 128 channels don't outweigh that.
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ VMEM_BYTES = 16 * 2**20
 class Plan:
     """What is fixed when the kernels are compiled."""
 
+    pattern: Pattern
     tiles: Tiles
     group: int  # query heads that share a key/value head
     heads: int  # key/value heads of one step
@@ -113,7 +114,8 @@ def make_plan(pattern: Pattern, queries: int, keys: int, shared: int, group: int
     tile = whole_patches(min(side // group, queries), LANES, query_slots)
     other = whole_patches(min(side * side // (tile * group), keys), LANES, key_slots)
     counts = (1,) if slides else (4, 3, 2, 1)
-    plans = [Plan(Tiles(tile, other), group, count) for count in counts if shared % count == 0]
+    tiles = Tiles(tile, other)
+    plans = [Plan(pattern, tiles, group, count) for count in counts if shared % count == 0]
     for plan in plans:
         if plan.vmem_bytes(*head) <= VMEM_BYTES:
             return plan
@@ -262,6 +264,11 @@ def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: 
             flops=2 * products * scores * channels,
             transcendentals=scores,
             bytes_accessed=sum(moved(*x) for x in (*inputs.items(), *outputs.items())),
+        ),
+        # For who reads the compiled program: how many steps see something depends on these.
+        metadata=dict(
+            pattern=" ".join(map(str, (type(plan.pattern).__name__, *astuple(plan.pattern)))),
+            tiles=f"{tiles.queries}x{tiles.keys}",
         ),
         name=f"range_attention_{kernel.__name__}",
         interpret=plan.interpret,

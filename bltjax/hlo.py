@@ -1,0 +1,268 @@
+"""A compiled program's text, read: its computations, and how often each instruction runs.
+
+XLA's own cost analysis counts a loop's body once and believes what a kernel says of itself. The
+text holds everything: a loop's trip count stands in it, or follows from its condition, and calls
+make a tree, so each instruction has a number of executions. What those cost is in `hlo_work.py`,
+what they send in `hlo_collectives.py`.
+
+    ENTRY main            x 1
+      while  (25 trips)
+        body              x 25
+          fusion -> fused x 25        only the fusion itself touches memory; what is fused doesn't
+"""
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
+    "s64": 8, "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16,
+    "f8e4m3fn": 1, "f8e5m2": 1, "token": 0, "opaque": 0,
+}  # fmt: skip
+ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+NAME = re.compile(r"%([\w.-]+)")
+HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
+INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = ")
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of an instruction's result, as XLA lays it out: `bf16[8,64]{1,0:T(8,128)S(1)}`."""
+
+    kind: str
+    sizes: tuple[int, ...]
+    layout: str = ""
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for size in self.sizes:
+            count *= size
+        return count
+
+    @property
+    def bytes(self) -> float:
+        return self.elements * BYTES[self.kind]
+
+    @property
+    def in_hbm(self) -> bool:
+        """Whether it lies in main memory: a TPU's VMEM and its scalar memories are S(1) and on."""
+        return "S(" not in self.layout
+
+    @cached_property
+    def padded_bytes(self) -> float:
+        """Bytes in memory: the last axes, in the layout's order, fill whole tiles."""
+        order, _, rest = self.layout.partition(":")
+        tile = re.match(r"T\(([\d,]+)\)", rest)
+        if not tile or not order:
+            return self.bytes
+        sides = [int(side) for side in tile[1].split(",")]
+        sizes = [self.sizes[int(axis)] for axis in order.split(",")]  # the fastest axis first
+        count = 1
+        for place, size in enumerate(sizes):
+            side = sides[-1 - place] if place < len(sides) else 1
+            count *= -(-size // side) * side
+        return count * BYTES[self.kind]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    kind: str  # fusion, while, all-gather-start, ...
+    shape: str
+    operands: tuple[str, ...]
+    argument: str  # what stands between the parentheses
+    rest: str  # attributes, metadata, backend_config
+    is_root: bool = False
+
+    @cached_property
+    def arrays(self) -> tuple[Array, ...]:
+        return read_arrays(self.shape)
+
+    def attribute(self, name: str) -> str:
+        """The text of `name=...` up to the next comma; "" where there is none."""
+        found = re.search(rf"\b{name}=([^\s,{{]+|\{{[^}}]*\}})", self.rest)
+        return found[1] if found else ""
+
+    @cached_property
+    def calls(self) -> tuple[str, ...]:
+        """Computations that run as a part of this instruction, other than scalar functions."""
+        if self.kind == "while":
+            names = ("body",)
+        elif self.kind == "conditional":
+            names = ("branch_computations", "true_computation", "false_computation")
+        elif self.kind == "call":
+            names = ("to_apply",)
+        elif self.kind == "fusion" or self.kind.endswith("-start"):
+            names = ("calls",)
+        else:
+            names = ()
+        return tuple(x for name in names for x in NAME.findall(self.attribute(name)))
+
+
+@dataclass
+class Computation:
+    name: str
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+
+    @cached_property
+    def root(self) -> Instruction:
+        return next(x for x in self.instructions.values() if x.is_root)
+
+    @cached_property
+    def parameters(self) -> dict[int, Instruction]:
+        found = (x for x in self.instructions.values() if x.kind == "parameter")
+        return {int(x.argument): x for x in found}
+
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """From an instruction's name to those that take it."""
+        users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        for instruction in self.instructions.values():
+            for operand in dict.fromkeys(instruction.operands):
+                users[operand].append(instruction)
+        return users
+
+
+@dataclass
+class Program:
+    """A module: its computations, how often each runs, and the loops of unknown length."""
+
+    computations: dict[str, Computation]
+    entry: str
+    runs: dict[str, int] = field(default_factory=dict)
+    fused: set[str] = field(default_factory=set)
+    unknown_loops: list[str] = field(default_factory=list)
+
+    def each(self):
+        """(computation, instruction, how often it runs), without what never runs."""
+        for name, runs in self.runs.items():
+            computation = self.computations[name]
+            for instruction in computation.instructions.values():
+                yield computation, instruction, runs
+
+
+def read_arrays(shape: str) -> tuple[Array, ...]:
+    return tuple(
+        Array(kind, tuple(int(s.lstrip("<=")) for s in sizes.split(",") if s), layout)
+        for kind, sizes, layout in ARRAY.findall(shape)
+        if kind in BYTES
+    )
+
+
+def closing(text: str, begin: int) -> int:
+    """The place after the parenthesis that closes the one at `begin`."""
+    depth = 0
+    for place in range(begin, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return place + 1
+    raise ValueError(f"HLO that cannot be read: {text[:80]!r} has an unclosed parenthesis")
+
+
+def read_instruction(line: str) -> Instruction | None:
+    head = INSTRUCTION.match(line)
+    if not head:
+        return None
+    text = line[head.end() :]
+    end = closing(text, 0) if text.startswith("(") else text.index(" ")
+    shape, text = text[:end], text[end:].lstrip()
+    begin = text.index("(")
+    end = closing(text, begin)
+    argument = text[begin + 1 : end - 1]
+    operands = tuple(NAME.findall(argument))
+    return Instruction(head[2], text[:begin], shape, operands, argument, text[end:], bool(head[1]))
+
+
+def read_program(text: str) -> Program:
+    """A program from `compiled.as_text()`.
+
+    Raises:
+      ValueError: for text that is no HLO module.
+    """
+    computations: dict[str, Computation] = {}
+    entry, current = "", None
+    # An attribute may hold line breaks (a kernel's metadata does); instructions are indented.
+    for line in re.sub(r"\n(?=[^\s%}]|\}\})(?!ENTRY )", "", text).splitlines():
+        header = HEADER.match(line)
+        if header:
+            current = computations[header[2]] = Computation(header[2])
+            entry = header[2] if header[1] else entry
+        elif line == "}":
+            current = None
+        elif current is not None:
+            instruction = read_instruction(line)
+            if instruction:
+                current.instructions[instruction.name] = instruction
+    if not entry:
+        raise ValueError(f"no HLO module: it has no ENTRY, and begins {text[:60]!r}")
+    program = Program(computations, entry)
+    program.runs = {entry: 0}
+    add_runs(program, entry, 1)
+    return program
+
+
+def add_runs(program: Program, name: str, runs: int) -> None:
+    program.runs[name] = program.runs.get(name, 0) + runs
+    for instruction in program.computations[name].instructions.values():
+        trips = 1
+        if instruction.kind == "while":
+            trips = trip_count(program, program.computations[name], instruction)
+            if trips is None:
+                trips = 1
+                if instruction.name not in program.unknown_loops:
+                    program.unknown_loops.append(instruction.name)
+        for called in instruction.calls:
+            if instruction.kind == "fusion" or name in program.fused:
+                program.fused.add(called)
+            add_runs(program, called, runs * trips)
+
+
+def trip_count(program: Program, caller: Computation, loop: Instruction) -> int | None:
+    """How often a loop's body runs: as XLA noted, or for (i = a; i < b; i += c), or None."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
+    if known:
+        return int(known[1])
+    condition = program.computations[NAME.findall(loop.attribute("condition"))[0]]
+    body = program.computations[NAME.findall(loop.attribute("body"))[0]]
+    compared = scalar_operands(program, condition, condition.root, "compare")
+    if compared is None or "direction=LT" not in compared[1].rest:
+        return None
+    counter, limit = compared[0]
+    if counter.kind != "get-tuple-element" or limit.kind != "constant":
+        return None
+    index = int(counter.attribute("index"))
+    begin = source(caller, loop.operands[0], index)
+    step = scalar_operands(program, body, body.instructions[body.root.operands[index]], "add")
+    if begin is None or begin.kind != "constant" or step is None:
+        return None
+    sizes = [int(x.argument) for x in step[0] if x.kind == "constant"]
+    if len(sizes) != 1 or sizes[0] < 1:
+        return None
+    return max(0, -(-(int(limit.argument) - int(begin.argument)) // sizes[0]))
+
+
+def source(computation: Computation, name: str, index: int) -> Instruction | None:
+    """What element `index` of a tuple is, through copies."""
+    made = computation.instructions[name]
+    if made.kind != "tuple":
+        return None
+    element = computation.instructions[made.operands[index]]
+    while element.kind in ("copy", "bitcast"):
+        element = computation.instructions[element.operands[0]]
+    return element
+
+
+def scalar_operands(program: Program, outer: Computation, instruction: Instruction, kind: str):
+    """Operands of a `compare` or an `add`, by itself or as all that a fusion does; and itself."""
+    given = [outer.instructions[name] for name in instruction.operands]
+    if instruction.kind == kind:
+        return given, instruction
+    if instruction.kind != "fusion":
+        return None
+    inner = program.computations[instruction.calls[0]]
+    if inner.root.kind != kind:
+        return None
+    operands = [inner.instructions[name] for name in inner.root.operands]
+    return [given[int(x.argument)] if x.kind == "parameter" else x for x in operands], inner.root
