@@ -1,0 +1,93 @@
+"""Decoding on several devices: where weights, rows and what is remembered of them lie.
+
+    data     groups of devices: each has all weights, writes rows of its own, waits for no other
+    tensor   within a group: heads, feed-forward hidden, rows of hash tables; and heads of caches
+
+Training also splits weights over fsdp, and brings each together where it is used. A decoder uses
+every weight for every byte, or every patch, with hardly anything to multiply by it: so its mesh has
+fsdp folded into tensor, weights stay where they lie, and what travels is one position's states.
+What `tensor` doesn't divide (20 heads over 8), every device of a group has whole.
+"""
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bltjax.sharding import AXES, LETTER_AXES, dividing, set_mesh_or_none, spec_of
+
+
+def decoding_mesh(mesh: Mesh) -> Mesh:
+    """The devices of a training mesh, with fsdp folded into tensor."""
+    devices = mesh.devices.reshape(mesh.shape["data"], 1, -1)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def read_mesh(text: str) -> Mesh:
+    """`2x4`, two groups of four devices, as a mesh of the first eight.
+
+    Raises:
+      ValueError: for another form, or more devices than there are.
+    """
+    data, _, tensor = text.partition("x")
+    if not (data.isdecimal() and tensor.isdecimal() and int(data) and int(tensor)):
+        raise ValueError(f"mesh {text!r} is not GROUPSxDEVICES, such as 1x4")
+    size, there = int(data) * int(tensor), jax.devices()
+    if size > len(there):
+        raise ValueError(f"mesh {text} has {size} devices, but there are {len(there)}")
+    return jax.make_mesh(
+        (int(data), 1, int(tensor)), AXES, (AxisType.Auto,) * 3, devices=there[:size]
+    )
+
+
+def weight_shardings(params, mesh: Mesh):
+    """Where weights lie: by the letters of their names, whole where an axis doesn't divide."""
+
+    def of_leaf(path, leaf):
+        spec = spec_of(path[-1].key, leaf.shape, mesh) if path else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+def row_spec(path, leaf, mesh) -> PartitionSpec:
+    """Of an array that has its rows first: they are split, and so are the heads of a cache."""
+    name = getattr(path[-1], "name", "") if path else ""
+    if name.endswith("BJTC"):
+        return spec_of(name, leaf.shape, mesh)
+    return PartitionSpec(dividing(LETTER_AXES["B"], mesh, leaf.shape[0]))
+
+
+def row_shardings(tree, mesh: Mesh):
+    """Where arrays lie that have their rows first."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, row_spec(path, leaf, mesh)), tree
+    )
+
+
+def held(tree):
+    """Arrays that have their rows first, held to where `row_shardings` puts them."""
+    mesh = set_mesh_or_none()
+    if mesh is None:
+        return tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.lax.with_sharding_constraint(x, row_spec(path, x, mesh)), tree
+    )
+
+
+def in_groups(function, weights, rows):
+    """function(weights, rows) by each group on its own rows, where a mesh is set.
+
+    rows, and what comes out: arrays that have their rows first, as many as `data` divides. Loops in
+    the function end for each group by itself.
+    """
+    mesh = set_mesh_or_none()
+    if mesh is None or mesh.shape["data"] == 1:
+        return held(function(weights, rows))
+    mapped = jax.shard_map(
+        function,
+        mesh=mesh,
+        axis_names={"data"},
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec("data"),
+        check_vma=False,
+    )
+    return held(mapped(weights, rows))
