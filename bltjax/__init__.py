@@ -19,14 +19,17 @@ __version__ = "0.1.0"
 __all__ = ["load"]
 
 
-def load(path):
+def load(path, *, mesh: str | None = None, dtype: str | None = None):
     """The model of an export or of a training run's work directory, as a `LoadedModel`.
 
     path: a folder, or gs://BUCKET/...
+    mesh: GROUPSxDEVICES, such as 1x4: weights lie split on the devices of each group; None is one
+    device. dtype: of weights, float32 or bfloat16; None: as they are stored.
 
     Raises:
-      ValueError: naming the folder, if it holds neither or is damaged.
+      ValueError: naming the folder, if it holds neither or is damaged; for a mesh of more devices
+        than there are.
     """
     from bltjax import notebook  # jax starts only when a model is asked for
 
-    return notebook.load(path)
+    return notebook.load(path, mesh=mesh, dtype=dtype)

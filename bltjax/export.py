@@ -80,7 +80,10 @@ def params_folder(path: epath.Path) -> tuple[epath.Path, int]:
 
 
 def load_params(path, shardings=None, dtype=None) -> Loaded:
-    """The model of an export or of a run's newest checkpoint, on `shardings` (default: one device).
+    """The model of an export or of a run's newest checkpoint, on one device.
+
+    shardings: where the parameters go instead, a tree, or a function that gives it for the tree of
+    their shapes.
 
     Raises:
       ValueError: if there is none, or it is damaged.
@@ -89,7 +92,10 @@ def load_params(path, shardings=None, dtype=None) -> Loaded:
     config = read_config(path)
     folder, step = params_folder(path)
     with ckpt.reading(folder):
-        check_shapes(config, flattened(ckpt.stored_shapes(folder)), folder)
+        stored = ckpt.stored_shapes(folder)
+        check_shapes(config, flattened(stored), folder)
+        if callable(shardings):
+            shardings = shardings(stored)
         return Loaded(config, ckpt.restore_params(folder, shardings, dtype), step)
 
 

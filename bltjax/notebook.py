@@ -4,6 +4,7 @@ Texts are str or bytes, of any length that memory allows; programs are compiled 
 powers of two, so that a few serve all texts. A whole text is one document.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from bltjax.alphabet import OFFSET, as_bytes, encode, text_stream
 from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
 from bltjax.decoding import Decoder
+from bltjax.decoding.placing import read_mesh, shardings_on
 from bltjax.decoding.sampling import Sampling
 from bltjax.decoding.whole import bucket
 from bltjax.evaluate import run_patching
@@ -49,8 +52,10 @@ class LoadedModel:
         params,
         patching: PatchingConfig | None,
         entropy_model: EntropyModel | None,
+        mesh: Mesh | None = None,
+        dtype: str | None = None,
     ):
-        self.run, self.params = run, params
+        self.run, self.params, self.mesh, self.dtype = run, params, mesh, dtype
         self.entropy_model = entropy_model
         if run.blt is None:  # its own entropies
             self.entropy_model = EntropyModel(run.model, params, "", False, run, 0)
@@ -89,7 +94,8 @@ class LoadedModel:
             batch["starts_BN1"] = np.zeros((1, length + 1), bool)
             batch["starts_BN1"][0, : len(ids) + 1] = starts_N1
             patches = min(length, bucket(int(starts_N1[:-1].sum())))
-        return np.asarray(self.all_logits(self.params, batch, patches=patches))[: len(ids)]
+        with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
+            return np.asarray(self.all_logits(self.params, batch, patches=patches))[: len(ids)]
 
     def entropies(self, text: str | bytes) -> np.ndarray:
         """float32 [len + 1], nats, indexed as logits: how unsure the byte LM is of each next byte.
@@ -160,7 +166,14 @@ class LoadedModel:
         """
         if self.decoder is None:
             patching, model = self.config.patching, self.entropy_model
-            self.decoder = Decoder(self.run, self.params, patching, patching and model)
+            self.decoder = Decoder(
+                self.run,
+                self.params,
+                patching,
+                patching and model,
+                mesh=self.mesh,
+                dtype=self.dtype,
+            )
         stream = text_stream()
         pieces = self.decoder.generate(
             [prompt],
@@ -176,8 +189,15 @@ class LoadedModel:
             yield shown
 
 
-def load(path) -> LoadedModel:
-    """The model of an export or of a training run's work directory, a folder or gs://."""
-    path = epath.Path(path)
-    run, params, _ = load_params(path)
-    return LoadedModel(run, params, *run_patching(run, path))
+def load(path, *, mesh: str | None = None, dtype: str | None = None) -> LoadedModel:
+    """The model of an export or of a training run's work directory, a folder or gs://.
+
+    mesh: `2x4` splits weights over four devices, twice, for `generate`'s rows; None is one device.
+    dtype: of weights, as bfloat16; None, as they are stored.
+
+    Raises:
+      ValueError: for more devices than there are, or a folder that is neither.
+    """
+    path, on = epath.Path(path), read_mesh(mesh) if mesh else None
+    run, params, _ = load_params(path, shardings_on(on), dtype)
+    return LoadedModel(run, params, *run_patching(run, path), on, dtype)

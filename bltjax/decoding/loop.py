@@ -103,28 +103,35 @@ def when(condition, change, state):
     return state
 
 
+def close_patches(model: CachedBLT, params, state: State) -> State:
+    """Runs the latent transformer for all rows that wait for it."""
+    go_B = (state.why_B == RUNNING) & state.memory.closes_B
+    return state._replace(
+        memory=model.close(params, state.memory, go_B),
+        costs=state.costs.plus(1, go_B.sum(), 0),
+    )
+
+
 def close_waiting(model: CachedBLT, params, state: State) -> State:
-    """Runs the latent transformer if enough rows wait for it."""
+    """The same, if enough rows wait."""
     active_B = state.why_B == RUNNING
     waiting_B = active_B & state.memory.closes_B
     enough = waiting_B.any() & (2 * waiting_B.sum() >= active_B.sum())
-
-    def close(state: State) -> State:
-        go_B = (state.why_B == RUNNING) & state.memory.closes_B
-        return state._replace(
-            memory=model.close(params, state.memory, go_B),
-            costs=state.costs.plus(1, go_B.sum(), 0),
-        )
-
-    return when(enough, close, state)
+    return when(enough, lambda state: close_patches(model, params, state), state)
 
 
 def tick(model, steps: Steps, params, asked: Asked, state: State, out: Written):
-    """One byte in each row that can write one."""
+    """One byte in each row that can write one, after a latent step if it is time for one."""
+    if isinstance(model, CachedBLT):
+        state = close_waiting(model, params, state)
+    return write_bytes(model, steps, params, asked, state, out)
+
+
+def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Written):
+    """One byte in each row that waits for no latent step."""
     patches = isinstance(model, CachedBLT)
     go_B = state.why_B == RUNNING
     if patches:
-        state = close_waiting(model, params, state)
         go_B &= ~state.memory.closes_B
     logits_BV, memory = model.predict(params, state.memory)
     left_B = asked.limit_B - state.made_B

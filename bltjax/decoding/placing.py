@@ -9,10 +9,12 @@ fsdp folded into tensor, weights stay where they lie, and what travels is one po
 What `tensor` doesn't divide (20 heads over 8), every device of a group has whole.
 """
 
+import functools
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bltjax.sharding import AXES, LETTER_AXES, dividing, set_mesh_or_none, spec_of
+from bltjax.sharding import AXES, dividing, set_mesh_or_none, spec_of
 
 
 def decoding_mesh(mesh: Mesh) -> Mesh:
@@ -48,12 +50,25 @@ def weight_shardings(params, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
+def shardings_on(mesh: Mesh | None):
+    """`weight_shardings` on a mesh, for `load_params`; None, one device, without a mesh."""
+    return functools.partial(weight_shardings, mesh=mesh) if mesh else None
+
+
 def row_spec(path, leaf, mesh) -> PartitionSpec:
-    """Of an array that has its rows first: they are split, and so are the heads of a cache."""
-    name = getattr(path[-1], "name", "") if path else ""
-    if name.endswith("BJTC"):
-        return spec_of(name, leaf.shape, mesh)
-    return PartitionSpec(dividing(LETTER_AXES["B"], mesh, leaf.shape[0]))
+    """Of an array that has its rows first: they are split, and so are the heads of a cache.
+
+    As jax itself writes the specs of what a program returns: without axes of one device.
+    """
+
+    def split(axis: str, size: int):
+        return axis if mesh.shape[axis] > 1 and dividing((axis,), mesh, size) else None
+
+    rows = split("data", leaf.shape[0])
+    if path and getattr(path[-1], "name", "").endswith("BJTC"):
+        heads = split("tensor", leaf.shape[1])
+        return PartitionSpec(rows, heads) if heads else PartitionSpec(rows)
+    return PartitionSpec(rows)
 
 
 def row_shardings(tree, mesh: Mesh):
