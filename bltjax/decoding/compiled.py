@@ -58,7 +58,7 @@ def on_mesh(shapes, shardings):
 
 def weight_shapes(config, dtype, mesh: Mesh, change=lambda params: params):
     """The shapes of a model's weights in a dtype, after a change of their tree, on a mesh."""
-    model = make_model(config, 2, jnp.float32, None)
+    model = make_model(config, 2, jnp.float32, "dense")  # no attention is part of a shape
     shapes = jax.eval_shape(lambda key: initial_params(model, key), jax.random.key(0))
     stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     shapes = jax.eval_shape(change, stored)

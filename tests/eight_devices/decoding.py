@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bltjax
+from bltjax.__main__ import main
+from bltjax.checkpoint import save_params
 from bltjax.config import (
     BLTConfig,
     ByteLMConfig,
@@ -123,6 +126,52 @@ def test_weights_stay_where_they_lie():
     assert all(cache.is_deleted() for cache in caches)
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         assert new.sharding.is_equivalent_to(old.sharding, new.ndim), (old.sharding, new.sharding)
+
+
+def saved(folder):
+    """A run's work directory with the parameters of `made`."""
+    patching = PatchingConfig(threshold=5.1, max_patch_bytes=6)
+    config = RunConfig(blt=BLT_CONFIG, patching=patching, compute_dtype="float32")
+    save_params(folder, config, random_params(BLT_CONFIG, 0), 1)
+    byte_lm = RunConfig(byte_lm=BYTE_LM, compute_dtype="float32")
+    save_params(folder / "byte_lm", byte_lm, random_params(BYTE_LM, 1), 1)
+    return folder
+
+
+def test_a_run_is_loaded_onto_a_mesh(tmp_path):
+    model = bltjax.load(saved(tmp_path / "run"), mesh="1x4")
+    tables_RME = model.params["encoder"]["ngrams_RME"]
+    assert tables_RME.sharding.shard_shape(tables_RME.shape) == (2, 128, 24)
+    text = "".join(model.generate(PROMPTS[1], max_bytes=40))
+    assert text == on_one()[1][0].decode(errors="replace")
+
+
+@pytest.mark.slow
+def test_bfloat16_on_request(tmp_path, capsys):
+    run_folder = saved(tmp_path / "run")
+    model = bltjax.load(run_folder, mesh="2x2", dtype="bfloat16")
+    assert {x.dtype.name for x in jax.tree.leaves(model.params)} == {"bfloat16"}
+    assert next(model.generate(PROMPTS[1], max_bytes=4))
+    decoder = model.decoder
+    memory = decoder.memory([np.array([1, 70], np.int32)] * 2)
+    assert {x.dtype.name for x in jax.tree.leaves((memory.latent, memory.encoder))} == {"bfloat16"}
+    # What places the patches is exact, whatever the rest is.
+    kept = (decoder.params["scorer"], memory.scorer)
+    assert {x.dtype.name for x in jax.tree.leaves(kept)} == {"float32"}
+    words = ["--mesh=2x2", "--dtype=bfloat16", "--prompt=A BLT", "--max_bytes=4"]
+    assert main(["generate", f"--workdir={run_folder}", *words]) == 0
+    assert capsys.readouterr().out.startswith("A BLT")
+
+
+def test_a_byte_lm_is_split_as_well():
+    config = RunConfig(byte_lm=BYTE_LM, compute_dtype="float32")
+    alone, split = (
+        written(Decoder(config, random_params(BYTE_LM, 1), None, None, mesh=mesh), max_bytes=12)
+        for mesh in (None, read_mesh("2x2"))
+    )
+    for (text, log_probs), (found, found_log_probs) in zip(alone, split, strict=True):
+        assert found == text
+        np.testing.assert_allclose(found_log_probs, log_probs, atol=1e-5)
 
 
 def test_bad_meshes():
