@@ -23,6 +23,11 @@ HASH_PRIMES = (
 #     products  outputs of matrix products and of attention: about 60 % of it, and 2 % more FLOPs
 #     full      the block's input alone: a third more FLOPs
 REMAT = ("none", "products", "full")
+# How Adam's moments of the hash tables are kept; the tables can be most of a model.
+#     float32   as those of all other parameters: 8 bytes a number
+#     bfloat16  4 bytes
+#     factored  the first in bfloat16; the second as one number a row and one a column: 2 bytes
+TABLE_MOMENTS = ("float32", "bfloat16", "factored")
 # Ways to compute attention; the interpreted ones run a TPU's or a GPU's kernels anywhere, slowly.
 ATTENTION = (
     "auto", "dense", "xla", "pallas_tpu", "pallas_gpu",
@@ -319,9 +324,11 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # on matrices; not on norms, byte embeddings, hash tables
     clip: float = 1.0
     accumulate: int = 1  # micro-batches per step
+    table_moments: str = "float32"  # one of TABLE_MOMENTS
 
     def __post_init__(self):
         positive(self, "steps", "lr", "clip", "accumulate")
+        one_of("optimizer.table_moments", self.table_moments, TABLE_MOMENTS)
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps ({self.warmup_steps}) must lie in 0 ... optimizer.steps"
@@ -396,6 +403,14 @@ class RunConfig:
         one_of("attention", self.attention, ATTENTION)
         positive(self, "log_every", "evaluate_every")
         divides("optimizer.accumulate", self.optimizer.accumulate, "data.rows", self.data.rows)
+        mesh = self.mesh
+        if mesh.data > 0 and mesh.fsdp > 0:
+            shards, rows = mesh.data * mesh.fsdp, self.data.rows // self.optimizer.accumulate
+            divides("mesh.data x mesh.fsdp", shards, "data.rows / optimizer.accumulate", rows)
+        if mesh.tensor > 0 and self.blt is not None:
+            latent = self.blt.latent
+            divides("mesh.tensor", mesh.tensor, "latent.heads", latent.heads)
+            divides("mesh.tensor", mesh.tensor, "latent.key_value_heads", latent.key_value_heads)
         if self.latent_init.path and (self.blt is None or self.init_from):
             raise ValueError("latent_init.path is for a BLT that does not begin from init_from")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from etils import epath
 from ml_collections import ConfigDict
 
-from bltjax.config import PatchingConfig, RunConfig, SourceConfig, from_dict, nearest
+from bltjax.config import MeshConfig, PatchingConfig, RunConfig, SourceConfig, from_dict, nearest
 
 DEFAULT_PATCHING = PatchingConfig()
 
@@ -127,6 +127,30 @@ def add_workdir_argument(parser: argparse.ArgumentParser, *, required: bool = Tr
         type=epath.Path,
         help="a training run's work directory, or an export; a folder or gs://",
     )
+
+
+def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mesh",
+        type=mesh_config,
+        help="devices by axis, such as data=1,fsdp=4,tensor=2 (default: one device)",
+    )
+
+
+def mesh_config(text: str) -> MeshConfig:
+    """`fsdp=4,tensor=2` -> MeshConfig; axes that are not named have one device."""
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.lstrip("-").isdecimal():
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not AXIS=DEVICES with an axis of {', '.join(sizes)}"
+            )
+        sizes[axis] = int(size)
+    try:
+        return MeshConfig(**sizes)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_source_arguments(

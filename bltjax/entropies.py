@@ -11,11 +11,13 @@ import json
 import zlib
 from pathlib import Path
 
+import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from bltjax import checkpoint as ckpt
-from bltjax.config import SourceConfig
-from bltjax.config_file import add_source_arguments, source_from
+from bltjax.config import MeshConfig, SourceConfig
+from bltjax.config_file import add_mesh_argument, add_source_arguments, source_from
 from bltjax.data.records import (
     Manifest,
     ShardInfo,
@@ -25,8 +27,11 @@ from bltjax.data.records import (
     write_shard,
 )
 from bltjax.data.sources import open_source
+from bltjax.export import read_config
 from bltjax.metrics import Progress, quantity
 from bltjax.scoring import load_entropy_model, score_documents
+from bltjax.sharding import make_mesh
+from bltjax.training_step import check_mesh
 
 SHARD_BYTES = 64 << 20
 
@@ -52,13 +57,16 @@ def write_entropies(
     newline_reset: bool = False,
     shard_bytes: int = SHARD_BYTES,
     skip_bad: bool = False,
+    mesh: Mesh | None = None,
 ) -> Manifest:
     """Scores `source` with the run in `byte_lm` into the folder `out`.
 
     Raises:
       ValueError: if `out` was begun with another byte LM or another corpus.
     """
-    model = load_entropy_model(byte_lm, newline_reset=newline_reset)
+    mesh = mesh or make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    check_mesh(read_config(byte_lm).model, None, mesh)
+    model = load_entropy_model(byte_lm, newline_reset=newline_reset, mesh=mesh)
     documents = open_source(source, skip_bad=skip_bad)
     if documents.bad:
         print(f"{source.path}: {documents.bad} broken lines skipped")
@@ -97,13 +105,14 @@ def write_entropies(
             print(f"{path.name}: kept, {quantity(infos[-1].text_bytes)}B")
             continue
         texts = [documents[i].text for i in indices]
-        entropies, padding = score_documents(
-            model.config,
-            model.params,
-            texts,
-            newline_reset=newline_reset,
-            scored=progress.advance,
-        )
+        with jax.set_mesh(mesh):
+            entropies, padding = score_documents(
+                model.config,
+                model.params,
+                texts,
+                newline_reset=newline_reset,
+                scored=progress.advance,
+            )
         write_shard(
             path, (encode_record(t.tobytes(), e) for t, e in zip(texts, entropies, strict=True))
         )
@@ -133,6 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the byte LM's context begins anew with each newline (patching.newline_reset)",
     )
+    add_mesh_argument(parser)
     parser.add_argument("--shard_bytes", type=int, default=SHARD_BYTES, help="text per shard")
 
 
@@ -146,6 +156,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         newline_reset=args.newline_reset,
         shard_bytes=args.shard_bytes,
         skip_bad=args.skip_bad,
+        mesh=make_mesh(args.mesh) if args.mesh else None,
     )
     padding = manifest.total("padding")
     print(

@@ -16,23 +16,30 @@ from pathlib import Path
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from bltjax import checkpoint as ckpt
 from bltjax.calibrate import mean_patch_bytes
-from bltjax.config import RunConfig, SourceConfig
-from bltjax.config_file import add_source_arguments, add_workdir_argument, source_from
+from bltjax.config import MeshConfig, RunConfig, SourceConfig
+from bltjax.config_file import (
+    add_mesh_argument,
+    add_source_arguments,
+    add_workdir_argument,
+    source_from,
+)
 from bltjax.data.pipeline import held_out_batches
 from bltjax.data.sources import open_source
 from bltjax.export import TOKENIZER, load_params, read_config
 from bltjax.metrics import Progress, quantity
 from bltjax.model import parameter_count
 from bltjax.scoring import load_entropy_model, scored_source
-from bltjax.training_step import make_scores, run_model
+from bltjax.sharding import make_mesh, row_sharding
+from bltjax.training_step import check_mesh, make_scores, run_model, under
 
 XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
 
 
-def run_patching(config: RunConfig, workdir: epath.Path):
+def run_patching(config: RunConfig, workdir: epath.Path, mesh: Mesh | None = None):
     """(PatchingConfig, EntropyModel) of a run or an export, each None where it has none.
 
     What the patches need lies in the same folder, so that the two travel together.
@@ -50,21 +57,32 @@ def run_patching(config: RunConfig, workdir: epath.Path):
             f"{workdir} has no byte LM, which its entropy patching needs: convert it again with"
             " --byte_lm"
         )
-    model = load_entropy_model(workdir / "byte_lm", newline_reset=patching.newline_reset)
+    reset = patching.newline_reset
+    model = load_entropy_model(workdir / "byte_lm", newline_reset=reset, mesh=mesh)
     return patching, model
 
 
-def evaluate(workdir: epath.Path, source: SourceConfig, *, skip_bad: bool = False) -> dict:
-    """Bits per byte on `source` of a run or an export, with counts of what was scored."""
-    config, params, step = load_params(workdir)
-    patching, byte_lm = run_patching(config, workdir)
-    documents = scored_source(source, patching, byte_lm, skip_bad=skip_bad)
+def evaluate(
+    workdir: epath.Path, source: SourceConfig, *, skip_bad: bool = False, mesh: Mesh | None = None
+) -> dict:
+    """Bits per byte on `source` of a run or an export, with counts of what was scored.
+
+    Raises:
+      ValueError: where the mesh doesn't divide what it should split, with both numbers.
+    """
+    mesh = mesh or make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    config = read_config(workdir)
+    check_mesh(config.model, config.data.rows, mesh)
+    _, params, step = load_params(workdir, mesh=mesh)
+    patching, byte_lm = run_patching(config, workdir, mesh)
+    with jax.set_mesh(mesh):
+        documents = scored_source(source, patching, byte_lm, skip_bad=skip_bad)
     batches, cuts = held_out_batches(documents, config.data, patching)
-    scores = jax.jit(make_scores(run_model(config)))
+    scores = jax.jit(under(mesh, make_scores(run_model(config))))
     nats = text_bytes = 0.0
     progress = Progress("evaluating", len(batches), " batches")
     for batch in batches:
-        sums = jax.device_get(scores(params, jax.device_put(batch)))
+        sums = jax.device_get(scores(params, jax.device_put(batch, row_sharding(mesh))))
         nats += float(sums.text_nats)
         text_bytes += float(sums.text_bytes)
         progress.advance(1)
@@ -104,6 +122,7 @@ def joined_text(source: SourceConfig, skip_bad: bool) -> bytes:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workdir_argument(parser)
     add_source_arguments(parser, required=False, default="the run's held-out")
+    add_mesh_argument(parser)
     parser.add_argument("--compressors", action="store_true", help="also gzip -9 and xz -9")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
 
@@ -118,10 +137,12 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         sources = list(config.data.held_out.values())
     else:
         raise ValueError(f"{args.workdir} has no held-out source in its config; give --source")
+    mesh = make_mesh(args.mesh) if args.mesh else None
     results = []
     for source in sources:
         begun = time.monotonic()
-        result = {"source": source.path, **evaluate(args.workdir, source, skip_bad=args.skip_bad)}
+        found = evaluate(args.workdir, source, skip_bad=args.skip_bad, mesh=mesh)
+        result = {"source": source.path, **found}
         result["seconds"] = time.monotonic() - begun
         if args.compressors:
             text = joined_text(source, args.skip_bad)

@@ -21,10 +21,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from jax.sharding import Mesh
 
 from bltjax import checkpoint as ckpt
 from bltjax.config import RunConfig, from_dict, to_dict
-from bltjax.weights.model_files import ModelFiles, leaf_shapes
+from bltjax.sharding import tree_shardings
+from bltjax.weights.model_files import ModelFiles, leaf_shapes, model_shapes
 from bltjax.weights.tensors import BLOCK_BYTES, DTYPES, Leaf, blocks, flattened, read_json
 
 FORMAT, VERSION = "bltjax export", 1
@@ -79,11 +81,9 @@ def params_folder(path: epath.Path) -> tuple[epath.Path, int]:
     return folder / "params", step
 
 
-def load_params(path, shardings=None, dtype=None) -> Loaded:
-    """The model of an export or of a run's newest checkpoint, on one device.
-
-    shardings: where the parameters go instead, a tree, or a function that gives it for the tree of
-    their shapes.
+def load_params(path, shardings=None, dtype=None, *, mesh: Mesh | None = None) -> Loaded:
+    """The model of an export or of a run's newest checkpoint, on `shardings`, or on those that its
+    letters have on `mesh` (default: one device).
 
     Raises:
       ValueError: if there is none, or it is damaged.
@@ -92,10 +92,9 @@ def load_params(path, shardings=None, dtype=None) -> Loaded:
     config = read_config(path)
     folder, step = params_folder(path)
     with ckpt.reading(folder):
-        stored = ckpt.stored_shapes(folder)
-        check_shapes(config, flattened(stored), folder)
-        if callable(shardings):
-            shardings = shardings(stored)
+        check_shapes(config, flattened(ckpt.stored_shapes(folder)), folder)
+        if mesh is not None:
+            shardings = tree_shardings(model_shapes(config), mesh)
         return Loaded(config, ckpt.restore_params(folder, shardings, dtype), step)
 
 

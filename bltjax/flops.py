@@ -70,21 +70,15 @@ def recomputed_flops(
 ) -> int:
     """FLOPs of one row that the backward pass computes anew, by the policies of the config.
 
-    Of a block, "full" computes all again but its last product, whose result nobody asks for;
-    "products" keeps the results of products, so it is attention that is computed again.
+    Of a block, "full" computes all again but its last product, whose result nobody asks for; the
+    other policies keep the results of products and of attention.
     """
 
     def again(policy, positions, span, width, hidden, key_value_width) -> int:
+        if policy != "full":
+            return 0
         block = block_flops(positions, span, width, hidden, key_value_width)
-        attention = 4 * width * seen_keys(positions, span)
-        last = 2 * positions * hidden * width
-        return {
-            "none": 0,
-            "full": block - last,
-            "products": attention,
-            False: 0,
-            True: block - last,
-        }[policy]
+        return block - 2 * positions * hidden * width
 
     N, P = row_bytes, row_patches
     if isinstance(config, ByteCNNConfig):

@@ -23,10 +23,9 @@ from typing import TextIO
 from bltjax.alphabet import as_bytes, text_stream
 from bltjax.config_file import add_workdir_argument
 from bltjax.decoding import CONTEXT, Decoder, Piece
-from bltjax.decoding.placing import read_mesh, shardings_on
+from bltjax.decoding.placing import load_onto, read_mesh
 from bltjax.decoding.sampling import Sampling
 from bltjax.evaluate import run_patching
-from bltjax.export import load_params
 from bltjax.metrics import quantity
 from bltjax.picture import TERMINAL_COLOURS, visible
 
@@ -212,7 +211,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     else:
         prompts = [args.prompt_file.read_bytes() if args.prompt_file else as_bytes(args.prompt)]
     mesh = read_mesh(args.mesh) if args.mesh else None
-    config, params, _ = load_params(args.workdir, shardings_on(mesh), args.dtype)
+    config, params, _ = load_onto(mesh, args.workdir, args.dtype)
     decoder = Decoder(
         config,
         params,

@@ -17,11 +17,10 @@ from jax.sharding import Mesh
 from bltjax.alphabet import OFFSET, as_bytes, encode, text_stream
 from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
 from bltjax.decoding import Decoder
-from bltjax.decoding.placing import read_mesh, shardings_on
+from bltjax.decoding.placing import load_onto, read_mesh
 from bltjax.decoding.sampling import Sampling
 from bltjax.decoding.whole import bucket
 from bltjax.evaluate import run_patching
-from bltjax.export import load_params
 from bltjax.model import batch_logits, make_model
 from bltjax.patching import force_starts, patch_starts
 from bltjax.scoring import EntropyModel, score_documents
@@ -199,5 +198,5 @@ def load(path, *, mesh: str | None = None, dtype: str | None = None) -> LoadedMo
       ValueError: for more devices than there are, or a folder that is neither.
     """
     path, on = epath.Path(path), read_mesh(mesh) if mesh else None
-    run, params, _ = load_params(path, shardings_on(on), dtype)
+    run, params, _ = load_onto(on, path, dtype)
     return LoadedModel(run, params, *run_patching(run, path), on, dtype)

@@ -19,7 +19,6 @@ from bltjax.ahead import (
     TooLarge,
     compile_ahead,
     described_devices,
-    places,
     shard_bytes,
     used_bytes,
 )
@@ -29,14 +28,14 @@ from bltjax.config_file import load_config
 from bltjax.data.packing import lay_out
 from bltjax.decoding import CONTEXT
 from bltjax.flops import paper_flops, recomputed_flops, training_flops
-from bltjax.hlo import read_program
-from bltjax.hlo_collectives import by_kind_and_axis, read_collectives
-from bltjax.hlo_work import Work, read_work
+from bltjax.hlo_collectives import by_kind_and_axis
+from bltjax.hlo_work import Work
 from bltjax.metrics import quantity
 from bltjax.model import parameter_count
+from bltjax.plan_changes import Change, nearest_changes
 from bltjax.plan_generate import plan_generate
 from bltjax.plan_generate import text as decoder_text
-from bltjax.roofline import Bound, bound
+from bltjax.roofline import Bound, account
 from bltjax.sharding import make_mesh
 from bltjax.training_step import step_parts
 
@@ -79,11 +78,14 @@ class Plan:
             name: int(getattr(self.memory, name))
             for name in ("parameters", "optimizer", "activations", "total", "capacity")
         }
-        names = [field.name for field in dataclasses.fields(Bound)] + ["interconnect_s", "step_s"]
+        names = [field.name for field in dataclasses.fields(Bound)]
+        names += ["interconnect_s", "step_s", "limit"]
         return {
             "topology": self.topology.name,
             "slices": self.topology.slices,
             "mesh": self.mesh,
+            "rows": self.config.data.rows,
+            "accumulate": self.config.optimizer.accumulate,
             "fits": self.memory.fits,
             "parameters": self.parameters,
             "hbm_bytes": memory,
@@ -179,26 +181,18 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
                 compile_s=time.monotonic() - begun,
             )
     spent = time.monotonic() - begun
-    program = read_program(compiled.as_text())
-    work = read_work(program)
-    collectives = read_collectives(program, found.mesh)
-    flops = dataclasses.replace(found.flops, compiler=work.flops * mesh.size)
+    step_bytes = config.data.rows * config.data.row_bytes
+    told = account(compiled.as_text(), topology, mesh, found.flops.exact, step_bytes)
+    flops = dataclasses.replace(found.flops, compiler=told.work.flops * mesh.size)
     return dataclasses.replace(
         found,
         memory=dataclasses.replace(memory, total=used_bytes(compiled)),
         flops=flops,
         compile_s=spent,
-        work=work,
-        collectives=by_kind_and_axis(collectives),
-        bound=bound(
-            work,
-            collectives,
-            topology,
-            places(topology, mesh.devices.flat),
-            flops.exact,
-            config.data.rows * config.data.row_bytes,
-        ),
-        unknown_loops=len(program.unknown_loops),
+        work=told.work,
+        collectives=by_kind_and_axis(told.collectives),
+        bound=told.bound,
+        unknown_loops=told.unknown_loops,
     )
 
 
@@ -299,6 +293,14 @@ def text(found: Plan, name: str) -> str:
     return "\n".join(lines)
 
 
+def change_lines(changes: list[Change], memory: Memory) -> list[str]:
+    lines = ["it would fit with" if changes else "nothing near makes it fit: take a larger slice"]
+    for change in changes:
+        how = "compiled" if change.compiled else "estimated"
+        lines.append(f"    {change.options}   {gib(change.total)} of {gib(memory.capacity)}, {how}")
+    return lines
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, help="configs/FILE.py or configs/FILE.py:ARGUMENT"
@@ -335,6 +337,11 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         print(told if args.json else decoder_text(decoder, args.config))
         sys.exit(0 if decoder.fits else 1)
     found = plan(config, topology)
-    print(json.dumps(found.summary(), indent=2) if args.json else text(found, args.config))
+    told, lines = found.summary(), [text(found, args.config)]
+    if not found.memory.fits:
+        changes = nearest_changes(found, plan)
+        lines += change_lines(changes, found.memory)
+        told["changes"] = [dataclasses.asdict(x) | {"options": x.options} for x in changes]
+    print(json.dumps(told, indent=2) if args.json else "\n".join(lines))
     if not found.memory.fits:
         sys.exit(1)

@@ -14,10 +14,13 @@ once and at their published rates, so the slowest of them is the bound. On the l
 from dataclasses import dataclass
 
 import numpy as np
+from jax.sharding import Mesh
 
+from bltjax.ahead import places
 from bltjax.chips import Topology
-from bltjax.hlo_collectives import Collective
-from bltjax.hlo_work import Work
+from bltjax.hlo import read_program
+from bltjax.hlo_collectives import Collective, read_collectives
+from bltjax.hlo_work import Work, read_work
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,25 @@ class Bound:
         network = "datacentre network" if self.dcn_s > self.ici_s else "interconnect"
         times = {"compute": self.compute_s, "HBM": self.hbm_s, network: self.interconnect_s}
         return max(times, key=times.get)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a compiled program does on each chip, and its bound."""
+
+    work: Work
+    collectives: list[Collective]
+    bound: Bound
+    unknown_loops: int
+
+
+def account(text: str, topology: Topology, mesh: Mesh, flops: float, step_bytes: int) -> Account:
+    """The account of a compiled program's text; arguments as of `bound`."""
+    program = read_program(text)
+    work, collectives = read_work(program), read_collectives(program, dict(mesh.shape))
+    where = places(topology, mesh.devices.flat)
+    limits = bound(work, collectives, topology, where, flops, step_bytes)
+    return Account(work, collectives, limits, len(program.unknown_loops))
 
 
 def bound(

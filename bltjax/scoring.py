@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from bltjax.alphabet import OFFSET, encode
 from bltjax.checkpoint import identity
@@ -46,13 +47,13 @@ class EntropyModel(NamedTuple):
     step: int
 
 
-def load_entropy_model(path, *, newline_reset: bool) -> EntropyModel:
-    """The byte LM or byte CNN of a run or an export.
+def load_entropy_model(path, *, newline_reset: bool, mesh: Mesh | None = None) -> EntropyModel:
+    """The byte LM or byte CNN of a run or an export; on `mesh`, which is set when it scores.
 
     Raises:
       ValueError: for a BLT, or a folder that is neither.
     """
-    run, params, step = load_params(path)
+    run, params, step = load_params(path, mesh=mesh)
     if run.blt is not None:
         raise ValueError(
             f"{path} is a BLT, not a byte LM; entropies come from a byte LM"

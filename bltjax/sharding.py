@@ -96,17 +96,23 @@ def spec_of(name: str, shape: tuple[int, ...], mesh, *, but: tuple[str, ...] = (
 
     `but`: axes that are left out.
     """
-    letters = [letter for letter, _ in suffix_axes(name)]
-    if len([letter for letter in letters if letter != "L"]) < 2:
-        return PartitionSpec(*[None] * len(letters))
-    taken = set(but)
     entries = []
-    for letter, size in zip(letters, shape, strict=True):
-        wanted = tuple(axis for axis in LETTER_AXES.get(letter, ()) if axis not in taken)
-        axes = dividing(wanted, mesh, size)
-        taken.update(axes)
+    for size, wanted in zip(shape, wanted_axes(name), strict=True):
+        axes = dividing(tuple(axis for axis in wanted if axis not in but), mesh, size)
         entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
     return PartitionSpec(*entries)
+
+
+def wanted_axes(name: str) -> list[tuple[str, ...]]:
+    """The mesh axes that each letter of a name is the first to ask for; none in a vector."""
+    letters = [letter for letter, _ in suffix_axes(name)]
+    is_vector = len([letter for letter in letters if letter != "L"]) < 2
+    taken, wanted = set(), []
+    for letter in letters:
+        asked = () if is_vector else LETTER_AXES.get(letter, ())
+        wanted.append(tuple(axis for axis in asked if axis not in taken))
+        taken.update(asked)
+    return wanted
 
 
 def tree_shardings(tree, mesh: Mesh):
@@ -122,17 +128,13 @@ def tree_shardings(tree, mesh: Mesh):
         if not leaf.shape:
             return NamedSharding(mesh, PartitionSpec())
         name = path[-1].key
-        spec = spec_of(name, leaf.shape, mesh)
-        split = {
-            axis for axes in spec for axis in ((axes,) if isinstance(axes, str) else axes or ())
-        }
-        letters = [letter for letter, _ in suffix_axes(name)]
-        if len([letter for letter in letters if letter != "L"]) > 1:
-            for letter, size in zip(letters, leaf.shape, strict=True):
-                for axis in LETTER_AXES.get(letter, ()):
-                    if axis not in split and letter not in WHERE_DIVIDING:
-                        divides(f"mesh axis {axis}", mesh.shape[axis], f"{letter} of {name}", size)
-        return NamedSharding(mesh, spec)
+        for (letter, _), size, axes in zip(
+            suffix_axes(name), leaf.shape, wanted_axes(name), strict=True
+        ):
+            if axes and letter not in WHERE_DIVIDING:
+                product = math.prod(mesh.shape[axis] for axis in axes)
+                divides(f"mesh {' x '.join(axes)}", product, f"{letter} of {name}", size)
+        return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
 

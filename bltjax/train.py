@@ -19,7 +19,7 @@ from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, RunConfig, to_
 from bltjax.config_file import load_config
 from bltjax.data.pipeline import fills, held_out_batches, training_batches
 from bltjax.export import TOKENIZER
-from bltjax.flops import training_flops
+from bltjax.flops import training_flops, utilisation
 from bltjax.metrics import Reporter, duration, quantity
 from bltjax.model import parameter_count
 from bltjax.objective import Sums
@@ -141,6 +141,7 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
             "learning_rate": rate,
             "training_flops": float(flops) * step,
         }
+        values |= utilisation(flops * values["steps_per_second"], list(mesh.devices.flat))
         if not warned and config.blt and min(values["byte_fill"], values["patch_fill"]) < 0.9:
             warned = True
             data = config.data
@@ -157,7 +158,8 @@ def train(config: RunConfig, workdir: Path, *, stop_at: int | None = None) -> di
             f"step {step}/{config.optimizer.steps}  loss {values['loss']:.4f}"
             f"  {values['bits_per_byte']:.3f} bits/byte  {quantity(values['bytes_per_second'])}B/s"
             f"  fill {values['byte_fill']:.1%} of bytes {values['patch_fill']:.1%} of patches"
-            f"  {duration(left)} left",
+            + (f"  mfu {values['mfu']:.1%}" if "mfu" in values else "")
+            + f"  {duration(left)} left",
             flush=True,
         )
 

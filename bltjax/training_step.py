@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from bltjax.checkpoint import TrainState
-from bltjax.config import RunConfig, divides
+from bltjax.config import BLTConfig, RunConfig, divides
 from bltjax.model import Model, batch_logits, initial_params, make_model
 from bltjax.objective import Sums, target_sums
 from bltjax.optimizer import make_optimizer
@@ -142,15 +142,28 @@ class StepParts(NamedTuple):
     scores: Callable  # jitted: (params, batch) -> Sums
 
 
+def check_mesh(model, rows: int | None, mesh: Mesh) -> None:
+    """Checks what a mesh splits, by the names of the config; `rows` at a time, None for any.
+
+    Raises:
+      ValueError: with the rule and both numbers.
+    """
+    if rows is not None:
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        divides("mesh data x fsdp", shards, "the rows of a (micro-)batch", rows)
+    if isinstance(model, BLTConfig):
+        latent, tensor = model.latent, mesh.shape["tensor"]
+        divides("mesh tensor", tensor, "latent.heads", latent.heads)
+        divides("mesh tensor", tensor, "latent.key_value_heads", latent.key_value_heads)
+
+
 def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
     """The model, the state and the jitted functions of a run.
 
     Raises:
       ValueError: where the mesh doesn't divide what it should split, with both numbers.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.data.rows // config.optimizer.accumulate
-    divides("mesh data x fsdp", shards, "data.rows / optimizer.accumulate", rows)
+    check_mesh(config.model, config.data.rows // config.optimizer.accumulate, mesh)
     model = run_model(config)
     optimizer = make_optimizer(config.optimizer, config.latent_init)
 

@@ -8,12 +8,12 @@
 RECORDS are folders that `python -m bltjax entropies` wrote with the byte LM; NATS is the threshold
 that calibrate finds on them: the config's own is right for the released byte LM alone.
 
-Hardware: 128 chips (v5p, 95 GB each). Parameters, Adam's two moments and gradients in fp32 are 16
-bytes a parameter, 85.2 GB in all and 0.67 GB a chip, for all of it is sharded; what is left is for
-the activations of 2 rows of 16 KiB at a time. So time decides, not memory: a step is 76.9 PFLOP
-(`bltjax/flops.py`), 3.3 s if the chips reach 40 % of their 459 TFLOP/s in bf16, and 240,000 steps,
-4 TB of text, take 9 days. It was never run: its shapes and its parameter count are tested, the rest
-is arithmetic.
+Hardware: 128 chips (v5p:4x4x8, 95 GB each). Parameters, Adam's two moments and gradients in fp32
+are 16 bytes a parameter, 85.2 GB in all and 0.67 GB a chip, for all of it is sharded; what is left
+is for the activations of 2 rows of 16 KiB at a time. So time decides, not memory: a step is 76.9
+PFLOP (`bltjax/flops.py`), 3.3 s if the chips reach 40 % of their 459 TFLOP/s in bf16, and 240,000
+steps, 4 TB of text, take 9 days. It was never run: its shapes and its parameter count are tested,
+the rest is arithmetic.
 
 The recipe is the paper's: rows of 16 KiB, 16M bytes a step, lr 4e-4, cosine to zero.
 Expect a point between 1B and 4B on the paper's scaling curves (figure 6), which give no table.
@@ -78,7 +78,7 @@ def get_config():
         )
     )
     config.checkpoint = ConfigDict(dict(every=1000, keep=2))
-    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    config.mesh = ConfigDict(dict(data=1, fsdp=128, tensor=1))
     config.compute_dtype = "auto"
     config.attention = "auto"
     config.seed = 0

@@ -8,9 +8,9 @@
 RECORDS are folders that `python -m bltjax entropies` wrote with the byte LM; NATS is the threshold
 that calibrate finds on them: the config's own is right for the released byte LM alone.
 
-Hardware: 32 chips (v5p, 95 GB each). Parameters, Adam's two moments and gradients in fp32 are 16
-bytes a parameter, 46.0 GB in all and 1.44 GB a chip, for all of it is sharded; what is left is for
-the activations of 8 rows of 16 KiB at a time. So time decides, not memory: a step is 23.3 PFLOP
+Hardware: 32 chips (v5p:2x4x4, 95 GB each). Parameters, Adam's two moments and gradients in fp32 are
+16 bytes a parameter, 46.0 GB in all and 1.44 GB a chip, for all of it is sharded; what is left is
+for the activations of 8 rows of 16 KiB at a time. So time decides, not memory: a step is 23.3 PFLOP
 (`bltjax/flops.py`), 4.0 s if the chips reach 40 % of their 459 TFLOP/s in bf16, and 240,000 steps,
 4 TB of text, take 11 days. It was never run: its shapes and its parameter count are tested, the
 rest is arithmetic.
@@ -79,7 +79,7 @@ def get_config():
         )
     )
     config.checkpoint = ConfigDict(dict(every=1000, keep=2))
-    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    config.mesh = ConfigDict(dict(data=1, fsdp=32, tensor=1))
     config.compute_dtype = "auto"
     config.attention = "auto"
     config.seed = 0

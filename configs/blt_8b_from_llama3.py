@@ -14,7 +14,7 @@ Two stages in one run: for the first 10,000 updates the latent transformer stays
 local models learn to speak to it; then all of it learns, the latent transformer at a tenth of the
 others' rate (`latent_init`).
 
-Hardware: 64 chips (v5p, 95 GB each). 11,056,887,040 parameters, 3.84 billion of them in hash
+Hardware: 64 chips (v5p:4x4x4, 95 GB each). 11,056,887,040 parameters, 3.84 billion of them in hash
 tables; with Adam's two moments and gradients in fp32, 16 bytes a parameter, 176.9 GB in all and
 2.76 GB a chip. A step of 4M bytes is 52.6 PFLOP (`bltjax/flops.py`), 4.5 s if the chips reach 40 %
 of their 459 TFLOP/s in bf16, and 50,000 steps, 210 GB of text, take 3 days. It was never run:
@@ -85,7 +85,7 @@ def get_config():
         )
     )
     config.checkpoint = ConfigDict(dict(every=1000, keep=2))
-    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    config.mesh = ConfigDict(dict(data=1, fsdp=64, tensor=1))
     config.compute_dtype = "auto"
     config.attention = "auto"
     config.seed = 0

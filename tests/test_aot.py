@@ -7,7 +7,6 @@ Sizes are those of the 8B: rows of 16,384 bytes, 4,096 patches, 4 slots a patch.
 
 import importlib.util
 import math
-import os
 import pkgutil
 import re
 
@@ -15,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
+from bltjax import ahead
 from bltjax.attention import Pooling, Reading, Sliding, range_attention
+from bltjax.chips import read_topology
 
 N, P, K = 16384, 4096, 4
 CASES = {
@@ -61,12 +61,8 @@ def test_lowers_for_cuda(name):
 
 @pytest.fixture(scope="module")
 def no_cache():
-    """A program for a machine that isn't here can't be read back from the cache."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
+    with ahead.no_cache():
+        yield
 
 
 # Shared memory is what differs most: threads, registers and the rest are those of an H100.
@@ -108,13 +104,9 @@ def devices(no_cache):
     """From a chip's name to a device that one can compile for."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install 'jax[tpu]' (Linux, x86-64)")
-    # No TPU to ask for its surroundings; others on this machine may compile too.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
     def device(chip: str):
-        name = TOPOLOGIES[chip]
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+        return ahead.described_devices(read_topology(TOPOLOGIES[chip]))[0]
 
     return device
 

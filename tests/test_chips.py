@@ -1,6 +1,8 @@
 """Slices that are offered, and those that only libtpu knows."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +77,16 @@ def test_libtpu_knows_the_chips(kind):
         where = places(topology, devices)
         assert len({tuple(place) for place in where.tolist()}) == topology.chips
         assert (where.max(axis=0)[1:] + 1).tolist() == list(topology.sides)
+
+
+def test_the_readme_lists_what_the_table_has():
+    text = (Path(__file__).parents[1] / "README.md").read_text().split("## Planning a pod")[1]
+    for kind, chip in CHIPS.items():
+        cells = re.search(rf"^\| {kind}\b.*$", text, re.MULTILINE)[0].split("|")
+        told = [float(re.match(r"\s*([\d.]+)", cell)[1]) for cell in cells[2:5]]
+        assert told == pytest.approx(
+            [chip.flops / 1e12, chip.hbm_bytes / 2**30, chip.hbm_rate / 1e9], rel=1e-3
+        )
+        links, rate = map(float, cells[5].split("x"))
+        assert (links, rate) == (chip.links, chip.link_rate / 1e9)
+        assert float(cells[6]) == chip.dcn_rate / 1e9

@@ -3,11 +3,13 @@ import ast
 import dataclasses
 import importlib
 import json
+import math
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from bltjax.config import (
     BLTConfig,
@@ -21,6 +23,9 @@ from bltjax.config import (
 )
 from bltjax.config_file import load_config
 from bltjax.flops import training_flops
+from bltjax.sharding import AXES, tree_shardings
+from bltjax.training_step import check_mesh
+from bltjax.weights.model_files import model_shapes
 
 CONFIGS = sorted(Path("configs").glob("*.py"))
 
@@ -69,6 +74,8 @@ def test_overrides():
         ("blt.local.heads=3", r"local.heads \(3\) must divide local.width \(1024\)"),
         ("blt.latent.key_value_heads=5", r"key_value_heads \(5\) must divide latent.heads \(16\)"),
         ("data.row_patches=99999", r"row_patches \(99999\) must not exceed row_bytes \(16384\)"),
+        ("mesh.tensor=3", r"mesh.tensor \(3\) must divide latent.heads \(16\)"),
+        ("mesh.fsdp=768", r"x mesh.fsdp \(768\) must divide data.rows / .*accumulate \(256\)"),
         ("optimizer.accumulate=3", r"accumulate \(3\) must divide data.rows \(1024\)"),
         ("patching.mode=bpes", r"patching.mode is 'bpes', not one of entropy, space, .*, bpe"),
         ("optimizer.warmup_steps=999999", r"warmup_steps \(999999\) must lie in 0"),
@@ -190,6 +197,20 @@ def test_the_arithmetic_of_the_quickstart():
         data = config.data
         flops = training_flops(config.model, data.rows, data.row_bytes, data.row_patches)
         assert float(re.search(pattern, told).group(1)) == pytest.approx(flops / 1e9, abs=0.06)
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "quickstart" not in spec])
+def test_meshes_fit_their_pods(spec):
+    """The mesh has the chips that the docstring names, and divides all that it splits."""
+    config = load_config(spec)
+    told = docstring(Path(spec.partition(":")[0]))
+    chips, topology = re.search(r"(\d+) chips\s+\(v5p:([\dx]+),", told).groups()
+    fsdp = int(chips) if config.mesh.fsdp == -1 else config.mesh.fsdp
+    sizes = (config.mesh.data, fsdp, config.mesh.tensor)
+    assert math.prod(sizes) == int(chips) == math.prod(map(int, topology.split("x")))
+    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    check_mesh(config.model, config.data.rows // config.optimizer.accumulate, mesh)
+    tree_shardings(model_shapes(config), mesh)
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "quickstart"], ids=str)

@@ -57,6 +57,30 @@ def test_update_is_adamw_by_hand():
     assert float(updates["norm_E"][0]) == pytest.approx(-0.1, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "factored"])
+def test_small_moments_of_tables(kind):
+    """With squares that are an outer product both give Adam's updates, to bfloat16's digits."""
+    outer = jnp.outer(jnp.arange(1.0, 5.0), jnp.arange(1.0, 4.0))[None]
+    grads = [
+        {"ngrams_RME": jnp.concatenate([scale * outer, outer]), "q_EF": jnp.full((3, 3), scale)}
+        for scale in (0.1, -0.3)
+    ]
+    params = jax.tree.map(jnp.zeros_like, grads[0])
+    found = []
+    for moments in ("float32", kind):
+        optimizer = make_optimizer(OptimizerConfig(warmup_steps=0, table_moments=moments))
+        state = optimizer.init(params)
+        for grad in grads:
+            updates, state = optimizer.update(grad, state, params)
+        found.append((updates, state))
+    (exact, _), (small, state) = found
+    np.testing.assert_allclose(small["ngrams_RME"], exact["ngrams_RME"], rtol=0.02)
+    np.testing.assert_allclose(small["q_EF"], exact["q_EF"], rtol=1e-6)
+    nbytes = sum(x.nbytes for x in jax.tree.leaves(state[1]) if x.ndim)
+    numbers = {"bfloat16": 4 * 24, "factored": 2 * 24 + 4 * 2 * (4 + 3)}
+    assert nbytes == numbers[kind]
+
+
 def test_bits_count_text_bytes_only():
     logits = jnp.zeros((1, 4, 260)).at[0, 3, 0].set(jnp.inf)  # padding may hold anything
     targets = jnp.array([[100, 101, 2, 0]], jnp.int32)  # two bytes, EOS, padding

@@ -80,6 +80,16 @@ def test_killed_and_resumed_equals_straight(runs, tmp_path, model):
     assert losses(tmp_path / "run") == losses(runs.blt if model == "blt" else runs.byte_lm)
 
 
+@pytest.mark.parametrize("kind", ["factored", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_small_moments_train_and_resume(runs, tmp_path, kind):
+    words = [f"--config.optimizer.table_moments={kind}"]
+    for folder, stops in (("straight", (8,)), ("resumed", (4, 8))):
+        for stop in stops:
+            assert main(command(runs, "blt", tmp_path / folder, *words, f"--stop_at={stop}")) == 0
+    found = losses(tmp_path / "straight")
+    assert losses(tmp_path / "resumed") == found and found[8] < found[1] - 0.2
+
+
 def test_another_config_is_refused_with_the_difference(runs, capsys):
     assert main(command(runs, "byte_lm", runs.byte_lm, "--config.optimizer.lr=0.1")) == 1
     error = capsys.readouterr().err

@@ -9,12 +9,12 @@ fsdp folded into tensor, weights stay where they lie, and what travels is one po
 What `tensor` doesn't divide (20 heads over 8), every device of a group has whole.
 """
 
-import functools
-
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bltjax.export import Loaded, load_params, read_config
 from bltjax.sharding import AXES, dividing, set_mesh_or_none, spec_of
+from bltjax.weights.model_files import model_shapes
 
 
 def decoding_mesh(mesh: Mesh) -> Mesh:
@@ -50,9 +50,12 @@ def weight_shardings(params, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
-def shardings_on(mesh: Mesh | None):
-    """`weight_shardings` on a mesh, for `load_params`; None, one device, without a mesh."""
-    return functools.partial(weight_shardings, mesh=mesh) if mesh else None
+def load_onto(mesh: Mesh | None, path, dtype=None) -> Loaded:
+    """The model of a run or an export, its weights restored to where they lie on the mesh."""
+    if mesh is None:
+        return load_params(path, dtype=dtype)
+    shapes = model_shapes(read_config(path))
+    return load_params(path, weight_shardings(shapes, mesh), dtype)
 
 
 def row_spec(path, leaf, mesh) -> PartitionSpec:

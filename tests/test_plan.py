@@ -1,0 +1,220 @@
+"""Plans: what one compilation tells, in words and in JSON, and what is refused before it."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import bltjax.plan as plans
+from bltjax.__main__ import main
+from bltjax.ahead import Memory
+from bltjax.chips import read_topology
+from bltjax.config_file import load_config
+from bltjax.flops import paper_flops, recomputed_flops, row_forward_flops, utilisation
+from bltjax.plan_changes import changed, nearest_changes
+
+TINY = "tests/tiny.py:blt"
+PATHS = ["data.train.text.path=a", "data.held_out.text.path=a"]
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return plans.plan(load_config(TINY, PATHS), read_topology("v5e:2x2"))
+
+
+@needs_libtpu
+def test_a_plan_in_json(planned):
+    told = json.loads(json.dumps(planned.summary()))
+    assert told["fits"] is True and told["compile_s"] > 0
+    memory = told["hbm_bytes"]
+    assert set(memory) == {"parameters", "optimizer", "activations", "total", "capacity"}
+    assert memory["parameters"] + memory["optimizer"] + memory["activations"] == pytest.approx(
+        memory["total"], abs=4
+    )
+    # A quarter of all parameters in fp32, and Adam's two moments; vectors are whole everywhere.
+    quarter = 4 * planned.parameters["total"] / 4
+    assert quarter < memory["parameters"] < 1.2 * quarter
+    assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.01)
+    flops = told["flops"]
+    assert {"paper", "exact", "compiler", "ratio"} <= set(flops)
+    assert flops["ratio"] == flops["compiler"] / (flops["exact"] + flops["rematerialised"])
+    # Outside kernels (whose tiles are larger than these rows) the program does what is needed.
+    products = planned.work.products * 4
+    config = planned.config
+    crosses = 3 * config.data.rows * kernel_flops(config)
+    assert products == pytest.approx(flops["exact"] + flops["rematerialised"] - crosses, rel=0.05)
+    kinds = {each["kind"] for each in told["collectives"]}
+    assert {"all-gather", "all-to-all"} <= kinds
+    assert {each["axis"] for each in told["collectives"]} == {"fsdp"}
+    limits = told["bound"]
+    names = "compute_s hbm_s interconnect_s step_s mfu bytes_per_second_per_chip".split()
+    assert set(names) <= set(limits)
+    assert limits["step_s"] == max(limits[name] for name in names[:3]) > 0
+    assert limits["mfu"] == pytest.approx(flops["exact"] / (limits["step_s"] * 4 * 197e12))
+    speed = config.data.rows * config.data.row_bytes / limits["step_s"] / 4
+    assert limits["bytes_per_second_per_chip"] == pytest.approx(speed)
+
+
+def kernel_flops(config) -> int:
+    """FLOPs of attention itself in a row, by exact shapes: those that kernels do."""
+    blt, data = config.blt, config.data
+    bare = changed(config, [("blt.local.window", 1)]).blt
+    N, P = data.row_bytes, data.row_patches
+    windows = row_forward_flops(blt, N, P) - row_forward_flops(bare, N, P)
+    once = 4 * blt.local.width * N * (blt.local.encoder_layers + blt.local.decoder_layers)
+    latent = 4 * blt.latent.width * blt.latent.layers * P * (P + 1) // 2
+    reads = 2 * 4 * blt.local.width * N * blt.cross.slots
+    return windows + once + latent + reads
+
+
+@needs_libtpu
+def test_a_plan_in_words(planned):
+    lines = plans.text(planned, TINY).splitlines()
+    assert len(lines) < 25 and max(map(len, lines)) <= 120
+    text = "\n".join(lines)
+    assert "4 chips, 1 host" in text and "hash tables 9.6k" in text
+    assert re.search(r"HBM a chip   \[[poa.]{60}\] .* of 15.75 GiB: fits", text)
+    assert "A bound from published rates, not a measurement: nothing was run." in text
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--topology=v5e:3x3"], "v5e:3x3' is not offered: v5e comes as 1x1, 2x2"),
+        (["--topology=v5e:4x4", "--config.mesh.fsdp=8"], r"= 1 x 8 x 1 = 8, but there are 16 dev"),
+        (["--topology=v5e:4x4"], r"data x fsdp \(16\) must divide data.rows .* \(4\)"),
+        (
+            ["--topology=v5e:2x2", "--config.mesh.tensor=4", "--config.mesh.fsdp=1"],
+            r"mesh axis tensor \(4\) must divide .* \(2\)",
+        ),
+        (
+            ["--topology=v5e:2x2", "--slices=2"],
+            r"slices \(2\) must divide mesh.data \(1\), .* --config.mesh.data=2",
+        ),
+        (["--topology=v5e:2x2", "--slices=0"], "the number of slices is 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words, message, capsys):
+    paths = [f"--config.{path}" for path in PATHS]
+    assert main(["plan", f"--config={TINY}", *words, *paths]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_without_libtpu_the_command_says_how_to_get_it(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x == "libtpu" else find(x))
+    paths = [f"--config.{path}" for path in PATHS]
+    assert main(["plan", f"--config={TINY}", "--topology=v5e:2x2", *paths]) == 1
+    assert "pip install 'bltjax[tpu]' (Linux on x86-64" in capsys.readouterr().err
+
+
+def made_up(total: float, **settings) -> plans.Plan:
+    """A plan of the 8B on v5e:16x16 that was never compiled."""
+    overrides = [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    config = load_config("configs/blt_8b.py", overrides)
+    topology = read_topology("v5e:16x16")
+    parameters = {"hash_tables": 3_840_015_360, "total": 10_553_570_560}
+    held = 4 * parameters["total"] / 256
+    memory = Memory(held, 2 * held, total, topology.chip.hbm_bytes)
+    mesh = {"data": 1, "fsdp": 256, "tensor": 1}
+    flops = plans.needed_flops(config)
+    return plans.Plan(config, topology, mesh, parameters, memory, flops, 1.0)
+
+
+def test_changes_that_would_make_it_fit():
+    seen = []
+
+    def compiles(config, topology):
+        """Twice as many micro-batches are not enough, four times as many are."""
+        seen.append(config.optimizer.accumulate)
+        total = 20e9 if config.optimizer.accumulate < 4 else 10e9
+        return dataclasses.replace(made_up(total), config=config)
+
+    found = made_up(25e9, mesh__fsdp=256, mesh__data=1, optimizer__accumulate=1)
+    changes = nearest_changes(found, compiles)
+    assert changes and changes[0].options.startswith("--config.")
+    assert all(change.total <= found.memory.capacity for change in changes)
+    assert sum(change.compiled for change in changes) <= 1 and len(seen) <= 2
+    by_name = {change.settings[-1][0]: change for change in changes}
+    assert by_name["optimizer.accumulate"].settings[-1][1] in (2, 4)
+    # A mesh, a batch and a topology go together in each.
+    for change in changes:
+        changed(found.config, change.settings)
+
+
+def test_a_bar_shows_what_overflows():
+    memory = Memory(4e9, 8e9, 40e9, 16e9)
+    bar = plans.memory_lines(memory)[0]
+    assert re.search(r"\[p{15}o{30}a{15}>\] .* DOES NOT FIT", bar)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_ends_with_1_and_says_what_would(capsys):
+    sizes = {"rows": 256, "row_bytes": 65536, "row_patches": 16384}
+    words = [f"--config.data.{name}={value}" for name, value in sizes.items()]
+    words += [f"--config.{path}" for path in PATHS]
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", f"--config={TINY}", "--topology=v5e:2x2", "--json", *words])
+    told = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 1 and told["fits"] is False and told["bound"] is None
+    assert told["changes"] and told["changes"][0]["compiled"]
+    assert "optimizer.accumulate" in json.dumps(told["changes"])
+
+
+def test_utilisation_counts_all_devices():
+    class Device:
+        device_kind = "TPU v5 lite"
+
+    assert utilisation(4 * 98.5e12, [Device()] * 4)["mfu"] == 0.5
+    assert utilisation(8e9, jax.devices("cpu")[:1]) == {"flops_per_second_per_chip": 8e9}
+
+
+def test_the_papers_formula():
+    """The 8B is near ours; an 8B's terms by hand are within a hundredth of the latent's alone."""
+    config = load_config("configs/blt_8b.py")
+    data = config.data
+    paper = paper_flops(config.model, data.row_bytes, data.row_patches)
+    exact = row_forward_flops(config.model, data.row_bytes, data.row_patches) / data.row_bytes
+    assert paper == pytest.approx(exact, rel=0.03)
+    D, E = 4096, 1280
+    latent = 32 * (24 * D * D + 4 * D * 4097 / 2) / 4
+    local = 7 * (24 * E * E + 4 * E * 513 / 2) + 2 * E * 256
+    encoder = 4 * E * 5 / 2 + (2 * 1 + 2) * 2 * E * E
+    decoder = 6 * (4 * E * 5 / 2 + (2 * 1 + 2) * 2 * E * E)
+    assert paper == pytest.approx(latent + local + encoder + decoder)
+
+
+def test_what_is_recomputed():
+    config = load_config("configs/blt_8b.py")
+    sizes = (config.data.row_bytes, config.data.row_patches)
+    assert {config.blt.local.remat, config.blt.latent.remat} <= {"none", "products", "full"}
+    everything = changed(config, [("blt.local.remat", "full"), ("blt.latent.remat", "full")])
+    nothing = changed(config, [("blt.local.remat", "none"), ("blt.latent.remat", "products")])
+    assert recomputed_flops(nothing.model, *sizes) == 0
+    forward = row_forward_flops(config.model, *sizes)
+    assert 0.7 < recomputed_flops(everything.model, *sizes) / forward < 0.85
+
+
+def test_all_plans_as_a_table(tmp_path):
+    """The table takes what `plan --json` writes, and its exit status says whether all fit."""
+    fits, does_not = made_up(10e9).summary(), made_up(30e9).summary()
+    (tmp_path / "a.json").write_text(json.dumps(fits))
+    (tmp_path / "b.json").write_text(json.dumps(does_not))
+    run = [sys.executable, "launch/plan_table.py", str(tmp_path / "a.json")]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0 and "| a | v5e:16x16 | 4 x 1 | 9.3 of 15.8 GiB |" in done.stdout
+    done = subprocess.run([*run, str(tmp_path / "b.json")], capture_output=True, text=True)
+    assert done.returncode == 1 and "does not fit" in done.stdout
+    widths = {line.count("|") for line in done.stdout.strip().splitlines()}
+    assert len(widths) == 1 and np.all([x > 5 for x in widths])
