@@ -311,6 +311,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--generate", action="store_true", help="plan a decoder instead: prefill, byte and patch"
     )
+    parser.add_argument(
+        "--groups", type=int, default=1, help="of --generate: groups of chips with all weights each"
+    )
     parser.add_argument("--rows", type=int, default=1, help="of --generate: texts side by side")
     parser.add_argument("--prompt_bytes", type=int, default=2048, help="of --generate")
     parser.add_argument(
@@ -329,6 +332,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         decoder = plan_generate(
             for_tpu(config),
             topology,
+            groups=args.groups,
             rows=args.rows,
             prompt_bytes=args.prompt_bytes,
             context=args.context,

@@ -13,9 +13,8 @@ import jax
 
 from bltjax.ahead import TooLarge, compile_ahead, described_devices, shard_bytes, used_bytes
 from bltjax.chips import Topology
-from bltjax.config import ByteLMConfig, RunConfig
+from bltjax.config import ByteLMConfig, MeshConfig, RunConfig
 from bltjax.decoding.compiled import decoder_programs
-from bltjax.decoding.placing import decoding_mesh
 from bltjax.hlo import read_program
 from bltjax.hlo_collectives import by_kind_and_axis, read_collectives
 from bltjax.hlo_work import read_work
@@ -88,11 +87,18 @@ class GenerationPlan:
 
 
 def plan_generate(
-    config: RunConfig, topology: Topology, *, rows: int, prompt_bytes: int, context: int
+    config: RunConfig,
+    topology: Topology,
+    *,
+    groups: int,
+    rows: int,
+    prompt_bytes: int,
+    context: int,
 ) -> GenerationPlan:
     """Compiles what a BLT's decoder runs, with weights in the config's compute dtype.
 
-    config: its attention and compute dtype named, its mesh that of training.
+    config: its attention and compute dtype named; its mesh, that of training, is not read. groups:
+    of chips, each with all weights.
 
     Raises:
       ValueError: for a model without patches, more slices than one, a prompt beyond the context, or
@@ -107,7 +113,7 @@ def plan_generate(
             f"--prompt_bytes ({prompt_bytes}) is not between 1 and --context ({context})"
         )
     begun = time.monotonic()
-    mesh = decoding_mesh(make_mesh(config.mesh, described_devices(topology)))
+    mesh = make_mesh(MeshConfig(groups, 1, -1), described_devices(topology))
     mean_patch = config.data.row_bytes / config.data.row_patches
     # The released entropy model; the run's own is not read for a plan.
     byte_lm = ByteLMConfig() if config.patching.mode == "entropy" else None
@@ -127,9 +133,9 @@ def plan_generate(
         return shard_bytes(tree, jax.tree.map(lambda x: x.sharding, tree))
 
     programs = {}
-    for name, lowered in made.lowered.items():
+    for name, lower in made.lower.items():
         try:
-            compiled = compile_ahead(lowered)
+            compiled = compile_ahead(lower())
         except TooLarge as error:
             programs[name] = Program(max(error.needed, topology.chip.hbm_bytes + 1))
             continue

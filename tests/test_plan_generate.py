@@ -10,7 +10,7 @@ from bltjax.config_file import load_config
 from bltjax.plan import for_tpu
 from bltjax.plan_generate import plan_generate, text
 
-SIZES = {"rows": 1, "prompt_bytes": 2048, "context": 32768}
+SIZES = {"groups": 1, "rows": 1, "prompt_bytes": 2048, "context": 32768}
 
 
 @pytest.mark.slow

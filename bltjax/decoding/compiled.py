@@ -10,6 +10,7 @@ The last two are the loop's two parts apart: the loop runs the first for each by
 each patch, and what a byte costs follows from both.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -40,9 +41,10 @@ STOPS = (4, 16)  # stop strings, and their bytes
 
 
 class Programs(NamedTuple):
-    """Lowered programs by name, and what they are given: shapes with their shardings."""
+    """What lowers each program, by its name, and what they are given: shapes that say where they
+    lie."""
 
-    lowered: dict[str, Any]
+    lower: dict[str, Callable]
     weights: Any
     state: State
 
@@ -134,20 +136,27 @@ def decoder_programs(
         scored = described(jax.eval_shape(score, weights, texts))
         memory = jax.eval_shape(prefill, weights, scored)
         state = described(jax.eval_shape(begun, memory))
-        whole = NamedSharding(mesh, PartitionSpec())
+        everywhere = NamedSharding(mesh, PartitionSpec())
         asked = Asked(
             GREEDY.numbers,
             described(texts[1]),
-            jax.ShapeDtypeStruct(STOPS, jnp.int32, sharding=whole),
+            jax.ShapeDtypeStruct(STOPS, jnp.int32, sharding=everywhere),
         )
         out = described(jax.eval_shape(lambda: written_by(rows, CHUNK)))
-        lowered = {
-            "score": score.lower(weights, texts),
-            "prefill": prefill.lower(weights, scored),
-            "loop": run.lower(model, GREEDY.steps, CHUNK, weights, asked, state),
-            "byte": apart(write, donate_argnums=1).lower(
-                (weights, asked.numbers, asked.stops_ZT), (asked.limit_B, state, out)
-            ),
-            "patch": apart(close, donate_argnums=1).lower(weights, state),
-        }
-    return Programs(lowered, weights, state)
+
+    def lowering(jitted, *arguments):
+        def lower():
+            with jax.set_mesh(mesh):
+                return jitted.lower(*arguments)
+
+        return lower
+
+    whole = (weights, asked.numbers, asked.stops_ZT)
+    lower = {
+        "score": lowering(score, weights, texts),
+        "prefill": lowering(prefill, weights, scored),
+        "loop": lowering(run, model, GREEDY.steps, CHUNK, weights, asked, state),
+        "byte": lowering(apart(write, donate_argnums=1), whole, (asked.limit_B, state, out)),
+        "patch": lowering(apart(close, donate_argnums=1), weights, state),
+    }
+    return Programs(lower, weights, state)
