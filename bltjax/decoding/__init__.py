@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bltjax.alphabet import EOS, OFFSET, VOCABULARY, as_bytes, encode
-from bltjax.config import BLTConfig, ByteCNNConfig, PatchingConfig, RunConfig
+from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
 from bltjax.decoding.blt import CachedBLT
 from bltjax.decoding.byte_models import CachedBytes
 from bltjax.decoding.loop import AT_LIMIT, AT_STOP, RUNNING, WHY, Asked, State, run
 from bltjax.decoding.sampling import GREEDY, Sampling, utf8_state
 from bltjax.decoding.scorer import Scorer
 from bltjax.decoding.speculation import run_rounds
-from bltjax.model.byte_cnn import entropy_table
 from bltjax.scoring import EntropyModel
 from bltjax.training_step import compute_dtype
 
@@ -63,7 +62,7 @@ def padded_length(size: int) -> int:
     return max(SHORTEST, -(-size // quarter) * quarter)
 
 
-prepare = jax.jit(lambda model, params: model.prepared(params), static_argnums=0)
+prepare = jax.jit(lambda model, *params: model.prepared(*params), static_argnums=0)
 score = jax.jit(lambda model, *args: model.score(*args), static_argnums=0)
 prefill_bytes = jax.jit(lambda model, *args: model.prefill(*args), static_argnums=0)
 prefill = jax.jit(
@@ -74,6 +73,45 @@ grow = jax.jit(
     lambda model, patches, open_slots, memory: model.grown(memory, patches, open_slots),
     static_argnums=(0, 1, 2),
 )
+
+
+def cached_model(
+    config: RunConfig,
+    patching: PatchingConfig | None,
+    scorer: ByteLMConfig | ByteCNNConfig | None,
+    dtype,
+    draft: int = 0,
+    attention: str | None = None,
+) -> CachedBLT | CachedBytes:
+    """The model that a config describes, as it decodes.
+
+    Raises:
+      ValueError: for patches that can't be placed while a text is being written, for entropy
+        patches without a byte LM, and for drafts of a model without patches.
+    """
+    if draft < 0:
+        raise ValueError(f"draft is {draft}, not >= 0")
+    if not isinstance(config.model, BLTConfig):
+        if draft:
+            raise ValueError("only a BLT drafts: a byte LM has no latent transformer to spare")
+        return CachedBytes(config.model, dtype, attention)
+    if patching.mode == "bpe":
+        raise ValueError(
+            "bpe patching can't generate: where a token ends depends on text that is not written"
+            " yet (paper 2.4). It serves training, evaluation and pictures."
+        )
+    if not patching.incremental:
+        raise ValueError(
+            "patching.looks_past_end is False, as the transformers port has it: whether a patch"
+            " begins after a text's last byte would depend on there being no other byte. Take the"
+            " released way: `convert` again without --as_port"
+        )
+    if patching.mode != "entropy":
+        return CachedBLT(config.model, patching, Scorer(None, False, draft), dtype, draft)
+    if scorer is None:
+        raise ValueError("entropy patching needs a byte LM to generate: there is none")
+    entropies = Scorer(scorer, patching.newline_reset, draft, attention)
+    return CachedBLT(config.model, patching, entropies, dtype, draft, attention)
 
 
 @jax.jit
@@ -104,31 +142,12 @@ class Decoder:
           ValueError: for patches that can't be placed while a text is being written, for entropy
             patches without a byte LM, and for drafts of a model without patches.
         """
-        self.context, self.draft, dtype = context, draft, compute_dtype(config)
+        self.context, self.draft = context, draft
         self.counts = Counts()
-        if draft < 0:
-            raise ValueError(f"draft is {draft}, not >= 0")
-        if draft and not isinstance(config.model, BLTConfig):
-            raise ValueError("only a BLT drafts: a byte LM has no latent transformer to spare")
-        if not isinstance(config.model, BLTConfig):
-            self.model = CachedBytes(config.model, dtype)
-            self.params = {"model": params}
-            return
-        if not patching.incremental:
-            raise ValueError(
-                f"{patching.mode} patching can't generate: where a token ends depends on text that"
-                " is not written yet (paper 2.4). It serves training, evaluation and pictures."
-            )
-        scorer, scorer_params = Scorer(None, False, draft), {}
-        if patching.mode == "entropy":
-            if byte_lm is None:
-                raise ValueError("entropy patching needs a byte LM to generate: there is none")
-            scorer = Scorer(byte_lm.config, byte_lm.newline_reset, draft)
-            scorer_params = byte_lm.params
-            if isinstance(byte_lm.config, ByteCNNConfig):
-                scorer_params = jnp.asarray(entropy_table(byte_lm.config, byte_lm.params))
-        self.model = CachedBLT(config.model, patching, scorer, dtype, draft)
-        self.params = {"model": prepare(self.model, params), "scorer": scorer_params}
+        self.model = cached_model(
+            config, patching, byte_lm and byte_lm.config, compute_dtype(config), draft
+        )
+        self.params = prepare(self.model, params, byte_lm and byte_lm.params)
 
     def generate(
         self,

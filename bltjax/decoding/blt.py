@@ -87,6 +87,7 @@ class CachedBLT:
     scorer: Scorer
     dtype: Any
     extra: int = 0  # slots that the rings have beyond their windows
+    attention: str | None = None  # of whole prompts; None: the device's fastest
 
     @property
     def encoder(self) -> LocalEncoder:
@@ -96,8 +97,9 @@ class CachedBLT:
     def decoder(self) -> LocalDecoder:
         return LocalDecoder(self.config, self.dtype, None)
 
-    def prepared(self, params) -> dict:
-        """Parameters as decoding reads them: latent layers apart, matrices in their dtype."""
+    def prepared(self, params, scorer_params) -> dict:
+        """Parameters as decoding reads them: latent layers apart, matrices in their dtype; beside
+        them what the scorer reads."""
 
         def cast(path, x):
             name = path[-1].key
@@ -105,7 +107,8 @@ class CachedBLT:
             return x if kept else x.astype(self.dtype)
 
         params = dict(params) | {"latent": unscanned(params["latent"])}
-        return jax.tree_util.tree_map_with_path(cast, params)
+        model = jax.tree_util.tree_map_with_path(cast, params)
+        return {"model": model, "scorer": self.scorer.prepared(scorer_params)}
 
     def places(self, count_B, queries: int) -> Places:
         local = self.config.local
@@ -135,7 +138,7 @@ class CachedBLT:
         bytes_BN, length_B = scored.bytes_BN, scored.length_B
         rows, length = bytes_BN.shape
         documents_BN = (jnp.arange(length)[None] < length_B[:, None]).astype(jnp.int32)
-        model = BLT(self.config, patches, self.dtype, scanned=False)
+        model = BLT(self.config, patches, self.dtype, self.attention, scanned=False)
         _, out = model.apply({"params": params["model"]}, bytes_BN, documents_BN, scored.starts_BN1)
         rings = local.window + self.extra, local.rope_theta
         kept = out["kept"]

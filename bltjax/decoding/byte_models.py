@@ -27,9 +27,10 @@ class ByteMemory(NamedTuple):
 class CachedBytes:
     config: ByteLMConfig | ByteCNNConfig
     dtype: Any
+    attention: str | None = None  # of whole prompts; None: the device's fastest
 
-    def prepared(self, params) -> dict:
-        return params
+    def prepared(self, params, _) -> dict:
+        return {"model": params}
 
     def prefill(self, params, bytes_BN, length_B) -> ByteMemory:
         documents_BN = (jnp.arange(bytes_BN.shape[1])[None] < length_B[:, None]).astype(jnp.int32)
@@ -38,8 +39,8 @@ class CachedBytes:
             logits_BNV, _ = model.apply({"params": params["model"]}, bytes_BN, documents_BN)
         else:
             logits_BNV, caches = run_byte_lm(
-                self.config, self.dtype, params["model"], bytes_BN, documents_BN, length_B,
-                self.config.window,
+                self.config, self.dtype, self.attention, params["model"], bytes_BN, documents_BN,
+                length_B, self.config.window,
             )  # fmt: skip
         logits_BV = jnp.take_along_axis(logits_BNV, (length_B - 1)[:, None, None], axis=1)[:, 0]
         past_BT = jnp.pad(bytes_BN, ((0, 0), (HISTORY, 0)))
