@@ -209,7 +209,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.prompts:
         prompts = [as_bytes(prompt) for prompt in read_prompts(args.prompts)]
     else:
-        prompts = [args.prompt_file.read_bytes() if args.prompt_file else as_bytes(args.prompt)]
+        # What is not UTF-8 on the command line came as surrogates.
+        given = os.fsencode(args.prompt)
+        prompts = [args.prompt_file.read_bytes() if args.prompt_file else given]
     mesh = read_mesh(args.mesh) if args.mesh else None
     config, params, _ = load_onto(mesh, args.workdir, args.dtype)
     decoder = Decoder(
@@ -229,7 +231,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             max_bytes=args.max_bytes,
             sampling=sampling,
             seed=args.seed + first,
-            stop=args.stop,
+            stop=[os.fsencode(text) for text in args.stop],
             truncate=args.truncate == "left",
         )
 

@@ -7,7 +7,6 @@ batch when at least half of them have. Under a mesh (`placing.py`) rows are shar
 devices, each of which runs the loop by itself; places that lack a row count as ended.
 """
 
-import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,15 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.alphabet import EOS, OFFSET, VOCABULARY, as_bytes, encode
-from bltjax.config import BLTConfig, ByteCNNConfig, PatchingConfig, RunConfig
+from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
 from bltjax.decoding.blt import CachedBLT
 from bltjax.decoding.byte_models import CachedBytes
 from bltjax.decoding.loop import AT_LIMIT, AT_STOP, RUNNING, WHY, Asked, Costs, State, run
-from bltjax.decoding.placing import held, in_groups, row_shardings, weight_shardings
+from bltjax.decoding.placing import held, in_groups, on_mesh, row_shardings, weight_shardings
 from bltjax.decoding.sampling import GREEDY, Sampling, utf8_state
 from bltjax.decoding.scorer import Scorer
 from bltjax.decoding.speculation import run_rounds
-from bltjax.model.byte_cnn import entropy_table
 from bltjax.scoring import EntropyModel
 from bltjax.training_step import compute_dtype
 
@@ -69,8 +67,8 @@ def padded_length(size: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def prepare(model, params):
-    return model.prepared(params)
+def prepare(model, params, scorer_params):
+    return model.prepared(params, scorer_params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -92,6 +90,47 @@ def prefill(model, patches, open_slots, params, scored):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def grow(model, patches, open_slots, memory):
     return held(model.grown(memory, patches, open_slots))
+
+
+def cached_model(
+    config: RunConfig,
+    patching: PatchingConfig | None,
+    scorer: ByteLMConfig | ByteCNNConfig | None,
+    dtype,
+    draft: int = 0,
+    implementation: str | None = None,
+) -> CachedBLT | CachedBytes:
+    """The model that a config describes, as it decodes; `implementation` of attention.
+
+    Raises:
+      ValueError: for patches that can't be placed while a text is being written, for entropy
+        patches without a byte LM, and for drafts of a model without patches.
+    """
+    if draft < 0:
+        raise ValueError(f"draft is {draft}, not >= 0")
+    if not isinstance(config.model, BLTConfig):
+        if draft:
+            raise ValueError("only a BLT drafts: a byte LM has no latent transformer to spare")
+        return CachedBytes(config.model, dtype, implementation)
+    if patching.mode == "bpe":
+        raise ValueError(
+            "bpe patching can't generate: where a token ends depends on text that is not written"
+            " yet (paper 2.4). It serves training, evaluation and pictures."
+        )
+    if not patching.incremental:
+        raise ValueError(
+            "patching.looks_past_end is False, as the transformers port has it: whether a patch"
+            " begins after a text's last byte would depend on there being no other byte. Take the"
+            " released way: `convert` again without --as_port"
+        )
+    if patching.mode != "entropy":
+        return CachedBLT(
+            config.model, patching, Scorer(None, False, draft), dtype, draft, implementation
+        )
+    if scorer is None:
+        raise ValueError("entropy patching needs a byte LM to generate: there is none")
+    entropies = Scorer(scorer, patching.newline_reset, draft, implementation)
+    return CachedBLT(config.model, patching, entropies, dtype, draft, implementation)
 
 
 @jax.jit
@@ -138,38 +177,12 @@ class Decoder:
                 f" {mesh.shape['fsdp']}, not 1, and {mesh.size} devices, {len(mesh.local_devices)}"
                 " of them of this process"
             )
-        if dtype is not None:
-            params = jax.tree.map(lambda x: x.astype(dtype), params)
         dtype = compute_dtype(config) if dtype is None else jnp.dtype(dtype)
-        if draft < 0:
-            raise ValueError(f"draft is {draft}, not >= 0")
-        if draft and not isinstance(config.model, BLTConfig):
-            raise ValueError("only a BLT drafts: a byte LM has no latent transformer to spare")
-        if not isinstance(config.model, BLTConfig):
-            self.model = CachedBytes(config.model, dtype)
-            self.params = {"model": self.placed(params)}
-            return
-        if not patching.incremental:
-            raise ValueError(
-                f"{patching.mode} patching can't generate: where a token ends depends on text that"
-                " is not written yet (paper 2.4). It serves training, evaluation and pictures."
-            )
-        scorer, scorer_params = Scorer(None, False, draft), {}
-        if patching.mode == "entropy":
-            if byte_lm is None:
-                raise ValueError("entropy patching needs a byte LM to generate: there is none")
-            scorer = Scorer(byte_lm.config, byte_lm.newline_reset, draft)
-            scorer_params = byte_lm.params
-            if isinstance(byte_lm.config, ByteCNNConfig):
-                scorer_params = jnp.asarray(entropy_table(byte_lm.config, byte_lm.params))
-        self.model = CachedBLT(config.model, patching, scorer, dtype, draft)
-        params, scorer_params = self.placed(params), self.placed(scorer_params)
-        with self.on_mesh():
-            self.params = {"model": prepare(self.model, params), "scorer": scorer_params}
-
-    def on_mesh(self):
-        """The context in which programs are called."""
-        return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
+        scorer = byte_lm and byte_lm.config
+        self.model = cached_model(config, patching, scorer, dtype, draft)
+        weights = (self.placed(params), byte_lm and self.placed(byte_lm.params))
+        with on_mesh(self.mesh):
+            self.params = prepare(self.model, *weights)
 
     def placed(self, tree, shardings=weight_shardings):
         """Weights, or what else the shardings are for, where the mesh has them."""
@@ -234,7 +247,7 @@ class Decoder:
         rest, written = [Rest(stops) for _ in texts], 0
         rows = np.array([*range(len(texts)), *[ENDED] * (len(state.why_B) - len(texts))])
         while rows.size:
-            with self.on_mesh():
+            with on_mesh(self.mesh):
                 if self.draft:
                     shape = (self.draft + 1, max(chunk, 2 * self.draft + 2))
                     state, out, full_B2 = run_rounds(self.model, *shape, self.params, asked, state)
@@ -260,7 +273,7 @@ class Decoder:
                 # of two.
                 places = np.argsort(rows < 0, kind="stable")[:size]
                 places = places.reshape(-1, self.groups).T.reshape(-1)
-                with self.on_mesh():
+                with on_mesh(self.mesh):
                     state, rows = rows_of(state, places), rows[places]
                 asked = asked._replace(limit_B=asked.limit_B[places])
 
@@ -299,7 +312,7 @@ class Decoder:
         for row, ids in enumerate(prompts):
             bytes_BN[row, : len(ids)] = ids
         inputs = (self.params, bytes_BN, np.array(lengths, np.int32))
-        with self.on_mesh():
+        with on_mesh(self.mesh):
             if isinstance(self.model, CachedBytes):
                 return prefill_bytes(self.model, *inputs)
             scored = score(self.model, *inputs)
@@ -309,7 +322,7 @@ class Decoder:
         open_slots = power_of_two(int(open_B.max()) + 1 + self.draft)
         # A patch for every four bytes; where there are more, the cache grows when it is full.
         wanted = power_of_two(int(closed_B.max()) + 1 + room // 4)
-        with self.on_mesh():
+        with on_mesh(self.mesh):
             memory = prefill(self.model, patches, open_slots, self.params, scored)
             return grow(self.model, max(patches, wanted), open_slots, memory)
 
@@ -317,7 +330,7 @@ class Decoder:
         """The memory with twice the room for patches, for the bytes of an open one, or for both."""
         latent = memory.latent[0].k_BJTC.shape[2] * (1 + int(patches))
         offered = memory.offered[0].k_BJTC.shape[2] if memory.offered else 1
-        with self.on_mesh():
+        with on_mesh(self.mesh):
             return grow(self.model, latent, offered * (1 + int(open_slots)), memory)
 
 

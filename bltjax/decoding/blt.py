@@ -98,16 +98,12 @@ class CachedBLT:
     def decoder(self) -> LocalDecoder:
         return LocalDecoder(self.config, self.dtype, None)
 
-    def prepared(self, params) -> dict:
-        """Parameters as decoding reads them: latent layers apart, matrices in their dtype."""
-
-        def cast(path, x):
-            name = path[-1].key
-            kept = x.ndim < 2 or name.startswith(("norm", "bytes", "ngrams"))
-            return x if kept else x.astype(self.dtype)
-
+    def prepared(self, params, scorer_params) -> dict:
+        """Parameters as decoding reads them: latent layers apart, all but norms in its dtype;
+        beside them what the scorer reads."""
         params = dict(params) | {"latent": unscanned(params["latent"])}
-        return constrained_tree(jax.tree_util.tree_map_with_path(cast, params))
+        cast = jax.tree.map(lambda x: x if x.ndim < 2 else x.astype(self.dtype), params)
+        return {"model": constrained_tree(cast), "scorer": self.scorer.prepared(scorer_params)}
 
     def places(self, count_B, queries: int) -> Places:
         local = self.config.local

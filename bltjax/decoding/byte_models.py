@@ -29,8 +29,8 @@ class CachedBytes:
     dtype: Any
     implementation: str | None = None  # of attention over whole prompts
 
-    def prepared(self, params) -> dict:
-        return params
+    def prepared(self, params, _) -> dict:
+        return {"model": jax.tree.map(lambda x: x if x.ndim < 2 else x.astype(self.dtype), params)}
 
     def prefill(self, params, bytes_BN, length_B) -> ByteMemory:
         documents_BN = (jnp.arange(bytes_BN.shape[1])[None] < length_B[:, None]).astype(jnp.int32)

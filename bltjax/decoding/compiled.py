@@ -49,7 +49,7 @@ class Programs(NamedTuple):
     state: State
 
 
-def on_mesh(shapes, shardings):
+def lying(shapes, shardings):
     """Shapes that say where they lie."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -58,13 +58,9 @@ def on_mesh(shapes, shardings):
     )
 
 
-def weight_shapes(config, dtype, mesh: Mesh, change=lambda params: params):
-    """The shapes of a model's weights in a dtype, after a change of their tree, on a mesh."""
+def weight_shapes(config: BLTConfig | ByteLMConfig):
     model = make_model(config, 2, jnp.float32, "dense")  # no attention is part of a shape
-    shapes = jax.eval_shape(lambda key: initial_params(model, key), jax.random.key(0))
-    stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-    shapes = jax.eval_shape(change, stored)
-    return on_mesh(shapes, weight_shardings(shapes, mesh))
+    return jax.eval_shape(lambda key: initial_params(model, key), jax.random.key(0))
 
 
 def decoder_programs(
@@ -90,13 +86,12 @@ def decoder_programs(
     divides("the mesh's groups of devices", mesh.shape["data"], "rows", rows)
     scorer = Scorer(byte_lm, patching.newline_reset, implementation=implementation)
     model = CachedBLT(config, patching, scorer, dtype, implementation=implementation)
-    weights = {
-        "model": weight_shapes(config, dtype, mesh, model.prepared),
-        "scorer": weight_shapes(byte_lm, jnp.float32, mesh) if byte_lm is not None else {},
-    }
+    scorer_shapes = None if byte_lm is None else weight_shapes(byte_lm)
+    weights = jax.eval_shape(model.prepared, weight_shapes(config), scorer_shapes)
+    weights = lying(weights, weight_shardings(weights, mesh))
 
     def described(tree):
-        return on_mesh(tree, row_shardings(tree, mesh))
+        return lying(tree, row_shardings(tree, mesh))
 
     def apart(function, **settings):
         """A function of weights and rows, jitted."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bltjax.alphabet import OFFSET
 from bltjax.config import ByteCNNConfig, ByteLMConfig
-from bltjax.model.byte_cnn import table_entropies
+from bltjax.model.byte_cnn import table_entropies, whole_table
 from bltjax.model.byte_lm import ByteLM, entropies_of
 from bltjax.model.cache import ring_of, ring_places
 
@@ -45,6 +45,12 @@ class Scorer:
     newline_reset: bool
     extra: int = 0
     implementation: str | None = None  # of attention over whole prompts
+
+    def prepared(self, params):
+        """What it reads: a byte LM's parameters, a byte CNN's table, or nothing."""
+        if isinstance(self.config, ByteCNNConfig):
+            return whole_table(self.config, params)
+        return {} if self.config is None else params
 
     def begins(self, bytes_BQ, count_B, begin_B):
         """int32 [B, Q]: where the context of each position from `count` on begins."""
