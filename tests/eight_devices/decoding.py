@@ -150,7 +150,9 @@ def test_a_run_is_loaded_onto_a_mesh(tmp_path):
 def test_bfloat16_on_request(tmp_path, capsys):
     run_folder = saved(tmp_path / "run")
     model = bltjax.load(run_folder, mesh="data=2,tensor=2", dtype="bfloat16")
-    assert {x.dtype.name for x in jax.tree.leaves(model.params)} == {"bfloat16"}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        # Norms are few, and stay as they are stored.
+        assert leaf.dtype.name == ("float32" if "norm" in path[-1].key else "bfloat16")
     assert next(model.generate(PROMPTS[1], max_bytes=4))
     decoder = model.decoder
     memory = decoder.memory([np.array([1, 70], np.int32)] * 2)
