@@ -20,14 +20,18 @@ __version__ = "0.1.0"
 __all__ = ["load"]
 
 
-def load(path):
+def load(path, *, mesh: str | None = None, dtype: str | None = None):
     """The model of an export or of a training run's work directory, as a `LoadedModel`.
 
     path: a folder, or gs://BUCKET/...
+    mesh: devices to split it over: "tensor=4", or "data=2,tensor=4" for two such groups, which
+    share the rows that are written; None is one device. dtype: "float32" or "bfloat16", of weights
+    and of what `generate` computes; None: weights as they are stored.
 
     Raises:
-      ValueError: naming the folder, if it holds neither or is damaged.
+      ValueError: naming the folder, if it holds neither or is damaged; for a mesh of more devices
+        than there are.
     """
     from bltjax import notebook  # jax starts only when a model is asked for
 
-    return notebook.load(path)
+    return notebook.load(path, mesh=mesh, dtype=dtype)

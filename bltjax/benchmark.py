@@ -27,7 +27,16 @@ import numpy as np
 
 from bltjax.alphabet import BOS, OFFSET
 from bltjax.benchmark_convert import benchmark_convert
-from bltjax.benchmark_generate import BYTES, WHOLE_BYTES, cached_side, port_side, whole_side
+from bltjax.benchmark_generate import (
+    BYTES,
+    WHOLE_BYTES,
+    cached_side,
+    context_side,
+    context_words,
+    port_side,
+    speed_words,
+    whole_side,
+)
 from bltjax.benchmark_input import DOCUMENT_BYTES, benchmark_input, benchmark_slots
 from bltjax.config import (
     BLTConfig,
@@ -161,6 +170,7 @@ SIDES = {
     "cached": (lambda *where: cached_side(MODEL, *where), 1),
     "whole": (lambda *where: whole_side(MODEL, *where), 1),
     "port": (lambda *where: port_side(MODEL, *where), 0),
+    "context": (lambda length: context_side(MODEL, length), 1),
 }
 
 
@@ -311,6 +321,23 @@ def row_line(line: dict) -> str:
     return f"{line['row_bytes']:6d} bytes  " + "   ".join(parts)
 
 
+def benchmark_contexts(repeats: int, threads: int, longest: int) -> dict:
+    """ms a byte after growing contexts, prefill not counted, and what is read of caches."""
+    lines = []
+    for length in (length for length in ROW_LENGTHS if length <= longest):
+        worker = Worker("context", threads, length)
+        try:
+            answers = [worker.step() for _ in range(repeats)]
+        finally:
+            worker.close()
+        times = [answer["ms_per_byte"] for answer in answers]
+        said = {name: x for name, x in answers[-1].items() if name not in ("ms", "peak_mib")}
+        lines.append({"context_bytes": length} | said | {"ms_per_byte": statistics.median(times)})
+        lines[-1]["all_ms_per_byte"] = [round(ms, 3) for ms in times]
+        print(json.dumps(lines[-1]), file=sys.stderr, flush=True)
+    return {"contexts": lines, "threads": threads}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=WHAT, help="see above")
     parser.add_argument("--peer", choices=PEERS, help="measure it too (extra: parity)")
@@ -319,7 +346,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt_bytes", type=int, default=512, help="generate: of the prompt")
     parser.add_argument("--threads", type=int, default=2, help="CPUs that each side may use")
-    parser.add_argument("--longest", type=int, default=ROW_LENGTHS[-1], help="rows: bytes")
+    parser.add_argument(
+        "--contexts", action="store_true", help="generate: after 1k ... 32k bytes, ours alone"
+    )
+    parser.add_argument(
+        "--longest", type=int, default=ROW_LENGTHS[-1], help="rows, --contexts: bytes"
+    )
     parser.add_argument("--records", nargs="+", help="slots: folders of records, mixed equally")
     parser.add_argument("--row_bytes", type=int, default=16384, help="slots: bytes in a row")
     parser.add_argument("--config", default="configs/blt_1b.py", help="convert: the BLT's config")
@@ -342,10 +374,12 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     there = len(os.sched_getaffinity(0))
     if args.what in ("train", "rows") and args.threads > there:
         raise ValueError(f"--threads ({args.threads}) must be at most {there}, the CPUs there are")
-    if args.what == "rows" and args.longest < ROW_LENGTHS[0]:
+    if args.longest < ROW_LENGTHS[0]:
         raise ValueError(
             f"--longest ({args.longest}) must be at least {ROW_LENGTHS[0]}, the shortest row"
         )
+    if args.contexts and (args.what != "generate" or args.peer):
+        raise ValueError("--contexts is for benchmark generate, ours alone: drop --peer")
     if (args.what == "slots") != bool(args.records):
         raise ValueError("benchmark slots, and no other, takes --records FOLDER...")
     if args.what == "slots":
@@ -353,7 +387,10 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     elif args.what == "input":
         result = benchmark_input(args.repeats)
     elif args.what == "generate":
-        result = benchmark_generate(args.peer, args.repeats, args.threads, args.prompt_bytes)
+        if args.contexts:
+            result = benchmark_contexts(args.repeats, args.threads, args.longest)
+        else:
+            result = benchmark_generate(args.peer, args.repeats, args.threads, args.prompt_bytes)
     elif args.what == "rows":
         result = benchmark_rows(args.peer, args.repeats, args.threads, args.longest)
     elif args.what == "convert":
@@ -378,15 +415,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
                     f" {quantity(found['bytes_per_second'])}B by the clock"
                 )
     elif args.what == "generate":
-        print(
-            f"after {args.prompt_bytes} bytes: ours {result['ours_ms_per_byte']:.2f} ms a byte,"
-            f" {result['uncached_ms_per_byte']:.1f} uncached"
-        )
-        if args.peer:
-            print(
-                f"{args.peer} {result['peer_ms_per_byte']:.1f} ms, {result['ratio']:.1f} times as"
-                f" long, {'the same' if result['same_text'] else 'another'} text"
-            )
+        print(context_words(result) if args.contexts else speed_words(result))
     elif args.what == "convert":
         print(
             f"{quantity(result['bytes'])}B, the largest tensor"

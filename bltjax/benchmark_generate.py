@@ -3,6 +3,7 @@
     cached    ours
     whole     our whole model for every byte: what cached decoding has to beat
     port      transformers' generate, without a cache, the only one that is right there
+    context   ours, from byte to byte alone, after a prompt of any length; it samples
 
 All have the same weights, with a byte LM of 4 layers, and write the same text greedily. A random
 model's greedy text runs in circles, some of which have no boundary, or hardly anything else; so the
@@ -12,16 +13,19 @@ model would end its text at any byte.
 """
 
 import functools
+import time
 
 import numpy as np
 
 from bltjax.alphabet import OFFSET, VOCABULARY, encode
 from bltjax.config import BLTConfig, ByteLMConfig, DataConfig, PatchingConfig, RunConfig
+from bltjax.metrics import quantity
 
 BYTE_LM = ByteLMConfig(layers=4, width=256, heads=4, hidden=768)
 BYTES, WHOLE_BYTES = 128, 16  # the whole model's cost is that of a buffer, whatever is in it
 MEAN_PATCH = 4.49
 PLACES = 64  # tried for a prompt
+CHUNK, CHUNKS = 32, 3  # bytes that a context is timed over: all chunks but the first
 LONGEST = 32768
 
 
@@ -59,6 +63,96 @@ def model_parts(model: BLTConfig):
     patching = PatchingConfig(threshold=round(threshold, 4))
     run = RunConfig(blt=model, data=data, patching=patching, compute_dtype="float32")
     return run, random_params(run, 0), patching, byte_lm
+
+
+def context_side(model: BLTConfig, context_bytes: int):
+    """() -> ms a byte after a context, and the bytes of caches that are read for each."""
+    import jax
+
+    from bltjax.decoding import Decoder, run
+    from bltjax.decoding.sampling import Sampling
+
+    decoder, text = Decoder(*model_parts(model)), prompt_at(0, context_bytes)
+    sampling = Sampling(temperature=1.0)  # a random model's greedy text runs in circles
+
+    def write() -> dict:
+        # Room for a patch a byte, so that no buffer is doubled while the clock runs.
+        state, asked = decoder.begun([text], 4 * CHUNK * CHUNKS, sampling, 0, [])
+        latent = sum(x.nbytes for x in jax.tree.leaves(state.memory.latent))
+        rings = (state.memory.scorer, state.memory.encoder, state.memory.decoder)
+        rings = sum(x.nbytes for x in jax.tree.leaves(rings))
+        for chunk in range(CHUNKS):
+            if chunk == 1:
+                before, begun = jax.device_get(state.latent_runs), time.perf_counter()
+            shape = (decoder.model, sampling.steps, CHUNK)
+            state, _, _ = jax.block_until_ready(run(*shape, decoder.params, asked, state))
+        seconds, written = time.perf_counter() - begun, CHUNK * (CHUNKS - 1)
+        patches = int(jax.device_get(state.latent_runs) - before)
+        return {
+            "ms_per_byte": 1000 * seconds / written,
+            "mean_patch_bytes": written / max(1, patches),
+            "latent_cache_bytes_read_per_byte": latent * patches / written,
+            "ring_bytes_read_per_byte": rings,
+        }
+
+    return write
+
+
+def bar_chart(title: str, bars: dict[str, float]) -> str:
+    """A chart that GitHub draws: ms a byte, by name."""
+    return chart(title, f"x-axis [{names(bars)}]", "ms a byte", "bar", list(bars.values()))
+
+
+def line_chart(title: str, x: str, points: dict[str, float], y: str) -> str:
+    return chart(title, f'x-axis "{x}" [{names(points)}]', y, "line", list(points.values()))
+
+
+def names(figures: dict[str, float]) -> str:
+    return ", ".join(f'"{name}"' for name in figures)
+
+
+def chart(title: str, x_axis: str, y: str, kind: str, figures: list[float]) -> str:
+    """A Mermaid diagram, from zero on."""
+    shown = ", ".join(f"{figure:.4g}" for figure in figures)
+    lines = (
+        "xychart-beta",
+        f'    title "{title}"',
+        f"    {x_axis}",
+        f'    y-axis "{y}" 0 --> {1.1 * max(figures):.3g}',
+        f"    {kind} [{shown}]",
+    )
+    return "\n".join(("```mermaid", *lines, "```"))
+
+
+def speed_words(result: dict) -> str:
+    """What one prompt's figures say, and their chart."""
+    prompt = result["prompt_bytes"]
+    ours, uncached = result["ours_ms_per_byte"], result["uncached_ms_per_byte"]
+    lines = [f"after {prompt} bytes: ours {ours:.2f} ms a byte, {uncached:.1f} uncached"]
+    bars = {"bltjax": ours, "bltjax, the whole model a byte": uncached}
+    if peer := result.get("peer"):
+        same = "the same" if result["same_text"] else "another"
+        theirs, ratio = result["peer_ms_per_byte"], result["ratio"]
+        lines.append(f"{peer} {theirs:.1f} ms, {ratio:.1f} times as long, {same} text")
+        bars[peer] = theirs
+    return "\n".join([*lines, "", bar_chart(f"ms a byte after {prompt} bytes", bars)])
+
+
+def context_words(result: dict) -> str:
+    """The figures of each context, and the chart of their speeds."""
+    lines = [
+        f"{found['context_bytes']:6d} bytes before: {found['ms_per_byte']:6.2f} ms a byte,"
+        f" {found['mean_patch_bytes']:.2f} bytes a patch; read for each byte"
+        f" {quantity(found['latent_cache_bytes_read_per_byte'])}B of latent caches,"
+        f" {quantity(found['ring_bytes_read_per_byte'])}B of rings"
+        for found in result["contexts"]
+    ]
+    speeds = {
+        f"{found['context_bytes'] // 1024}k": 1000 / found["ms_per_byte"]
+        for found in result["contexts"]
+    }
+    graph = line_chart("Writing after a context", "bytes before", speeds, "bytes a second")
+    return "\n".join([*lines, "", graph])
 
 
 def prompt_at(begin: int, prompt_bytes: int) -> bytes:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
@@ -165,16 +166,20 @@ def stored_shapes(folder: Path) -> dict:
 
 
 def restore_params(folder: Path, shardings=None, dtype=None) -> dict:
-    """The parameters that Orbax wrote to `folder`, each on its sharding (default: one device)."""
+    """The parameters that Orbax wrote to `folder`, each on its sharding (default: one device), and
+    in `dtype` (default: as stored), but for norms, which are few and are never narrowed."""
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = stored_shapes(folder)
     if shardings is None:
         shardings = jax.tree.map(lambda _: one, shapes)
-    target = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=where),
-        shapes,
-        shardings,
-    )
+
+    def target_of(path, leaf, where):
+        wanted = jnp.dtype(dtype or leaf.dtype)
+        if "norm" in path[-1].key:
+            wanted = jnp.promote_types(wanted, leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, wanted, sharding=where)
+
+    target = jax.tree_util.tree_map_with_path(target_of, shapes, shardings)
     with quiet(), reader() as checkpointer:
         return checkpointer.restore(folder.absolute(), target)
 

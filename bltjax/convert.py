@@ -33,6 +33,14 @@ from bltjax.model import parameter_count
 from bltjax.notebook import LoadedModel
 from bltjax.patching import force_starts, patch_starts
 from bltjax.scoring import EntropyModel
+from bltjax.serving import (
+    FOLDER,
+    Programs,
+    ServingConfig,
+    add_serving_arguments,
+    serving_from,
+    write_serving,
+)
 from bltjax.weights.meta import is_meta, read_meta, write_meta
 from bltjax.weights.model_files import ModelFiles, model_shapes
 from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces, tensors_of
@@ -105,14 +113,19 @@ def convert(
     dtype: str | None = None,
     byte_lm: epath.Path | None = None,
     as_port: bool = False,
+    serving: ServingConfig | None = None,
 ) -> tuple[ModelFiles, ModelFiles]:
     """Writes the model in `source` to `destination`; both models' files, the source's first.
+
+    serving: write programs that run without our code, too.
 
     Raises:
       ValueError: naming the file, tensor or field that is wrong; nothing is left behind.
     """
     if destination.exists():
         raise ValueError(f"{destination} exists; give another destination, or remove it")
+    if serving and to != "orbax":
+        raise ValueError(f"--serving puts programs into an export, not into --to {to}")
     if to == "meta" and "://" in str(destination):
         raise ValueError(f"{destination}: torch writes to disks only; convert to a folder first")
     opened = open_model(source, as_port=as_port)
@@ -126,6 +139,7 @@ def convert(
         if opened.config.blt is None or opened.byte_lm is None:
             raise ValueError(f"--byte_lm {byte_lm} must hold a byte LM, and {source} a BLT")
     files = as_dtype(opened, dtype)
+    programs = serving and Programs(files, serving)
     for line in described(source, files):
         print(line)
     local = "://" not in str(destination)
@@ -139,6 +153,8 @@ def convert(
     try:
         write = {"orbax": write_export, "transformers": write_port, "meta": write_meta}[to]
         write(files, partial, progress.advance)
+        if programs:
+            write_serving(programs, partial)
         if local:
             os.replace(partial, destination)
     except BaseException:
@@ -358,6 +374,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="from transformers: keep its deviations from the released models",
     )
+    add_serving_arguments(parser)
     parser.add_argument(
         "--verify", action="store_true", help="compare what was written with the source"
     )
@@ -366,10 +383,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("convert takes its settings from the source; drop --config.*")
-    begun = time.monotonic()
+    begun, serving = time.monotonic(), serving_from(args)
     source, files = convert(
         args.source, args.destination, args.to,
-        dtype=args.dtype, byte_lm=args.byte_lm, as_port=args.as_port,
+        dtype=args.dtype, byte_lm=args.byte_lm, as_port=args.as_port, serving=serving,
     )  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
@@ -385,5 +402,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             f" logits; {verdict.boundaries} patch boundaries, {verdict.differing} differ"
             f" ({verdict.near_ties} more are near-ties)"
         )
+    if serving:
+        print(f"{args.destination / FOLDER}: {len(serving.prompts) + 2} programs for a server")
     if args.to == "orbax":
         print(f"next: python -m bltjax generate --workdir={args.destination} --prompt='A BLT has'")

@@ -23,9 +23,9 @@ from typing import TextIO
 from bltjax.alphabet import as_bytes, text_stream
 from bltjax.config_file import add_workdir_argument
 from bltjax.decoding import CONTEXT, Decoder, Piece
+from bltjax.decoding.placing import load_onto, read_mesh
 from bltjax.decoding.sampling import Sampling
 from bltjax.evaluate import run_patching
-from bltjax.export import load_params
 from bltjax.metrics import quantity
 from bltjax.picture import TERMINAL_COLOURS, visible
 
@@ -175,6 +175,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", type=int, default=CONTEXT, help="most bytes of a prompt and its continuation"
     )
     parser.add_argument(
+        "--mesh",
+        help="devices by axis, such as data=2,tensor=4: data shares the rows, tensor the weights"
+        " (default: one device)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of weights, caches and products (default: weights as stored, the rest by platform)",
+    )
+    parser.add_argument(
         "--truncate", choices=("left",), help="drop the beginning of a prompt that is too long"
     )
     parser.add_argument(
@@ -199,11 +209,21 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.prompts:
         prompts = [as_bytes(prompt) for prompt in read_prompts(args.prompts)]
     else:
-        prompts = [args.prompt_file.read_bytes() if args.prompt_file else as_bytes(args.prompt)]
-    config, params, _ = load_params(args.workdir)
+        # What is not UTF-8 on the command line came as surrogates.
+        given = os.fsencode(args.prompt)
+        prompts = [args.prompt_file.read_bytes() if args.prompt_file else given]
+    mesh = read_mesh(args.mesh) if args.mesh else None
+    config, params, _ = load_onto(mesh, args.workdir, args.dtype)
     decoder = Decoder(
-        config, params, *run_patching(config, args.workdir), context=args.context, draft=args.draft
+        config,
+        params,
+        *run_patching(config, args.workdir),
+        context=args.context,
+        draft=args.draft,
+        mesh=mesh,
+        dtype=args.dtype,
     )
+    del params  # the decoder has its own
 
     def written(texts: list[bytes], first: int) -> Iterator[Piece]:
         return decoder.generate(
@@ -211,7 +231,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             max_bytes=args.max_bytes,
             sampling=sampling,
             seed=args.seed + first,
-            stop=args.stop,
+            stop=[os.fsencode(text) for text in args.stop],
             truncate=args.truncate == "left",
         )
 

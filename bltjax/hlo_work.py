@@ -167,6 +167,9 @@ def moved_bytes(program: Program, computation: Computation, instruction: Instruc
         return float(estimate[1]) if estimate else 0
     if kind == "copy-start":  # (destination, source, a flag)
         return sum(in_hbm(x) for x in instruction.arrays[:2])
+    if kind == "slice-start":  # (source, its slice, a flag): the rest of the source stays unread
+        part = instruction.arrays[1]
+        return part.padded_bytes + in_hbm(part)
     given = [computation.instructions[x] for x in instruction.operands]
     if kind == "fusion":
         inner = program.computations[instruction.calls[0]]

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from bltjax.alphabet import OFFSET, as_bytes, encode, text_stream
 from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
 from bltjax.decoding import Decoder
+from bltjax.decoding.placing import load_onto, on_mesh, read_mesh
 from bltjax.decoding.sampling import Sampling
 from bltjax.decoding.whole import bucket
 from bltjax.evaluate import run_patching
-from bltjax.export import load_params
 from bltjax.inside import CrossWeights, cross_weights
 from bltjax.model import batch_logits, make_model
 from bltjax.patching import force_starts, patch_starts
@@ -50,8 +51,10 @@ class LoadedModel:
         params,
         patching: PatchingConfig | None,
         entropy_model: EntropyModel | None,
+        mesh: Mesh | None = None,
+        dtype: str | None = None,
     ):
-        self.run, self.params = run, params
+        self.run, self.params, self.mesh, self.dtype = run, params, mesh, dtype
         self.entropy_model = entropy_model
         if run.blt is None:  # its own entropies
             self.entropy_model = EntropyModel(run.model, params, "", False, run, 0)
@@ -82,7 +85,8 @@ class LoadedModel:
     def logits_with(self, ids: np.ndarray, starts_N1: np.ndarray | None) -> np.ndarray:
         """The same for ids that begin with BOS and, of a BLT, given patch starts [len + 1]."""
         batch, patches = row_of(ids, starts_N1)
-        return np.asarray(self.all_logits(self.params, batch, patches=patches))[: len(ids)]
+        with on_mesh(self.mesh):
+            return np.asarray(self.all_logits(self.params, batch, patches=patches))[: len(ids)]
 
     def cross_weights(self, text: str | bytes) -> CrossWeights:
         """What the cross-attentions look at in a text, by layer, slot, head and byte.
@@ -93,7 +97,8 @@ class LoadedModel:
         ids = encode(text, eos=False)
         batch, patches = row_of(ids, self.starts(text))
         model = make_model(self.run.model, patches, compute_dtype(self.run), None)
-        return cross_weights(self.config.blt, model, self.params, batch, len(ids))
+        with on_mesh(self.mesh):
+            return cross_weights(self.config.blt, model, self.params, batch, len(ids))
 
     def entropies(self, text: str | bytes) -> np.ndarray:
         """float32 [len + 1], nats, indexed as logits: how unsure the byte LM is of each next byte.
@@ -164,7 +169,14 @@ class LoadedModel:
         """
         if self.decoder is None:
             patching, model = self.config.patching, self.entropy_model
-            self.decoder = Decoder(self.run, self.params, patching, patching and model)
+            self.decoder = Decoder(
+                self.run,
+                self.params,
+                patching,
+                patching and model,
+                mesh=self.mesh,
+                dtype=self.dtype,
+            )
         stream = text_stream()
         pieces = self.decoder.generate(
             [prompt],
@@ -194,8 +206,8 @@ def row_of(ids: np.ndarray, starts_N1: np.ndarray | None) -> tuple[dict, int]:
     return batch, patches
 
 
-def load(path) -> LoadedModel:
-    """The model of an export or of a training run's work directory, a folder or gs://."""
-    path = epath.Path(path)
-    run, params, _ = load_params(path)
-    return LoadedModel(run, params, *run_patching(run, path))
+def load(path, *, mesh: str | None = None, dtype: str | None = None) -> LoadedModel:
+    """As `bltjax.load`."""
+    path, on = epath.Path(path), read_mesh(mesh) if mesh else None
+    run, params, _ = load_onto(on, path, dtype)
+    return LoadedModel(run, params, *run_patching(run, path), on, dtype)

@@ -26,12 +26,15 @@ from bltjax.chips import Topology, read_topology
 from bltjax.config import ByteLMConfig, RunConfig
 from bltjax.config_file import load_config
 from bltjax.data.packing import empty_rows
+from bltjax.decoding import CONTEXT
 from bltjax.flops import paper_flops, recomputed_flops, training_flops
 from bltjax.hlo_collectives import by_kind_and_axis
 from bltjax.hlo_work import Work
 from bltjax.metrics import quantity
 from bltjax.model import parameter_count
 from bltjax.plan_changes import Change, nearest_changes
+from bltjax.plan_generate import plan_generate
+from bltjax.plan_generate import text as decoder_text
 from bltjax.roofline import Bound, account
 from bltjax.sharding import make_mesh
 from bltjax.training_step import step_parts
@@ -312,12 +315,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", required=True, help="CHIP:SHAPE, such as v5p:4x4x8")
     parser.add_argument("--slices", type=int, default=1, help="how many of them (default: 1)")
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument(
+        "--generate", action="store_true", help="plan a decoder instead: prefill, byte and patch"
+    )
+    parser.add_argument(
+        "--groups", type=int, default=1, help="of --generate: groups of chips with all weights each"
+    )
+    parser.add_argument("--rows", type=int, default=1, help="of --generate: texts side by side")
+    parser.add_argument("--prompt_bytes", type=int, default=2048, help="of --generate")
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=CONTEXT,
+        help="of --generate: bytes that caches have room for",
+    )
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     topology = read_topology(args.topology, args.slices)
     config = load_config(args.config, overrides)
     jax.config.update("jax_platforms", "cpu")  # a TPU that is here may be busy
+    if args.generate:
+        decoder = plan_generate(
+            for_tpu(config),
+            topology,
+            groups=args.groups,
+            rows=args.rows,
+            prompt_bytes=args.prompt_bytes,
+            context=args.context,
+        )
+        told = json.dumps(decoder.summary(), indent=2)
+        print(told if args.json else decoder_text(decoder, args.config))
+        sys.exit(0 if decoder.fits else 1)
     found = plan(config, topology)
     told, lines = found.summary(), [text(found, args.config)]
     if not found.memory.fits:

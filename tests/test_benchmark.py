@@ -12,7 +12,8 @@ import pytest
 
 from bltjax.__main__ import main
 from bltjax.alphabet import encode
-from bltjax.benchmark import MALLOC, Worker, run_config, sample_batch
+from bltjax.benchmark import MALLOC, MODEL, Worker, run_config, sample_batch
+from bltjax.benchmark_generate import context_words, speed_words
 from bltjax.benchmark_input import MEAN_PATCH, benchmark_slots, made_records
 from bltjax.calibrate import mean_patch_bytes
 from bltjax.config import PatchingConfig
@@ -64,6 +65,45 @@ def test_benchmark_rows(capsys, monkeypatch):
     for line in lines:
         assert line["ours"]["ms"] > 0 and line["ours"]["peak_mib"] > 500
     assert printed.err.count("a KiB") == 2
+
+
+def test_charts_are_drawn_from_the_figures():
+    result = {"prompt_bytes": 512, "ours_ms_per_byte": 11.1, "uncached_ms_per_byte": 396.0}
+    said = speed_words(result)
+    assert said.startswith("after 512 bytes: ours 11.10 ms a byte, 396.0 uncached")
+    assert "bar [11.1, 396]" in said and "0 --> 436" in said and "transformers" not in said
+    result |= {"peer": "transformers", "peer_ms_per_byte": 500.0, "ratio": 45.0, "same_text": True}
+    said = speed_words(result)
+    assert "transformers 500.0 ms, 45.0 times as long, the same text" in said
+    assert said.count('"transformers"]') == 1 and "bar [11.1, 396, 500]" in said
+    contexts = [
+        {
+            "context_bytes": length,
+            "ms_per_byte": ms,
+            "mean_patch_bytes": 4.0,
+            "latent_cache_bytes_read_per_byte": 3e6,
+            "ring_bytes_read_per_byte": 2e6,
+        }
+        for length, ms in ((1024, 8.0), (32768, 10.0))
+    ]
+    said = context_words({"contexts": contexts})
+    assert (
+        "  1024 bytes before:   8.00 ms a byte, 4.00 bytes a patch; read for each byte 3MB" in said
+    )
+    assert '["1k", "32k"]' in said and "line [125, 100]" in said
+    assert said.count("```") == 2 and said.endswith("```")
+
+
+@pytest.mark.slow
+def test_contexts(capsys):
+    words = ["benchmark", "generate", "--contexts", "--longest=1024", "--repeats=1", "--json"]
+    assert main(words) == 0
+    ((found,), _) = json.loads(capsys.readouterr().out).values()
+    assert found["context_bytes"] == 1024 and found["ms_per_byte"] > 0
+    held = found["latent_cache_bytes_read_per_byte"] * found["mean_patch_bytes"]
+    slot = MODEL.latent.layers * 2 * MODEL.latent.width * 4
+    # About 1024 / 4.49 patches, and room for as many as there will be bytes.
+    assert round(held / slot, 3) in (256, 512)
 
 
 def test_a_worker_that_dies_is_an_error():

@@ -20,7 +20,7 @@ from bltjax.config import (
     PatchingConfig,
     RunConfig,
 )
-from bltjax.decoding import Decoder, grow, prefill, run, score
+from bltjax.decoding import Decoder, grow, padded_length, prefill, run, score
 from bltjax.decoding.sampling import Sampling
 from bltjax.model import batch_logits, initial_params, make_model
 from bltjax.model.byte_cnn import entropy_table, table_entropies
@@ -223,14 +223,18 @@ def test_buffers_grow(mode):
     np.testing.assert_allclose(log_probs, expected, atol=1e-4)
 
 
-def test_few_programs_are_compiled():
-    """Prompts of 50 lengths are padded to two."""
+def test_one_program_for_each_bucket():
+    """Prompts of 50 lengths are padded to three; what goes on from them is one program."""
     decoder, *_ = made("newline")
-    before = [f._cache_size() for f in (score, prefill, grow)]
-    for length in range(0, 75, 2)[:50]:
-        decoder.memory([encode(TEXT.encode()[:length], eos=False)])
-    after = [f._cache_size() for f in (score, prefill, grow)]
-    assert np.subtract(after, before).max() <= 2
+    lengths = range(46, 96)
+    buckets = {padded_length(length + 1) for length in lengths}
+    assert buckets == {64, 80, 96}
+    programs = (score, prefill, grow, run)
+    for program in programs:
+        program.clear_cache()
+    for length in lengths:
+        list(decoder.generate([TEXT.encode()[:length]], max_bytes=1))
+    assert [program._cache_size() for program in programs] == [len(buckets)] * 2 + [1, 1]
 
 
 def test_settings_are_data():

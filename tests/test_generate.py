@@ -1,7 +1,9 @@
 """The generate command and what it shows; trained models write what the whole model would write."""
 
+import dataclasses
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -138,6 +140,7 @@ def test_bad_input(runs, tmp_path, capsys):
     assert "max_bytes is -1" in error_of("--max_bytes=-1")
     assert "a stop string is empty" in error_of("--stop=")
     assert "--out is for" in error_of("--out=x")
+    assert "no such file" in error_of(f"--prompt_file={tmp_path / 'nothing'}")
     long = ["--prompt=0123456789", "--max_bytes=20", "--context=24"]
     assert "10 bytes and 20 to write exceed the context of 24 bytes" in error_of(*long)
     runs.run("generate", f"--workdir={runs.byte_lm}", *long, "--truncate=left")
@@ -148,7 +151,30 @@ def test_bad_input(runs, tmp_path, capsys):
     assert "has no prompts" in error_of(f"--prompts={tmp_path / 'none.jsonl'}")
 
 
-def test_entropy_patches_need_a_byte_lm(runs):
+def test_bytes_of_any_kind_are_a_prompt(runs, tmp_path, monkeypatch, capsys):
+    """Nothing at all, and what is not UTF-8: from a file, and as a shell hands it over."""
+    asked = []
+    generate = Decoder.generate
+
+    def seen(decoder, prompts, **settings):
+        asked.append((prompts, settings["stop"]))
+        return generate(decoder, prompts, **settings)
+
+    monkeypatch.setattr(Decoder, "generate", seen)
+    odd = b"\xff\xfe a\xe6\n\x00"
+    (tmp_path / "odd").write_bytes(odd)
+    words = ["generate", f"--workdir={runs.byte_lm}", "--max_bytes=3"]
+    runs.run(*words)
+    runs.run(*words, f"--prompt_file={tmp_path / 'odd'}")
+    runs.run(*words, f"--prompt={os.fsdecode(odd[:-1])}", f"--stop={os.fsdecode(odd[:1])}")
+    assert asked == [([b""], []), ([odd], []), ([odd[:-1]], [odd[:1]])]
+    assert capsys.readouterr().err.count(" bytes in ") == 3
+
+
+def test_patches_that_cannot_be_placed_while_writing_are_refused(runs):
     config, params, _ = load_params(runs.blt)
     with pytest.raises(ValueError, match="needs a byte LM"):
         Decoder(config, params, config.patching, None)
+    ports = dataclasses.replace(config.patching, looks_past_end=False)
+    with pytest.raises(ValueError, match=r"looks_past_end is False.*without --as_port"):
+        Decoder(config, params, ports, None)

@@ -96,6 +96,21 @@ def test_trip_counts_from_conditions():
     assert work.bytes == 5 * (3 * 8 * 128 * 2 + 3 * 4) + 2 * 4
 
 
+SLICED = """HloModule sliced
+
+ENTRY %main () -> bf16[16,128] {
+  %a = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %begun = ((bf16[64,128]{1,0:T(8,128)(2,1)}), bf16[16,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[16:32], [0:128]}
+  ROOT %end = bf16[16,128]{1,0:T(8,128)(2,1)S(1)} slice-done(%begun)
+}
+"""  # noqa: E501
+
+
+def test_a_slice_reads_no_more_than_itself():
+    """Into a chip's small memory, from an array four times as long."""
+    assert read_work(read_program(SLICED)).bytes == 16 * 128 * 2
+
+
 def test_no_module_is_refused():
     with pytest.raises(ValueError, match="no HLO module"):
         read_program("hello")

@@ -3,25 +3,28 @@
 `Decoder` is the door. It runs prompts in one pass, padded to a few lengths so that few programs are
 compiled, then the loop of `loop.py`, which comes back with what it wrote every few bytes, or when a
 buffer is full; then the buffer is doubled and the loop goes on. Rows that have ended leave the
-batch when at least half of them have.
+batch when at least half of them have. Under a mesh (`placing.py`) rows are shared among groups of
+devices, each of which runs the loop by itself; places that lack a row count as ended.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from bltjax.alphabet import EOS, OFFSET, VOCABULARY, as_bytes, encode
-from bltjax.config import BLTConfig, ByteCNNConfig, PatchingConfig, RunConfig
+from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
 from bltjax.decoding.blt import CachedBLT
 from bltjax.decoding.byte_models import CachedBytes
-from bltjax.decoding.loop import AT_LIMIT, AT_STOP, RUNNING, WHY, Asked, State, run
+from bltjax.decoding.loop import AT_LIMIT, AT_STOP, RUNNING, WHY, Asked, Costs, State, run
+from bltjax.decoding.placing import held, in_groups, on_mesh, row_shardings, weight_shardings
 from bltjax.decoding.sampling import GREEDY, Sampling, utf8_state
 from bltjax.decoding.scorer import Scorer
 from bltjax.decoding.speculation import run_rounds
-from bltjax.model.byte_cnn import entropy_table
 from bltjax.scoring import EntropyModel
 from bltjax.training_step import compute_dtype
 
@@ -63,23 +66,78 @@ def padded_length(size: int) -> int:
     return max(SHORTEST, -(-size // quarter) * quarter)
 
 
-prepare = jax.jit(lambda model, params: model.prepared(params), static_argnums=0)
-score = jax.jit(lambda model, *args: model.score(*args), static_argnums=0)
-prefill_bytes = jax.jit(lambda model, *args: model.prefill(*args), static_argnums=0)
-prefill = jax.jit(
-    lambda model, patches, open_slots, *args: model.prefill(*args, patches, open_slots),
-    static_argnums=(0, 1, 2),
-)
-grow = jax.jit(
-    lambda model, patches, open_slots, memory: model.grown(memory, patches, open_slots),
-    static_argnums=(0, 1, 2),
-)
+@functools.partial(jax.jit, static_argnums=0)
+def prepare(model, params, scorer_params):
+    return model.prepared(params, scorer_params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score(model, params, bytes_BN, length_B):
+    return in_groups(lambda params, rows: model.score(params, *rows), params, (bytes_BN, length_B))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill_bytes(model, params, bytes_BN, length_B):
+    rows = (bytes_BN, length_B)
+    return in_groups(lambda params, rows: model.prefill(params, *rows), params, rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def prefill(model, patches, open_slots, params, scored):
+    return in_groups(lambda *args: model.prefill(*args, patches, open_slots), params, scored)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def grow(model, patches, open_slots, memory):
+    return held(model.grown(memory, patches, open_slots))
+
+
+def cached_model(
+    config: RunConfig,
+    patching: PatchingConfig | None,
+    scorer: ByteLMConfig | ByteCNNConfig | None,
+    dtype,
+    draft: int = 0,
+    implementation: str | None = None,
+) -> CachedBLT | CachedBytes:
+    """The model that a config describes, as it decodes; `implementation` of attention.
+
+    Raises:
+      ValueError: for patches that can't be placed while a text is being written, for entropy
+        patches without a byte LM, and for drafts of a model without patches.
+    """
+    if draft < 0:
+        raise ValueError(f"draft is {draft}, not >= 0")
+    if not isinstance(config.model, BLTConfig):
+        if draft:
+            raise ValueError("only a BLT drafts: a byte LM has no latent transformer to spare")
+        return CachedBytes(config.model, dtype, implementation)
+    if patching.mode == "bpe":
+        raise ValueError(
+            "bpe patching can't generate: where a token ends depends on text that is not written"
+            " yet (paper 2.4). It serves training, evaluation and pictures."
+        )
+    if not patching.incremental:
+        raise ValueError(
+            "patching.looks_past_end is False, as the transformers port has it: whether a patch"
+            " begins after a text's last byte would depend on there being no other byte. Take the"
+            " released way: `convert` again without --as_port"
+        )
+    if patching.mode != "entropy":
+        return CachedBLT(
+            config.model, patching, Scorer(None, False, draft), dtype, draft, implementation
+        )
+    if scorer is None:
+        raise ValueError("entropy patching needs a byte LM to generate: there is none")
+    entropies = Scorer(scorer, patching.newline_reset, draft, implementation)
+    return CachedBLT(config.model, patching, entropies, dtype, draft, implementation)
 
 
 @jax.jit
 def rows_of(state: State, rows_B) -> State:
     """The state of some rows, in that order."""
-    return jax.tree.map(lambda x: x[rows_B] if x.ndim else x, state)
+    costs = state.costs
+    return held(jax.tree.map(lambda x: x[rows_B], state._replace(costs=()))._replace(costs=costs))
 
 
 class Decoder:
@@ -94,41 +152,41 @@ class Decoder:
         *,
         context: int = CONTEXT,
         draft: int = 0,
+        mesh: Mesh | None = None,
+        dtype=None,
     ):
         """patching, byte_lm: what places the patches of a BLT, as `run_patching` gives it.
 
         context: the most bytes that a prompt and its continuation may have together. draft: bytes
         that the local decoder drafts for the whole model to verify (`speculation.py`), greedily.
+        mesh: a `decoding_mesh`; None is one device. dtype: of weights, caches and products (not of
+        the byte LM that places patches, whose entropies are exact); None: weights as they are,
+        the rest as in training.
 
         Raises:
           ValueError: for patches that can't be placed while a text is being written, for entropy
-            patches without a byte LM, and for drafts of a model without patches.
+            patches without a byte LM, for drafts of a model without patches, and for a mesh that
+            splits fsdp or has devices of other processes.
         """
-        self.context, self.draft, dtype = context, draft, compute_dtype(config)
+        self.context, self.draft, self.mesh = context, draft, mesh
+        self.groups = mesh.shape["data"] if mesh else 1
         self.counts = Counts()
-        if draft < 0:
-            raise ValueError(f"draft is {draft}, not >= 0")
-        if draft and not isinstance(config.model, BLTConfig):
-            raise ValueError("only a BLT drafts: a byte LM has no latent transformer to spare")
-        if not isinstance(config.model, BLTConfig):
-            self.model = CachedBytes(config.model, dtype)
-            self.params = {"model": params}
-            return
-        if not patching.incremental:
+        if mesh and (mesh.shape["fsdp"] > 1 or mesh.is_multi_process):
             raise ValueError(
-                f"{patching.mode} patching can't generate: where a token ends depends on text that"
-                " is not written yet (paper 2.4). It serves training, evaluation and pictures."
+                f"a decoder takes a decoding_mesh of one process: this mesh has fsdp"
+                f" {mesh.shape['fsdp']}, not 1, and {mesh.size} devices, {len(mesh.local_devices)}"
+                " of them of this process"
             )
-        scorer, scorer_params = Scorer(None, False, draft), {}
-        if patching.mode == "entropy":
-            if byte_lm is None:
-                raise ValueError("entropy patching needs a byte LM to generate: there is none")
-            scorer = Scorer(byte_lm.config, byte_lm.newline_reset, draft)
-            scorer_params = byte_lm.params
-            if isinstance(byte_lm.config, ByteCNNConfig):
-                scorer_params = jnp.asarray(entropy_table(byte_lm.config, byte_lm.params))
-        self.model = CachedBLT(config.model, patching, scorer, dtype, draft)
-        self.params = {"model": prepare(self.model, params), "scorer": scorer_params}
+        dtype = compute_dtype(config) if dtype is None else jnp.dtype(dtype)
+        scorer = byte_lm and byte_lm.config
+        self.model = cached_model(config, patching, scorer, dtype, draft)
+        weights = (self.placed(params), byte_lm and self.placed(byte_lm.params))
+        with on_mesh(self.mesh):
+            self.params = prepare(self.model, *weights)
+
+    def placed(self, tree, shardings=weight_shardings):
+        """Weights, or what else the shardings are for, where the mesh has them."""
+        return jax.device_put(tree, shardings(tree, self.mesh)) if self.mesh else tree
 
     def generate(
         self,
@@ -186,40 +244,46 @@ class Decoder:
                 yield Piece(row, b"", nothing, nothing, nothing.astype(bool), WHY[AT_LIMIT])
             return
         state, asked = self.begun(texts, max_bytes, sampling, seed, stops)
-        held, rows, written = [Held(stops) for _ in texts], np.arange(len(texts)), 0
+        rest, written = [Rest(stops) for _ in texts], 0
+        rows = np.array([*range(len(texts)), *[ENDED] * (len(state.why_B) - len(texts))])
         while rows.size:
-            if self.draft:
-                shape = (self.draft + 1, max(chunk, 2 * self.draft + 2))
-                state, out, full = run_rounds(self.model, *shape, self.params, asked, state)
-            else:
-                shape = (sampling.steps, chunk)
-                state, out, full = run(self.model, *shape, self.params, asked, state)
-            counts = (state.latent_runs, state.latent_patches, state.passes)
-            out, why_B, full, counts = jax.device_get((out, state.why_B, full, counts))
+            with on_mesh(self.mesh):
+                if self.draft:
+                    shape = (self.draft + 1, max(chunk, 2 * self.draft + 2))
+                    state, out, full_B2 = run_rounds(self.model, *shape, self.params, asked, state)
+                else:
+                    shape = (sampling.steps, chunk)
+                    state, out, full_B2 = run(self.model, *shape, self.params, asked, state)
+            out, why_B, full_B2, costs = jax.device_get((out, state.why_B, full_B2, state.costs))
             written += int((out.ids_BN >= OFFSET).sum())
-            self.counts = Counts(written, *map(int, counts))
+            self.counts = Counts(written, *(int(x.sum()) for x in costs))
             for place, row in enumerate(rows):
-                ids, *rest = (x_BN[place, : out.count_B[place]] for x_BN in out[1:])
+                ids, *values = (x_BN[place, : out.count_B[place]] for x_BN in out[1:])
                 if row >= 0 and (ids.size or why_B[place]):
-                    yield held[row].piece(int(row), ids, rest, WHY[why_B[place]])
+                    yield rest[row].piece(int(row), ids, values, WHY[why_B[place]])
             rows = np.where(why_B == RUNNING, rows, ENDED)
             going = int((rows >= 0).sum())
             if going == 0:
                 return
-            if any(full):
-                state = state._replace(memory=self.doubled(state.memory, *full))
-            size = power_of_two(going, 1)
+            if full_B2.any():
+                state = state._replace(memory=self.doubled(state.memory, *full_B2.any(axis=0)))
+            size = self.groups * power_of_two(-(-going // self.groups), 1)
             if size < len(rows):
-                # Those that go on first; ones that have ended fill a power of two.
+                # Those that go on first, in turn to each group; ones that have ended fill a power
+                # of two.
                 places = np.argsort(rows < 0, kind="stable")[:size]
-                state, rows = rows_of(state, places), rows[places]
+                places = places.reshape(-1, self.groups).T.reshape(-1)
+                with on_mesh(self.mesh):
+                    state, rows = rows_of(state, places), rows[places]
                 asked = asked._replace(limit_B=asked.limit_B[places])
 
     def begun(self, texts, max_bytes, sampling, seed, stops) -> tuple[State, Asked]:
         """The state after the prompts, and what the loop is asked for."""
         prompts = [encode(text, eos=False) for text in texts]
+        prompts += [encode(b"", eos=False)] * (-len(texts) % self.groups)
         memory = self.memory(prompts, max_bytes)
         rows = len(prompts)
+        why_B = np.where(np.arange(rows) < len(texts), RUNNING, AT_LIMIT)
         most = power_of_two(len(stops), STOPS[0])
         longest = power_of_two(max(map(len, stops), default=0), STOPS[1])
         stops_ZT = np.full((most, longest), -1, np.int32)
@@ -232,14 +296,14 @@ class Decoder:
             memory,
             jax.vmap(jax.random.key)(seed + jnp.arange(rows)),
             jnp.zeros(rows, jnp.int32),
-            jnp.full(rows, RUNNING, jnp.int32),
+            jnp.asarray(why_B, jnp.int32),
             jnp.asarray(used_BV),
-            jnp.asarray([utf8_state(text) for text in texts], jnp.int32),
+            jnp.zeros(rows, jnp.int32).at[: len(texts)].set([utf8_state(text) for text in texts]),
             jnp.full((rows, longest), -2, jnp.int32),
-            *(jnp.zeros((), jnp.int32) for _ in range(3)),
+            Costs(*(jnp.zeros(self.groups, jnp.int32) for _ in range(3))),
         )
         limit_B = np.full(rows, max_bytes, np.int32)
-        return state, Asked(sampling.numbers, limit_B, stops_ZT)
+        return self.placed(state, row_shardings), Asked(sampling.numbers, limit_B, stops_ZT)
 
     def memory(self, prompts: list[np.ndarray], room: int = 0):
         """The memory of texts, ids that begin with BOS, in one pass; room for more bytes."""
@@ -248,26 +312,29 @@ class Decoder:
         for row, ids in enumerate(prompts):
             bytes_BN[row, : len(ids)] = ids
         inputs = (self.params, bytes_BN, np.array(lengths, np.int32))
-        if isinstance(self.model, CachedBytes):
-            return prefill_bytes(self.model, *inputs)
-        scored = score(self.model, *inputs)
+        with on_mesh(self.mesh):
+            if isinstance(self.model, CachedBytes):
+                return prefill_bytes(self.model, *inputs)
+            scored = score(self.model, *inputs)
         closed_B, open_B = jax.device_get((scored.closed_B, scored.open_B))
         held = int((closed_B + (open_B > 0)).max())
         patches = min(power_of_two(held), bytes_BN.shape[1])
         open_slots = power_of_two(int(open_B.max()) + 1 + self.draft)
-        memory = prefill(self.model, patches, open_slots, self.params, scored)
         # A patch for every four bytes; where there are more, the cache grows when it is full.
         wanted = power_of_two(int(closed_B.max()) + 1 + room // 4)
-        return grow(self.model, max(patches, wanted), open_slots, memory)
+        with on_mesh(self.mesh):
+            memory = prefill(self.model, patches, open_slots, self.params, scored)
+            return grow(self.model, max(patches, wanted), open_slots, memory)
 
     def doubled(self, memory, patches: bool, open_slots: bool):
         """The memory with twice the room for patches, for the bytes of an open one, or for both."""
         latent = memory.latent[0].k_BJTC.shape[2] * (1 + int(patches))
         offered = memory.offered[0].k_BJTC.shape[2] if memory.offered else 1
-        return grow(self.model, latent, offered * (1 + int(open_slots)), memory)
+        with on_mesh(self.mesh):
+            return grow(self.model, latent, offered * (1 + int(open_slots)), memory)
 
 
-class Held:
+class Rest:
     """Holds back the bytes of a row that might begin a stop string, until they don't."""
 
     def __init__(self, stops: list[bytes]):

@@ -31,6 +31,7 @@ from bltjax.model.local_encoder import LocalEncoder
 from bltjax.patches import index_like
 from bltjax.patching import Cursor, cursor_at, force_starts, next_starts, trace_starts
 from bltjax.rotary import rotary_angles, rotate
+from bltjax.sharding import constrained_tree
 
 HISTORY = 16  # ids kept: the longest n-gram
 
@@ -87,6 +88,7 @@ class CachedBLT:
     scorer: Scorer
     dtype: Any
     extra: int = 0  # slots that the rings have beyond their windows
+    implementation: str | None = None  # of attention over whole prompts
 
     @property
     def encoder(self) -> LocalEncoder:
@@ -96,16 +98,12 @@ class CachedBLT:
     def decoder(self) -> LocalDecoder:
         return LocalDecoder(self.config, self.dtype, None)
 
-    def prepared(self, params) -> dict:
-        """Parameters as decoding reads them: latent layers apart, matrices in their dtype."""
-
-        def cast(path, x):
-            name = path[-1].key
-            kept = x.ndim < 2 or name.startswith(("norm", "bytes", "ngrams"))
-            return x if kept else x.astype(self.dtype)
-
+    def prepared(self, params, scorer_params) -> dict:
+        """Parameters as decoding reads them: latent layers apart, all but norms in its dtype;
+        beside them what the scorer reads."""
         params = dict(params) | {"latent": unscanned(params["latent"])}
-        return jax.tree_util.tree_map_with_path(cast, params)
+        cast = jax.tree.map(lambda x: x if x.ndim < 2 else x.astype(self.dtype), params)
+        return {"model": constrained_tree(cast), "scorer": self.scorer.prepared(scorer_params)}
 
     def places(self, count_B, queries: int) -> Places:
         local = self.config.local
@@ -135,7 +133,7 @@ class CachedBLT:
         bytes_BN, length_B = scored.bytes_BN, scored.length_B
         rows, length = bytes_BN.shape
         documents_BN = (jnp.arange(length)[None] < length_B[:, None]).astype(jnp.int32)
-        model = BLT(self.config, patches, self.dtype, scanned=False)
+        model = BLT(self.config, patches, self.dtype, self.implementation, scanned=False)
         _, out = model.apply({"params": params["model"]}, bytes_BN, documents_BN, scored.starts_BN1)
         rings = local.window + self.extra, local.rope_theta
         kept = out["kept"]

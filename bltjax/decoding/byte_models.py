@@ -27,9 +27,10 @@ class ByteMemory(NamedTuple):
 class CachedBytes:
     config: ByteLMConfig | ByteCNNConfig
     dtype: Any
+    implementation: str | None = None  # of attention over whole prompts
 
-    def prepared(self, params) -> dict:
-        return params
+    def prepared(self, params, _) -> dict:
+        return {"model": jax.tree.map(lambda x: x if x.ndim < 2 else x.astype(self.dtype), params)}
 
     def prefill(self, params, bytes_BN, length_B) -> ByteMemory:
         documents_BN = (jnp.arange(bytes_BN.shape[1])[None] < length_B[:, None]).astype(jnp.int32)
@@ -39,7 +40,7 @@ class CachedBytes:
         else:
             logits_BNV, caches = run_byte_lm(
                 self.config, self.dtype, params["model"], bytes_BN, documents_BN, length_B,
-                self.config.window,
+                self.config.window, self.implementation,
             )  # fmt: skip
         logits_BV = jnp.take_along_axis(logits_BNV, (length_B - 1)[:, None, None], axis=1)[:, 0]
         past_BT = jnp.pad(bytes_BN, ((0, 0), (HISTORY, 0)))

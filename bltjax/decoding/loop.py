@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bltjax.alphabet import EOS, OFFSET, VOCABULARY
 from bltjax.decoding.blt import CachedBLT
 from bltjax.decoding.byte_models import CachedBytes
+from bltjax.decoding.placing import in_groups
 from bltjax.decoding.sampling import (
     BYTES,
     UTF8_NEXT,
@@ -48,6 +50,18 @@ class Asked(NamedTuple):
     stops_ZT: jax.Array
 
 
+class Costs(NamedTuple):
+    """What was spent so far, int32 [groups]: one number for each group of devices that writes."""
+
+    latent_runs: jax.Array  # of the latent transformer, whatever the number of rows
+    latent_patches: jax.Array  # that it ran on
+    passes: jax.Array  # of the whole model over a row: one a byte, or one a round of drafts
+
+    def plus(self, latent_runs, latent_patches, passes) -> "Costs":
+        more = (latent_runs, latent_patches, passes)
+        return Costs(*(a + jnp.int32(b) for a, b in zip(self, more, strict=True)))
+
+
 class State(NamedTuple):
     """Rows of a batch on their way. `why` is `RUNNING` or why a row has ended."""
 
@@ -58,9 +72,7 @@ class State(NamedTuple):
     used_BV: jax.Array  # ids that the text has
     utf8_B: jax.Array
     tail_BT: jax.Array  # the newest ids that were written, for stop strings
-    latent_runs: jax.Array  # of the latent transformer, whatever the number of rows
-    latent_patches: jax.Array  # that it ran on
-    passes: jax.Array  # of the whole model over a row: one a byte, or one a round of drafts
+    costs: Costs
 
 
 class Written(NamedTuple):
@@ -91,29 +103,35 @@ def when(condition, change, state):
     return state
 
 
+def close_patches(model: CachedBLT, params, state: State) -> State:
+    """Runs the latent transformer for all rows that wait for it."""
+    go_B = (state.why_B == RUNNING) & state.memory.closes_B
+    return state._replace(
+        memory=model.close(params, state.memory, go_B),
+        costs=state.costs.plus(1, go_B.sum(), 0),
+    )
+
+
 def close_waiting(model: CachedBLT, params, state: State) -> State:
-    """Runs the latent transformer if enough rows wait for it."""
+    """The same, if enough rows wait."""
     active_B = state.why_B == RUNNING
     waiting_B = active_B & state.memory.closes_B
     enough = waiting_B.any() & (2 * waiting_B.sum() >= active_B.sum())
-
-    def close(state: State) -> State:
-        go_B = (state.why_B == RUNNING) & state.memory.closes_B
-        return state._replace(
-            memory=model.close(params, state.memory, go_B),
-            latent_runs=state.latent_runs + 1,
-            latent_patches=state.latent_patches + go_B.sum(dtype=jnp.int32),
-        )
-
-    return when(enough, close, state)
+    return when(enough, lambda state: close_patches(model, params, state), state)
 
 
 def tick(model, steps: Steps, params, asked: Asked, state: State, out: Written):
-    """One byte in each row that can write one."""
+    """One byte in each row that can write one, after a latent step if it is time for one."""
+    if isinstance(model, CachedBLT):
+        state = close_waiting(model, params, state)
+    return write_bytes(model, steps, params, asked, state, out)
+
+
+def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Written):
+    """One byte in each row that waits for no latent step."""
     patches = isinstance(model, CachedBLT)
     go_B = state.why_B == RUNNING
     if patches:
-        state = close_waiting(model, params, state)
         go_B &= ~state.memory.closes_B
     logits_BV, memory = model.predict(params, state.memory)
     left_B = asked.limit_B - state.made_B
@@ -151,7 +169,7 @@ def tick(model, steps: Steps, params, asked: Asked, state: State, out: Written):
         made_B=made_B,
         why_B=why_B,
         tail_BT=tail_BT,
-        passes=state.passes + go_B.sum(dtype=jnp.int32),
+        costs=state.costs.plus(0, 0, go_B.sum()),
     )
     if steps.valid_utf8:
         byte_B = jnp.clip(id_B - OFFSET, 0, BYTES - 1)
@@ -171,21 +189,30 @@ def run(
 ):
     """Ticks until a row has written `chunk` ids, all have ended, or one needs more room.
 
-    Returns the state, what was written, and whether a row needs room: for patches, for an open one.
+    Returns the state, what was written, and bool [B, 2]: whether a row needs room for patches, and
+    for bytes of an open one. Groups of devices stop by themselves.
     """
 
     def full(state: State):
+        running_B1 = (state.why_B == RUNNING)[:, None]
         if isinstance(model, CachedBytes):
-            return jnp.zeros(2, bool)
-        return (model.full(state.memory) & (state.why_B == RUNNING)[:, None]).any(axis=0)
+            return running_B1 & np.zeros((1, 2), bool)
+        return model.full(state.memory) & running_B1
 
     def goes_on(carry):
         state, out = carry
         return (state.why_B == RUNNING).any() & (out.count_B.max() < chunk) & ~full(state).any()
 
-    def body(carry):
-        return tick(model, steps, params, asked, *carry)
+    def write(weights, rows):
+        params, numbers, stops_ZT = weights
+        limit_B, state = rows
+        asked = Asked(numbers, limit_B, stops_ZT)
 
-    begun = (state, written_by(state.why_B.shape[0], chunk))
-    state, out = jax.lax.while_loop(goes_on, body, begun)
-    return state, out, full(state)
+        def body(carry):
+            return tick(model, steps, params, asked, *carry)
+
+        begun = (state, written_by(state.why_B.shape[0], chunk))
+        state, out = jax.lax.while_loop(goes_on, body, begun)
+        return state, out, full(state)
+
+    return in_groups(write, (params, asked.numbers, asked.stops_ZT), (asked.limit_B, state))

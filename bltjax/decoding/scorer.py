@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bltjax.alphabet import OFFSET
 from bltjax.config import ByteCNNConfig, ByteLMConfig
-from bltjax.model.byte_cnn import table_entropies
+from bltjax.model.byte_cnn import table_entropies, whole_table
 from bltjax.model.byte_lm import ByteLM, entropies_of
 from bltjax.model.cache import ring_of, ring_places
 
@@ -27,9 +27,13 @@ def step_byte_lm(config: ByteLMConfig, dtype, params, bytes_BQ, count_B, begin_B
     return ByteLM(config, dtype).apply({"params": params}, bytes_BQ, places, caches, method="step")
 
 
-def run_byte_lm(config: ByteLMConfig, dtype, params, bytes_BN, documents_BN, length_B, slots: int):
+def run_byte_lm(
+    config: ByteLMConfig, dtype, params, bytes_BN, documents_BN, length_B, slots: int,
+    implementation: str | None,
+):  # fmt: skip
     """(logits [B, N, V], caches) of whole rows of `length` positions."""
-    logits_BNV, kept = ByteLM(config, dtype).apply({"params": params}, bytes_BN, documents_BN)
+    model = ByteLM(config, dtype, implementation)
+    logits_BNV, kept = model.apply({"params": params}, bytes_BN, documents_BN)
     return logits_BNV, tuple(ring_of(*kv, length_B, slots, config.rope_theta) for kv in kept)
 
 
@@ -40,6 +44,13 @@ class Scorer:
     config: ByteLMConfig | ByteCNNConfig | None
     newline_reset: bool
     extra: int = 0
+    implementation: str | None = None  # of attention over whole prompts
+
+    def prepared(self, params):
+        """What it reads: a byte LM's parameters, a byte CNN's table, or nothing."""
+        if isinstance(self.config, ByteCNNConfig):
+            return whole_table(self.config, params)
+        return {} if self.config is None else params
 
     def begins(self, bytes_BQ, count_B, begin_B):
         """int32 [B, Q]: where the context of each position from `count` on begins."""
@@ -72,6 +83,7 @@ class Scorer:
                 jnp.where(real_BN, begin_BN + 1, 0),
                 length_B,
                 slots,
+                self.implementation,
             )
         return entropies_of(logits_BNV), caches, begin_B
 

@@ -32,6 +32,7 @@ from bltjax.decoding.loop import (
     when,
     written_by,
 )
+from bltjax.decoding.placing import in_groups
 from bltjax.decoding.sampling import GREEDY, permitted
 from bltjax.model.cache import written
 from bltjax.model.latent_transformer import LatentTransformer
@@ -271,9 +272,7 @@ def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out
         made_B=state.made_B + taken_B,
         why_B=jnp.where(go_B, why_B, state.why_B),
         tail_BT=jnp.take_along_axis(tail_BT, at_BT, axis=1),
-        latent_runs=state.latent_runs + (found.opens_BQ & go_B[:, None]).any(),
-        latent_patches=state.latent_patches + closed_B.sum(dtype=jnp.int32),
-        passes=state.passes + go_B.sum(dtype=jnp.int32),
+        costs=state.costs.plus((found.opens_BQ & go_B[:, None]).any(), closed_B.sum(), go_B.sum()),
     )
     last_B = jnp.maximum(taken_B - 1, 0)
     out = Written(out.count_B + taken_B, *written_now)
@@ -286,19 +285,24 @@ def run_rounds(model: CachedBLT, queries: int, chunk: int, params, asked: Asked,
     more room in its memory; returns as `loop.run` does."""
 
     def full(state: State):
-        memory = state.memory
-        full_B2 = model.full(memory, queries) & (state.why_B == RUNNING)[:, None]
-        return full_B2.any(axis=0)
+        return model.full(state.memory, queries) & (state.why_B == RUNNING)[:, None]
 
     def goes_on(carry):
         state, out, _ = carry
         roomy = ~full(state).any() & (out.count_B.max() + queries <= chunk)
         return (state.why_B == RUNNING).any() & roomy
 
-    def body(carry):
-        return write_round(model, queries, params, asked, *carry)
+    def write(weights, rows):
+        params, numbers, stops_ZT = weights
+        limit_B, state = rows
+        asked = Asked(numbers, limit_B, stops_ZT)
 
-    logits_BV, memory = model.predict(params, state.memory)
-    begun = (state._replace(memory=memory), written_by(state.why_B.shape[0], chunk), logits_BV)
-    state, out, _ = jax.lax.while_loop(goes_on, body, begun)
-    return state, out, full(state)
+        def body(carry):
+            return write_round(model, queries, params, asked, *carry)
+
+        logits_BV, memory = model.predict(params, state.memory)
+        begun = (state._replace(memory=memory), written_by(len(limit_B), chunk), logits_BV)
+        state, out, _ = jax.lax.while_loop(goes_on, body, begun)
+        return state, out, full(state)
+
+    return in_groups(write, (params, asked.numbers, asked.stops_ZT), (asked.limit_B, state))

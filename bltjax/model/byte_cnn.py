@@ -7,7 +7,6 @@ text is looking it up (paper 4.2). Bytes before the document count as BOE.
 """
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -55,31 +54,25 @@ class ByteCNN(nn.Module):
         return project(normed("norm_E", x_BNE), head_EV).astype(jnp.float32), None
 
 
-@functools.lru_cache(maxsize=4)
-def table_step(config: ByteCNNConfig):
-    """(params, contexts) -> the entropy after each; compiled once for all shards of a corpus."""
-    model = ByteCNN(config)
+@functools.partial(jax.jit, static_argnums=0)
+def whole_table(config: ByteCNNConfig, params):
+    """float32 [V, ..., V], as many axes as the context is long: nats after each context."""
+    model, sizes = ByteCNN(config), (VOCABULARY,) * config.context
+    run = VOCABULARY ** min(2, config.context)  # contexts that are run at once
 
-    @jax.jit
-    def after(params, contexts_BN):
+    def entropies_from(begin):
+        contexts_BN = jnp.stack(jnp.unravel_index(begin + jnp.arange(run), sizes), axis=1)
         with jax.default_matmul_precision("highest"):
             logits_BNV, _ = model.apply({"params": params}, contexts_BN, jnp.ones_like(contexts_BN))
         return entropies_of(logits_BNV[:, -1:])[:, 0]
 
-    return after
+    begins = jnp.arange(0, VOCABULARY**config.context, run)
+    return jax.lax.map(entropies_from, begins).reshape(sizes)
 
 
 def entropy_table(config: ByteCNNConfig, params) -> np.ndarray:
-    """float32 [V, ..., V], as many axes as the context is long: nats after each context."""
-    after = table_step(config)
-    last = np.stack(np.meshgrid(*[np.arange(VOCABULARY)] * min(2, config.context), indexing="ij"))
-    last = last.reshape(len(last), -1).T.astype(np.int32)
-    table = []
-    for first in itertools.product(range(VOCABULARY), repeat=config.context - last.shape[1]):
-        before = np.broadcast_to(np.array(first, np.int32), (len(last), len(first)))
-        contexts = jax.device_put(np.concatenate([before, last], axis=1))
-        table.append(jax.device_get(after(params, contexts)))
-    return np.concatenate(table).reshape((VOCABULARY,) * config.context)
+    """`whole_table` on the host, where corpora are scored."""
+    return jax.device_get(whole_table(config, params))
 
 
 def table_entropies(table, ids_N, documents_N):

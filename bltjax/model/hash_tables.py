@@ -56,7 +56,7 @@ def looked_up(tables_RME, ids_RBN, dtype):
         return sum(rows)
     tables, ids, rows = specs(mesh, ids_RBN.shape[1])
     return jax.shard_map(
-        functools.partial(fetched, dtype=dtype),
+        functools.partial(fetched if mesh.shape["fsdp"] > 1 else reduced, dtype=dtype),
         mesh=mesh,
         axis_names=free_axes(mesh),
         in_specs=(tables, ids),
@@ -224,6 +224,20 @@ def fetched(tables_RME, ids_RBN, *, dtype):
     total_QE, _ = jax.lax.scan(of_table, zero, (jnp.arange(R, dtype=jnp.int32), ids_RQ))
     whole = jax.lax.all_gather(total_QE, "tensor", tiled=True)
     return whole[: rows * length].reshape(rows, length, E)
+
+
+def reduced(tables_RME, ids_RBN, *, dtype):
+    """The same where all owners have all ids: each adds up the rows that it owns, then all do."""
+    R, owned, E = tables_RME.shape
+    table_ME = tables_RME.reshape(-1, E)
+    begin = jax.lax.axis_index(OWNERS) * owned
+    total_BNE = jnp.zeros((*ids_RBN.shape[1:], E), jnp.float32)
+    for table in range(R):
+        place_BN = ids_RBN[table] - begin
+        owns_BN = (place_BN >= 0) & (place_BN < owned)
+        rows = rows_of(table_ME, table * owned + jnp.where(owns_BN, place_BN, 0), dtype)
+        total_BNE += jnp.where(owns_BN[..., None], rows.astype(jnp.float32), 0)
+    return jax.lax.psum(total_BNE, OWNERS)
 
 
 def returned(ids_RBN, grad_BNE, *, owned: int, dtype, replicas: tuple[str, ...]):

@@ -1,0 +1,48 @@
+"""A decoder of the 8B, compiled for slices that fit it; what can't be planned is refused."""
+
+import importlib.util
+import re
+
+import pytest
+
+from bltjax.chips import read_topology
+from bltjax.config_file import load_config
+from bltjax.plan import for_tpu
+from bltjax.plan_generate import plan_generate, text
+
+SIZES = {"groups": 1, "rows": 1, "prompt_bytes": 2048, "context": 32768}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x2"])
+def test_the_8b_decodes_on(topology):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install 'jax[tpu]' (Linux, x86-64)")
+    config = for_tpu(load_config("configs/blt_8b.py", []))
+    chips = read_topology(topology)
+    found = plan_generate(config, chips, **SIZES)
+    assert found.fits and found.mesh == {"data": 1, "fsdp": 1, "tensor": chips.chips}
+    # bf16 weights, split: 13 GB of latent layers, 7.7 GB of tables.
+    assert found.weights["latent"] < 1.02 * 2 * 6.48e9 / chips.chips
+    assert found.total > sum(found.weights.values()) + found.state
+    # A step moves its weights once; no table, and none of what other chips hold.
+    read = found.weights["latent"] + found.state
+    assert found.weights["latent"] < found.programs["patch"].moved < 1.5 * read
+    assert found.programs["byte"].moved < 2 * sum(found.weights.values()) / 3
+    for name in ("byte", "patch", "loop"):
+        for each in found.programs[name].collectives:
+            assert each["kind"] not in ("all-gather", "all-to-all") or each["bytes"] < 1e6, each
+    assert re.search(r"HBM a chip .* fits\n", text(found, "8b"))
+
+
+@pytest.mark.parametrize(
+    "config, topology, sizes, why",
+    [
+        ("configs/byte_lm_100m.py", ("v5e:2x4", 1), {}, "plans a BLT"),
+        ("configs/blt_8b.py", ("v5e:2x4", 2), {}, "one slice, not 2"),
+        ("configs/blt_8b.py", ("v5e:2x4", 1), {"prompt_bytes": 40000}, "40000.*32768"),
+    ],
+)
+def test_what_cannot_be_planned(config, topology, sizes, why):
+    with pytest.raises(ValueError, match=why):
+        plan_generate(load_config(config, []), read_topology(*topology), **SIZES | sizes)

@@ -1,0 +1,180 @@
+"""Exported programs write what `Decoder` writes, where there is no bltjax at all."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from test_commands import error_of
+from test_decoding import BYTE_LM, TEXT, made, random_params
+
+from bltjax.alphabet import OFFSET, encode
+from bltjax.config import PatchingConfig, RunConfig
+from bltjax.decoding import Decoder
+from bltjax.evaluate import run_patching
+from bltjax.export import load_params
+from bltjax.serving import Programs, ServingConfig
+from bltjax.weights.model_files import ModelFiles
+from bltjax.weights.tensors import flattened, leaf_of
+
+ROOT = Path(__file__).parents[1]
+# What the README shows is run in a process that can't import ours, nor what ours is built on.
+WITHOUT_US = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("bltjax", "flax", "orbax"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+"""
+RUN = """
+assert not {"bltjax", "flax", "orbax"} & sys.modules.keys()
+for prompt in json.loads(sys.argv[1]):
+    print(bytes(continued(bytes.fromhex(prompt), 40)).hex())
+"""
+
+
+def readme_server() -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return code
+
+
+def greedy(decoder: Decoder, prompt: bytes, max_bytes: int) -> bytes:
+    return b"".join(piece.text for piece in decoder.generate([prompt], max_bytes=max_bytes))
+
+
+def test_bad_input(runs, tmp_path, capsys):
+    def error(*words):
+        said = error_of(capsys, "convert", runs.byte_lm, tmp_path / "out", *words)
+        assert list(tmp_path.iterdir()) == []
+        return said
+
+    assert "--serving is 63 positions, not >= 64" in error("--serving=63")
+    few = error("--serving=64", "--serving_patches=65")
+    assert "--serving_patches (65) must be from 16 to the 64 positions" in few
+    assert "--serving_rows is 0" in error("--serving=64", "--serving_rows=0")
+    assert "are settings of --serving" in error("--serving_rows=2")
+    assert "not into --to meta" in error("--serving=64", "--to=meta")
+    files = files_of("newline")
+    config = ServingConfig(64, 32, 1)
+    with pytest.raises(ValueError, match="needs a byte LM"):
+        Programs(files._replace(byte_lm=None), config)
+    bpe = PatchingConfig(mode="bpe", tokenizer="tokenizer.json")
+    with pytest.raises(ValueError, match="where a token ends"):
+        Programs(files._replace(config=dataclasses.replace(files.config, patching=bpe)), config)
+
+
+def test_a_server_without_our_code_writes_the_same(runs, tmp_path, capsys):
+    folder = tmp_path / "served"
+    runs.run("convert", runs.blt, folder, "--serving=128", "--serving_patches=128")
+    assert "serving: 4 programs" in capsys.readouterr().out
+    prompts = [b"", b"the patch", b"\xff\xfe zl", TEXT.encode()[:70], TEXT.encode()[:125]]
+    code = WITHOUT_US + readme_server().replace('"EXPORT"', f'"{folder}"') + RUN
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, json.dumps([prompt.hex() for prompt in prompts])],
+        cwd=tmp_path, env={"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config, params, _ = load_params(folder)
+    decoder = Decoder(config, params, *run_patching(config, folder))
+    *expected, beginning = [greedy(decoder, prompt, 40) for prompt in prompts]
+    *found, cut = [bytes.fromhex(line) for line in done.stdout.splitlines()]
+    assert found == expected and len(expected[1]) > 10
+    # After BOS and 125 bytes there is room for 2 more, and the byte after them; one fewer if they
+    # were as many patches.
+    assert beginning[:2] == cut[:2] and beginning.startswith(cut) and len(cut) <= 3
+
+    about = json.loads((folder / "serving" / "serving.json").read_text())
+    assert about["prompts"] == [64, 128] and about["compute_dtype"] == "float32"
+    for found in about["arrays"]:
+        assert (folder / found["path"] / ".zarray").exists()
+    for name in ("prepare", "prefill_64", "prefill_128", "step"):
+        stored = bytearray((folder / "serving" / f"{name}.bin").read_bytes())
+        program = export.deserialize(stored)
+        assert program.platforms == ("cpu", "tpu")
+        assert "custom_call" not in program.mlir_module()
+    # The manifest says how a program is called.
+    sizes = [len(about["weights"]), len(about["memory"]), 1, 1]
+    assert len(program.in_avals) == sum(sizes)
+    listed = [*about["weights"], *about["memory"]]
+    for aval, found in zip(program.in_avals, listed, strict=False):
+        assert list(aval.shape) == found["shape"] and aval.dtype.name == found["dtype"]
+
+
+def files_of(mode: str) -> ModelFiles:
+    def leaves(params):
+        return {name: leaf_of(np.asarray(x)) for name, x in flattened(params).items()}
+
+    if mode == "byte LM":
+        run = RunConfig(byte_lm=BYTE_LM, compute_dtype="float32")
+        return ModelFiles(run, leaves(random_params(BYTE_LM, 1)), "run", {})
+    _, config, patching, scorer = made(mode)
+    kind = "byte_cnn" if mode == "cnn" else "byte_lm"
+    byte_lm = ModelFiles(RunConfig(**{kind: scorer.config}), leaves(scorer.params), "run", {})
+    run = RunConfig(blt=config, patching=patching, compute_dtype="float32")
+    return ModelFiles(run, leaves(random_params(config)), "run", {}, byte_lm=byte_lm)
+
+
+SLOW = ("one long patch", "longest 3", "monotonic", "whole", "space", "cnn", "byte LM")
+
+
+@pytest.mark.parametrize(
+    "mode", ["newline", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)]
+)
+def test_rows_come_stand_and_go(mode):
+    """Three rows, one of which stands at every other byte, write what each of them writes alone."""
+    files = files_of(mode)
+    programs = Programs(files, ServingConfig(64, 64, 3))
+    weights = jax.jit(programs.prepare)(
+        tuple(files_leaf(files, found["path"]) for found in programs.arrays)
+    )
+    prefill, step = jax.jit(programs.prefill), jax.jit(programs.step)
+    prompts = [b"", TEXT.encode()[:30], TEXT.encode()[5:19]]
+    logits, room, memories = zip(*(prefill(weights, *padded(p)) for p in prompts), strict=True)
+    memory = tuple(jnp.concatenate(parts) for parts in zip(*memories, strict=True))
+    assert [(x.shape, x.dtype) for x in memory] == [(x.shape, x.dtype) for _, x in programs.memory]
+    logits, room, texts = np.concatenate(logits), np.concatenate(room), [b""] * 3
+    count = 24
+    for tick in range(2 * count):
+        goes = np.array([len(text) < count for text in texts])
+        goes[1] &= tick % 2 == 0
+        logits[:, :OFFSET] = -np.inf  # EOS too: all rows write as much
+        ids = logits.argmax(axis=1).astype(np.int32)
+        before = room
+        logits, room, memory = step(weights, memory, np.where(goes, ids, 77), goes)
+        logits, room = np.array(logits), np.array(room)
+        assert (room[~goes] == before[~goes]).all() and (room <= before).all()
+        for row in np.flatnonzero(goes):
+            texts[row] += bytes([ids[row] - OFFSET])
+    decoder = decoder_of(mode)
+    for text, prompt in zip(texts, prompts, strict=True):
+        assert text == greedy(decoder, prompt, count) and len(text) == count
+
+
+def padded(prompt: bytes):
+    row = np.zeros((1, 64), np.int32)
+    row[0, : len(prompt) + 1] = encode(prompt, eos=False)
+    return row, np.array([len(prompt) + 1], np.int32)
+
+
+def files_leaf(files: ModelFiles, path: str):
+    *folder, name = path.split("/")
+    part = files.byte_lm if folder[0] == "byte_lm" else files
+    leaf = part.leaves[name.replace(".", "/")]
+    return leaf.read((), slice(0, leaf.shape[0]))
+
+
+def decoder_of(mode: str) -> Decoder:
+    if mode == "byte LM":
+        run = RunConfig(byte_lm=BYTE_LM, compute_dtype="float32")
+        return Decoder(run, random_params(BYTE_LM, 1), None, None)
+    return made(mode)[0]
