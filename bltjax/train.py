@@ -38,7 +38,7 @@ from bltjax.processes import (
 from bltjax.processes import add_arguments as add_process_arguments
 from bltjax.profiling import Profile
 from bltjax.reports import Reports
-from bltjax.saving import last_good, make_manager, restore_newest, save
+from bltjax.saving import checksums, last_good, make_manager, restore_newest, save
 from bltjax.scoring import scored_source
 from bltjax.sharding import make_mesh, row_sharding
 from bltjax.start import check_start, entropy_model, placed_patches, started
@@ -168,7 +168,7 @@ def train(
                 watchdog.mark(step, "compiles", PATIENCE)
                 with goodput.during("compile"):
                     state, out = parts.step(state, batch)
-                    jax.block_until_ready(out)
+                    jax.block_until_ready((out, checksums(state)))  # of a first checkpoint
                 goodput.begin_steps()
             else:
                 watchdog.mark(step, "computes")
