@@ -10,7 +10,7 @@ import pytest
 
 from bltjax.__main__ import main
 from bltjax.alphabet import EOS, OFFSET, encode
-from bltjax.decoding import Decoder, Held, Piece
+from bltjax.decoding import Decoder, Piece, Rest
 from bltjax.decoding.whole import Predictor
 from bltjax.evaluate import run_patching
 from bltjax.export import load_params
@@ -62,7 +62,7 @@ def test_stops(trained):
 
 
 def test_bytes_that_may_begin_a_stop_string_are_held_back():
-    held = Held([b"\n\n", b"end"])
+    held = Rest([b"\n\n", b"end"])
 
     def write(text: bytes, why="", eos=False):
         ids = np.append(encode(text, bos=False, eos=False), [EOS] * eos).astype(np.int32)
@@ -70,9 +70,9 @@ def test_bytes_that_may_begin_a_stop_string_are_held_back():
         return held.piece(0, ids, [numbers, numbers, numbers > 0], why).text
 
     assert write(b"x.\n") == b"x." and write(b"y e") == b"\ny " and write(b"nd", "stop") == b""
-    held = Held([b"\n\n"])
+    held = Rest([b"\n\n"])
     assert write(b"a\n") == b"a" and write(b"", "max_bytes") == b"\n"
-    held = Held([])
+    held = Rest([])
     assert write(b"a", "eos", eos=True) == b"a"
 
 
