@@ -204,7 +204,7 @@ def kill_in_checkpoint(work: Work, workdir: Path, choose: random.Random) -> str:
             end_all(pod)
             break
         time.sleep(0.001)
-    pod.ends()
+    assert pod.ends() != 0 and f" step {wanted}/" in pod.text, pod.text  # it came that far
     left = [path.name for path in (workdir / "checkpoints").iterdir()]
     return f"killed while {wanted} was written; there were {', '.join(sorted(left))}"
 
