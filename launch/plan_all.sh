@@ -26,7 +26,7 @@ plans=(
     "8b-v6e-64   configs/blt_8b.py v6e:8x8   1 mesh.data=1 mesh.fsdp=64 optimizer.accumulate=16"
     "8b-long-64  configs/blt_8b.py v5p:4x4x4 1 mesh.data=1 mesh.fsdp=64 optimizer.accumulate=2 data.rows=128 data.row_bytes=131072 data.row_patches=32768"
     "8b-2v5e-512 configs/blt_8b.py v5e:16x16 2 mesh.data=2 mesh.fsdp=256 optimizer.accumulate=2"
-    "8b-v5p-512  configs/blt_8b.py v5p:8x8x8 1 mesh.data=1 mesh.fsdp=512 data.rows=8192"
+    "8b-v5p-512  configs/blt_8b.py v5p:8x8x8 1 mesh.data=8 mesh.fsdp=64 data.rows=8192"
 )
 chosen=()
 for plan in "${plans[@]}"; do

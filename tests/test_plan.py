@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,11 +14,13 @@ import pytest
 
 import bltjax.plan as plans
 from bltjax.__main__ import main
-from bltjax.ahead import Memory
+from bltjax.ahead import Memory, described_devices, shard_bytes
 from bltjax.chips import read_topology
 from bltjax.config_file import load_config
 from bltjax.flops import paper_flops, recomputed_flops, row_forward_flops, utilisation
 from bltjax.plan_changes import changed, nearest_changes
+from bltjax.sharding import make_mesh
+from bltjax.training_step import step_parts
 
 TINY = "tests/tiny.py:blt"
 PATHS = ["data.train.text.path=a", "data.held_out.text.path=a"]
@@ -204,6 +207,23 @@ def test_what_is_recomputed():
     assert recomputed_flops(nothing.model, *sizes) == 0
     forward = row_forward_flops(config.model, *sizes)
     assert 0.7 < recomputed_flops(everything.model, *sizes) / forward < 0.85
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_meshes_of_all_plans_go_with_their_topologies():
+    """Whatever launch/plan_all.sh compiles can be begun."""
+    script = Path("launch/plan_all.sh").read_text()
+    lines = re.findall(r'^    "(\S+ +configs/.*)"$', script, re.MULTILINE)
+    assert len(lines) == 8
+    for line in lines:
+        _, config, topology, slices, *settings = line.split()
+        config = plans.for_tpu(load_config(config, settings))
+        topology = read_topology(topology, int(slices))
+        plans.check(config, topology)
+        parts = step_parts(config, make_mesh(config.mesh, described_devices(topology)))
+        held = shard_bytes(parts.shapes, parts.shardings)
+        assert held < topology.chip.hbm_bytes / 3
 
 
 def test_all_plans_as_a_table(tmp_path):
