@@ -24,7 +24,7 @@ from bltjax.config import (
 )
 from bltjax.decoding import Decoder
 from bltjax.decoding.loop import run
-from bltjax.decoding.placing import decoding_mesh, read_mesh
+from bltjax.decoding.placing import decoding_mesh, on_mesh, read_mesh
 from bltjax.decoding.sampling import GREEDY
 from bltjax.model import initial_params, make_model
 from bltjax.scoring import EntropyModel
@@ -109,7 +109,7 @@ def test_weights_stay_where_they_lie():
     assert found == parts
 
     state, asked = decoder.begun([b"ab", b"c"], 8, GREEDY, 0, [])
-    with decoder.on_mesh():
+    with on_mesh(mesh):
         compiled = run.lower(decoder.model, GREEDY.steps, 8, decoder.params, asked, state).compile()
     text = compiled.as_text()
     gathers = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
