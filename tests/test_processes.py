@@ -89,13 +89,6 @@ def test_a_folder_for_checkpoints_that_can_not_be_written(runs, tmp_path, capsys
     assert str(tmp_path / "checkpoints") in captured.err and "step 1" not in captured.out
 
 
-def test_fewer_records_than_streams_are_said(runs, tmp_path, capsys):
-    (tmp_path / "few.jsonl").write_text('{"text": "one two"}\n{"text": "three"}\n')
-    words = command(runs, "byte_lm", tmp_path / "run", "--stop_at=1")
-    assert main([*words, f"--config.data.train.text.path={tmp_path}/few.jsonl"]) == 0
-    assert "text: 2 records for 4 streams" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["byte_lm", "blt"])
 def test_one_two_and_four_processes_are_one(runs, tmp_path, model):
