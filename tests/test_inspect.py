@@ -40,10 +40,11 @@ def test_damage_is_named_and_the_status_is_1(runs, tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "run")]) == 1
     printed = capsys.readouterr()
     assert "checkpoint 8: DAMAGED" in printed.out
-    assert "checkpoint 8: opt: " in printed.err and "and " in printed.err
+    assert "checkpoint 8: opt: " in printed.err
     assert len(printed.err.splitlines()) < 14
     damage = inspect(epath.Path(tmp_path / "run"))["damage"]
-    assert any(line.startswith("checkpoint 8: opt: ") and "/nu/" in line for line in damage)
+    # Which arrays lie in a file, and in what order, is the storage's business.
+    assert any(line.startswith("checkpoint 8: opt: ") for line in damage)
     assert "checkpoint 12: progress is missing" in damage
     assert "byte_lm is missing, which its patches need" in damage
     quick = inspect(epath.Path(tmp_path / "run"), quick=True)["damage"]

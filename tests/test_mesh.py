@@ -20,7 +20,9 @@ EIGHT = os.environ | {
 FOLDER = Path(__file__).parent / "eight_devices"
 
 
-@pytest.mark.parametrize("name", ["decoding", "hash_tables", "meshes"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("decoding", marks=pytest.mark.slow), "hash_tables", "meshes"]
+)
 def test_on_eight_devices(name, request):
     """The quick tests of a file; all of them if the slow ones of this suite are asked for."""
     selected = request.config.getoption("-m")
