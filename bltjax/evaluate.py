@@ -19,7 +19,6 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from bltjax import checkpoint as ckpt
 from bltjax.calibrate import mean_patch_bytes
 from bltjax.config import MeshConfig, RunConfig, SourceConfig
 from bltjax.config_file import (
@@ -38,6 +37,7 @@ from bltjax.processes import add_arguments as add_process_arguments
 from bltjax.processes import is_writer, join
 from bltjax.scoring import load_entropy_model, scored_source
 from bltjax.sharding import make_mesh, row_sharding, tree_shardings
+from bltjax.storage import write_text
 from bltjax.training_step import check_mesh, jitted_scores, run_model
 from bltjax.weights.model_files import model_shapes
 
@@ -169,4 +169,4 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         for name, bits in result.get("compressors", {}).items():
             print(f"  {name.replace('_', ' '):28s}{bits:8.4f} bits per byte")
     if args.out and is_writer():
-        ckpt.write_text(args.out, json.dumps(results if len(results) > 1 else results[0]) + "\n")
+        write_text(args.out, json.dumps(results if len(results) > 1 else results[0]) + "\n")

@@ -21,12 +21,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
-from jax.sharding import Mesh
 
 from bltjax import checkpoint as ckpt
 from bltjax.config import RunConfig, from_dict, to_dict
-from bltjax.sharding import tree_shardings
-from bltjax.weights.model_files import ModelFiles, leaf_shapes, model_shapes
+from bltjax.weights.model_files import ModelFiles, leaf_shapes
 from bltjax.weights.tensors import BLOCK_BYTES, DTYPES, Leaf, blocks, flattened, read_json
 
 FORMAT, VERSION = "bltjax export", 1
@@ -81,9 +79,8 @@ def params_folder(path: epath.Path) -> tuple[epath.Path, int]:
     return folder / "params", step
 
 
-def load_params(path, shardings=None, dtype=None, *, mesh: Mesh | None = None) -> Loaded:
-    """The model of an export or of a run's newest checkpoint, on `shardings`, or on those that its
-    letters have on `mesh` (default: one device).
+def load_params(path, shardings=None, dtype=None) -> Loaded:
+    """The model of an export or of a run's newest checkpoint, on `shardings` (default: one device).
 
     Raises:
       ValueError: if there is none, or it is damaged.
@@ -93,8 +90,6 @@ def load_params(path, shardings=None, dtype=None, *, mesh: Mesh | None = None) -
     folder, step = params_folder(path)
     with ckpt.reading(folder):
         check_shapes(config, flattened(ckpt.stored_shapes(folder)), folder)
-        if mesh is not None:
-            shardings = tree_shardings(model_shapes(config), mesh)
         return Loaded(config, ckpt.restore_params(folder, shardings, dtype), step)
 
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bltjax import checkpoint as ckpt
 from bltjax.alphabet import encode
 from bltjax.config import PatchingConfig
 from bltjax.config_file import add_workdir_argument, parse_scheme
@@ -23,6 +22,7 @@ from bltjax.evaluate import run_patching
 from bltjax.export import read_config
 from bltjax.patching import force_starts, patch_starts
 from bltjax.scoring import EntropyModel, load_entropy_model, score_documents
+from bltjax.storage import write_text
 
 LIMIT, PNG_LIMIT = 4000, 1200  # bytes that are drawn
 LINE = 80  # bytes in a line of the PNG
@@ -400,7 +400,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     # Files come first: whoever reads the terminal's output may stop reading, as `head` does.
     written = []
     if args.html:
-        ckpt.write_text(args.html, page(text, cuts, note))
+        write_text(args.html, page(text, cuts, note))
         written.append(f"page: {args.html}")
     if args.png:
         written += write_png(args.png, text, cuts, len(whole))

@@ -197,6 +197,18 @@ brought_together.defvjp(
 )
 
 
+def on_devices(function, mesh, in_specs, out_specs):
+    """The function run by each device on its own parts, over all axes that are not manual yet."""
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        axis_names=free_axes(mesh),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=False,  # a kernel doesn't say over which axes its outputs vary
+    )
+
+
 def by_rows(function, *arrays):
     """function(*arrays) on each device's own rows; rows come first in all that goes in and out.
 
@@ -207,11 +219,4 @@ def by_rows(function, *arrays):
     axes = dividing(LETTER_AXES["B"], mesh, rows) if mesh is not None else ()
     if not axes:
         return function(*arrays)
-    return jax.shard_map(
-        function,
-        mesh=mesh,
-        axis_names=free_axes(mesh),
-        in_specs=PartitionSpec(axes),
-        out_specs=PartitionSpec(axes),
-        check_vma=False,
-    )(*arrays)
+    return on_devices(function, mesh, PartitionSpec(axes), PartitionSpec(axes))(*arrays)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_batch import random_batch
 
 from bltjax.__main__ import main
 from bltjax.checkpoint import TrainState
@@ -141,20 +142,6 @@ def test_unwritable_workdir(runs, tmp_path, capsys):
     assert str(tmp_path / "file") in error and "Traceback" not in error
 
 
-def batch_of(config, random):
-    data = config.data
-    shape = (data.rows, data.row_bytes)
-    starts = random.random((data.rows, data.row_bytes + 1)) < 0.3
-    starts[:, :2] = True
-    return {
-        "bytes_BN": random.integers(4, 260, shape).astype(np.int32),
-        "targets_BN": random.integers(4, 260, shape).astype(np.int32),
-        "weights_BN": (random.random(shape) < 0.9).astype(np.float32),
-        "starts_BN1": starts,
-        "documents_BN": np.ones(shape, np.int32),
-    }
-
-
 def test_accumulation_equals_one_batch():
     results = []
     for count in (1, 2):
@@ -163,7 +150,7 @@ def test_accumulation_equals_one_batch():
         model, optimizer = run_model(config), run_optimizer(config)
         params = jax.jit(lambda key, model=model: initial_params(model, key))(jax.random.key(0))
         state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-        batch = batch_of(config, np.random.default_rng(0))
+        batch = random_batch(config.data, np.random.default_rng(0))
         _, report = jax.jit(make_train_step(config, model, optimizer))(state, batch)
         results.append(jax.tree.map(float, (report["sums"].loss, report["gradient_norm"])))
     np.testing.assert_allclose(results[0], results[1], rtol=1e-5)

@@ -6,10 +6,9 @@ batch, heads over the axis that splits the parameters' heads. An axis that doesn
 should split (12 heads over 8) is left out, and its devices all compute the same.
 """
 
-import jax
 from jax.sharding import PartitionSpec
 
-from bltjax.sharding import LETTER_AXES, dividing, free_axes, set_mesh_or_none
+from bltjax.sharding import LETTER_AXES, dividing, on_devices, set_mesh_or_none
 
 
 def by_rows_and_heads(kernel, q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ):
@@ -24,11 +23,4 @@ def by_rows_and_heads(kernel, q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ):
     rows = dividing(LETTER_AXES["B"], mesh, q_BQHC.shape[0])
     heads = dividing(LETTER_AXES["J"], mesh, k_BTJC.shape[2])
     wide, narrow = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
-    return jax.shard_map(
-        kernel,
-        mesh=mesh,
-        axis_names=free_axes(mesh),
-        in_specs=(wide, wide, wide, narrow, narrow),
-        out_specs=wide,
-        check_vma=False,  # a kernel doesn't say over which axes its outputs vary
-    )(*arrays)
+    return on_devices(kernel, mesh, (wide, wide, wide, narrow, narrow), wide)(*arrays)

@@ -36,12 +36,6 @@ class Places(NamedTuple):
     angles: tuple[jax.Array, jax.Array]
 
 
-def empty_cache(rows: int, heads: int, slots: int, channels: int, dtype) -> Cache:
-    # Distinct arrays, since a step may be given its state to overwrite.
-    shape = (rows, heads, slots, channels)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
 def ring_positions(last_B, slots: int):
     """int32 [B, T]: the newest position up to `last` that lies in each slot; negative for none."""
     last_B1 = last_B[:, None]

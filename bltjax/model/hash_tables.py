@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec
 
 from bltjax.config import HashConfig, divides
 from bltjax.model.layers import truncated_normal
-from bltjax.sharding import LETTER_AXES, dividing, free_axes, set_mesh_or_none
+from bltjax.sharding import LETTER_AXES, dividing, free_axes, on_devices, set_mesh_or_none
 
 OWNERS = LETTER_AXES["M"]
 
@@ -55,14 +55,8 @@ def looked_up(tables_RME, ids_RBN, dtype):
         )
         return sum(rows)
     tables, ids, rows = specs(mesh, ids_RBN.shape[1])
-    return jax.shard_map(
-        functools.partial(fetched if mesh.shape["fsdp"] > 1 else reduced, dtype=dtype),
-        mesh=mesh,
-        axis_names=free_axes(mesh),
-        in_specs=(tables, ids),
-        out_specs=rows,
-        check_vma=False,
-    )(tables_RME, ids_RBN)
+    look_up = functools.partial(fetched if mesh.shape["fsdp"] > 1 else reduced, dtype=dtype)
+    return on_devices(look_up, mesh, (tables, ids), rows)(tables_RME, ids_RBN)
 
 
 def looked_up_forward(tables_RME, ids_RBN, dtype):
@@ -85,15 +79,13 @@ def looked_up_backward(dtype, kept, grad_BNE):
     shards = math.prod(mesh.shape[axis] for axis in axes)
     divides(f"mesh {' x '.join(axes)}", shards, "the batch's rows", ids_RBN.shape[1])
     tables, ids, rows = specs(mesh, ids_RBN.shape[1])
-    local = {"owned": shape[1] // owners(mesh), "dtype": dtype}
-    grads_RME = jax.shard_map(
-        functools.partial(returned, replicas=tuple(set(axes) - set(OWNERS)), **local),
-        mesh=mesh,
-        axis_names=free_axes(mesh),
-        in_specs=(ids, rows),
-        out_specs=tables,
-        check_vma=False,
-    )(ids_RBN, grad_BNE)
+    give_back = functools.partial(
+        returned,
+        owned=shape[1] // owners(mesh),
+        dtype=dtype,
+        replicas=tuple(set(axes) - set(OWNERS)),
+    )
+    grads_RME = on_devices(give_back, mesh, (ids, rows), tables)(ids_RBN, grad_BNE)
     return grads_RME.astype(tables_RM0.dtype), None
 
 

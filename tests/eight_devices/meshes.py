@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from random_batch import random_batch
 
 from bltjax.config import (
     BLTConfig,
@@ -53,20 +54,6 @@ def run_config(rows: int, **settings) -> RunConfig:
     )
 
 
-def batch_of(config):
-    random, data = np.random.default_rng(0), config.data
-    shape = (data.rows, data.row_bytes)
-    starts = random.random((data.rows, data.row_bytes + 1)) < 0.3
-    starts[:, :2] = True
-    return {
-        "bytes_BN": random.integers(4, 260, shape).astype(np.int32),
-        "targets_BN": random.integers(4, 260, shape).astype(np.int32),
-        "weights_BN": (random.random(shape) < 0.9).astype(np.float32),
-        "starts_BN1": starts,
-        "documents_BN": np.ones(shape, np.int32),
-    }
-
-
 @functools.cache
 def initial_state():
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
@@ -79,7 +66,7 @@ def stepped(config, devices):
     mesh = make_mesh(config.mesh, devices)
     parts = step_parts(config, mesh)
     state = jax.device_put(initial_state(), parts.shardings)
-    batch = jax.device_put(batch_of(config), row_sharding(mesh))
+    batch = jax.device_put(random_batch(config.data, np.random.default_rng(0)), row_sharding(mesh))
     lowered = parts.step.lower(state, batch)
     compiled = lowered.compile()
     moments = jax.tree.leaves(state.opt)
