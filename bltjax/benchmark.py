@@ -1,7 +1,8 @@
 """How fast we are, against the transformers port of BLT, in one run on one machine.
 
-    benchmark train    one step of the model below, ours and the peer's in turn
+    benchmark train    one step of a small model, ours and the peer's in turn
     benchmark rows     one step as rows grow from 1k to 32k bytes: time and peak memory
+    benchmark tables   hash tables' part of a step: all rows updated, or those that were used
     benchmark slots    how full rows of given folders of records are, with and without look-ahead
     benchmark generate 128 bytes after a prompt, greedily: `benchmark_generate.py` has the sides
     benchmark input    text bytes a second of the input pipeline: `benchmark_input.py`
@@ -23,9 +24,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
-from bltjax.alphabet import BOS, OFFSET
 from bltjax.benchmark_convert import benchmark_convert
 from bltjax.benchmark_generate import (
     BYTES,
@@ -38,128 +36,19 @@ from bltjax.benchmark_generate import (
     whole_side,
 )
 from bltjax.benchmark_input import DOCUMENT_BYTES, benchmark_input, benchmark_slots
-from bltjax.config import (
-    BLTConfig,
-    CrossConfig,
-    DataConfig,
-    HashConfig,
-    LatentConfig,
-    LocalConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from bltjax.benchmark_tables import benchmark_tables, table_words
+from bltjax.benchmark_train import MODEL, our_step, run_config, transformers_step
 from bltjax.flops import training_flops
 from bltjax.metrics import duration, quantity
-from bltjax.weights.port import port_settings
 
-WHAT = ("train", "rows", "slots", "input", "convert", "generate")
+WHAT = ("train", "rows", "tables", "slots", "input", "convert", "generate")
 PEERS = ("transformers",)
 # Both sides keep their large buffers, as the launch scripts have it (launch/environment.sh).
 MALLOC = (
     "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592"
     ":glibc.malloc.trim_threshold=8589934592"
 )
-MEAN_PATCH = 4.49  # bytes
 ROW_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
-MODEL = BLTConfig(
-    local=LocalConfig(encoder_layers=1, decoder_layers=4, width=256, heads=4, hidden=768),
-    cross=CrossConfig(slots=2, heads=4, encoder="last", decoder="all"),
-    latent=LatentConfig(layers=6, width=512, heads=8, key_value_heads=8, hidden=1536, remat="none"),
-    hash=HashConfig(rows=30000),
-)
-
-
-def run_config(rows: int, row_bytes: int) -> RunConfig:
-    data = DataConfig(rows=rows, row_bytes=row_bytes, row_patches=round(row_bytes / MEAN_PATCH))
-    return RunConfig(blt=MODEL, data=data, optimizer=OptimizerConfig(), compute_dtype="float32")
-
-
-def sample_batch(data: DataConfig) -> dict[str, np.ndarray]:
-    """English of the standard library, a document a row, with P patches of random lengths."""
-    from pydoc_data.topics import topics
-
-    random = np.random.default_rng(0)
-    text = np.frombuffer("".join(topics.values()).encode(), np.uint8)
-    B, N, P = data.rows, data.row_bytes, data.row_patches
-    begins_B = random.integers(0, len(text) - N, B)
-    ids_BN1 = np.stack([text[begin : begin + N + 1] for begin in begins_B]).astype(np.int32)
-    ids_BN1 += OFFSET
-    ids_BN1[:, 0] = BOS
-    starts_BN1 = np.zeros((B, N + 1), bool)
-    starts_BN1[:, [0, 1, N]] = True
-    for starts_N1 in starts_BN1:
-        starts_N1[random.choice(np.arange(2, N), P - 2, replace=False)] = True
-    return {
-        "bytes_BN": ids_BN1[:, :-1],
-        "targets_BN": ids_BN1[:, 1:],
-        "weights_BN": np.ones((B, N), np.float32),
-        "starts_BN1": starts_BN1,
-        "documents_BN": np.ones((B, N), np.int32),
-    }
-
-
-def our_step(config: RunConfig):
-    """() -> its loss: one optimizer step of the real trainer, on the device and back."""
-    import jax
-    import jax.numpy as jnp
-
-    from bltjax.checkpoint import TrainState
-    from bltjax.model import initial_params
-    from bltjax.training_step import make_train_step, run_model, run_optimizer
-
-    model, optimizer = run_model(config), run_optimizer(config)
-    params = jax.jit(lambda key: initial_params(model, key))(jax.random.key(0))
-    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
-    step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
-    batch = jax.device_put(sample_batch(config.data))
-
-    def run() -> dict:
-        nonlocal state
-        state, out = step(state, batch)
-        jax.block_until_ready(state)
-        return {"loss": float(out["sums"].loss)}
-
-    return run
-
-
-def transformers_step(config: RunConfig):
-    """The same for `transformers`: eager, sdpa, fused AdamW, which is its fastest on a CPU."""
-    try:
-        import torch
-        from transformers import BltConfig, BltForCausalLM
-    except ImportError as error:
-        raise ValueError(f"the peer is not installed ({error}): pip install '.[parity]'") from None
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.manual_seed(0)
-    # Its byte LM takes no part: patch lengths are given.
-    settings = port_settings(config, None)
-    peer = BltForCausalLM(BltConfig(**settings, attn_implementation="sdpa")).train()
-    trained = [weight for weight in peer.parameters() if weight.requires_grad]
-    settings = config.optimizer
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=settings.lr,
-        betas=(settings.b1, settings.b2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    batch = sample_batch(config.data)
-    ids, targets = (torch.tensor(batch[name]).long() for name in ("bytes_BN", "targets_BN"))
-    begins = [np.flatnonzero(row) for row in batch["starts_BN1"]]
-    # Its lengths cover the row and not the next byte, which opens a patch: a last length of zero.
-    lengths = torch.tensor(np.stack([np.append(np.diff(row), 0) for row in begins]))
-
-    def run() -> dict:
-        optimizer.zero_grad(set_to_none=True)
-        logits = peer(ids, patch_lengths=lengths, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        optimizer.step()
-        return {"loss": float(loss.detach())}
-
-    return run
 
 
 # By side: what makes its step, of the numbers on the worker's command line, and how many steps it
@@ -393,6 +282,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             result = benchmark_generate(args.peer, args.repeats, args.threads, args.prompt_bytes)
     elif args.what == "rows":
         result = benchmark_rows(args.peer, args.repeats, args.threads, args.longest)
+    elif args.what == "tables":
+        result = benchmark_tables(args.repeats)
     elif args.what == "convert":
         result = benchmark_convert(args.config, args.byte_lm, args.folder)
     else:
@@ -416,6 +307,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
                 )
     elif args.what == "generate":
         print(context_words(result) if args.contexts else speed_words(result))
+    elif args.what == "tables":
+        print(table_words(result))
     elif args.what == "convert":
         print(
             f"{quantity(result['bytes'])}B, the largest tensor"

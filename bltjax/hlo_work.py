@@ -151,8 +151,8 @@ def visited_share(pattern: Pattern, queries: int, keys: int, tiles: Tiles) -> fl
     if pools:
         begin, end = np.repeat(starts[:-1], slots), np.repeat(starts[1:], slots)
     else:
-        patch = np.searchsorted(starts, np.arange(1, byte_count + 1), side="right") - 2
-        begin, end = patch * slots, (patch + 1) * slots
+        before = np.searchsorted(starts, np.arange(1, byte_count + 1), side="right") - 2
+        begin, end = np.maximum(before, 0) * slots, (before + 1) * slots
     first, last = seen_tiles(begin[None], end[None], tiles)
     return int((last - first).sum()) / row_steps(pattern, queries, keys, tiles)
 

@@ -7,16 +7,19 @@ import subprocess
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import jax
 import numpy as np
 import pytest
 
 from bltjax.__main__ import main
 from bltjax.alphabet import encode
-from bltjax.benchmark import MALLOC, MODEL, Worker, run_config, sample_batch
+from bltjax.benchmark import MALLOC, Worker
 from bltjax.benchmark_generate import context_words, speed_words
 from bltjax.benchmark_input import MEAN_PATCH, benchmark_slots, made_records
+from bltjax.benchmark_tables import UPDATES, random_case
+from bltjax.benchmark_train import MODEL, run_config, sample_batch
 from bltjax.calibrate import mean_patch_bytes
-from bltjax.config import PatchingConfig
+from bltjax.config import OptimizerConfig, PatchingConfig
 from bltjax.data.records import (
     Manifest,
     RecordDocuments,
@@ -104,6 +107,25 @@ def test_contexts(capsys):
     slot = MODEL.latent.layers * 2 * MODEL.latent.width * 4
     # About 1024 / 4.49 patches, and room for as many as there will be bytes.
     assert round(held / slot, 3) in (256, 512)
+
+
+def test_tables(capsys, monkeypatch):
+    """Without first moments, both updates of the tables are one."""
+    state, ids_RBN, grad_BNE = random_case(3, 40, 8, 50)
+    state = (*state[:2], abs(state[0]))  # used before, long enough ago
+    given = (OptimizerConfig(), 1, state, ids_RBN, grad_BNE)
+    dense, used = (jax.jit(UPDATES[kind], static_argnums=0)(*given) for kind in UPDATES)
+    for x, y in zip(dense[:2], used[:2], strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    touched = np.zeros((3, 40, 1), bool)
+    for table, ids_BN in enumerate(ids_RBN):
+        touched[table, ids_BN] = True
+    assert 0 < touched.sum() < touched.size
+    np.testing.assert_allclose(used[2], np.where(touched, dense[2], state[2]), rtol=1e-5)
+
+    monkeypatch.setattr("bltjax.benchmark_tables.SIZES", {"small": (3, 40, 8, 50)})
+    assert main(["benchmark", "tables", "--repeats=1"]) == 0
+    assert "small: 3 tables of 40 x 8, 50 bytes use" in capsys.readouterr().out
 
 
 def test_a_worker_that_dies_is_an_error():

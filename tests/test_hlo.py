@@ -148,7 +148,11 @@ def test_windows_meet_inputs_only():
 def test_visited_tiles():
     tiles = Tiles(256, 256)
     assert visited_share(Sliding(512), 4096, 4096, tiles) == 1
-    for pattern, queries, keys in ((Pooling(4), 4096, 4096), (Reading(4), 4096, 4096)):
+    for pattern, queries, keys in (
+        (Pooling(4), 4096, 4096),
+        (Reading(4), 4096, 4096),
+        (Reading(2), 16384, 8192),
+    ):
         assert 0.9 < visited_share(pattern, queries, keys, tiles) <= 1
     # Patches of one byte each, slots by slots: every edge coincides, so the diagonal is all.
     assert visited_share(Pooling(1), 2048, 2048, tiles) == 8 / 15

@@ -16,19 +16,19 @@ a key/value head stand side by side in a step, as if they were more queries.
 Weights are powers of two, which saves a multiplication a score; the logarithms that the forward
 pass leaves to the backward pass are to base 2.
 
-Self-attention uses these kernels too, not jax's own (`splash_attention`). Compiled for a v5e, bf16,
-one row, forward and backward, 512 x 512 tiles; cycles are those of the static schedules of a step
-that sees, forward, dq, and dk with dv:
+Self-attention uses these kernels too, not jax's own (`splash_attention`, 512 x 512 tiles). Compiled
+for a v5e, bf16, one row, forward and backward; cycles are those of the static schedules, for what
+512 queries of a head in the middle of a row see, forward, dq, and dk with dv:
 
                                            temporaries   code       cycles
-    window of 512, N = 16384    splash     482 MiB       1292 KiB   1214, 1581, 1984
-    20 heads of 64 channels     here         0 MiB        724 KiB   1205, 1295, 1453
-    latent, P = 4096            splash      68 MiB       3784 KiB   1187, 1465, 1839
+    window of 512, N = 16384    splash     482 MiB       1292 KiB   2428, 3162, 3968
+    20 heads of 64 channels     here        40 MiB        930 KiB   2333, 2402, 2940
+    latent, P = 4096, a tile    splash      68 MiB       3784 KiB   1187, 1465, 1839
     32 heads of 128 channels    here        65 MiB       1274 KiB   1455, 1518, 2000
 
-A row that is one document makes both visit the same tiles, 63 and 36; but splash has as many steps
-whatever the documents are, and 64 of them for the 36, where a row of eight documents here visits 8
-to 15. The few cycles less with 128 channels don't outweigh that.
+Of the latent's row, one document, both visit the same 36 tiles; but splash has 64 steps whatever
+the documents are, where a row of eight documents here visits 8 to 15. The few cycles less with 128
+channels don't outweigh that.
 """
 
 import functools
@@ -97,23 +97,24 @@ def make_plan(pattern: Pattern, queries: int, keys: int, shared: int, group: int
 
     Cycles here are those of v5e's static schedule; v5p's is the same within 3 %, v6e's up to 30 %
     shorter, so all chips have the same plan. A step costs 200 cycles by itself (v6e 280, v5p 360).
-    A window or a long context fills tiles of 512 x 512, 1205 cycles forward. A cross-attention
-    needs few scores of a tile, so its tiles are 256 x 256: 433 cycles, or 389 a head when a step
-    takes four, whose instructions interleave, at a quarter of the step's own cost.
+    A long context fills tiles of 512 x 512, 1205 cycles forward. A cross-attention needs few scores
+    of a tile, so its tiles are 256 x 256: 433 cycles, or 389 a head when a step takes four, whose
+    instructions interleave, at a quarter of the step's own cost. So are those of a window of 512
+    or less: 512 queries see three quarters as many scores in them, in 6 % fewer cycles.
 
     head: channels and bytes of each, which decide how many heads a step can hold.
 
     Raises:
       ValueError: if not even one head fits, with both numbers.
     """
-    slides = isinstance(pattern, Sliding)
-    side = 512 if slides else 256
+    long = isinstance(pattern, Sliding) and pattern.span > 512
+    side = 512 if long else 256
     query_slots = pattern.slots if isinstance(pattern, Pooling) else 1
     key_slots = pattern.slots if isinstance(pattern, Reading) else 1
     # Many heads or slots make a tile of queries longer, and one of keys as much shorter.
     tile = whole_patches(min(side // group, queries), LANES, query_slots)
     other = whole_patches(min(side * side // (tile * group), keys), LANES, key_slots)
-    counts = (1,) if slides else (4, 3, 2, 1)
+    counts = (1,) if long else (4, 3, 2, 1)
     tiles = Tiles(tile, other)
     plans = [Plan(pattern, tiles, group, count) for count in counts if shared % count == 0]
     for plan in plans:
