@@ -16,7 +16,8 @@ import numpy as np
 
 from bltjax.calibrate import calibrate, sample_documents
 from bltjax.config import DataConfig, PatchingConfig, SourceConfig
-from bltjax.data.pipeline import fills, training_batches
+from bltjax.data.packing import fills
+from bltjax.data.pipeline import training_batches
 from bltjax.data.records import (
     Manifest,
     RecordDocuments,

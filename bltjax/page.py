@@ -20,6 +20,7 @@ from bltjax.metrics import duration, quantity
 from bltjax.model import parameter_count
 from bltjax.storage import write_text
 from bltjax.weights.model_files import model_shapes
+from bltjax.weights.tensors import flattened
 
 PAGE, SAMPLES = "page.html", "samples.json"
 POINTS = 400  # of a curve; of more, neighbours are averaged
@@ -241,19 +242,11 @@ def settings(config: RunConfig) -> Iterator[str]:
 
 def table(values: dict) -> str:
     rows = "".join(
-        f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(value))}</td></tr>"
-        for key, value in flattened(values)
+        f"<tr><td>{html.escape(path.replace('/', '.'))}</td><td>{html.escape(str(value))}</td></tr>"
+        for path, value in flattened(values).items()
         if value not in (None, "")
     )
     return f"<table>{rows}</table>"
-
-
-def flattened(values: dict, before: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flattened(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
 
 
 def samples_part(found: dict) -> str:

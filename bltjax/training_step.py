@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from bltjax.bad_batches import guarded, told
 from bltjax.checkpoint import TrainState
 from bltjax.config import BLTConfig, RunConfig, divides
+from bltjax.data.packing import fills
 from bltjax.model import Model, batch_logits, initial_params, make_model, part_of
 from bltjax.objective import Sums, target_sums
 from bltjax.optimizer import make_optimizer
@@ -43,18 +44,6 @@ def run_model(config: RunConfig):
 
 def run_optimizer(config: RunConfig) -> optax.GradientTransformationExtraArgs:
     return guarded(make_optimizer(config.optimizer, config.latent_init), config.faults)
-
-
-def fills(batch, config: RunConfig) -> jax.Array:
-    """float32 [2]: shares of the byte and of the patch slots of a batch that are used.
-
-    A byte LM's positions are its patches.
-    """
-    real_BN = batch["documents_BN"] > 0
-    opens_BN = batch["starts_BN1"][:, :-1] & real_BN
-    slots = config.data.row_patches if config.blt else config.data.row_bytes
-    patches = opens_BN.sum(axis=1).astype(jnp.float32).mean() / slots
-    return jnp.stack([real_BN.mean(), patches])
 
 
 def micro_batches(batch, count: int):
@@ -103,6 +92,8 @@ def make_train_step(config: RunConfig, model, optimizer):
         zero = (zero, Sums(*(jnp.zeros(()),) * 4))
         return jax.lax.scan(add, zero, micro_batches(batch, count))[0]
 
+    slots = config.data.row_patches if config.blt else config.data.row_bytes
+
     def step(state: TrainState, batch):
         grads, sums = by_slices(gradient_sums)(state.params, batch)
         # Gradients of sums: one factor makes them means and clips them, in one pass over them.
@@ -120,7 +111,7 @@ def make_train_step(config: RunConfig, model, optimizer):
             "gradient_norm": norm,
             "gradient_norms": norms,
             "update_norms": norms_by_part(updates, config.model),
-            "fills": fills(batch, config),
+            "fills": jnp.stack(fills(batch, slots)),
             "guard": told(opt),
         }
         return TrainState(state.step + 1, params, opt), report

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from bltjax.alphabet import BOS, EOS, encode
 from bltjax.config import DataConfig, PatchingConfig, SourceConfig
-from bltjax.data.packing import Packer, batch_of, cut, pack_exact
-from bltjax.data.pipeline import fills, training_batches
+from bltjax.data.packing import Packer, batch_of, cut, fills, pack_exact
+from bltjax.data.pipeline import training_batches
 from bltjax.data.records import Document
 
 ENTROPY = PatchingConfig(threshold=3.0)

@@ -236,3 +236,13 @@ def pack_exact(
             rows.append(([piece], len(ids_N), piece.patches))
         bisect.insort(by_room, (room - len(ids_N), number))
     return [pieces for pieces, _, _ in rows], cuts
+
+
+def fills(batch, slots: int):
+    """Shares of the byte and of the patch slots of a batch that are used; for numpy and for jax.
+
+    slots: patches that a row has room for. A byte LM's positions are its patches.
+    """
+    real_BN = batch["documents_BN"] > 0
+    opens_BN = batch["starts_BN1"][:, :-1] & real_BN
+    return real_BN.mean(), opens_BN.sum(axis=1).mean() / slots

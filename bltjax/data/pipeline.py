@@ -204,10 +204,3 @@ def held_out_batches(
     rows += [[]] * (-len(rows) % data.rows)
     groups = (rows[i : i + data.rows] for i in range(0, len(rows), data.rows))
     return [batch_of(group, data.row_bytes) for group in groups], cuts
-
-
-def fills(batch: dict[str, np.ndarray], row_patches: int) -> tuple[float, float]:
-    """Shares of the byte and of the patch slots of a batch that are used."""
-    real_BN = batch["documents_BN"] > 0
-    patches = (batch["starts_BN1"][:, :-1] & real_BN).sum()
-    return float(real_BN.mean()), float(patches / (len(real_BN) * row_patches))
