@@ -3,6 +3,7 @@
     benchmark train    one step of a small model, ours and the peer's in turn
     benchmark rows     one step as rows grow from 1k to 32k bytes: time and peak memory
     benchmark tables   hash tables' part of a step: all rows updated, or those that were used
+    benchmark attention  each attention of the 8B on this device, by each implementation
     benchmark slots    how full rows of given folders of records are, with and without look-ahead
     benchmark generate 128 bytes after a prompt, greedily: `benchmark_generate.py` has the sides
     benchmark input    text bytes a second of the input pipeline: `benchmark_input.py`
@@ -24,6 +25,7 @@ import sys
 import time
 from pathlib import Path
 
+from bltjax.benchmark_attention import attention_words, benchmark_attention
 from bltjax.benchmark_convert import benchmark_convert
 from bltjax.benchmark_generate import (
     BYTES,
@@ -41,7 +43,7 @@ from bltjax.benchmark_train import MODEL, our_step, run_config, transformers_ste
 from bltjax.flops import training_flops
 from bltjax.metrics import duration, quantity
 
-WHAT = ("train", "rows", "tables", "slots", "input", "convert", "generate")
+WHAT = ("train", "rows", "tables", "attention", "slots", "input", "convert", "generate")
 PEERS = ("transformers",)
 # Both sides keep their large buffers, as the launch scripts have it (launch/environment.sh).
 MALLOC = (
@@ -242,7 +244,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--longest", type=int, default=ROW_LENGTHS[-1], help="rows, --contexts: bytes"
     )
     parser.add_argument("--records", nargs="+", help="slots: folders of records, mixed equally")
-    parser.add_argument("--row_bytes", type=int, default=16384, help="slots: bytes in a row")
+    parser.add_argument(
+        "--row_bytes", type=int, default=16384, help="slots, attention: bytes in a row"
+    )
+    parser.add_argument("--rows", type=int, default=1, help="attention: rows of a batch")
     parser.add_argument("--config", default="configs/blt_1b.py", help="convert: the BLT's config")
     parser.add_argument(
         "--byte_lm", default="configs/byte_lm_100m.py", help="convert: its byte LM's config"
@@ -284,6 +289,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         result = benchmark_rows(args.peer, args.repeats, args.threads, args.longest)
     elif args.what == "tables":
         result = benchmark_tables(args.repeats)
+    elif args.what == "attention":
+        result = benchmark_attention(args.repeats, args.rows, args.row_bytes)
     elif args.what == "convert":
         result = benchmark_convert(args.config, args.byte_lm, args.folder)
     else:
@@ -309,6 +316,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         print(context_words(result) if args.contexts else speed_words(result))
     elif args.what == "tables":
         print(table_words(result))
+    elif args.what == "attention":
+        print(attention_words(result))
     elif args.what == "convert":
         print(
             f"{quantity(result['bytes'])}B, the largest tensor"

@@ -128,6 +128,26 @@ def test_tables(capsys, monkeypatch):
     assert "small: 3 tables of 40 x 8, 50 bytes use" in capsys.readouterr().out
 
 
+def test_attention(capsys, monkeypatch):
+    """Every attention of a BLT, the library's where it has one; all agree."""
+    for name in ("LOCAL_HEADS", "LATENT_HEADS", "LATENT_KEY_VALUE_HEADS"):
+        monkeypatch.setattr(f"bltjax.benchmark_attention.{name}", 1)
+    monkeypatch.setattr("bltjax.benchmark_attention.IMPLEMENTATIONS", ("ours", "library"))
+    monkeypatch.setattr("bltjax.benchmark_attention.WINDOW", 20)
+    words = ["benchmark", "attention", "--repeats=1", "--row_bytes=64", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)["attentions"]
+    assert {name: set(sides) for name, sides in found.items()} == {
+        "local self": {"ours", "library"},
+        "encoder cross": {"ours"},
+        "decoder cross": {"ours"},
+        "latent self": {"ours", "library"},
+    }
+    for sides in found.values():
+        for side in sides.values():
+            assert max(side["errors"]) < 1e-5 and side["both_ms"] > 0
+
+
 def test_a_worker_that_dies_is_an_error():
     process = subprocess.Popen(["true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     process.wait()
