@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, format check and tests on a fresh machine; sets up what it needs.
-#   bash launch/test.sh          about a quarter of an hour on 2 cores after installation
+#   bash launch/test.sh          under ten minutes on 2 cores after installation
 #   bash launch/test.sh --all    the slow tests too
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,4 +14,6 @@ done
 source launch/environment.sh "$extras"
 ruff format --check .
 ruff check .
-python -m pytest "${selection[@]}"
+# Two workers, for much of what the tests wait for is one thread: compilation. Tests of one file share
+# what they make, so they stay together.
+python -m pytest -n 2 --dist loadfile "${selection[@]}"

@@ -15,8 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from bltjax.__main__ import main
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Runs of one shape are compiled once, however many commands train them.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="bltjax-compiled-"))
+# Runs of one shape are compiled once, however many commands train them, in whichever worker.
+SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+COMPILED = Path(tempfile.gettempdir()) / f"bltjax-compiled-{SESSION}"
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 TINY = str(Path(__file__).parent / "tiny.py")

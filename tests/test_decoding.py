@@ -185,6 +185,7 @@ PROMPTS = [TEXT[:n].encode() for n in (0, 1, 3, 8, 9, 20, 40, 60)]
 RANDOM = Sampling(temperature=0.7, top_k=200, top_p=0.95, min_p=0.001, repetition_penalty=1.1)
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_each_other():
     """A batch of 8 is 8 batches of 1, though its rows wait for each other and end one by one."""
     decoder, *_ = made("entropy")

@@ -103,6 +103,7 @@ def test_learning_rates():
         assert same.all()
 
 
+@pytest.mark.slow
 def test_training_begins_as_a_llama(runs, folder, tmp_path):
     from bltjax.export import load_params
 

@@ -41,6 +41,7 @@ def eight(*words) -> None:
     subprocess.run(words, cwd=FOLDER.parents[1], env=EIGHT, check=True)
 
 
+@pytest.mark.slow
 def test_evaluate_and_entropies_on_eight_devices_give_the_figures_of_one_device(runs, tmp_path):
     words = ["evaluate", f"--workdir={runs.blt}", f"--source={runs.root}/held_out.jsonl"]
     one, many = tmp_path / "one.json", tmp_path / "many.json"

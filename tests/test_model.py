@@ -148,7 +148,8 @@ def test_hash_windows_stop_at_documents():
     assert (other[0, 22:60] == other[1, 22:60]).all()
 
 
-@pytest.mark.parametrize("policy", ["products", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["products", "full"])
 def test_scan_equals_loop_and_remat_equals_none(policy):
     ids, documents, starts = (jnp.asarray(x)[None] for x in row(TEXTS))
     _, out = program()({"params": params()}, ids, documents, starts)

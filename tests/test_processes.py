@@ -160,6 +160,7 @@ def test_the_code_of_a_pod_is_the_one_that_says_most():
 def test_a_pod_ends_when_one_process_does_and_restarts(tmp_path, monkeypatch, capfdbinary):
     """The first time process 1 says 75 and process 0 would wait for ever."""
     (tmp_path / "bltjax").mkdir()
+    (tmp_path / "bltjax" / "__init__.py").touch()
     (tmp_path / "bltjax" / "__main__.py").write_text(
         "import sys, time, pathlib\n"
         "me = sys.argv[-1][-1]\n"

@@ -46,7 +46,7 @@ def scorers(runs, tmp_path_factory):
     } | dict.fromkeys(("monotonic", "relative", "whole_characters"), plain)
 
 
-QUICK = ("cnn", "newline_reset", "bpe")
+QUICK = ("newline_reset", "bpe")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,9 @@ def expected():
     return [alone(text) for text in TEXTS]
 
 
-@pytest.mark.parametrize(("lanes", "chunk"), [(None, None), (4, 64), (1, 32)])
+@pytest.mark.parametrize(
+    ("lanes", "chunk"), [pytest.param(None, None, marks=pytest.mark.slow), (4, 64), (1, 32)]
+)
 def test_chunks_lanes_and_neighbours_do_not_matter(lanes, chunk):
     done = []
     found, padding = score_documents(
