@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import bltjax.plan as plans
+import bltjax.roofline as roofline
 from bltjax.__main__ import main
 from bltjax.ahead import Memory, described_devices, shard_bytes
 from bltjax.chips import read_topology
@@ -30,8 +31,35 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def planned():
-    return plans.plan(load_config(TINY, PATHS), read_topology("v5e:2x2"))
+def program():
+    """A plan, and the text of the program that was compiled for it."""
+    texts = []
+
+    def account(text, *more):
+        texts.append(text)
+        return roofline.account(text, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "account", account)
+        planned = plans.plan(load_config(TINY, PATHS), read_topology("v5e:2x2"))
+    (text,) = texts
+    return planned, text
+
+
+@pytest.fixture
+def planned(program):
+    return program[0]
+
+
+@needs_libtpu
+def test_a_chip_holds_its_own_rows_of_tables(program):
+    """No table is gathered, and no gradient of a whole one is made, in what a TPU would run."""
+    planned, text = program
+    config = planned.config.blt
+    R, M, E = config.hash.tables, config.hash.stored_rows, config.local.width
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", text)}
+    assert (R, M // 4, E) in shapes
+    assert not [shape for shape in shapes if shape[-1] == E and shape[-2:][0] >= M]
 
 
 @needs_libtpu
