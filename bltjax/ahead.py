@@ -62,7 +62,7 @@ def described_devices(topology: Topology) -> list:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            "compiling for a TPU needs libtpu, which is not installed: pip install 'bltjax[tpu]'"
+            "compiling for a TPU needs libtpu, which is not installed: pip install -e '.[tpu]'"
             " (Linux on x86-64; no TPU is needed)"
         )
     for name, value in SURROUNDINGS.items():

@@ -38,9 +38,14 @@ OF_THE_MACHINE = ("mesh.", "checkpoint.", "faults.hang_seconds", "data.prefetch"
 
 
 def divides(small_name: str, small: int, large_name: str, large: int) -> None:
-    """Raises ValueError with the rule and both numbers unless small divides large."""
+    """Raises ValueError unless small divides large: the rule, both numbers, and what would."""
     if small < 1 or large % small:
-        raise ValueError(f"{small_name} ({small}) must divide {large_name} ({large})")
+        below = next((n for n in range(min(small, large), 0, -1) if large % n == 0), None)
+        above = next((n for n in range(max(small, 1), large + 1) if large % n == 0), None)
+        near = " or ".join(str(n) for n in (below, above) if n is not None)
+        raise ValueError(
+            f"{small_name} ({small}) must divide {large_name} ({large}), as {near} would"
+        )
 
 
 def positive(config, *names: str) -> None:

@@ -4,7 +4,7 @@ chip's peak they reach.
 Convention: a multiply-add is 2; matrix products and attention only (norms, rotary angles, softmax
 and table look-ups are 0, so hash tables cost nothing); attention counts the keys that a query may
 see in a row that is one document, so causal attention is halved; patches count at the row's full
-P. Training is three times the forward pass. What rematerialisation computes anew is no use to the
+P. Training is three times the forward pass. What the backward pass computes anew is no use to the
 model: it is counted apart, and not in a model's FLOPs utilisation (MFU).
 """
 
@@ -68,17 +68,20 @@ def cross_layers(config: BLTConfig) -> tuple[int, int]:
 def recomputed_flops(
     config: ByteLMConfig | ByteCNNConfig | BLTConfig, row_bytes: int, row_patches: int
 ) -> int:
-    """FLOPs of one row that the backward pass computes anew, by the policies of the config.
+    """FLOPs of one row that the backward pass computes anew.
 
-    Of a block, "full" computes all again but its last product, whose result nobody asks for; the
-    other policies keep the results of products and of attention.
+    That is the scores of every attention, once, for none of ours keeps them: half of what attention
+    is forward. And what the policies of the config say: of a block, "full" computes all again but
+    its last product, whose result nobody asks for; the other policies keep the results of products
+    and of attention.
     """
 
     def again(policy, positions, span, width, hidden, key_value_width) -> int:
+        scores = 2 * width * seen_keys(positions, span)
         if policy != "full":
-            return 0
+            return scores
         block = block_flops(positions, span, width, hidden, key_value_width)
-        return block - 2 * positions * hidden * width
+        return scores + block - 2 * positions * hidden * width
 
     N, P = row_bytes, row_patches
     if isinstance(config, ByteCNNConfig):
@@ -94,6 +97,7 @@ def recomputed_flops(
     return (
         local.encoder_layers * encoder
         + local.decoder_layers * decoder
+        + sum(cross_layers(config)) * 2 * E * config.cross.slots * N
         + latent.layers * again(latent.remat, P, P, D, latent.hidden, key_value_width)
     )
 

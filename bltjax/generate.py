@@ -40,12 +40,13 @@ def read_prompts(path: Path) -> list[str]:
       ValueError: naming the line that is neither a string nor an object with a prompt.
     """
     prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    # Lines of JSON end with \n alone: other ends of lines may stand in strings.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         prompt = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(prompt, str):
@@ -129,7 +130,7 @@ def summary(decoder: Decoder, seconds: float) -> str:
             f"; {counts.latent_runs} latent steps for {counts.patches} patches of"
             f" {counts.bytes / counts.patches:.2f} bytes"
         )
-    if decoder.draft:
+    if decoder.draft and counts.bytes:
         accepted = (counts.bytes - counts.passes) / max(1, counts.passes * decoder.draft)
         line += (
             f"; {counts.passes / counts.bytes:.2f} passes of the whole model a byte, {accepted:.0%}"
@@ -236,7 +237,11 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         )
 
     if args.prompts:
-        with args.out.open("w") if args.out else contextlib.nullcontext(sys.stdout) as out:
+        with (
+            args.out.open("w", encoding="utf-8")
+            if args.out
+            else contextlib.nullcontext(sys.stdout) as out
+        ):
             for number, texts in enumerate(groups(prompts, args.rows)):
                 begun = time.monotonic()
                 pieces: list[list[Piece]] = [[] for _ in texts]

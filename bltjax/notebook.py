@@ -157,12 +157,17 @@ class LoadedModel:
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        valid_utf8: bool = False,
         seed: int = 0,
         stop: str | bytes = "",
+        truncate: bool = False,
     ) -> Iterator[str]:
         """Text that continues the prompt, piece by piece, until EOS, `stop` or `max_bytes`.
 
-        temperature 0 is greedy. What is no UTF-8 shows as U+FFFD.
+        temperature 0 is greedy. What is no UTF-8 shows as U+FFFD; valid_utf8 writes none. truncate:
+        a prompt that is too long loses its beginning.
 
         Raises:
           ValueError: for a setting out of range, or patches that can't be placed while writing.
@@ -181,8 +186,9 @@ class LoadedModel:
         pieces = self.decoder.generate(
             [prompt],
             max_bytes=max_bytes,
-            sampling=Sampling(temperature, top_k, top_p),
+            sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, valid_utf8),
             seed=seed,
+            truncate=truncate,
             stop=[stop] if stop else [],
         )
         for piece in pieces:

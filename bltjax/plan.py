@@ -46,7 +46,7 @@ class Flops:
 
     paper: float
     exact: float
-    rematerialised: float  # what the backward pass computes anew by the config's policies
+    rematerialised: float  # what the backward pass computes anew
     entropy_model: float  # the paper's formula for the byte LM that scores as many bytes, once
     compiler: float | None = None
 
@@ -150,15 +150,8 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     check(config, topology)
     devices = described_devices(topology)
     begun = time.monotonic()
-    try:
-        mesh = make_mesh(config.mesh, devices)
-        parts = step_parts(config, mesh)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}. A mesh of as many devices as {topology.name} has (--config.mesh.fsdp=-1"
-            " takes what is left), --config.data.rows and --config.optimizer.accumulate must go"
-            " together"
-        ) from None
+    mesh = make_mesh(config.mesh, devices)
+    parts = step_parts(config, mesh)
     memory = Memory(
         shard_bytes(parts.shapes.params, parts.shardings.params),
         shard_bytes(parts.shapes.opt, parts.shardings.opt),

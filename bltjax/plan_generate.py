@@ -108,6 +108,8 @@ def plan_generate(
         raise ValueError("--generate plans a BLT: this config trains a byte model")
     if topology.slices > 1:
         raise ValueError(f"--generate plans one slice, not {topology.slices}: a decoder is one job")
+    if rows < 1:
+        raise ValueError(f"--rows is {rows}, not >= 1")
     if not 0 < prompt_bytes <= context:
         raise ValueError(
             f"--prompt_bytes ({prompt_bytes}) is not between 1 and --context ({context})"

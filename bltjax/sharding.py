@@ -56,7 +56,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     elif known != len(devices):
         raise ValueError(
             f"mesh data x fsdp x tensor = {' x '.join(map(str, sizes))} = {known},"
-            f" but there are {len(devices)} devices"
+            f" but there are {len(devices)} devices (--config.mesh.fsdp=-1 takes what is left)"
         )
     kinds = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -156,13 +156,6 @@ def constrained(x, name: str):
     return jax.lax.with_sharding_constraint(x, spec_of(name, x.shape, mesh))
 
 
-def whole(x):
-    """x, the same on every device, where a mesh is set."""
-    if set_mesh_or_none() is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec())
-
-
 def constrained_tree(tree):
     """Each leaf held to the spec of its own name: gradients lie as their parameters do."""
     return jax.tree_util.tree_map_with_path(lambda path, x: constrained(x, path[-1].key), tree)
@@ -214,9 +207,26 @@ def by_rows(function, *arrays):
 
     For what concerns no other row but is written so that the partitioner would gather all of them.
     """
-    mesh = set_mesh_or_none()
-    rows = jax.tree.leaves(arrays)[0].shape[0]
-    axes = dividing(LETTER_AXES["B"], mesh, rows) if mesh is not None else ()
+    mesh, axes = row_axes(arrays)
     if not axes:
         return function(*arrays)
     return on_devices(function, mesh, PartitionSpec(axes), PartitionSpec(axes))(*arrays)
+
+
+def summed_by_rows(function, *arrays):
+    """As `by_rows`, for a function that sums over rows: the sum of all devices' outcomes."""
+    mesh, axes = row_axes(arrays)
+    if not axes:
+        return function(*arrays)
+
+    def summed(*arrays):
+        return jax.lax.psum(function(*arrays), axes)
+
+    return on_devices(summed, mesh, PartitionSpec(axes), PartitionSpec())(*arrays)
+
+
+def row_axes(arrays):
+    """The mesh that is set, and the axes that split the arrays' rows."""
+    mesh = set_mesh_or_none()
+    rows = jax.tree.leaves(arrays)[0].shape[0]
+    return mesh, dividing(LETTER_AXES["B"], mesh, rows) if mesh is not None else ()

@@ -163,7 +163,8 @@ def small_tiles(monkeypatch):
         query_slots = pattern.slots if isinstance(pattern, Pooling) else 1
         key_slots = pattern.slots if isinstance(pattern, Reading) else 1
         tiles = Tiles(whole_patches(24, 8, query_slots), whole_patches(16, 8, key_slots))
-        return Plan(pattern, tiles, group, shared)
+        held = queries + -queries % tiles.queries if isinstance(pattern, Sliding) else 0
+        return Plan(pattern, tiles, group, shared, held)
 
     # The package's names of these modules are taken by the functions in them.
     modules = (sys.modules[f"bltjax.attention.{name}"] for name in ("pallas_tpu", "pallas_gpu"))
@@ -202,6 +203,14 @@ def random_case(random):
     if kind == "pooling":  # queries of one run share their range
         hidden = np.repeat(hidden[:, ::slots], slots, axis=1)
     return pattern, keys, start, np.where(hidden, start, end), int(shared * group), int(shared)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "window" in name])
+def test_long_contexts_match_dense(name, monkeypatch):
+    """With the kernel that holds dq of a row, which a window of 512 doesn't take."""
+    monkeypatch.setattr(sys.modules["bltjax.attention.pallas_tpu"], "LONG", 0)
+    given, expected = case(name)
+    assert_close(outcome("pallas_tpu_interpreted", *given), expected, *given[1:3])
 
 
 @pytest.mark.parametrize("draws", [2, pytest.param(30, marks=pytest.mark.slow)])

@@ -98,17 +98,26 @@ def test_painter():
 
 def test_prompts_from_jsonl(runs, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('"the patch"\n\n{"prompt": "日本"}\n{"prompt": ""}\n')
+    odd = "日\u2028本"  # the end of a line elsewhere, but not in JSON
+    prompts.write_text(f'"the patch"\n\n{{"prompt": "{odd}"}}\n{{"prompt": ""}}\n')
     out = tmp_path / "results.jsonl"
     words = ["generate", f"--workdir={runs.blt}", f"--prompts={prompts}", "--max_bytes=6"]
     runs.run(*words, f"--out={out}", "--temperature=1", "--valid_utf8")
     results = [json.loads(line) for line in out.open()]
-    assert [result["prompt"] for result in results] == ["the patch", "日本", ""]
+    assert [result["prompt"] for result in results] == ["the patch", odd, ""]
     for result in results:
         size = len(result["text"].encode())
         assert "hex" not in result and (size == 6 or result["why"] == "eos")
         assert len(result["log_probs"]) == size and max(result["log_probs"]) <= 0
     assert "latent steps" in capsys.readouterr().err
+
+
+def test_drafts_are_accounted_for(runs, capsys):
+    words = ["generate", f"--workdir={runs.blt}", "--prompt=the ", "--draft=2"]
+    runs.run(*words, "--max_bytes=0")
+    assert "passes" not in capsys.readouterr().err
+    runs.run(*words, "--max_bytes=12")
+    assert "passes of the whole model a byte" in capsys.readouterr().err
 
 
 def test_results_that_are_not_utf8():
@@ -139,6 +148,9 @@ def test_bad_input(runs, tmp_path, capsys):
     assert "repetition_penalty is 0.0" in error_of("--repetition_penalty=0")
     assert "max_bytes is -1" in error_of("--max_bytes=-1")
     assert "a stop string is empty" in error_of("--stop=")
+    assert "begins inside a character" in error_of("--valid_utf8", "--stop=" + os.fsdecode(b"\xa9"))
+    assert "seed is -1, not between 0 and 2147483648" in error_of("--seed=-1")
+    assert "seed is 2147483648" in error_of(f"--seed={2**31}")
     assert "--out is for" in error_of("--out=x")
     assert "no such file" in error_of(f"--prompt_file={tmp_path / 'nothing'}")
     long = ["--prompt=0123456789", "--max_bytes=20", "--context=24"]

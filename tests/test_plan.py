@@ -123,7 +123,7 @@ def test_a_plan_in_words(planned):
     [
         (["--topology=v5e:3x3"], "v5e:3x3' is not offered: v5e comes as 1x1, 2x2"),
         (["--topology=v5e:4x4", "--config.mesh.fsdp=2"], r"= 1 x 2 x 1 = 2, but there are 16 dev"),
-        (["--topology=v5e:4x4"], r"data x fsdp \(16\) must divide the rows .* \(4\)\. A mesh"),
+        (["--topology=v5e:4x4"], r"data x fsdp \(16\) must divide the rows .* \(4\), as 4 would"),
         (
             ["--topology=v5e:2x2", "--config.mesh.tensor=4", "--config.mesh.fsdp=1"],
             r"mesh.tensor \(4\) must divide latent.heads \(2\)",
@@ -146,7 +146,7 @@ def test_without_libtpu_the_command_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x == "libtpu" else find(x))
     paths = [f"--config.{path}" for path in PATHS]
     assert main(["plan", f"--config={TINY}", "--topology=v5e:2x2", *paths]) == 1
-    assert "pip install 'bltjax[tpu]' (Linux on x86-64" in capsys.readouterr().err
+    assert "pip install -e '.[tpu]' (Linux on x86-64" in capsys.readouterr().err
 
 
 def made_up(total: float, **settings) -> plans.Plan:
@@ -254,6 +254,9 @@ def test_meshes_of_all_plans_go_with_their_topologies():
         assert held < topology.chip.hbm_bytes / 3
 
 
+BOUND = {"step_s": 1.0, "limit": "compute", "mfu": 0.7, "bytes_per_second_per_chip": 1e4}
+
+
 def test_all_plans_as_a_table(tmp_path):
     """The table takes what `plan --json` writes, and its exit status says whether all fit."""
     fits, does_not = made_up(10e9).summary(), made_up(30e9).summary()
@@ -264,5 +267,19 @@ def test_all_plans_as_a_table(tmp_path):
     assert done.returncode == 0 and "| a | v5e:16x16 | 4 x 1 | 9.3 of 15.8 GiB |" in done.stdout
     done = subprocess.run([*run, str(tmp_path / "b.json")], capture_output=True, text=True)
     assert done.returncode == 1 and "does not fit" in done.stdout
+    few, many = json.loads(json.dumps(fits)), json.loads(json.dumps(fits))
+    many["rows"] *= 8
+    many["mesh"] = many["mesh"] | {"data": 8 * many["mesh"]["data"]}
+    for name, plan, sent, ratio in (("8b-v5p-64", few, 100, 1.0), ("8b-v5p-512", many, 104, 1.2)):
+        plan |= {"bound": BOUND, "collectives": [{"bytes": sent}]}
+        plan["flops"]["ratio"] = ratio
+        (tmp_path / f"{name}.json").write_text(json.dumps(plan))
+    pair = [str(tmp_path / "8b-v5p-64.json"), str(tmp_path / "8b-v5p-512.json")]
+    compared = subprocess.run([*run[:2], *pair], capture_output=True, text=True)
+    assert compared.returncode == 1
+    assert "8b-v5p-512 sends 1.0400 times what 8b-v5p-64 sends" in compared.stdout
+    assert "8b-v5p-512 compiled to 1.200 times the exact FLOPs, over 1.1" in compared.stderr
+    assert "what a chip sends grows by 4.0%, over 3%" in compared.stderr
+
     widths = {line.count("|") for line in done.stdout.strip().splitlines()}
     assert len(widths) == 1 and np.all([x > 5 for x in widths])

@@ -1,4 +1,4 @@
-"""Range attention for TPUs (Mosaic): one kernel forward, two backward, over a staircase of tiles.
+"""Range attention for TPUs (Mosaic): one kernel forward, one or two backward, over a staircase.
 
 A grid step takes one pair of a work list: a tile of queries and a tile of keys. Everything is laid
 with positions along the lanes, [C, positions], and scores with keys along the sublanes:
@@ -12,6 +12,11 @@ So heads of 64 channels waste no lane, bounds cost 4 bytes a query, a key's posi
 at all, and only k and v are ever transposed, a tile at a time. XLA lays the model's [B, Q, H, C]
 out as [B, H, C, Q] of itself, so nothing is copied on the way in or out. The query heads that share
 a key/value head stand side by side in a step, as if they were more queries.
+
+Backward, a list in the order of the queries gives dq and one in the order of the keys dk and dv, so
+scores and the weights' gradients are computed twice: seven products a pair of tiles. In a long
+context, where they are what a step spends its time on, the second kernel holds dq of a whole row in
+VMEM and adds it up as it goes: five products, and no other kernel.
 
 Weights are powers of two, which saves a multiplication a score; the logarithms that the forward
 pass leaves to the backward pass are to base 2.
@@ -56,6 +61,10 @@ LANES = 128
 FP32 = jnp.float32
 # What a program may use of a core's VMEM unless a flag says otherwise: so on v5e, v5p and v6e.
 VMEM_BYTES = 16 * 2**20
+# With a flag: v5p has 64 MiB, v5e and v6e 128. A v4 has 16, and rows of up to 4096 patches need no
+# more.
+MOST_VMEM_BYTES = 48 * 2**20
+LONG = 512  # a window beyond this is a long context
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class Plan:
     tiles: Tiles
     group: int  # query heads that share a key/value head
     heads: int  # key/value heads of one step
+    held: int = 0  # queries of a row whose dq the kernel of dk and dv holds; 0: dq has its own
     interpret: bool = False
 
     @property
@@ -89,6 +99,8 @@ class Plan:
             + 3 * scores * 4  # of one head: weights, their gradients, those of the scores
             + 2 * scores * itemsize  # two of them as operands of a product
             + 2 * channels * self.tiles.keys * 4  # k and v of a head turned, or terms of dk and dv
+            + self.heads * channels * self.held * self.group * 4  # dq of a row as it grows
+            + buffers * self.heads * channels * self.held * self.group * itemsize  # on its way out
         )
 
 
@@ -107,7 +119,7 @@ def make_plan(pattern: Pattern, queries: int, keys: int, shared: int, group: int
     Raises:
       ValueError: if not even one head fits, with both numbers.
     """
-    long = isinstance(pattern, Sliding) and pattern.span > 512
+    long = isinstance(pattern, Sliding) and pattern.span > LONG
     side = 512 if long else 256
     query_slots = pattern.slots if isinstance(pattern, Pooling) else 1
     key_slots = pattern.slots if isinstance(pattern, Reading) else 1
@@ -117,6 +129,9 @@ def make_plan(pattern: Pattern, queries: int, keys: int, shared: int, group: int
     counts = (1,) if long else (4, 3, 2, 1)
     tiles = Tiles(tile, other)
     plans = [Plan(pattern, tiles, group, count) for count in counts if shared % count == 0]
+    held = replace(plans[-1], held=queries + -queries % tile)
+    if long and held.vmem_bytes(*head) <= MOST_VMEM_BYTES:
+        return held
     for plan in plans:
         if plan.vmem_bytes(*head) <= VMEM_BYTES:
             return plan
@@ -187,6 +202,19 @@ def attend_backward(plan: Plan, kept, grad_BHCQ):
     delta = (grad_BHCQ.astype(FP32) * out.astype(FP32)).sum(axis=2, keepdims=True)
     inputs = dict(start=bounds[0], end=bounds[1], q=q_BHCQ, k=k_BJCT, v=v_BJCT)
     inputs |= dict(grad=grad_BHCQ, log_sum=log_sum, delta=delta)
+    of_keys = {name: jax.ShapeDtypeStruct(inputs[name].shape, inputs[name].dtype) for name in "kv"}
+    totals = [(plan.heads, channels, plan.tiles.keys)] * 2
+    if plan.held:
+        dq, dk, dv = call(
+            gradients_kernel,
+            work[1],
+            inputs,
+            dict(dq=jax.ShapeDtypeStruct(q_BHCQ.shape, q_BHCQ.dtype)) | of_keys,
+            [(plan.held // plan.tiles.queries, plan.heads, channels, plan.lanes), *totals],
+            plan,
+            products=5,
+        )
+        return dq, dk, dv, None, None
     (dq,) = call(
         queries_kernel,
         work[0],
@@ -200,8 +228,8 @@ def attend_backward(plan: Plan, kept, grad_BHCQ):
         keys_kernel,
         work[1],
         inputs,
-        {name: jax.ShapeDtypeStruct(inputs[name].shape, inputs[name].dtype) for name in "kv"},
-        [(plan.heads, channels, plan.tiles.keys)] * 2,
+        of_keys,
+        totals,
         plan,
         products=4,
     )
@@ -215,12 +243,13 @@ def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: 
     """Runs a kernel over a work list, each array cut into the tiles that its name calls for."""
     rows, shared, channels, _ = inputs["k"].shape
     steps, tiles = work.tile.shape[1], plan.tiles
+    by_keys = kernel in (keys_kernel, gradients_kernel)
 
     def query_tile(row, step, tile, meets):
-        return (meets if kernel is keys_kernel else tile)[row * steps + step]
+        return (meets if by_keys else tile)[row * steps + step]
 
     def key_tile(row, step, tile, meets):
-        return (tile if kernel is keys_kernel else meets)[row * steps + step]
+        return (tile if by_keys else meets)[row * steps + step]
 
     def of_bounds(row, _, step, tile, meets, __):
         return row, 0, query_tile(row, step, tile, meets)
@@ -231,6 +260,9 @@ def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: 
     def of_keys(row, head, step, tile, meets, _):
         return row, head, 0, key_tile(row, step, tile, meets)
 
+    def of_rows(row, head, step, tile, meets, _):
+        return row, head, 0, 0
+
     query_heads = plan.heads * plan.group
     bound = pl.BlockSpec((None, 1, tiles.queries), of_bounds)
     query = pl.BlockSpec((None, query_heads, channels, tiles.queries), of_queries)
@@ -238,15 +270,17 @@ def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: 
     key = pl.BlockSpec((None, plan.heads, channels, tiles.keys), of_keys)
     specs = dict(start=bound, end=bound, log_sum=row_of_each, delta=row_of_each)
     specs |= dict(q=query, grad=query, out=query, k=key, v=key)
+    specs |= dict(dq=pl.BlockSpec((None, query_heads, channels, plan.held), of_rows))
     scores = rows * shared * steps * plan.lanes * tiles.keys
 
     def moved(name: str, x) -> int:
         """Bytes: an array of the tiles that the list goes through once, another one every step."""
-        if (name in "kv") == (kernel is keys_kernel):
+        if name == "dq" or (name in "kv") == by_keys:
             return x.size * x.dtype.itemsize
         tile = math.prod(filter(None, specs[name].block_shape))
         return rows * (shared // plan.heads) * steps * tile * x.dtype.itemsize
 
+    needed = plan.vmem_bytes(channels, inputs["q"].dtype.itemsize)
     return pl.pallas_call(
         functools.partial(kernel, steps=steps),
         out_shape=tuple(outputs.values()),
@@ -258,7 +292,8 @@ def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: 
             scratch_shapes=[pltpu.VMEM(size, FP32) for size in scratch],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=MOST_VMEM_BYTES if needed > VMEM_BYTES else None,
         ),
         # As if every step were a pair that sees.
         cost_estimate=pl.CostEstimate(
@@ -371,7 +406,24 @@ def queries_kernel(
 
 
 def keys_kernel(
-    tile, meets, does, start, end, q, k, v, grad, log_sum, delta, dk, dv, total_k, total_v, *, steps
+    tile,
+    meets,
+    does,
+    start,
+    end,
+    q,
+    k,
+    v,
+    grad,
+    log_sum,
+    delta,
+    dk,
+    dv,
+    total_k,
+    total_v,
+    *,
+    steps,
+    total_q=None,
 ):
     at = pl.program_id(0) * steps + pl.program_id(2)
     heads = k.shape[0]
@@ -391,8 +443,36 @@ def keys_kernel(
             ds = weights * (dweights - abreast(delta, head, heads))
             total_k[head] += product(wide_q, ds.astype(q.dtype), 1, 1)
             total_v[head] += product(wide_grad, weights.astype(grad.dtype), 1, 1)
+            if total_q is not None:
+                total_q[meets[at], head] += product(k[head], ds.astype(k.dtype), 1, 0)
 
     @pl.when(does[at] & CLOSES != 0)
     def _():
         dk[...] = (total_k[...] * k.shape[1] ** -0.5).astype(dk.dtype)
         dv[...] = total_v[...].astype(dv.dtype)
+
+
+def gradients_kernel(*refs, steps):
+    """dk and dv, and dq of the row besides: `keys_kernel` with dq's total, tile by tile."""
+    *inputs, dq, dk, dv, total_q, total_k, total_v = refs
+    step = pl.program_id(2)
+
+    @pl.when(step == 0)
+    def _():
+        total_q[...] = jnp.zeros(total_q.shape, FP32)
+
+    keys_kernel(*inputs, dk, dv, total_k, total_v, steps=steps, total_q=total_q)
+    tiles, heads, channels, lanes = total_q.shape
+    group = dq.shape[0] // heads
+    width = lanes // group
+
+    @pl.when(step == steps - 1)
+    def _():
+        @pl.loop(0, tiles)
+        def _(tile):
+            here = pl.ds(pl.multiple_of(tile * width, width), width)
+            for head in range(heads):
+                x = total_q[tile, head] * channels**-0.5
+                for each in range(group):
+                    one = x[:, each * width : (each + 1) * width]
+                    dq[head * group + each, :, here] = one.astype(dq.dtype)

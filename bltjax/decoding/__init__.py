@@ -30,6 +30,7 @@ from bltjax.training_step import compute_dtype
 
 CONTEXT = 32768  # bytes, prompt and text together
 SHORTEST = 64  # bytes and patches of the smallest buffers
+MOST_SEED = 2**31  # seeds of rows are int32
 CHUNK = 32  # bytes between two looks of the host
 ENDED = -1  # the row of a place in the batch that has none
 STOPS = (4, 16)  # stop strings, and their bytes, that the first program is compiled for
@@ -221,6 +222,15 @@ class Decoder:
         if not all(stops):
             raise ValueError(
                 "a stop string is empty: it would stop every text before its first byte"
+            )
+        if cut := [text for text in stops if sampling.valid_utf8 and text[0] & 0xC0 == 0x80]:
+            raise ValueError(
+                f"stop string {cut[0]!r} begins inside a character: stopping there would leave the"
+                " broken text that valid_utf8 is to prevent"
+            )
+        if not 0 <= seed <= MOST_SEED - len(prompts):
+            raise ValueError(
+                f"seed is {seed}, not between 0 and {MOST_SEED} less {len(prompts)} rows"
             )
         texts = [self.fitting(as_bytes(prompt), max_bytes, truncate) for prompt in prompts]
         return self.pieces(texts, max_bytes, sampling, seed, stops, chunk)

@@ -18,7 +18,7 @@ from bltjax.config import RopeScalingConfig
 from bltjax.model.cache import Cache, Places, cached_attention, written
 from bltjax.patches import Ranges
 from bltjax.rotary import rotary_angles, rotate
-from bltjax.sharding import constrained, gathered, gathers, whole
+from bltjax.sharding import constrained, gathered, gathers, summed_by_rows
 
 
 def truncated_normal(fan_in: int):
@@ -41,10 +41,13 @@ def embedded(bytes_VE, bytes_BN):
 
 def embedded_backward(kept, grad_BNE):
     bytes_BN, bytes_V0 = kept
-    flat = grad_BNE.reshape(-1, grad_BNE.shape[-1]).astype(jnp.float32)
-    grad_VE = jax.ops.segment_sum(flat, bytes_BN.reshape(-1), num_segments=bytes_V0.shape[0])
-    # Each device adds up its own rows, rather than all rows of some columns.
-    return whole(grad_VE).astype(bytes_V0.dtype), None
+
+    def of_rows(bytes_BN, grad_BNE):
+        flat = grad_BNE.reshape(-1, grad_BNE.shape[-1]).astype(jnp.float32)
+        return jax.ops.segment_sum(flat, bytes_BN.reshape(-1), num_segments=bytes_V0.shape[0])
+
+    # Left to the partitioner, a device may gather all rows to add up some columns.
+    return summed_by_rows(of_rows, bytes_BN, grad_BNE).astype(bytes_V0.dtype), None
 
 
 embedded.defvjp(
