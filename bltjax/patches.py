@@ -77,10 +77,12 @@ def row_patches(documents_BN, starts_BN1, patches: int, window: int) -> Patches:
     count_BN1 = jnp.cumsum(starts_BN1.astype(jnp.int32), axis=1)
     patch_of_BN = jnp.where(real_BN, count_BN1[:, :-1] - 1, patches)
 
-    # First byte of each patch: the bytes before it, counted once per patch. O(N), no search.
-    bytes_of_BP1 = jax.vmap(lambda ids_N: jnp.bincount(ids_N, length=patches + 1))(patch_of_BN)
-    end_BP = jnp.cumsum(bytes_of_BP1[:, :patches], axis=1, dtype=jnp.int32)
-    start_BP = end_BP - bytes_of_BP1[:, :patches].astype(jnp.int32)
+    # Where patches begin, in order, and the row's end for those that don't: a sort, because to
+    # count the bytes of each is a scatter of single numbers, one after the other on a TPU.
+    begins_BN = jnp.where(starts_BN1[:, :-1] & real_BN, index_like(documents_BN), length_B1)
+    begins_BN = jnp.sort(begins_BN, axis=1, stable=False)
+    begins_BN1 = jnp.concatenate([begins_BN, length_B1], axis=1)
+    start_BP, end_BP = begins_BN1[:, :patches], begins_BN1[:, 1 : patches + 1]
 
     filled_BP = end_BP > start_BP
     index_BP = index_like(filled_BP)
@@ -112,7 +114,10 @@ def slot_ranges(ranges: Ranges, slots: int, *, queries: bool) -> Ranges:
 
 
 def pool_max(x_BNE, patch_of_BN, patches: int):
-    """Elementwise maximum over the bytes of each patch, [B, P, E]; zeros for an empty patch."""
+    """Elementwise maximum over the bytes of each patch, [B, P, E]; zeros for an empty patch.
+
+    On a TPU a scatter by sorted ids, E channels at a time for each byte, and so is its gradient.
+    """
     rows, _, width = x_BNE.shape
     pooled = jax.ops.segment_max(
         x_BNE.reshape(-1, width),
