@@ -33,8 +33,8 @@ from bltjax.picture import TERMINAL_COLOURS, visible
 ENTROPY_COLOURS = (16, 16, 52, 88, 124, 160)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a JSONL file.
+def read_prompts(path: Path) -> list[str | bytes]:
+    """The prompts of a JSONL file: strings, or objects with a "prompt" or a "prompt_hex".
 
     Raises:
       ValueError: naming the line that is neither a string nor an object with a prompt.
@@ -49,7 +49,12 @@ def read_prompts(path: Path) -> list[str]:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         prompt = value.get("prompt") if isinstance(value, dict) else value
-        if not isinstance(prompt, str):
+        if isinstance(value, dict) and "prompt_hex" in value:
+            try:
+                prompt = bytes.fromhex(value["prompt_hex"])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: prompt_hex: {error}") from None
+        if not isinstance(prompt, str | bytes):
             raise ValueError(f'{path}, line {number}: no string, and no object with a "prompt"')
         prompts.append(prompt)
     if not prompts:
@@ -66,10 +71,12 @@ def result_line(prompt: bytes, pieces: list[Piece]) -> str:
         "why": pieces[-1].why,
         "log_probs": [round(float(x), 5) for piece in pieces for x in piece.log_probs],
     }
-    with contextlib.suppress(UnicodeDecodeError):
-        text.decode()
-        return json.dumps(result, ensure_ascii=False)
-    return json.dumps(result | {"hex": text.hex()}, ensure_ascii=False)
+    for name, data in (("hex", text), ("prompt_hex", prompt)):
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            result[name] = data.hex()
+    return json.dumps(result, ensure_ascii=False)
 
 
 class Painter:
@@ -200,6 +207,10 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError("generate takes its config from the work directory; drop --config.*")
     if args.out and not args.prompts:
         raise ValueError("--out is for the results of --prompts; redirect the text of a prompt")
+    if args.prompts and args.show == "patches":
+        raise ValueError(
+            "--show=patches is for one prompt: the results of --prompts are JSON lines"
+        )
     if args.rows < 1:
         raise ValueError(f"--rows is {args.rows}, not >= 1")
     logging.getLogger("bltjax").setLevel(logging.WARNING)  # nothing but the text on the terminal

@@ -14,7 +14,7 @@ from bltjax.decoding import Decoder, Piece, Rest
 from bltjax.decoding.whole import Predictor
 from bltjax.evaluate import run_patching
 from bltjax.export import load_params
-from bltjax.generate import Painter, result_line
+from bltjax.generate import Painter, read_prompts, result_line
 
 
 @pytest.fixture(scope="module", params=["byte_lm", "blt"])
@@ -125,7 +125,17 @@ def test_results_that_are_not_utf8():
     line = result_line(b"\xff", [Piece(0, b"a\xe6", np.zeros(2), none, none, "eos")])
     assert json.loads(line) == {
         "prompt": "\ufffd", "text": "a\ufffd", "why": "eos", "log_probs": [0, 0], "hex": "61e6",
+        "prompt_hex": "ff",
     }  # fmt: skip
+
+
+def test_prompts_in_hex(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "?", "prompt_hex": "ff61"}\n')
+    assert read_prompts(path) == [b"\xffa"]
+    path.write_text('"x"\n{"prompt_hex": "6"}\n')
+    with pytest.raises(ValueError, match=r"prompts.jsonl, line 2: prompt_hex: "):
+        read_prompts(path)
 
 
 def test_show_patches(runs, capsys):
@@ -152,6 +162,7 @@ def test_bad_input(runs, tmp_path, capsys):
     assert "seed is -1, not between 0 and 2147483648" in error_of("--seed=-1")
     assert "seed is 2147483648" in error_of(f"--seed={2**31}")
     assert "--out is for" in error_of("--out=x")
+    assert "--show=patches is for one" in error_of("--prompts=x", "--show=patches")
     assert "no such file" in error_of(f"--prompt_file={tmp_path / 'nothing'}")
     long = ["--prompt=0123456789", "--max_bytes=20", "--context=24"]
     assert "10 bytes and 20 to write exceed the context of 24 bytes" in error_of(*long)
