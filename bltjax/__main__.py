@@ -64,23 +64,21 @@ def main(argv: list[str] | None = None) -> int:
         # Whoever read the output, such as `head`, has seen enough; what is left of it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell has it: ended by SIGPIPE
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        if args.debug:
-            raise
-        print(f"bltjax {args.verb}: {describe(error)}", file=sys.stderr)
-        return 1
     except Restart as error:
         print(f"bltjax {args.verb}: {error}", file=sys.stderr)
         return RESTART
-    except RuntimeError as error:
-        if args.debug or not lost_another(error):
+    except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
+        lost = lost_another(error)
+        if args.debug or (isinstance(error, RuntimeError) and not lost):
             raise
-        print(
-            f"bltjax {args.verb}: process {process_index()} can't go on, most likely because"
-            f" another one ended: {describe(error)}",
-            file=sys.stderr,
-        )
-        return RESTART
+        told = describe(error)
+        if lost:
+            told = (
+                f"process {process_index()} can't go on, most likely because another one ended:"
+                f" {told}"
+            )
+        print(f"bltjax {args.verb}: {told}", file=sys.stderr)
+        return RESTART if lost else 1
     except KeyboardInterrupt:
         print(f"bltjax {args.verb}: interrupted; the same command resumes", file=sys.stderr)
         return 130

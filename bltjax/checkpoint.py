@@ -13,6 +13,7 @@ WORKDIR/
 import contextlib
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,28 @@ from bltjax.storage import is_remote, write_text
 
 CHUNK_BYTES = 64 << 20
 COMMIT = "commit_success.txt"  # Orbax's name
+
+
+def sealed(values: dict) -> dict:
+    """Values for a JSON file, with a checksum of them, which `unsealed` compares."""
+    return values | {"crc32": checksum_of_json(values)}
+
+
+def unsealed(values: Any, name: str) -> dict:
+    """The values of a JSON file as they were sealed.
+
+    Raises:
+      ValueError: naming the file if they are not.
+    """
+    rest = {key: x for key, x in values.items() if key != "crc32"} if values else {}
+    if not rest or values.get("crc32") != checksum_of_json(rest):
+        raise ValueError(f"{name} is not what was saved: another checksum")
+    return rest
+
+
+def checksum_of_json(values: dict) -> int:
+    read_back = json.loads(json.dumps(values))  # keys are strings then
+    return zlib.crc32(json.dumps(read_back, sort_keys=True).encode())
 
 
 class TrainState(NamedTuple):

@@ -18,6 +18,7 @@ import numpy as np
 import tensorstore
 from etils import epath
 
+from bltjax.checkpoint import unsealed
 from bltjax.config import ByteCNNConfig, ByteLMConfig, RunConfig, to_dict
 from bltjax.convert import LAYOUTS, open_model, patching_words
 from bltjax.data.records import MANIFEST, read_manifest
@@ -150,10 +151,11 @@ def folder_bytes(folder: epath.Path) -> int:
     )
 
 
-def check_json(path: epath.Path) -> tuple[list[str], Any]:
+def check_json(path: epath.Path, *, is_sealed: bool = False) -> tuple[list[str], Any]:
     try:
-        return [], json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text())
+        return [], unsealed(found, path.name) if is_sealed else found
+    except (AttributeError, OSError, ValueError) as error:
         return [f"{path.name} can't be read: {reason_of(error)}"], {}
 
 
@@ -167,7 +169,7 @@ def check_checkpoint(folder: epath.Path, expected: dict[str, tuple], quick: bool
         problems.append(f"{'progress' if 'opt' in items else 'opt'} is missing")
     progress: dict = {}
     if "progress" in items:
-        wrong, progress = check_json(folder / "progress" / "metadata")
+        wrong, progress = check_json(folder / "progress" / "metadata", is_sealed=True)
         problems += [f"progress: {line}" for line in wrong]
         if progress and progress.get("step") != int(folder.name):
             problems.append(f"progress: it says step {progress.get('step')}")
@@ -177,7 +179,7 @@ def check_checkpoint(folder: epath.Path, expected: dict[str, tuple], quick: bool
             wrong, count = check_arrays(folder / item, item, expected, quick, checksums)
             problems, numbers = problems + wrong, numbers + count
     for path in sorted((folder / "streams").glob("*.json")) if "streams" in items else []:
-        problems += [f"streams: {line}" for line in check_json(path)[0]]
+        problems += [f"streams: {line}" for line in check_json(path, is_sealed=True)[0]]
     return {
         "step": int(folder.name),
         "whole": not problems,

@@ -196,9 +196,12 @@ def is_writer() -> bool:
 
 def lost_another(error: Exception) -> bool:
     """Whether an error most likely comes of another process' end; a restart is the way on."""
-    if not joined() or not isinstance(error, jax.errors.JaxRuntimeError):
+    if not joined():
         return False
-    return not str(error).startswith(OWN_FAULTS)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return not str(error).startswith(OWN_FAULTS)
+    # Some of jax's calls tell of a collective that was broken off by a ValueError.
+    return isinstance(error, ValueError) and " Gloo " in str(error)[:60]
 
 
 def leave(code: int, message: str = "") -> NoReturn:

@@ -23,12 +23,12 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
-from bltjax.checkpoint import TrainState, in_chunks, quiet, reader, saved_steps
+from bltjax.checkpoint import TrainState, in_chunks, quiet, reader, saved_steps, sealed, unsealed
 from bltjax.config import RunConfig
 from bltjax.processes import from_writer, gathered, process_count
 
 ITEMS = ("params", "opt", "streams", "progress")
-FORMAT = 2  # of progress/; another one is refused, not taken for damage
+FORMAT = 3  # of progress/; another one is refused, not taken for damage
 SAVE_SECONDS = 1200  # for all processes to write their parts
 
 
@@ -37,7 +37,7 @@ class StreamsHandler(ocp.AsyncCheckpointHandler):
 
     def save(self, directory, args: "StreamsSave") -> None:
         for number, state in args.states.items():
-            (directory / f"{number}.json").write_text(json.dumps(state))
+            (directory / f"{number}.json").write_text(json.dumps(sealed(state)))
 
     async def async_save(self, directory, args: "StreamsSave"):
         async def write() -> None:
@@ -47,9 +47,13 @@ class StreamsHandler(ocp.AsyncCheckpointHandler):
 
     def restore(self, directory, args: "StreamsRestore") -> dict[str, dict]:
         return {
-            str(number): json.loads((directory / f"{number}.json").read_text())
+            str(number): read_sealed(directory / f"{number}.json", f"streams/{number}.json")
             for number in args.numbers
         }
+
+
+def read_sealed(path, name: str) -> dict:
+    return unsealed(json.loads(path.read_text()), name)
 
 
 @ocp.args.register_with_handler(StreamsHandler, for_save=True)
@@ -119,7 +123,7 @@ def save(
     streams: states of this process' streams.
     progress: JSON, with `step`.
     """
-    progress = {"format": FORMAT, "checksums": named_checksums(state), **progress}
+    progress = sealed({"format": FORMAT, "checksums": named_checksums(state), **progress})
     manager.save(
         int(progress["step"]),
         args=ocp.args.Composite(
@@ -137,11 +141,17 @@ class Restored(NamedTuple):
     progress: dict
 
 
+class OtherVersion(ValueError):
+    """A checkpoint that is whole, as far as another version of bltjax wrote it."""
+
+
 def read_progress(folder: Path) -> dict:
-    """Raises ValueError if the checkpoint is of another version of bltjax."""
+    """Raises OtherVersion, or whatever reading a damaged file raises."""
     progress = json.loads((folder / "progress" / "metadata").read_text())
+    if "crc32" in progress or progress.get("format") == FORMAT:
+        progress = unsealed(progress, "progress")
     if progress.get("format") != FORMAT:
-        raise ValueError(
+        raise OtherVersion(
             f"{folder} was written by another version of bltjax (format"
             f" {progress.get('format', 1)}, not {FORMAT}): resume it with that one, or begin anew"
             f" with --init_from={folder.parent.parent}"
@@ -218,10 +228,9 @@ def restore_newest(workdir: Path, target: TrainState, streams: list[int]) -> Res
 def other_version(folder: Path) -> str:
     try:
         read_progress(folder)
-    except ValueError as error:
-        # Unreadable JSON is a ValueError too, but damage.
-        return "" if isinstance(error, json.JSONDecodeError) else str(error)
-    except OSError:
+    except OtherVersion as error:
+        return str(error)
+    except (AttributeError, OSError, ValueError):  # damage, which restoring will name
         return ""
     return ""
 

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import faults
+import jax
 import pytest
 from test_train import command, losses
 
 from bltjax.__main__ import main
-from bltjax.processes import RESTART
+from bltjax.processes import RESTART, lost_another
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "launch"))
@@ -149,6 +150,17 @@ def test_a_silent_process_is_named(work):
     again = faults.Pod(work, work.root / "silent", more=["--config.faults.hang_seconds=300"])
     assert again.ends() == 0, again.text
     assert faults.traces(work.root / "silent")["losses"] == work.expected["losses"]
+
+
+def test_a_broken_collective_is_a_lost_process(monkeypatch):
+    """jax tells of it by either kind of error."""
+    told = "UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]: Connection reset by peer"
+    for error in (ValueError(told), jax.errors.JaxRuntimeError(told)):
+        assert not lost_another(error)
+        with monkeypatch.context() as patch:
+            patch.setattr("bltjax.processes.joined", lambda: True)
+            assert lost_another(error)
+            assert not lost_another(ValueError("the number of processes (3) must divide it (4)"))
 
 
 def test_the_code_of_a_pod_is_the_one_that_says_most():

@@ -92,9 +92,27 @@ def test_the_last_checkpoint_is_left_where_it_is(runs, tmp_path, capsys):
     assert saved_steps(copy) == [12]
     # One of another version is not damaged.
     progress = copy / "checkpoints" / "12" / "progress" / "metadata"
-    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"format": 1}))
+    old = json.loads(progress.read_text()) | {"format": 1}
+    old.pop("crc32")
+    progress.write_text(json.dumps(old))
     assert main(command(runs, "byte_lm", copy)) == 1
-    assert "another version of bltjax (format 1, not 2)" in capsys.readouterr().err
+    assert "another version of bltjax (format 1, not 3)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["streams/1.json", "progress/metadata"])
+def test_one_changed_character_is_damage(runs, tmp_path, capsys, name):
+    """JSON that can be read, and means something else."""
+    copy = tmp_path / "run"
+    shutil.copytree(runs.byte_lm, copy)
+    path = copy / "checkpoints" / "12" / name
+    text = path.read_text()
+    at = next(at for at, letter in enumerate(text) if letter.isdigit())
+    path.write_text(text[:at] + ("1" if text[at] != "1" else "2") + text[at + 1 :])
+    assert main(["inspect", str(copy)]) == 1
+    assert "is not what was saved" in capsys.readouterr().err
+    assert main(command(runs, "byte_lm", copy)) == 0
+    assert "12 is damaged" in capsys.readouterr().out
+    assert losses(copy) == losses(runs.byte_lm)
 
 
 def test_settings_of_the_machine_may_change(runs, tmp_path, capsys):
