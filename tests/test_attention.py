@@ -238,12 +238,17 @@ def test_bfloat16(implementation):
     assert_close(found, outcome("dense", pattern, start, end, *wide), start, end, scale=3e3)
 
 
-def test_no_races(small_tiles, capfd):
+@pytest.mark.parametrize("pattern", [Sliding(20), Pooling(2), Reading(2)], ids=str)
+def test_no_races(pattern, small_tiles, capfd):
     """Two simulated cores, memory that begins as NaN, transfers that end as late as they may."""
     place = np.tile(np.arange(30), (2, 1))
-    start = np.maximum(place - 19, 0)
-    end = np.where(place < 26, place + 1, start)
-    given = (Sliding(20), start, end, *tensors(start, 30, 2, 1))
+    if isinstance(pattern, Sliding):
+        start = np.maximum(place - 19, 0)
+        end = np.where(place < 26, place + 1, start)
+    else:
+        start = place // 2 * 2
+        end = np.where(place < 26, start + 2, start)
+    given = (pattern, start, end, *tensors(start, 30, 2, 1))
     expected = outcome("dense", *given)
     parameters = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
     with pltpu.force_tpu_interpret_mode(parameters):
