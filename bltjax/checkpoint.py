@@ -43,10 +43,11 @@ def unsealed(values: Any, name: str) -> dict:
     Raises:
       ValueError: naming the file if they are not.
     """
-    rest = {key: x for key, x in values.items() if key != "crc32"} if values else {}
-    if not rest or values.get("crc32") != checksum_of_json(rest):
+    found = dict(values) if isinstance(values, dict) else {}
+    checksum = found.pop("crc32", None)
+    if checksum != checksum_of_json(found):
         raise ValueError(f"{name} is not what was saved: another checksum")
-    return rest
+    return found
 
 
 def checksum_of_json(values: dict) -> int:

@@ -70,7 +70,7 @@ def recomputed_flops(
 ) -> int:
     """FLOPs of one row that the backward pass computes anew.
 
-    That is the scores of every attention, once, for none of ours keeps them: half of what attention
+    That is the scores of every attention, once, for kernels don't keep them: half of what attention
     is forward. And what the policies of the config say: of a block, "full" computes all again but
     its last product, whose result nobody asks for; the other policies keep the results of products
     and of attention.

@@ -155,7 +155,7 @@ def check_json(path: epath.Path, *, is_sealed: bool = False) -> tuple[list[str],
     try:
         found = json.loads(path.read_text())
         return [], unsealed(found, path.name) if is_sealed else found
-    except (AttributeError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         return [f"{path.name} can't be read: {reason_of(error)}"], {}
 
 

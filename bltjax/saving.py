@@ -47,13 +47,11 @@ class StreamsHandler(ocp.AsyncCheckpointHandler):
 
     def restore(self, directory, args: "StreamsRestore") -> dict[str, dict]:
         return {
-            str(number): read_sealed(directory / f"{number}.json", f"streams/{number}.json")
+            str(number): unsealed(
+                json.loads((directory / f"{number}.json").read_text()), f"streams/{number}.json"
+            )
             for number in args.numbers
         }
-
-
-def read_sealed(path, name: str) -> dict:
-    return unsealed(json.loads(path.read_text()), name)
 
 
 @ocp.args.register_with_handler(StreamsHandler, for_save=True)
@@ -148,7 +146,8 @@ class OtherVersion(ValueError):
 def read_progress(folder: Path) -> dict:
     """Raises OtherVersion, or whatever reading a damaged file raises."""
     progress = json.loads((folder / "progress" / "metadata").read_text())
-    if "crc32" in progress or progress.get("format") == FORMAT:
+    was_sealed = not isinstance(progress, dict) or "crc32" in progress
+    if was_sealed or progress.get("format") == FORMAT:
         progress = unsealed(progress, "progress")
     if progress.get("format") != FORMAT:
         raise OtherVersion(
@@ -230,7 +229,7 @@ def other_version(folder: Path) -> str:
         read_progress(folder)
     except OtherVersion as error:
         return str(error)
-    except (AttributeError, OSError, ValueError):  # damage, which restoring will name
+    except (OSError, ValueError):  # damage, which restoring will name
         return ""
     return ""
 

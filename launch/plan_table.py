@@ -73,7 +73,8 @@ def main(paths: list[str]) -> int:
             faults.append(
                 f"what a chip sends grows by {growth - 1:.1%}, over {MOST_GROWTH - 1:.0%}"
             )
-    print("\n".join(faults), file=sys.stderr)
+    for fault in faults:
+        print(fault, file=sys.stderr)
     return 1 if faults else 0
 
 
