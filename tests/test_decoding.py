@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pydoc_data.topics import topics
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,8 @@ MODES = {
     "static": (PatchingConfig(mode="static", patch_bytes=5), {}),
     "byte": (PatchingConfig(mode="byte", whole_characters=True), {}),
     "cnn": (PatchingConfig(threshold=5.31, newline_reset=True), {}),
+    # The windows that released models have, rather than rings of 8.
+    "window 512": (PatchingConfig(threshold=5.14), {"encoder": "all"}),
 }
 
 
@@ -72,9 +75,14 @@ def random_params(config, seed=0):
 @functools.cache
 def made(mode: str, **more) -> tuple[Decoder, BLTConfig, PatchingConfig, EntropyModel]:
     patching, cross = MODES[mode]
-    config = dataclasses.replace(BLT_CONFIG, cross=dataclasses.replace(BLT_CONFIG.cross, **cross))
+    window = 512 if mode == "window 512" else WINDOW
+    config = dataclasses.replace(
+        BLT_CONFIG,
+        local=dataclasses.replace(BLT_CONFIG.local, window=window),
+        cross=dataclasses.replace(BLT_CONFIG.cross, **cross),
+    )
     run = RunConfig(blt=config, compute_dtype="float32")
-    scorer = BYTE_CNN if mode == "cnn" else BYTE_LM
+    scorer = BYTE_CNN if mode == "cnn" else dataclasses.replace(BYTE_LM, window=window)
     byte_lm = EntropyModel(scorer, random_params(scorer, 1), "", patching.newline_reset, run, 0)
     return Decoder(run, random_params(config), patching, byte_lm, **more), config, patching, byte_lm
 
@@ -115,9 +123,9 @@ def full_forward(mode: str, texts: list[bytes]):
 def followed(decoder: Decoder, texts: list[bytes], prompts: list[int], count: int):
     """Cached logits [count + 1, B, V] and starts [count + 1, B] from each prompt's end on, with
     the bytes of the texts instead of sampled ones."""
-    model, memory = (
-        decoder.model,
-        decoder.memory([encode(t[:n], eos=False) for t, n in zip(texts, prompts, strict=True)], 64),
+    model = decoder.model
+    memory = decoder.memory(
+        [encode(t[:n], eos=False) for t, n in zip(texts, prompts, strict=True)], 4 * count
     )
     memory = model.grown(memory, memory.latent[0].k_BJTC.shape[2], 256)
     ids = np.stack(
@@ -146,14 +154,8 @@ SLOW = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "mode", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in MODES]
-)
-def test_cached_equals_full(mode):
-    """From prompts of nothing to three windows on, over a ring's end and over again."""
+def check_cached_equals_full(mode: str, whole: bytes, prompts: list[int], count: int):
     decoder, *_ = made(mode)
-    whole, count = TEXT.encode(), 40
-    prompts = [0, 1, 2, 7, 8, 9, 16, 24]
     texts = [whole[row : row + n + count] for row, n in enumerate(prompts)]
     expected, starts, near = full_forward(mode, texts)
     logits, opens, memory = followed(decoder, texts, prompts, count)
@@ -164,6 +166,24 @@ def test_cached_equals_full(mode):
         whole_patches = starts[row, : n + count + 2].sum() - 1 - memory.closes_B[row]
         assert memory.patches_B[row] == whole_patches
     assert near > 1e-6
+    return starts
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in MODES if m != "window 512"],
+)
+def test_cached_equals_full(mode):
+    """From prompts of nothing to three windows on, over a ring's end and over again."""
+    check_cached_equals_full(mode, TEXT.encode(), [0, 1, 2, 7, 8, 9, 16, 24], 40)
+
+
+@pytest.mark.slow
+def test_cached_equals_full_in_wide_windows():
+    """The same with windows of 512, over more than two of them, in hundreds of patches."""
+    text, prompts, count = "".join(topics.values()).encode(), [0, 511, 512, 1536], 1100
+    starts = check_cached_equals_full("window 512", text, prompts, count)
+    assert starts[3, : 1536 + count].sum() > 300
 
 
 def written(decoder: Decoder, prompts, **settings):

@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+from test_decoding import followed
 
 from bltjax.__main__ import main
 from bltjax.alphabet import EOS, OFFSET, encode
@@ -15,6 +16,7 @@ from bltjax.decoding.whole import Predictor
 from bltjax.evaluate import run_patching
 from bltjax.export import load_params
 from bltjax.generate import Painter, read_prompts, result_line
+from bltjax.scoring import score_documents
 
 
 @pytest.fixture(scope="module", params=["byte_lm", "blt"])
@@ -41,6 +43,28 @@ def test_trained_models_write_as_the_whole_model(trained):
     log_probs = logits_V - np.log(np.exp(logits_V.astype(np.float64)).sum())
     found = np.concatenate([piece.log_probs for piece in pieces])
     np.testing.assert_allclose(found[2], log_probs[OFFSET + expected[2]], atol=1e-4)
+
+
+def test_trained_logits_at_every_position(runs):
+    """With the bytes of held-out documents, rather than what the model writes."""
+    lines = (runs.root / "held_out.jsonl").read_text().splitlines()
+    texts = [text for line in lines if len(text := json.loads(line)["text"].encode()) > 60][:3]
+    config, params, _ = load_params(runs.blt)
+    patching, byte_lm = run_patching(config, runs.blt)
+    # At the run's own threshold so small a byte LM finds a boundary at every byte.
+    entropies_N, _ = score_documents(byte_lm.config, byte_lm.params, [np.frombuffer(texts[0], "B")])
+    patching = dataclasses.replace(
+        patching, threshold=float(np.quantile(entropies_N[0], 0.7)) + 1e-4
+    )
+    model = (config, params, patching, byte_lm)
+    decoder, predictor = Decoder(*model), Predictor(*model)
+    prompts, count = [0, 3, 24], 36
+    logits, opens, _ = followed(decoder, texts, prompts, count)
+    assert len(texts) == 3 and 0 < opens.mean() < 1
+    for row, (text, n) in enumerate(zip(texts, prompts, strict=True)):
+        for place in range(count):
+            expected_V = predictor(encode(text[: n + place], eos=False))
+            np.testing.assert_allclose(logits[place, row], expected_V, atol=1e-4, rtol=0)
 
 
 def test_stops(trained):
