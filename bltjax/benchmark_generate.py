@@ -26,6 +26,7 @@ BYTES, WHOLE_BYTES = 128, 16  # the whole model's cost is that of a buffer, what
 MEAN_PATCH = 4.49
 PLACES = 64  # tried for a prompt
 CHUNK, CHUNKS = 32, 3  # bytes that a context is timed over: all chunks but the first
+PATCH_BYTES, NEVER = 4, 100.0  # of a context's patches: longest, and a threshold above them all
 LONGEST = 32768
 TRIES = 20
 
@@ -73,11 +74,16 @@ def context_side(model: BLTConfig, context_bytes: int):
     from bltjax.decoding import Decoder, run
     from bltjax.decoding.sampling import Sampling
 
-    decoder, text = Decoder(*model_parts(model)), prompt_at(0, context_bytes)
+    # Patches of one length after every context, or their number would decide; the byte LM still
+    # scores each byte.
+    run_config, params, _, byte_lm = model_parts(model)
+    patching = PatchingConfig(threshold=NEVER, max_patch_bytes=PATCH_BYTES)
+    decoder = Decoder(run_config, params, patching, byte_lm)
+    text = prompt_at(0, context_bytes)
     sampling = Sampling(temperature=1.0)  # a random model's greedy text runs in circles
 
     def write() -> dict:
-        # A text that ends early would cost less; the next seed's goes on.
+        # A text that ends early would cost less; the next seed's goes on. No buffer fills up.
         for seed in range(TRIES):
             if said := timed(seed):
                 return said
@@ -94,7 +100,8 @@ def context_side(model: BLTConfig, context_bytes: int):
                 before, begun = int(state.costs.latent_runs.sum()), time.perf_counter()
             shape = (decoder.model, sampling.steps, CHUNK)
             state, out, full_B2 = run(*shape, decoder.params, asked, state)
-            if int(out.count_B[0]) < CHUNK or full_B2.any():
+            assert not full_B2.any()
+            if int(out.count_B[0]) < CHUNK:
                 return None
         seconds, written = time.perf_counter() - begun, CHUNK * (CHUNKS - 1)
         patches = int(state.costs.latent_runs.sum()) - before
