@@ -83,7 +83,7 @@ def context_side(model: BLTConfig, context_bytes: int):
     sampling = Sampling(temperature=1.0)  # a random model's greedy text runs in circles
 
     def write() -> dict:
-        # A text that ends early would cost less; the next seed's goes on. No buffer fills up.
+        # A text that ends early would cost less; the next seed's goes on.
         for seed in range(TRIES):
             if said := timed(seed):
                 return said
@@ -100,7 +100,7 @@ def context_side(model: BLTConfig, context_bytes: int):
                 before, begun = int(state.costs.latent_runs.sum()), time.perf_counter()
             shape = (decoder.model, sampling.steps, CHUNK)
             state, out, full_B2 = run(*shape, decoder.params, asked, state)
-            assert not full_B2.any()
+            assert not full_B2.any()  # there is room for all patches, and for an open one
             if int(out.count_B[0]) < CHUNK:
                 return None
         seconds, written = time.perf_counter() - begun, CHUNK * (CHUNKS - 1)

@@ -1,4 +1,4 @@
-"""Kernels compiled for machines that aren't here: TPUs by libtpu, GPUs by jax's CUDA plugin.
+"""Kernels and exports compiled for machines not here: TPUs by libtpu, GPUs by jax's CUDA plugin.
 
 Without that plugin (`pip install '.[gpu]'`; no GPU needed) they are lowered to Triton's language.
 
@@ -13,12 +13,15 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import export
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from test_serving import files_of
 
 from bltjax import ahead
 from bltjax.attention import Pooling, Reading, Sliding, range_attention
 from bltjax.chips import read_topology
+from bltjax.serving import Programs, ServingConfig
 
 N, P, K = 16384, 4096, 4
 CASES = {
@@ -143,3 +146,18 @@ def test_compiles_for_v5e(name, devices):
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_for_every_chip(name, chip, dtype, devices):
     check_compiles(devices(chip), name, rows=2, dtype=dtype)
+
+
+def test_exported_programs_compile_for_v5e(devices):
+    """Written for two platforms, each is lowered for the one that runs it."""
+    sharding = SingleDeviceSharding(devices("v5e"))
+    programs = dict(Programs(files_of("newline"), ServingConfig(64, 32, 2)).all())
+    assert sorted(programs) == ["prefill_64", "prepare", "step"]
+    for program in programs.values():
+        read = export.deserialize(program.serialize())
+        arguments, _ = read.in_tree.unflatten(
+            jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
+            for aval in read.in_avals
+        )
+        compiled = jax.jit(read.call).lower(*arguments).compile()
+        assert ahead.used_bytes(compiled) < 2**24

@@ -52,8 +52,6 @@ MODES = {
     "static": (PatchingConfig(mode="static", patch_bytes=5), {}),
     "byte": (PatchingConfig(mode="byte", whole_characters=True), {}),
     "cnn": (PatchingConfig(threshold=5.31, newline_reset=True), {}),
-    # The windows that released models have, rather than rings of 8.
-    "window 512": (PatchingConfig(threshold=5.14), {"encoder": "all"}),
 }
 
 
@@ -73,9 +71,10 @@ def random_params(config, seed=0):
 
 
 @functools.cache
-def made(mode: str, **more) -> tuple[Decoder, BLTConfig, PatchingConfig, EntropyModel]:
+def made(
+    mode: str, window: int = WINDOW, **more
+) -> tuple[Decoder, BLTConfig, PatchingConfig, EntropyModel]:
     patching, cross = MODES[mode]
-    window = 512 if mode == "window 512" else WINDOW
     config = dataclasses.replace(
         BLT_CONFIG,
         local=dataclasses.replace(BLT_CONFIG.local, window=window),
@@ -87,9 +86,9 @@ def made(mode: str, **more) -> tuple[Decoder, BLTConfig, PatchingConfig, Entropy
     return Decoder(run, random_params(config), patching, byte_lm, **more), config, patching, byte_lm
 
 
-def full_forward(mode: str, texts: list[bytes]):
+def full_forward(mode: str, texts: list[bytes], window: int = WINDOW):
     """For each text the logits of the whole model, [len + 1, V], and its starts, [len + 2]."""
-    _, config, patching, byte_lm = made(mode)
+    _, config, patching, byte_lm = made(mode, window)
     length = max(map(len, texts)) + 1
     bytes_BN = np.zeros((len(texts), length), np.int32)
     contexts_BN = np.zeros((len(texts), length), np.int32)
@@ -154,10 +153,10 @@ SLOW = (
 )  # fmt: skip
 
 
-def check_cached_equals_full(mode: str, whole: bytes, prompts: list[int], count: int):
-    decoder, *_ = made(mode)
+def check_cached_equals_full(mode, whole: bytes, prompts: list[int], count: int, window=WINDOW):
+    decoder, *_ = made(mode, window)
     texts = [whole[row : row + n + count] for row, n in enumerate(prompts)]
-    expected, starts, near = full_forward(mode, texts)
+    expected, starts, near = full_forward(mode, texts, window)
     logits, opens, memory = followed(decoder, texts, prompts, count)
     for row, n in enumerate(prompts):
         np.testing.assert_array_equal(opens[:, row], starts[row, n + 1 : n + 1 + count])
@@ -170,8 +169,7 @@ def check_cached_equals_full(mode: str, whole: bytes, prompts: list[int], count:
 
 
 @pytest.mark.parametrize(
-    "mode",
-    [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in MODES if m != "window 512"],
+    "mode", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in MODES]
 )
 def test_cached_equals_full(mode):
     """From prompts of nothing to three windows on, over a ring's end and over again."""
@@ -182,7 +180,7 @@ def test_cached_equals_full(mode):
 def test_cached_equals_full_in_wide_windows():
     """The same with windows of 512, over more than two of them, in hundreds of patches."""
     text, prompts, count = "".join(topics.values()).encode(), [0, 511, 512, 1536], 1100
-    starts = check_cached_equals_full("window 512", text, prompts, count)
+    starts = check_cached_equals_full("entropy", text, prompts, count, window=512)
     assert starts[3, : 1536 + count].sum() > 300
 
 
