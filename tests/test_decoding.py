@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from pydoc_data.topics import topics
 
 import jax
@@ -22,7 +23,8 @@ from bltjax.config import (
     RunConfig,
 )
 from bltjax.decoding import Decoder, grow, padded_length, prefill, run, score
-from bltjax.decoding.sampling import Sampling
+from bltjax.decoding.sampling import GREEDY, Sampling
+from bltjax.decoding.speculation import run_rounds
 from bltjax.model import batch_logits, initial_params, make_model
 from bltjax.model.byte_cnn import entropy_table, table_entropies
 from bltjax.model.byte_lm import ByteLM, entropies_of
@@ -254,6 +256,22 @@ def test_one_program_for_each_bucket():
     for length in lengths:
         list(decoder.generate([TEXT.encode()[:length]], max_bytes=1))
     assert [program._cache_size() for program in programs] == [len(buckets)] * 2 + [1, 1]
+
+
+@pytest.mark.parametrize("draft", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_caches_are_written_in_place(draft):
+    """A step costs what it reads: the loop's program for one row copies no cache."""
+    decoder, *_ = made("entropy", window=24, draft=draft)
+    state, asked = decoder.begun([TEXT.encode()], 1, GREEDY, 0, [])
+    if draft:
+        lowered = run_rounds.lower(decoder.model, draft + 1, 32, decoder.params, asked, state)
+    else:
+        lowered = run.lower(decoder.model, GREEDY.steps, 32, decoder.params, asked, state)
+    memory, text = state.memory, lowered.compile().as_text()
+    assert "dynamic-update-slice" in text
+    for caches in (memory.scorer, memory.encoder, memory.latent, memory.decoder):
+        sides = ",".join(map(str, caches[0].k_BJTC.shape[1:]))  # of one row, which may go unsaid
+        assert not re.findall(rf"= f32\[(?:1,)?{sides}\]\S* copy\(.*", text), sides
 
 
 def test_settings_are_data():

@@ -14,7 +14,7 @@ from flax import linen as nn
 from bltjax.alphabet import VOCABULARY
 from bltjax.attention import Sliding
 from bltjax.config import ByteLMConfig
-from bltjax.model.cache import Places
+from bltjax.model.cache import Places, stored
 from bltjax.model.layers import (
     BlockSize,
     embedded,
@@ -101,7 +101,8 @@ class ByteLM(nn.Module):
 
     def step(self, bytes_BQ, places: Places, caches):
         """Logits [B, Q, V] of new bytes, and the caches with them."""
-        return self.stack(bytes_BQ, places, caches)
+        logits_BQV, fresh = self.stack(bytes_BQ, places, caches)
+        return logits_BQV, stored(caches, fresh, places.slot_BQ, logits_BQV)
 
 
 def entropies_of(logits_BNV):

@@ -5,7 +5,10 @@ of any length are enough. Patches see all patches before them: patch p lies in s
 
     ring, T = 8, W = 6      slot      0   1   2   3   4   5   6   7
     after position 10       position  8   9  10   3   4   5   6   7
-    position 11, slot 3, sees         x   x   x   x           x   x
+    position 11 sees itself and       x   x   x               x   x
+
+New positions see the cache as it was, and themselves; then they are `stored`, in place. Written
+first and read with the others they would cost copies of the whole cache, several a step.
 
 Keys are kept turned by their positions. In a ring the angles are those of `endless_angles`, exact
 at any distance from the text's start. What lies in slots that no position has reached, or in those
@@ -29,7 +32,10 @@ class Cache(NamedTuple):
 
 
 class Places(NamedTuple):
-    """The next positions of each row: their slots, the slots that they see, and their angles."""
+    """The next positions of each row: their slots, what they see, and their angles.
+
+    seen_BQT: of the cache's slots, then of the new positions themselves.
+    """
 
     slot_BQ: jax.Array
     seen_BQT: jax.Array
@@ -45,14 +51,15 @@ def ring_positions(last_B, slots: int):
 def ring_places(count_B, begin_BQ, slots: int, window: int, channels: int, theta: float) -> Places:
     """Places of the positions from `count` on; each sees `window` of them, none before `begin`.
 
-    The ring needs W + Q - 1 slots, or the first query would miss what the last one overwrites.
+    The ring needs W + Q - 1 slots, or the last of positions that are taken back would have
+    overwritten what the first one still sees when it comes again.
     """
     queries = begin_BQ.shape[1]
     assert slots >= window + queries - 1, (slots, window, queries)
     position_BQ = count_B[:, None] + jnp.arange(queries)[None]
-    held_B1T = ring_positions(count_B + queries - 1, slots)[:, None]
+    held_BT = jnp.concatenate([ring_positions(count_B - 1, slots), position_BQ], axis=1)
     oldest_BQ1 = jnp.maximum(position_BQ - window + 1, begin_BQ)[..., None]
-    seen_BQT = (held_B1T >= oldest_BQ1) & (held_B1T <= position_BQ[..., None])
+    seen_BQT = (held_BT[:, None] >= oldest_BQ1) & (held_BT[:, None] <= position_BQ[..., None])
     return Places(position_BQ % slots, seen_BQT, endless_angles(position_BQ, channels, theta))
 
 
@@ -75,6 +82,18 @@ def written(cache: Cache, k_BQJC, v_BQJC, slot_BQ) -> Cache:
     return Cache(each_row(cache.k_BJTC, k_BQJC), each_row(cache.v_BJTC, v_BQJC))
 
 
+def stored(caches, fresh, slot_BQ, after) -> tuple[Cache, ...]:
+    """The caches of a stack with the keys and values of new positions in their slots.
+
+    after: the stack's outcome. XLA writes in place only where it can tell that whatever reads the
+    old values comes first. So the slots are made to depend on what all layers' reads lead to.
+    """
+    slots = caches[0].k_BJTC.shape[2] if caches else 0
+    no_bound = jnp.where(after.ravel()[0] > 0, slots, slots + 1)
+    slot_BQ = jnp.minimum(slot_BQ, no_bound)
+    return tuple(written(cache, *kv, slot_BQ) for cache, kv in zip(caches, fresh, strict=True))
+
+
 def ring_of(k_BNJC, v_BNJC, length_B, slots: int, theta: float) -> Cache:
     """The ring of rows whose first `length` positions were run at once; keys come unturned."""
     position_BT = ring_positions(length_B - 1, slots)
@@ -88,16 +107,25 @@ def ring_of(k_BNJC, v_BNJC, length_B, slots: int, theta: float) -> Cache:
     return Cache(k_BTJC.transpose(0, 2, 1, 3), v_BTJC.transpose(0, 2, 1, 3))
 
 
-def cached_attention(q_BQHC, cache: Cache, seen_BQT):
-    """softmax(q k / sqrt(C)) v over the slots that each query sees; zeros where it sees none."""
+def cached_attention(q_BQHC, cache: Cache, seen_BQT, fresh=None):
+    """softmax(q k / sqrt(C)) v over the slots that each query sees; zeros where it sees none.
+
+    fresh: (k, v) [B, Q, J, C] of the queries' own positions, which follow the slots in `seen`.
+    """
     rows, queries, heads, channels = q_BQHC.shape
     shared = cache.k_BJTC.shape[1]
     q = q_BQHC.reshape(rows, queries, shared, heads // shared, channels)
     q = q.transpose(0, 2, 3, 1, 4).reshape(rows, shared, -1, channels)
     scores = jnp.einsum("bjmc,bjtc->bjmt", q, cache.k_BJTC, preferred_element_type=jnp.float32)
+    if fresh:
+        own = jnp.einsum("bjmc,btjc->bjmt", q, fresh[0], preferred_element_type=jnp.float32)
+        scores = jnp.concatenate([scores, own], axis=-1)
     scores = scores.reshape(rows, shared, heads // shared, queries, -1)
     probs = masked_softmax(scores * channels**-0.5, seen_BQT[:, None, None])
     probs = probs.reshape(rows, shared, -1, probs.shape[-1]).astype(cache.v_BJTC.dtype)
-    out = jnp.einsum("bjmt,bjtc->bjmc", probs, cache.v_BJTC)
+    slots = cache.v_BJTC.shape[2]
+    out = jnp.einsum("bjmt,bjtc->bjmc", probs[..., :slots], cache.v_BJTC)
+    if fresh:
+        out += jnp.einsum("bjmt,btjc->bjmc", probs[..., slots:], fresh[1])
     out = out.reshape(rows, shared, heads // shared, queries, channels)
     return out.transpose(0, 3, 1, 2, 4).reshape(q_BQHC.shape)

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from bltjax.attention import Sliding
 from bltjax.config import BLTConfig
-from bltjax.model.cache import Places
+from bltjax.model.cache import Places, stored
 from bltjax.model.layers import Block, BlockSize, project, rematerialised, truncated_normal
 from bltjax.patches import Ranges
 from bltjax.rotary import rotary_angles
@@ -84,7 +84,10 @@ class LatentTransformer(nn.Module):
         Patches lie in the caches in order, each row's from slot 0 on; the text is one document.
         """
         size, slots = block_size(self.config.latent), caches[0].k_BJTC.shape[2]
-        seen_BPT = jnp.arange(slots)[None, None] <= index_BP[..., None]
+        # The patches before the first of these, then these, each with those before it.
+        before_B1T = jnp.arange(slots)[None, None] < index_BP[:, :1, None]
+        before_BPT = jnp.broadcast_to(before_B1T, (*index_BP.shape, slots))
+        seen_BPT = jnp.concatenate([before_BPT, index_BP[:, None] <= index_BP[..., None]], axis=2)
         places = Places(
             jnp.minimum(index_BP, slots - 1),
             seen_BPT,
@@ -92,9 +95,9 @@ class LatentTransformer(nn.Module):
         )
         x_BPD, kept = self.widened(slots_BSE), []
         for block, cache in zip(self.blocks, caches, strict=True):
-            x_BPD, cache = block(x_BPD, places, cache)
-            kept.append(cache)
-        return x_BPD, tuple(kept)
+            x_BPD, fresh = block(x_BPD, places, cache)
+            kept.append(fresh)
+        return x_BPD, stored(caches, kept, places.slot_BQ, x_BPD)
 
 
 def unscanned(latent_params) -> dict:

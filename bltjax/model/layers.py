@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from bltjax.attention import OUTCOME, Pattern, range_attention
 from bltjax.config import RopeScalingConfig
-from bltjax.model.cache import Cache, Places, cached_attention, written
+from bltjax.model.cache import Cache, Places, cached_attention
 from bltjax.patches import Ranges
 from bltjax.rotary import rotary_angles, rotate
 from bltjax.sharding import constrained, gathered, gathers, summed_by_rows
@@ -114,8 +114,8 @@ class Block(nn.Module):
 
     `past`, if given, is (k, v) of the keys before x's own, not yet rotated; `ranges` then counts
     from the oldest of them, and the block returns the newest of all keys, as many as came in.
-    Without it the block returns x's own. With a `Cache` instead, and `Places` for ranges, x's keys
-    go into the cache, which x sees and which is returned.
+    Without it the block returns x's own. With a `Cache` instead, and `Places` for ranges, x sees
+    the cache and its own keys, which are returned as the cache has to keep them.
     """
 
     size: BlockSize
@@ -146,8 +146,8 @@ class Block(nn.Module):
         q = constrained(q, f"q_BQ{H}C")
         k, v = constrained(k, f"k_BT{J}C"), constrained(v, f"v_BT{J}C")
         if isinstance(past, Cache):
-            kept = written(past, rotate(k, ranges.angles), v, ranges.slot_BQ)
-            out = cached_attention(rotate(q, ranges.angles), kept, ranges.seen_BQT)
+            kept = (rotate(k, ranges.angles), v)
+            out = cached_attention(rotate(q, ranges.angles), past, ranges.seen_BQT, kept)
         else:
             kept = (k, v)
             if past is not None:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from bltjax.alphabet import VOCABULARY
 from bltjax.attention import Reading, Sliding
 from bltjax.config import BLTConfig
-from bltjax.model.cache import Cache, Places
+from bltjax.model.cache import Cache, Places, stored
 from bltjax.model.cross_attention import CrossAttention, attending_layers
 from bltjax.model.layers import project, rematerialised, rms_norm, truncated_normal
 from bltjax.model.local_encoder import block_size
@@ -109,6 +109,6 @@ class LocalDecoder(nn.Module):
         for layer, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
             if layer < len(self.crosses):
                 x_BQE = self.crosses[layer].step(x_BQE, sources[layer], seen_BQT)
-            x_BQE, cache = block(x_BQE, places, cache)
-            kept.append(cache)
-        return self.logits(x_BQE), tuple(kept)
+            x_BQE, fresh = block(x_BQE, places, cache)
+            kept.append(fresh)
+        return self.logits(x_BQE), stored(caches, kept, places.slot_BQ, x_BQE)

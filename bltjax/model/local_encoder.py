@@ -16,7 +16,7 @@ from flax import linen as nn
 from bltjax.alphabet import VOCABULARY
 from bltjax.attention import Pooling, Sliding
 from bltjax.config import BLTConfig, LocalConfig
-from bltjax.model.cache import Places
+from bltjax.model.cache import Places, stored
 from bltjax.model.cross_attention import CrossAttention, attending_layers
 from bltjax.model.hash_tables import hash_tables, looked_up
 from bltjax.model.layers import BlockSize, embedded, project, rematerialised, truncated_normal
@@ -130,10 +130,10 @@ class LocalEncoder(nn.Module):
         x_BQE = self.embedded(past_BT[:, -queries:], ids_RBQ)
         states, kept = [], []
         for block, cache in zip(self.blocks, caches, strict=True):
-            x_BQE, cache = block(x_BQE, places, cache)
+            x_BQE, fresh = block(x_BQE, places, cache)
             states.append(x_BQE)
-            kept.append(cache)
-        return states, tuple(kept)
+            kept.append(fresh)
+        return states, stored(caches, kept, places.slot_BQ, x_BQE)
 
     def offered(self, states):
         """What a patch needs of its bytes when it closes: for each pooling layer the states, for
