@@ -24,9 +24,12 @@ def as_bytes(text: str | bytes) -> bytes:
 def encode(text: str | bytes, *, bos: bool = True, eos: bool = True) -> np.ndarray:
     """Ids of a text as int32 [bos + bytes + eos]."""
     body = np.frombuffer(as_bytes(text), np.uint8)
-    ids_N = np.full(bos + len(body) + eos, EOS, np.int32)
+    ids_N = np.empty(bos + len(body) + eos, np.int32)
     ids_N[:bos] = BOS
-    np.add(body, OFFSET, out=ids_N[bos : bos + len(body)], dtype=np.int32)
+    ids_N[bos + len(body) :] = EOS
+    text_N = ids_N[bos : bos + len(body)]
+    text_N[:] = body  # first widened, then added to: in one call numpy goes through a buffer
+    text_N += OFFSET
     return ids_N
 
 

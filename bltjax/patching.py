@@ -77,7 +77,7 @@ def trace_starts(config: PatchingConfig, ids_N, entropies_N=None) -> Trace:
                     f"entropy patching needs one entropy per position: ids are"
                     f" {tuple(ids_N.shape)}, entropies {found}"
                 )
-            entropies_N = entropies_N.astype(xp.float32)
+            entropies_N = entropies_N.astype(xp.float32, copy=False)
             now_N1 = shifted(xp, entropies_N, 1, 0.0)
             if config.monotonic or config.threshold_add is not None:
                 before_N1 = shifted(xp, entropies_N, 2, 0.0)
@@ -160,10 +160,11 @@ def shifted(xp, x_N, by: int, fill):
 
 
 def entropy_opens(xp, config: PatchingConfig, index, now, before):
-    """Starts from position 2 on; H[0], the uncertainty after BOS, is never consulted."""
+    """Starts from position 2 on, where H[0], the uncertainty after BOS, has no say; those before
+    begin patches anyway."""
     high = now > xp.float32(config.threshold)
     if not config.monotonic and config.threshold_add is None:
-        return high & (index >= 2)
+        return high
     rise = now - before  # H[t - 1] - H[t - 2]
     # Both relative modes force a start at 2: the reference fills the first entry of a shortened
     # vector with True, having nothing to compare it with.

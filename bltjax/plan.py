@@ -25,7 +25,7 @@ from bltjax.ahead import (
 from bltjax.chips import Topology, read_topology
 from bltjax.config import ByteLMConfig, RunConfig
 from bltjax.config_file import load_config
-from bltjax.data.packing import empty_rows
+from bltjax.data.packing import unwritten_rows
 from bltjax.decoding import CONTEXT
 from bltjax.flops import paper_flops, recomputed_flops, training_flops
 from bltjax.hlo_collectives import by_kind_and_axis
@@ -101,7 +101,7 @@ class Plan:
 
 def batch_shapes(config: RunConfig):
     """The shapes of a batch as the pipeline makes it."""
-    row = empty_rows(1, config.data.row_bytes)
+    row = unwritten_rows(1, config.data.row_bytes)
     rows = config.data.rows
     return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in row.items()}
 

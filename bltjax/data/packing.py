@@ -36,7 +36,7 @@ def cut(document: Document, patching: PatchingConfig | None) -> tuple[np.ndarray
         if document.entropies is None:
             raise ValueError("entropy patching needs scored documents; run the entropies command")
         # What follows EOS is never predicted; its entropy decides nothing.
-        entropies_N = np.append(document.entropies, np.float32(0))
+        entropies_N = np.concatenate([document.entropies, np.zeros(1, np.float32)])
     starts_N1 = force_starts(patch_starts(patching, ids_N, entropies_N))
     starts_N1[-1] = True
     return ids_N, starts_N1
@@ -66,37 +66,43 @@ def next_piece(ids_N, starts_N1, begin: int, used: int, room: int, patch_room: i
     return Piece(ids_N, starts_N1, begin, end, patches)
 
 
-def empty_rows(rows: int, row_bytes: int) -> dict[str, np.ndarray]:
-    """The arrays of a batch without documents: padding, whose id BOE is 0."""
+def unwritten_rows(rows: int, row_bytes: int) -> dict[str, np.ndarray]:
+    """The arrays of a batch, with anything in them."""
     return {
-        "bytes_BN": np.zeros((rows, row_bytes), np.int32),
-        "targets_BN": np.zeros((rows, row_bytes), np.int32),
-        "weights_BN": np.zeros((rows, row_bytes), np.float32),
-        "starts_BN1": np.zeros((rows, row_bytes + 1), bool),
-        "documents_BN": np.zeros((rows, row_bytes), np.int32),
+        "bytes_BN": np.empty((rows, row_bytes), np.int32),
+        "targets_BN": np.empty((rows, row_bytes), np.int32),
+        "weights_BN": np.empty((rows, row_bytes), np.float32),
+        "starts_BN1": np.empty((rows, row_bytes + 1), bool),
+        "documents_BN": np.empty((rows, row_bytes), np.int32),
     }
 
 
 def lay_out(pieces: Sequence[Piece], row: dict[str, np.ndarray]) -> None:
-    """Writes pieces into one row of `empty_rows`, [N] of each array."""
+    """Writes all of one row of `unwritten_rows`, [N] of each array: 0, the id BOE, as padding."""
     place = 0
     for number, (ids_N, starts_N1, begin, end, _) in enumerate(pieces, start=1):
         size = end - begin
         here = slice(place, place + size)
         targets_N = ids_N[begin + 1 : end + 1]  # one fewer than bytes where the document ends
         row["bytes_BN"][here] = ids_N[begin:end]
-        row["targets_BN"][place : place + len(targets_N)] = targets_N
-        row["weights_BN"][place : place + len(targets_N)] = 1
+        predicts = place + len(targets_N)
+        row["targets_BN"][place:predicts] = targets_N
+        row["targets_BN"][predicts : place + size] = 0
+        row["weights_BN"][place:predicts] = 1
+        row["weights_BN"][predicts : place + size] = 0
         row["starts_BN1"][place : place + size + 1] = starts_N1[begin : end + 1]
         row["documents_BN"][here] = number
         place += size
+    for name, array in row.items():
+        # The start after the last byte is the document's, and stays.
+        array[place + (name == "starts_BN1" and place > 0) :] = 0
     if place:
         row["starts_BN1"][:2] = True
 
 
 def batch_of(rows: Sequence[Sequence[Piece]], row_bytes: int) -> dict[str, np.ndarray]:
     """A batch, row by row; rows are written where they stay."""
-    batch = empty_rows(len(rows), row_bytes)
+    batch = unwritten_rows(len(rows), row_bytes)
     for number, pieces in enumerate(rows):
         lay_out(pieces, {name: array[number] for name, array in batch.items()})
     return batch
@@ -155,8 +161,8 @@ class Packer:
         return Candidate(key, ids_N, starts_N1, size, since, position)
 
     def wait(self, candidate: Candidate) -> None:
-        size_2 = np.array(candidate.size) / (self.row_bytes, self.row_patches)
-        self.shares_Q2[len(self.waiting)] = size_2
+        size, patches = candidate.size
+        self.shares_Q2[len(self.waiting)] = size / self.row_bytes, patches / self.row_patches
         self.waiting.append(candidate)
 
     def pick(self, used: int, patches: int) -> Candidate:

@@ -106,6 +106,17 @@ class Stream:
         self.packer.restore(state["packer"])
 
 
+class Snapshot(dict):
+    """A state that is made anew for each who asks, and that nobody changes.
+
+    grain copies the state of every batch, in depth. For what waits in all streams that would take
+    half as long again as making the batch.
+    """
+
+    def __deepcopy__(self, memo) -> "Snapshot":
+        return self
+
+
 class Batches(grain.IterDataset):
     """Batches of the rows of some streams, each array [streams, ...]."""
 
@@ -127,7 +138,7 @@ class BatchIterator(grain.DatasetIterator):
         return batch_of([stream.packer.next_row() for stream in streams], streams[0].row_bytes)
 
     def get_state(self) -> dict:
-        return {str(number): stream.state() for number, stream in self._streams.items()}
+        return Snapshot((str(number), stream.state()) for number, stream in self._streams.items())
 
     def set_state(self, state: dict) -> None:
         missing = [number for number in self._streams if str(number) not in state]

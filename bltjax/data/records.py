@@ -25,6 +25,9 @@ MAGIC = b"BLT1"
 HEADER = struct.Struct("<4sII")
 MANIFEST = "manifest.json"
 VERSION = 1
+# Entropies, four fifths of a record, hardly compress: zstd makes records of English 9 % smaller
+# than snappy does, but reading them takes longer by a sixth of what making rows takes.
+OPTIONS = "group_size:1,snappy"
 # Ends the identity of a byte LM whose context began anew with each newline.
 NEWLINE_RESET = "+newline_reset"
 
@@ -114,7 +117,7 @@ def write_shard(path: epath.Path, records: Iterable[bytes], writer_name: str = "
     folder = scratch() if is_remote(path) else Path(path).parent
     partial = folder / f".{path.name}.{writer_name}partial"
     try:
-        writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,zstd:3")
+        writer = array_record_module.ArrayRecordWriter(str(partial), OPTIONS)
         try:
             for record in records:
                 writer.write(record)
