@@ -160,8 +160,10 @@ def shifted(xp, x_N, by: int, fill):
 
 
 def entropy_opens(xp, config: PatchingConfig, index, now, before):
-    """Starts from position 2 on, where H[0], the uncertainty after BOS, has no say; those before
-    begin patches anyway."""
+    """Whether positions from 2 on are starts; H[0], the uncertainty after BOS, has no say there.
+
+    What it says of positions 0 and 1 doesn't matter: they begin patches anyway.
+    """
     high = now > xp.float32(config.threshold)
     if not config.monotonic and config.threshold_add is None:
         return high

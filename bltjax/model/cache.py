@@ -8,7 +8,7 @@ of any length are enough. Patches see all patches before them: patch p lies in s
     position 11 sees itself and       x   x   x               x   x
 
 New positions see the cache as it was, and themselves; then they are `stored`, in place. Written
-first and read with the others they would cost copies of the whole cache, several a step.
+first and read with the others they would cost copies of the whole cache, several a step of one row.
 
 Keys are kept turned by their positions. In a ring the angles are those of `endless_angles`, exact
 at any distance from the text's start. What lies in slots that no position has reached, or in those
@@ -123,9 +123,10 @@ def cached_attention(q_BQHC, cache: Cache, seen_BQT, fresh=None):
     scores = scores.reshape(rows, shared, heads // shared, queries, -1)
     probs = masked_softmax(scores * channels**-0.5, seen_BQT[:, None, None])
     probs = probs.reshape(rows, shared, -1, probs.shape[-1]).astype(cache.v_BJTC.dtype)
-    slots = cache.v_BJTC.shape[2]
-    out = jnp.einsum("bjmt,bjtc->bjmc", probs[..., :slots], cache.v_BJTC)
+    slots, float32 = cache.v_BJTC.shape[2], jnp.float32  # of both parts, so that it rounds once
+    old, own = probs[..., :slots], probs[..., slots:]
+    out = jnp.einsum("bjmt,bjtc->bjmc", old, cache.v_BJTC, preferred_element_type=float32)
     if fresh:
-        out += jnp.einsum("bjmt,btjc->bjmc", probs[..., slots:], fresh[1])
-    out = out.reshape(rows, shared, heads // shared, queries, channels)
+        out += jnp.einsum("bjmt,btjc->bjmc", own, fresh[1], preferred_element_type=float32)
+    out = out.astype(cache.v_BJTC.dtype).reshape(rows, shared, heads // shared, queries, channels)
     return out.transpose(0, 3, 1, 2, 4).reshape(q_BQHC.shape)

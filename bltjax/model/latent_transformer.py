@@ -79,7 +79,7 @@ class LatentTransformer(nn.Module):
         return x_BPD, kept
 
     def step(self, slots_BSE, index_BP, caches):
-        """Latent states [B, P, D] of patches `index`, and the caches with them (`scanned` False).
+        """Latent states [B, P, D] of consecutive patches, the caches with them (`scanned` False).
 
         Patches lie in the caches in order, each row's from slot 0 on; the text is one document.
         """

@@ -115,7 +115,7 @@ class Block(nn.Module):
     `past`, if given, is (k, v) of the keys before x's own, not yet rotated; `ranges` then counts
     from the oldest of them, and the block returns the newest of all keys, as many as came in.
     Without it the block returns x's own. With a `Cache` instead, and `Places` for ranges, x sees
-    the cache and its own keys, which are returned as the cache has to keep them.
+    the cache and its own positions, whose keys and values are returned as a cache keeps them.
     """
 
     size: BlockSize
