@@ -77,6 +77,12 @@ def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
         # which must not come between those of the steps.
         everyone = set(range(process_count()))
         processes = ocp.options.MultiprocessingOptions(active_processes=everyone)
+    # Made asynchronously, folders may not be there when a process writes its streams: it asks once
+    # whether there is anything to wait for, and process 0 may not have said so yet. Its part would
+    # be missing, and the others would wait for it until SAVE_SECONDS have passed.
+    writing = ocp.options.AsyncOptions(
+        timeout_secs=SAVE_SECONDS, create_directories_asynchronously=False
+    )
     folder = workdir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     return ocp.CheckpointManager(
@@ -87,7 +93,7 @@ def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
             create=False,
             cleanup_tmp_directories=True,  # what was cut off
             multiprocessing_options=processes,
-            async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_SECONDS),
+            async_options=writing,
         ),
     )
 

@@ -123,6 +123,35 @@ def test_another_mesh_and_process_count_resumes(runs, tmp_path):
         assert losses(copy) == pytest.approx(losses(whole), abs=1e-5)
 
 
+LATE_FOLDERS = """
+import asyncio
+from orbax.checkpoint._src.futures import future
+from orbax.checkpoint._src.path import atomicity
+
+create = atomicity.AtomicRenameTemporaryPath.create
+
+async def late(self):
+    await asyncio.sleep(1)
+    return await create(self)
+
+atomicity.AtomicRenameTemporaryPath.create = late
+contract = future.AwaitableSignalsContract
+contract.get_awaitable_signals_from_contract = classmethod(
+    lambda cls, operation_id=None: []
+)
+"""
+
+
+@pytest.mark.slow
+def test_folders_of_a_checkpoint_come_late(runs, tmp_path, monkeypatch):
+    """Process 1 would write before process 0 has made the folders, and never heard of waiting."""
+    (tmp_path / "sitecustomize.py").write_text(LATE_FOLDERS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pod(2, 1, command(runs, "byte_lm", tmp_path / "run"))
+    monkeypatch.undo()
+    assert losses(tmp_path / "run") == pytest.approx(losses(runs.byte_lm), abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     return faults.Work(tmp_path_factory.mktemp("faults"))
