@@ -38,6 +38,13 @@ def text() -> bytes:
     return "".join(topics.values()).encode()
 
 
+def without_specials(params: dict) -> dict:
+    """The parameters of a model with no weight for specials in its head, changed in place."""
+    owner = params.get("decoder", params)
+    owner["head_EV"] = owner["head_EV"] * (np.arange(VOCABULARY) >= OFFSET)[None]
+    return params
+
+
 def random_params(run: RunConfig, seed: int) -> dict:
     """Parameters as training begins with them, but for the head's columns of specials."""
     import jax
@@ -46,9 +53,7 @@ def random_params(run: RunConfig, seed: int) -> dict:
 
     model = make_model(run.model, 2, np.float32, None)
     params = jax.jit(lambda key: initial_params(model, key))(jax.random.key(seed))
-    owner = params["decoder"] if run.blt else params
-    owner["head_EV"] = owner["head_EV"] * (np.arange(VOCABULARY) >= OFFSET)[None]
-    return params
+    return without_specials(params)
 
 
 @functools.cache

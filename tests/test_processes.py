@@ -148,7 +148,6 @@ def test_folders_of_a_checkpoint_come_late(runs, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(LATE_FOLDERS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     pod(2, 1, command(runs, "byte_lm", tmp_path / "run"))
-    monkeypatch.undo()
     assert losses(tmp_path / "run") == pytest.approx(losses(runs.byte_lm), abs=1e-5)
 
 

@@ -15,7 +15,8 @@ from jax import export
 from test_commands import error_of
 from test_decoding import BYTE_LM, TEXT, made, random_params
 
-from bltjax.alphabet import OFFSET, VOCABULARY, encode
+from bltjax.alphabet import OFFSET, encode
+from bltjax.benchmark_generate import without_specials
 from bltjax.config import PatchingConfig, RunConfig
 from bltjax.decoding import Decoder
 from bltjax.evaluate import run_patching
@@ -112,10 +113,7 @@ def test_a_server_without_our_code_writes_the_same(runs, tmp_path, capsys):
 
 def endless_params(config):
     """Random parameters of a model whose greedy text never ends: its specials have no weight."""
-    params = jax.tree.map(np.asarray, random_params(config))
-    owner = params.get("decoder", params)
-    owner["head_EV"] = owner["head_EV"] * (np.arange(VOCABULARY) >= OFFSET)[None]
-    return params
+    return without_specials(jax.tree.map(np.asarray, random_params(config)))
 
 
 def files_of(mode: str) -> ModelFiles:

@@ -79,6 +79,9 @@ def unwritten_rows(rows: int, row_bytes: int) -> dict[str, np.ndarray]:
 
 def lay_out(pieces: Sequence[Piece], row: dict[str, np.ndarray]) -> None:
     """Writes all of one row of `unwritten_rows`, [N] of each array: 0, the id BOE, as padding."""
+    used = sum(piece.end - piece.begin for piece in pieces)
+    for array in row.values():
+        array[used:] = 0  # whether a patch begins after the last byte, its piece says below
     place = 0
     for number, (ids_N, starts_N1, begin, end, _) in enumerate(pieces, start=1):
         size = end - begin
@@ -93,10 +96,7 @@ def lay_out(pieces: Sequence[Piece], row: dict[str, np.ndarray]) -> None:
         row["starts_BN1"][place : place + size + 1] = starts_N1[begin : end + 1]
         row["documents_BN"][here] = number
         place += size
-    for name, array in row.items():
-        # The start after the last byte is the document's, and stays.
-        array[place + (name == "starts_BN1" and place > 0) :] = 0
-    if place:
+    if used:
         row["starts_BN1"][:2] = True
 
 

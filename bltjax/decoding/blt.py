@@ -267,10 +267,7 @@ class CachedBLT:
         places = self.places(memory.count_B, 1)
         states, encoder = apply(weights, past_BT, places, memory.encoder, method="step")
         pooled, sources = apply(weights, states, method="offered")
-        offered = tuple(
-            written(cache, k, v, memory.open_B[:, None])
-            for cache, (k, v) in zip(memory.offered, sources, strict=True)
-        )
+        offered = written(memory.offered, sources, memory.open_B[:, None])
 
         changed = {
             "past_BT": past_BT,

@@ -120,9 +120,7 @@ def verified(model: CachedBLT, params, memory: Memory, ids_BQ, states, go_B) -> 
     opens_BQ, running = opens_QB.T, tuple(x_QBE.swapaxes(0, 1) for x_QBE in running)
 
     slot_BQ = memory.open_B[:, None] + jnp.arange(queries)[None]
-    offered = tuple(
-        written(cache, k, v, slot_BQ) for cache, (k, v) in zip(memory.offered, sources, strict=True)
-    )
+    offered = written(memory.offered, sources, slot_BQ)
     # The patches that close, in order, then as many that don't, which see nothing and which
     # nothing sees: their slots in the latent caches lie beyond every patch that counts.
     order_BQ = jnp.argsort(~opens_BQ, axis=1, stable=True)

@@ -63,8 +63,8 @@ def ring_places(count_B, begin_BQ, slots: int, window: int, channels: int, theta
     return Places(position_BQ % slots, seen_BQT, endless_angles(position_BQ, channels, theta))
 
 
-def written(cache: Cache, k_BQJC, v_BQJC, slot_BQ) -> Cache:
-    """The cache with new keys and values in their slots."""
+def written(caches, fresh, slot_BQ) -> tuple[Cache, ...]:
+    """The caches with new keys and values, (k, v) [B, Q, J, C] for each, in their slots."""
 
     def write(old_JTC, new_QJC, slot_Q):
         if slot_Q.shape[0] == 1:  # in place, where a scatter would be a loop
@@ -79,19 +79,18 @@ def written(cache: Cache, k_BQJC, v_BQJC, slot_BQ) -> Cache:
             return write(old_BJTC[0], new_BQJC[0], slot_BQ[0])[None]
         return jax.vmap(write)(old_BJTC, new_BQJC, slot_BQ)
 
-    return Cache(each_row(cache.k_BJTC, k_BQJC), each_row(cache.v_BJTC, v_BQJC))
+    return tuple(Cache(*map(each_row, cache, kv)) for cache, kv in zip(caches, fresh, strict=True))
 
 
 def stored(caches, fresh, slot_BQ, after) -> tuple[Cache, ...]:
-    """The caches of a stack with the keys and values of new positions in their slots.
+    """The caches of a stack, `written` once all of it has read them.
 
     after: the stack's outcome. XLA writes in place only where it can tell that whatever reads the
     old values comes first. So the slots are made to depend on what all layers' reads lead to.
     """
-    slots = caches[0].k_BJTC.shape[2] if caches else 0
+    slots = caches[0].k_BJTC.shape[2]
     no_bound = jnp.where(after.ravel()[0] > 0, slots, slots + 1)
-    slot_BQ = jnp.minimum(slot_BQ, no_bound)
-    return tuple(written(cache, *kv, slot_BQ) for cache, kv in zip(caches, fresh, strict=True))
+    return written(caches, fresh, jnp.minimum(slot_BQ, no_bound))
 
 
 def ring_of(k_BNJC, v_BNJC, length_B, slots: int, theta: float) -> Cache:
