@@ -63,6 +63,16 @@ def test_lowers_for_cuda(name):
         assert kernel in text
 
 
+def test_exact_products_are_three_of_tf32_on_cuda():
+    """All products of the three kernels; bfloat16 is multiplied as it is."""
+    preset = "TF32_TF32_F32_X3"
+    with jax.default_matmul_precision("highest"):
+        program = traced("no multiples", "pallas_gpu", dtype=jnp.float32)
+        assert str(program.jaxpr).count(preset) == 2 + 3 + 4
+        assert preset not in str(traced("no multiples", "pallas_gpu").jaxpr)
+    assert preset not in str(traced("no multiples", "pallas_gpu", dtype=jnp.float32).jaxpr)
+
+
 @pytest.fixture(scope="module")
 def no_cache():
     with ahead.no_cache():
