@@ -23,6 +23,7 @@ from bltjax.config import (
     RunConfig,
 )
 from bltjax.decoding import Decoder, grow, padded_length, prefill, run, score
+from bltjax.decoding.loop import kept_places
 from bltjax.decoding.sampling import GREEDY, Sampling
 from bltjax.decoding.speculation import run_rounds
 from bltjax.model import batch_logits, initial_params, make_model
@@ -256,6 +257,16 @@ def test_one_program_for_each_bucket():
     for length in lengths:
         list(decoder.generate([TEXT.encode()[:length]], max_bytes=1))
     assert [program._cache_size() for program in programs] == [len(buckets)] * 2 + [1, 1]
+
+
+def test_what_is_not_kept_is_put_nowhere():
+    """Nor where its place lies when it is counted through the whole array."""
+    kept_BQ = jnp.array([[True, False, False], [False, True, True]])
+    places = kept_places((2, 5), jnp.array([[2, 3, 4], [2, 3, 4]]), kept_BQ)
+    found = jnp.zeros((2, 5)).at[places].set(1.0, mode="drop")
+    np.testing.assert_array_equal(found, [[0, 0, 1, 0, 0], [0, 0, 0, 1, 1]])
+    rows_BQ, columns_BQ = map(np.asarray, places)
+    assert (5 * rows_BQ + columns_BQ)[~kept_BQ].min() >= 10
 
 
 @pytest.mark.parametrize("draft", [0, pytest.param(3, marks=pytest.mark.slow)])

@@ -93,6 +93,23 @@ def written_by(rows: int, chunk: int) -> Written:
     )
 
 
+def added(out: Written, values, at_BQ, kept_BQ) -> tuple[jax.Array, ...]:
+    """The arrays of what was written with new values, [B] or [B, Q], where they are kept."""
+    places = kept_places(out.ids_BN.shape, at_BQ, kept_BQ)
+    new = zip(out[1:], values, strict=True)
+    return tuple(x_BN.at[places].set(x_BQ, mode="drop") for x_BN, x_BQ in new)
+
+
+def kept_places(shape, at_BQ, kept_BQ):
+    """Rows and columns of [B, N]; beyond both where nothing is kept, so that it is dropped.
+
+    Beyond the columns would do, but with --xla_gpu_deterministic_ops XLA takes such a place for the
+    first of the next row.
+    """
+    row_BQ = jnp.arange(shape[0]).reshape(-1, *[1] * (at_BQ.ndim - 1))
+    return jnp.where(kept_BQ, row_BQ, shape[0]), jnp.where(kept_BQ, at_BQ, shape[1])
+
+
 def when(condition, change, state):
     """change(state) where a condition holds; unlike `lax.cond` it changes the state in place."""
     _, state = jax.lax.while_loop(
@@ -138,21 +155,15 @@ def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Wr
     drawn_BV = candidates(steps, asked.numbers, logits_BV, state.used_BV, state.utf8_B, left_B)
     id_B = chosen(steps, drawn_BV, state.keys_B, state.made_B)
 
-    row_B = jnp.arange(id_B.shape[0])
-    at_B = jnp.where(go_B, out.count_B, out.ids_BN.shape[1])  # beyond the end: dropped
-
-    def put(x_BN, new_B):
-        return x_BN.at[row_B, at_B].set(new_B, mode="drop")
-
     log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     entropy_B = memory.cursor.entropy_B if patches else entropies_of(logits_BV)
-    out = Written(
-        out.count_B + go_B,
-        put(out.ids_BN, id_B),
-        put(out.log_probs_BN, jnp.take_along_axis(log_probs_BV, id_B[:, None], axis=1)[:, 0]),
-        put(out.entropies_BN, entropy_B),
-        put(out.opens_BN, memory.opens_B if patches else jnp.zeros_like(go_B)),
+    values = (
+        id_B,
+        jnp.take_along_axis(log_probs_BV, id_B[:, None], axis=1)[:, 0],
+        entropy_B,
+        memory.opens_B if patches else jnp.zeros_like(go_B),
     )
+    out = Written(out.count_B + go_B, *added(out, values, out.count_B, go_B))
 
     made_B = state.made_B + go_B
     tail_BT = jnp.concatenate([state.tail_BT[:, 1:], id_B[:, None]], axis=1)

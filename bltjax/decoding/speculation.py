@@ -29,6 +29,7 @@ from bltjax.decoding.loop import (
     Asked,
     State,
     Written,
+    added,
     when,
     written_by,
 )
@@ -255,12 +256,7 @@ def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out
     )
     at_BQ = out.count_B[:, None] + place_1Q
     kept_BQ = go_B[:, None] & (place_1Q < taken_B[:, None])
-    at_BQ = jnp.where(kept_BQ, at_BQ, out.ids_BN.shape[1])  # beyond the end: dropped
-    row_B1 = jnp.arange(len(ids_BQ))[:, None]
-    written_now = (
-        x_BN.at[row_B1, at_BQ].set(x_BQ, mode="drop")
-        for x_BN, x_BQ in zip(out[1:], values, strict=True)
-    )
+    written_now = added(out, values, at_BQ, kept_BQ)
     taken_B = taken_B * go_B
     tail_BT = jnp.concatenate([state.tail_BT, ids_BQ], axis=1)
     at_BT = taken_B[:, None] + jnp.arange(state.tail_BT.shape[1])[None]
