@@ -53,26 +53,25 @@ MALLOC = (
 ROW_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 
 
-# By side: what makes its step, of the numbers on the worker's command line, and how many steps it
-# is given before it is measured. The heap of training grows for a few steps.
+# By side: what makes its step, of what the worker was given, and how many steps it is given before
+# it is measured. The heap of training grows for a few steps.
 SIDES = {
     "ours": (lambda *size: our_step(run_config(*size)), 4),
     "transformers": (lambda *size: transformers_step(run_config(*size)), 4),
     "cached": (lambda *where: cached_side(MODEL, *where), 1),
     "whole": (lambda *where: whole_side(MODEL, *where), 1),
     "port": (lambda *where: port_side(MODEL, *where), 0),
-    "context": (lambda length: context_side(MODEL, length), 1),
+    "context": (lambda length, config: context_side(config or MODEL, length), 1),
 }
 
 
 class Worker:
     """A process that holds one side's step and runs it when told to."""
 
-    def __init__(self, side: str, threads: int, *numbers: int):
+    def __init__(self, side: str, threads: int, *given: int | str):
         self.side = side
-        command = [sys.executable, "-m", "bltjax.benchmark", side, threads, *numbers]
         self.process = subprocess.Popen(
-            list(map(str, command)),
+            [sys.executable, "-m", "bltjax.benchmark", json.dumps([side, threads, *given])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -101,16 +100,16 @@ class Worker:
         self.process.wait()
 
 
-def serve(side: str, threads: int, *numbers: int) -> None:
+def serve(side: str, threads: int, *given: int | str) -> None:
     """The worker's side of the pipe: one JSON line when ready, and one for each step."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     try:
         make, warm_up = SIDES[side]
-        run, said = make(*numbers), {}
+        run, said = make(*given), {}
         for _ in range(warm_up):
             said = run()
     except (ValueError, MemoryError, RuntimeError) as error:
-        size = " x ".join(map(str, numbers))
+        size = " x ".join(str(x) for x in given if x != "")
         print(json.dumps({"error": f"{side}, {size}: {error}"}), flush=True)
         return
     print(json.dumps(said), flush=True)
@@ -212,11 +211,11 @@ def row_line(line: dict) -> str:
     return f"{line['row_bytes']:6d} bytes  " + "   ".join(parts)
 
 
-def benchmark_contexts(repeats: int, threads: int, longest: int) -> dict:
+def benchmark_contexts(repeats: int, threads: int, longest: int, config: str) -> dict:
     """ms a byte after growing contexts, prefill not counted, and what is read of caches."""
     lines = []
     for length in (length for length in ROW_LENGTHS if length <= longest):
-        worker = Worker("context", threads, length)
+        worker = Worker("context", threads, length, config)
         try:
             answers = [worker.step() for _ in range(repeats)]
         finally:
@@ -248,7 +247,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--row_bytes", type=int, default=16384, help="slots, attention: bytes in a row"
     )
     parser.add_argument("--rows", type=int, default=1, help="attention: rows of a batch")
-    parser.add_argument("--config", default="configs/blt_1b.py", help="convert: the BLT's config")
+    parser.add_argument(
+        "--config", help="convert: the BLT's (default: configs/blt_1b.py); --contexts: a BLT's"
+    )
     parser.add_argument(
         "--byte_lm", default="configs/byte_lm_100m.py", help="convert: its byte LM's config"
     )
@@ -274,6 +275,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     if args.contexts and (args.what != "generate" or args.peer):
         raise ValueError("--contexts is for benchmark generate, ours alone: drop --peer")
+    if args.config and args.what != "convert" and not args.contexts:
+        raise ValueError("--config is for benchmark convert, and for generate with --contexts")
     if (args.what == "slots") != bool(args.records):
         raise ValueError("benchmark slots, and no other, takes --records FOLDER...")
     if args.what == "slots":
@@ -282,7 +285,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         result = benchmark_input(args.repeats)
     elif args.what == "generate":
         if args.contexts:
-            result = benchmark_contexts(args.repeats, args.threads, args.longest)
+            result = benchmark_contexts(args.repeats, args.threads, args.longest, args.config or "")
         else:
             result = benchmark_generate(args.peer, args.repeats, args.threads, args.prompt_bytes)
     elif args.what == "rows":
@@ -292,7 +295,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     elif args.what == "attention":
         result = benchmark_attention(args.repeats, args.rows, args.row_bytes)
     elif args.what == "convert":
-        result = benchmark_convert(args.config, args.byte_lm, args.folder)
+        result = benchmark_convert(args.config or "configs/blt_1b.py", args.byte_lm, args.folder)
     else:
         result = benchmark_train(args.peer, args.repeats, args.threads)
     if args.json:
@@ -333,4 +336,4 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], *map(int, sys.argv[2:]))
+    serve(*json.loads(sys.argv[1]))

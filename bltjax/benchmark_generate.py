@@ -3,7 +3,8 @@
     cached    ours
     whole     our whole model for every byte: what cached decoding has to beat
     port      transformers' generate, without a cache, the only one that is right there
-    context   ours, from byte to byte alone, after a prompt of any length; it samples
+    context   ours, from byte to byte alone, after a prompt of any length, of this model or of any
+              config; it samples
 
 All have the same weights, with a byte LM of 4 layers, and write the same text greedily. A random
 model's greedy text runs in circles, some of which have no boundary, or hardly anything else; so the
@@ -46,14 +47,21 @@ def without_specials(params: dict) -> dict:
 
 
 def random_params(run: RunConfig, seed: int) -> dict:
-    """Parameters as training begins with them, but for the head's columns of specials."""
+    """Parameters as training begins with them, but for the head's columns of specials; in the
+    dtype that the run computes in, so that no more is ever held."""
     import jax
 
     from bltjax.model import initial_params, make_model
+    from bltjax.training_step import compute_dtype
 
-    model = make_model(run.model, 2, np.float32, None)
-    params = jax.jit(lambda key: initial_params(model, key))(jax.random.key(seed))
-    return without_specials(params)
+    model, dtype = make_model(run.model, 2, np.float32, None), compute_dtype(run)
+
+    @jax.jit
+    def drawn(key):
+        params = without_specials(initial_params(model, key))
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    return drawn(jax.random.key(seed))
 
 
 @functools.cache
@@ -72,8 +80,27 @@ def model_parts(model: BLTConfig):
     return run, random_params(run, 0), patching, byte_lm
 
 
-def context_side(model: BLTConfig, context_bytes: int):
-    """() -> ms a byte after a context, and the bytes of caches that are read for each."""
+def config_parts(path: str):
+    """`model_parts` of a config file's BLT, in its compute dtype, with the released byte LM's sizes
+    where its patches need one."""
+    from bltjax.config_file import load_config
+    from bltjax.scoring import EntropyModel
+
+    run, byte_lm = load_config(path), None
+    if run.blt is None:
+        raise ValueError(f"{path} trains a byte model: --contexts is of a BLT")
+    if run.patching.mode == "entropy":
+        byte_lm_run = RunConfig(byte_lm=ByteLMConfig(), compute_dtype="float32")
+        params = random_params(byte_lm_run, 1)
+        byte_lm = EntropyModel(byte_lm_run.byte_lm, params, "", False, byte_lm_run, 0)
+    return run, random_params(run, 0), run.patching, byte_lm
+
+
+def context_side(model: BLTConfig | str, context_bytes: int):
+    """() -> ms a byte after a context, and the bytes of caches that are read for each.
+
+    model: a BLT to make, or a config file that has one.
+    """
     import jax
 
     from bltjax.decoding import Decoder, run
@@ -81,8 +108,12 @@ def context_side(model: BLTConfig, context_bytes: int):
 
     # Patches of one length after every context, or their number would decide; the byte LM still
     # scores each byte.
-    run_config, params, _, byte_lm = model_parts(model)
-    patching = PatchingConfig(threshold=NEVER, max_patch_bytes=PATCH_BYTES)
+    parts = config_parts(model) if isinstance(model, str) else model_parts(model)
+    run_config, params, patching, byte_lm = parts
+    patching = PatchingConfig(
+        mode="entropy" if byte_lm else "static",
+        threshold=NEVER, max_patch_bytes=PATCH_BYTES, patch_bytes=PATCH_BYTES,
+    )  # fmt: skip
     decoder = Decoder(run_config, params, patching, byte_lm)
     text = prompt_at(0, context_bytes)
     sampling = Sampling(temperature=1.0)  # a random model's greedy text runs in circles

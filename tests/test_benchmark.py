@@ -14,7 +14,7 @@ import pytest
 from bltjax.__main__ import main
 from bltjax.alphabet import encode
 from bltjax.benchmark import MALLOC, Worker
-from bltjax.benchmark_generate import context_words, speed_words
+from bltjax.benchmark_generate import context_side, context_words, speed_words
 from bltjax.benchmark_input import MEAN_PATCH, benchmark_slots, made_records
 from bltjax.benchmark_tables import UPDATES, random_case
 from bltjax.benchmark_train import MODEL, run_config, sample_batch
@@ -107,6 +107,33 @@ def test_contexts(capsys):
     slot = MODEL.latent.layers * 2 * MODEL.latent.width * 4
     # The text begins with patches of two bytes; there is room for a patch for each of 4 bytes more.
     assert round(held / slot, 3) in (512, 1024)
+
+
+@pytest.mark.slow
+def test_contexts_of_a_config(tmp_path):
+    """Any BLT can be timed; one that needs no byte LM gets patches of four bytes by counting."""
+    config = tmp_path / "space.py"
+    config.write_text(f"""
+exec(open({str(Path(__file__).parent / "tiny.py")!r}).read())
+tiny = get_config
+def get_config(_=""):
+    config = tiny("blt")
+    config.data.train.text.path = config.data.held_out.text.path = "unread"
+    config.patching = dict(mode="space")
+    config.compute_dtype = "bfloat16"
+    return config
+""")
+    found = context_side(str(config), 64)()
+    assert found["mean_patch_bytes"] == 4 and found["ms_per_byte"] > 0
+    slot = 2 * 2 * 32 * 2  # layers, keys and values, width, bytes of a bfloat16
+    assert found["latent_cache_bytes_read_per_byte"] * 4 % slot == 0
+    with pytest.raises(ValueError, match="trains a byte model"):
+        context_side("configs/byte_lm_100m.py", 64)
+
+
+def test_config_is_for_two_of_them(capsys):
+    assert main(["benchmark", "train", "--config=configs/blt_1b.py"]) == 1
+    assert "--config is for benchmark convert, and for generate" in capsys.readouterr().err
 
 
 def test_tables(capsys, monkeypatch):
