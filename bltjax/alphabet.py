@@ -21,9 +21,10 @@ def as_bytes(text: str | bytes) -> bytes:
     return text.encode("utf-8", errors="ignore") if isinstance(text, str) else bytes(text)
 
 
-def encode(text: str | bytes, *, bos: bool = True, eos: bool = True) -> np.ndarray:
-    """Ids of a text as int32 [bos + bytes + eos]."""
-    body = np.frombuffer(as_bytes(text), np.uint8)
+def encode(text: str | bytes | np.ndarray, *, bos: bool = True, eos: bool = True) -> np.ndarray:
+    """Ids of a text, or of its bytes as uint8 [len], as int32 [bos + bytes + eos]."""
+    given = isinstance(text, np.ndarray)
+    body = text if given else np.frombuffer(as_bytes(text), np.uint8)
     ids_N = np.empty(bos + len(body) + eos, np.int32)
     ids_N[:bos] = BOS
     ids_N[bos + len(body) :] = EOS

@@ -60,7 +60,7 @@ def usual_threshold(source: Source) -> float:
 def lengths_at(source: Source, threshold: float) -> np.ndarray:
     """Bytes of every patch of the sample, BOS' and EOS' among them."""
     patching = PatchingConfig(threshold=threshold)
-    cuts = (cut(document, patching)[1][:-1] for document in source.sample)
+    cuts = (cut(document, patching).starts_N1[:-1] for document in source.sample)
     return np.concatenate([patch_lengths(starts_N) for starts_N in cuts])
 
 

@@ -56,7 +56,7 @@ def trace_starts(config: PatchingConfig, ids_N, entropies_N=None) -> Trace:
     """`patch_starts`, and what `next_starts` needs to go on from any position."""
     xp = jnp if isinstance(ids_N, jax.Array) else np
     length = ids_N.shape[-1]
-    index_N1 = xp.arange(length + 1)
+    index_N1 = xp.arange(length + 1, dtype=xp.int32)
     if ids_N.ndim > 1:
         index_N1 = xp.broadcast_to(index_N1, (*ids_N.shape[:-1], length + 1))
     past = []
@@ -154,9 +154,14 @@ def opens(xp, config: PatchingConfig, index, past, now, before):
 
 def shifted(xp, x_N, by: int, fill):
     """x[t - by] at t of N + 1 positions, `fill` where there is none."""
+    length = x_N.shape[-1] + 1
+    kept_N = x_N[..., : max(0, length - by)]
+    if xp is np:  # with one copy of what is kept
+        moved_N1 = np.empty((*x_N.shape[:-1], length), x_N.dtype)
+        moved_N1[..., :by], moved_N1[..., by:] = fill, kept_N
+        return moved_N1
     before = xp.full((*x_N.shape[:-1], by), fill, x_N.dtype)
-    kept_N = x_N[..., : max(0, x_N.shape[-1] + 1 - by)]
-    return xp.concatenate([before, kept_N], axis=-1)[..., : x_N.shape[-1] + 1]
+    return xp.concatenate([before, kept_N], axis=-1)[..., :length]
 
 
 def entropy_opens(xp, config: PatchingConfig, index, now, before):

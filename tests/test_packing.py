@@ -70,7 +70,7 @@ def test_exact_packing(seed, row_bytes, data):
     for row in rows:
         check_row(row, row_bytes, row_patches)
     assert (targets_of(rows) == all_targets(documents)).all()
-    fit = [len(i) <= row_bytes and s[:-1].sum() <= row_patches for i, s in cuts_of]
+    fit = [len(d.ids_N) <= row_bytes and d.patches <= row_patches for d in cuts_of]
     assert (cuts == 0) if all(fit) else (cuts > 0)
 
 
@@ -82,12 +82,12 @@ def test_packer_gives_every_target_once(seed, row_bytes, look_ahead, data):
     empty = Document(np.zeros(0, np.uint8), np.zeros(1, np.float32))
     supplied = []
 
-    def supply():
-        supplied.append(len(supplied))
-        return supplied[-1]
-
     def read(key):
         return cut(documents[key] if key < len(documents) else empty, ENTROPY)
+
+    def supply():
+        supplied.append(len(supplied))
+        return supplied[-1], read(supplied[-1])
 
     packer = Packer(supply, read, row_bytes, row_patches, look_ahead)
     rows = []
@@ -106,11 +106,14 @@ def test_state_is_exact():
     documents = random_documents(np.random.default_rng(0), 50, 90)
 
     def packer(counter):
+        def read(key):
+            return cut(documents[key], ENTROPY)
+
         def supply():
             counter[0] += 1
-            return counter[0] % 50
+            return counter[0] % 50, read(counter[0] % 50)
 
-        return Packer(supply, lambda key: cut(documents[key], ENTROPY), 64, 20, 5)
+        return Packer(supply, read, 64, 20, 5)
 
     straight = packer(counter := [0])
     for _ in range(7):
@@ -136,7 +139,8 @@ def test_a_document_that_just_fits_and_one_too_long():
 
 def test_bos_as_a_rows_last_byte_reads_its_own_patch():
     first = Document(np.arange(5, dtype=np.uint8), np.zeros(6, np.float32))  # 7 positions
-    packer = Packer(iter([0, 1, 2]).__next__, lambda key: cut(first, ENTROPY), 8, 8, 1)
+    document = cut(first, ENTROPY)
+    packer = Packer(lambda: (0, document), lambda key: document, 8, 8, 1)
     row, following = (written(packer.next_row(), 8) for _ in range(2))
     assert row["bytes_BN"][7] == BOS and row["starts_BN1"][8]
     assert row["weights_BN"][7] == 1 and following["bytes_BN"][0] == row["targets_BN"][7]
@@ -145,8 +149,8 @@ def test_bos_as_a_rows_last_byte_reads_its_own_patch():
 def test_empty_rows_and_byte_lm_documents():
     row = written([], 8)
     assert not any(array.any() for array in row.values())
-    ids, starts = cut(Document(np.frombuffer(b"abc", np.uint8)), None)
-    assert ids.tolist() == [1, 101, 102, 103, 2] and starts.all()
+    document = cut(Document(np.frombuffer(b"abc", np.uint8)), None)
+    assert document.ids_N.tolist() == [1, 101, 102, 103, 2] and document.starts_N1.all()
 
 
 def test_unscored_documents_are_refused_in_entropy_mode():
@@ -170,8 +174,8 @@ def test_both_fills_over_97_percent_on_a_mixed_corpus(tmp_path):
     space = PatchingConfig(mode="space")
     ids, patches = 0, 0
     for file in tmp_path.iterdir():
-        _, starts = cut(Document(np.frombuffer(file.read_bytes(), np.uint8)), space)
-        ids, patches = ids + len(starts) - 1, patches + int(starts[:-1].sum())
+        document = cut(Document(np.frombuffer(file.read_bytes(), np.uint8)), space)
+        ids, patches = ids + len(document.ids_N), patches + document.patches
     data = dataclasses.replace(data, row_patches=round(2048 * patches / ids))
     batches = iter(training_batches(data, space, seed=0, streams=range(4)))
     found = np.mean([fills(next(batches), data.row_patches) for _ in range(30)], axis=0)

@@ -272,7 +272,7 @@ def test_only_the_first_two_positions_of_a_cut_row_may_lie_inside_a_character(
     if exact:
         rows, _ = pack_exact([document], row_bytes, row_bytes)
     else:
-        packer = Packer(lambda: 0, lambda key: document, row_bytes, row_bytes, 1)
+        packer = Packer(lambda: (0, document), lambda key: document, row_bytes, row_bytes, 1)
         rows = [packer.next_row() for _ in range(12)]
     assert len(rows) > 1
     batch = batch_of(rows, row_bytes)

@@ -11,51 +11,66 @@ chooses, among the documents waiting, the one after which bytes and patches are 
 """
 
 import bisect
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bltjax.alphabet import encode
+from bltjax.alphabet import BOE, encode
 from bltjax.config import PatchingConfig
 from bltjax.data.records import Document
 from bltjax.patching import force_starts, patch_starts
 
 
-def cut(document: Document, patching: PatchingConfig | None) -> tuple[np.ndarray, np.ndarray]:
-    """ids [len + 2] (BOS, bytes, EOS) and starts [len + 3] of a document.
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class CutDocument:
+    """A document as rows take it."""
+
+    ids_N: np.ndarray  # [len + 2]: BOS, bytes, EOS
+    starts_N1: np.ndarray  # [len + 3]
+    patches: int  # that begin at one of its ids
+
+
+def cut(document: Document, patching: PatchingConfig | None) -> CutDocument:
+    """A document and where its patches begin.
 
     Without patching (the byte LM) every position is a start. The position after EOS always is one:
     another document's BOS.
     """
     ids_N = encode(document.text)
     if patching is None:
-        return ids_N, np.ones(len(ids_N) + 1, bool)
+        return CutDocument(ids_N, np.ones(len(ids_N) + 1, bool), len(ids_N))
     entropies_N = None
     if patching.mode == "entropy":
         if document.entropies is None:
             raise ValueError("entropy patching needs scored documents; run the entropies command")
         # What follows EOS is never predicted; its entropy decides nothing.
-        entropies_N = np.concatenate([document.entropies, np.zeros(1, np.float32)])
+        entropies_N = np.zeros(len(ids_N), np.float32)
+        entropies_N[:-1] = document.entropies
     starts_N1 = force_starts(patch_starts(patching, ids_N, entropies_N))
     starts_N1[-1] = True
-    return ids_N, starts_N1
+    return CutDocument(ids_N, starts_N1, np.count_nonzero(starts_N1[:-1]))
 
 
 class Piece(NamedTuple):
     """Positions [begin, end) of a document, as they stand in a row."""
 
-    ids_N: np.ndarray
-    starts_N1: np.ndarray
+    document: CutDocument
     begin: int
     end: int
     patches: int  # that begin in the piece, those that the row forces included
 
 
-def next_piece(ids_N, starts_N1, begin: int, used: int, room: int, patch_room: int) -> Piece:
+def next_piece(document: CutDocument, begin: int, used: int, room: int, patch_room: int) -> Piece:
     """As much of a document from `begin` as a row with `used` bytes still holds."""
-    end = min(len(ids_N), begin + room)
-    opens_N = starts_N1[begin:end]
+    size = len(document.ids_N)
+    if begin == 0 and size <= room and document.patches <= patch_room:
+        # Its first two positions open patches anyway, so a row's start adds none.
+        return Piece(document, 0, size, document.patches)
+    end = min(size, begin + room)
+    opens_N = document.starts_N1[begin:end]
     forced = slice(0, max(0, 2 - used))  # the row's first two positions
     patches = np.count_nonzero(opens_N) + np.count_nonzero(~opens_N[forced])
     if patches > patch_room:
@@ -63,7 +78,7 @@ def next_piece(ids_N, starts_N1, begin: int, used: int, room: int, patch_room: i
         opens_N[forced] = 1
         end = begin + int(np.searchsorted(np.cumsum(opens_N), patch_room, side="right"))
         patches = patch_room
-    return Piece(ids_N, starts_N1, begin, end, patches)
+    return Piece(document, begin, end, patches)
 
 
 def unwritten_rows(rows: int, row_bytes: int) -> dict[str, np.ndarray]:
@@ -77,34 +92,33 @@ def unwritten_rows(rows: int, row_bytes: int) -> dict[str, np.ndarray]:
     }
 
 
-def lay_out(pieces: Sequence[Piece], row: dict[str, np.ndarray]) -> None:
-    """Writes all of one row of `unwritten_rows`, [N] of each array: 0, the id BOE, as padding."""
-    used = sum(piece.end - piece.begin for piece in pieces)
-    for array in row.values():
-        array[used:] = 0  # whether a patch begins after the last byte, its piece says below
-    place = 0
-    for number, (ids_N, starts_N1, begin, end, _) in enumerate(pieces, start=1):
-        size = end - begin
-        here = slice(place, place + size)
-        targets_N = ids_N[begin + 1 : end + 1]  # one fewer than bytes where the document ends
-        row["bytes_BN"][here] = ids_N[begin:end]
-        predicts = place + len(targets_N)
-        row["targets_BN"][place:predicts] = targets_N
-        row["targets_BN"][predicts : place + size] = 0
-        row["weights_BN"][place:predicts] = 1
-        row["weights_BN"][predicts : place + size] = 0
-        row["starts_BN1"][place : place + size + 1] = starts_N1[begin : end + 1]
-        row["documents_BN"][here] = number
-        place += size
-    if used:
-        row["starts_BN1"][:2] = True
+def lay_out(pieces: Sequence[Piece], bytes_N, targets_N, weights_N, starts_N1, documents_N) -> None:
+    """Writes all of one row of `unwritten_rows`: 0, the id BOE, as padding."""
+    place, ends = 0, []
+    for number, (document, begin, end, _) in enumerate(pieces, start=1):
+        next_place = place + end - begin
+        bytes_N[place:next_place] = document.ids_N[begin:end]
+        starts_N1[place : next_place + 1] = document.starts_N1[begin : end + 1]
+        documents_N[place:next_place] = number
+        ends.append((next_place - 1, document.ids_N[end] if end < len(document.ids_N) else BOE))
+        place = next_place
+    for array in (bytes_N, targets_N, weights_N, documents_N):
+        array[place:] = 0
+    starts_N1[place + bool(place) :] = False  # after the last byte stands what its document says
+    if place:
+        starts_N1[:2] = True
+        weights_N[:place] = 1
+        # A target is the next byte, but not across pieces; a document's end has none.
+        targets_N[: place - 1] = bytes_N[1:place]
+        for last, target in ends:
+            targets_N[last], weights_N[last] = target, target != BOE
 
 
 def batch_of(rows: Sequence[Sequence[Piece]], row_bytes: int) -> dict[str, np.ndarray]:
     """A batch, row by row; rows are written where they stay."""
     batch = unwritten_rows(len(rows), row_bytes)
     for number, pieces in enumerate(rows):
-        lay_out(pieces, {name: array[number] for name, array in batch.items()})
+        lay_out(pieces, *(array[number] for array in batch.values()))
     return batch
 
 
@@ -112,9 +126,8 @@ class Candidate(NamedTuple):
     """A document that waits for its row, or is being laid out from `position` on."""
 
     key: Any
-    ids_N: np.ndarray
-    starts_N1: np.ndarray
-    size: tuple[int, int]  # bytes, patches
+    document: CutDocument
+    shares: tuple[float, float]  # of a row's bytes and patches
     since: int = 0  # the pick at which it began to wait
     position: int = 0
 
@@ -122,13 +135,13 @@ class Candidate(NamedTuple):
 class Packer:
     """Rows from an endless supply of keyed documents; its state is a few numbers.
 
-    supply: () -> key of the next document. read: key -> (ids, starts). A key is JSON-able.
+    supply: () -> (key, document), the next one. read: key -> document. A key is JSON-able.
     """
 
     def __init__(
         self,
-        supply: Callable[[], Any],
-        read: Callable[[Any], tuple[np.ndarray, np.ndarray]],
+        supply: Callable[[], tuple[Any, CutDocument]],
+        read: Callable[[Any], CutDocument],
         row_bytes: int,
         row_patches: int,
         look_ahead: int,
@@ -136,7 +149,6 @@ class Packer:
         self.supply, self.read = supply, read
         self.row_bytes, self.row_patches, self.look_ahead = row_bytes, row_patches, look_ahead
         self.waiting: list[Candidate] = []
-        self.shares_Q2 = np.zeros((look_ahead, 2))  # of a row's bytes and patches, by who waits
         self.picks = 0
         self.open: Candidate | None = None
 
@@ -147,38 +159,41 @@ class Packer:
         }
 
     def restore(self, state: dict) -> None:
-        self.waiting = []
-        for key, age in state["waiting"]:
-            self.wait(self.candidate(key, since=self.picks - age))
+        self.waiting = [
+            self.candidate(key, self.read(key), since=self.picks - age)
+            for key, age in state["waiting"]
+        ]
         self.open = None
         if state["open"] is not None:
             key, position = state["open"]
-            self.open = self.candidate(key, position=position)
+            self.open = self.candidate(key, self.read(key), position=position)
 
-    def candidate(self, key: Any, *, since: int = 0, position: int = 0) -> Candidate:
-        ids_N, starts_N1 = self.read(key)
-        size = (len(ids_N), np.count_nonzero(starts_N1[:-1]))
-        return Candidate(key, ids_N, starts_N1, size, since, position)
-
-    def wait(self, candidate: Candidate) -> None:
-        size, patches = candidate.size
-        self.shares_Q2[len(self.waiting)] = size / self.row_bytes, patches / self.row_patches
-        self.waiting.append(candidate)
+    def candidate(self, key: Any, document: CutDocument, **where: int) -> Candidate:
+        shares = len(document.ids_N) / self.row_bytes, document.patches / self.row_patches
+        return Candidate(key, document, shares, **where)
 
     def pick(self, used: int, patches: int) -> Candidate:
         """Takes the waiting document that leaves bytes and patches most evenly used."""
         while len(self.waiting) < self.look_ahead:
-            self.wait(self.candidate(self.supply(), since=self.picks))
-        # The awkward ones must not wait for ever.
-        chosen = 0
-        if self.picks - self.waiting[0].since < 4 * self.look_ahead:
-            byte_share_Q, patch_share_Q = self.shares_Q2.T
-            byte_share, patch_share = used / self.row_bytes, patches / self.row_patches
-            fits_Q = np.minimum((1 - byte_share) / byte_share_Q, (1 - patch_share) / patch_share_Q)
-            uneven_Q = np.minimum(fits_Q, 1) * (byte_share_Q - patch_share_Q)
-            chosen = int(np.abs(uneven_Q + (byte_share - patch_share)).argmin())
+            self.waiting.append(self.candidate(*self.supply(), since=self.picks))
         self.picks += 1
-        self.shares_Q2[chosen:-1] = self.shares_Q2[chosen + 1 :]
+        # The awkward ones must not wait for ever.
+        if self.picks - self.waiting[0].since > 4 * self.look_ahead:
+            return self.waiting.pop(0)
+        byte_share, patch_share = used / self.row_bytes, patches / self.row_patches
+        least, chosen = math.inf, 0
+        for place, candidate in enumerate(self.waiting):
+            more_bytes, more_patches = candidate.shares
+            # As much of it as the row has room for; compared one by one, for speed.
+            part = (1 - byte_share) / more_bytes
+            patch_part = (1 - patch_share) / more_patches
+            if patch_part < part:
+                part = patch_part
+            if part > 1:
+                part = 1
+            uneven = abs(byte_share - patch_share + part * (more_bytes - more_patches))
+            if uneven < least:
+                least, chosen = uneven, place
         return self.waiting.pop(chosen)
 
     def next_row(self) -> list[Piece]:
@@ -186,24 +201,23 @@ class Packer:
         pieces: list[Piece] = []
         used = patches = 0
         while used < self.row_bytes and patches < self.row_patches:
-            document = self.open or self.pick(used, patches)
-            ids_N, starts_N1, begin = document.ids_N, document.starts_N1, document.position
+            chosen = self.open or self.pick(used, patches)
             room = (self.row_bytes - used, self.row_patches - patches)
-            piece = next_piece(ids_N, starts_N1, begin, used, *room)
+            piece = next_piece(chosen.document, chosen.position, used, *room)
             if piece.end > piece.begin:
                 patches += piece.patches
                 used += piece.end - piece.begin
                 pieces.append(piece)
             # With EOS alone left there is nothing more to predict: EOS was the last target.
             self.open = None
-            if piece.end < len(ids_N) - 1:
-                self.open = document._replace(position=piece.end)
+            if piece.end < len(chosen.document.ids_N) - 1:
+                self.open = chosen._replace(position=piece.end)
                 break
         return pieces
 
 
 def pack_exact(
-    documents: Iterable[tuple[np.ndarray, np.ndarray]], row_bytes: int, row_patches: int
+    documents: Iterable[CutDocument], row_bytes: int, row_patches: int
 ) -> tuple[list[list[Piece]], int]:
     """Rows for evaluation, and the number of cuts.
 
@@ -212,35 +226,37 @@ def pack_exact(
     """
     rows: list[tuple[list[Piece], int, int]] = []  # pieces, bytes, patches
     cuts, short = 0, []
-    for ids_N, starts_N1 in documents:
-        if len(ids_N) <= row_bytes and starts_N1[:-1].sum() <= row_patches:
-            short.append((ids_N, starts_N1))
+    for document in documents:
+        size = len(document.ids_N)
+        if size <= row_bytes and document.patches <= row_patches:
+            short.append(document)
             continue
         begin = 0
-        while begin == 0 or begin < len(ids_N) - 1:
-            piece = next_piece(ids_N, starts_N1, begin, 0, row_bytes, row_patches)
+        while begin == 0 or begin < size - 1:
+            piece = next_piece(document, begin, 0, row_bytes, row_patches)
             cuts += begin > 0
             rows.append(([piece], piece.end - piece.begin, piece.patches))
             begin = piece.end
     # Largest first, each into the fullest row that has room for it: best fit.
-    short.sort(key=lambda item: -max(len(item[0]) / row_bytes, item[1][:-1].sum() / row_patches))
+    short.sort(key=lambda one: -max(len(one.ids_N) / row_bytes, one.patches / row_patches))
     by_room = sorted((row_bytes - used, number) for number, (_, used, _) in enumerate(rows))
-    for ids_N, starts_N1 in short:
+    for document in short:
+        size = len(document.ids_N)
         # Its first two positions open patches anyway, so a row's start adds none.
-        piece = Piece(ids_N, starts_N1, 0, len(ids_N), np.count_nonzero(starts_N1[:-1]))
-        first = bisect.bisect_left(by_room, (len(ids_N),))
+        piece = Piece(document, 0, size, document.patches)
+        first = bisect.bisect_left(by_room, (size,))
         # A row with room for the bytes may have none for the patches; few are looked at, for speed.
         for place in range(first, min(first + 64, len(by_room))):
             room, number = by_room[place]
             pieces, used, patches = rows[number]
             if patches + piece.patches <= row_patches:
                 del by_room[place]
-                rows[number] = ([*pieces, piece], used + len(ids_N), patches + piece.patches)
+                rows[number] = ([*pieces, piece], used + size, patches + piece.patches)
                 break
         else:
             room, number = row_bytes, len(rows)
-            rows.append(([piece], len(ids_N), piece.patches))
-        bisect.insort(by_room, (room - len(ids_N), number))
+            rows.append(([piece], size, piece.patches))
+        bisect.insort(by_room, (room - size, number))
     return [pieces for pieces, _, _ in rows], cuts
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from bltjax.bpe import load_tokenizer
 from bltjax.config import DataConfig, PatchingConfig
-from bltjax.data.packing import Packer, batch_of, cut, pack_exact
+from bltjax.data.packing import CutDocument, Packer, batch_of, cut, pack_exact
 from bltjax.data.records import RecordDocuments
 from bltjax.data.shuffle import Order
 from bltjax.data.sources import Documents, open_source
@@ -45,20 +45,20 @@ class Stream:
             mine = len(range(number, len(documents), data.rows))
             shared_by_all = len(documents) < data.rows
             self.order[name] = Order(len(documents) if shared_by_all else mine, int(stream_seed))
-        self.newest: tuple[np.ndarray, ...] = ()
         self.taken = dict.fromkeys(sources, 0)
         self.bytes = dict.fromkeys(sources, 0)
         limit = data.row_bytes if patching is None else data.row_patches
         self.packer = Packer(self.supply, self.read, data.row_bytes, limit, data.look_ahead)
 
-    def supply(self) -> list:
-        """[source, record] next in the mixture: the source furthest behind its share of bytes."""
+    def supply(self) -> tuple[list, CutDocument]:
+        """[source, record] next in the mixture, of the source furthest behind its share of bytes;
+        and the document."""
         name = min(self.sources, key=self.due)
-        record = self.record(name, self.taken[name])
-        self.newest = self.read([name, record])  # asked for next: held, so not read again
+        key = [name, self.record(name, self.taken[name])]
+        document = self.read(key)
         self.taken[name] += 1
-        self.bytes[name] += len(self.newest[0]) - 2  # without BOS and EOS
-        return [name, record]
+        self.bytes[name] += len(document.ids_N) - 2  # without BOS and EOS
+        return key, document
 
     def record(self, name: str, place: int) -> int:
         """The number of the record at a place of this stream's order: one of every B-th.
@@ -73,18 +73,18 @@ class Stream:
         """Of all sources, the one where this is least comes next."""
         if name not in self.lead:
             first = self.record(name, 0)
-            self.lead[name] = self.phase[name] * (len(self.read([name, first])[0]) - 2)
+            self.lead[name] = self.phase[name] * (len(self.read([name, first]).ids_N) - 2)
         return (self.bytes[name] + self.lead[name]) / self.weights[name]
 
-    def read(self, key: list) -> tuple[np.ndarray, np.ndarray]:
-        # A large file may wait in every stream, many times over. All who hold it hold the same two
+    def read(self, key: list) -> CutDocument:
+        # A large file may wait in every stream, many times over. All who hold it hold the same
         # arrays, which go when the last of them lets go.
-        ids_key, starts_key = (*key, "ids"), (*key, "starts")
-        ids_N, starts_N1 = self.shared.get(ids_key), self.shared.get(starts_key)
-        if ids_N is None or starts_N1 is None:
-            ids_N, starts_N1 = cut(self.sources[key[0]][key[1]], self.patching)
-            self.shared[ids_key], self.shared[starts_key] = ids_N, starts_N1
-        return ids_N, starts_N1
+        name, record = key
+        document = self.shared.get((name, record))
+        if document is None:
+            document = cut(self.sources[name][record], self.patching)
+            self.shared[name, record] = document
+        return document
 
     def state(self) -> dict:
         return {
