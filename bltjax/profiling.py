@@ -4,10 +4,13 @@
     pip install xprof && xprof --logdir=WORKDIR/profile        (or TensorBoard with that plugin)
 
 The steps given are inclusive. A trace of more than a few is large and slow to open. A start's first
-step compiles, so it can't be among them.
+step compiles, so it can't be among them. Steps are marked, by which xprof tells its figures apart,
+and so is what goodput counts apart; calls of Python functions, of which a step has tens of
+thousands, are left out.
 """
 
 import re
+from collections.abc import Iterable, Iterator
 
 import jax
 from etils import epath
@@ -24,7 +27,7 @@ class Profile:
         """Raises ValueError unless spec is START:STOP with 2 <= START <= STOP."""
         # The profiler writes to disks alone.
         self.folder = (scratch() if is_remote(workdir) else workdir) / FOLDER
-        self.tracing = False
+        self.tracing, self.newest = False, None
         self.first = self.last = -1
         if spec:
             numbers = re.fullmatch(r"(\d+):(\d+)", spec)
@@ -32,23 +35,31 @@ class Profile:
             if not 2 <= self.first <= self.last:
                 raise ValueError(f"--profile is {spec!r}, not START:STOP with 2 <= START <= STOP")
 
-    def step(self, number: int, out) -> None:
-        """A step has been dispatched, and `out` is on its way.
+    def steps(self, numbers: Iterable[int]) -> Iterator[int]:
+        """The numbers of steps, each marked in the trace until the next is asked for.
 
-        The trace begins behind the step before the first, whose end is waited for: so what it holds
-        is these steps alone.
+        What the trace holds is its steps alone: the end of the one before is waited for.
         """
-        if number == self.first - 1:
-            jax.block_until_ready(out)
-            jax.profiler.start_trace(str(self.folder))
-            self.tracing = True
-        elif number == self.last and self.tracing:
-            jax.block_until_ready(out)
-            self.close()
+        for number in numbers:
+            if number == self.first and self.newest is not None:
+                jax.block_until_ready(self.newest)
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0
+                jax.profiler.start_trace(str(self.folder), profiler_options=options)
+                self.tracing = True
+            with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                yield number
+            if number == self.last:
+                self.close()
+
+    def dispatched(self, out) -> None:
+        """The newest step is on its way to its outcome."""
+        self.newest = out
 
     def close(self) -> None:
         """Ends the trace, with what there is of it."""
         if self.tracing:
             self.tracing = False
+            jax.block_until_ready(self.newest)
             jax.profiler.stop_trace()
             print(f"trace of steps {self.first} to {self.last}: xprof --logdir={self.folder}")

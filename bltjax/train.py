@@ -160,7 +160,7 @@ def train(
         # A transfer that nobody asked for would stall every step; it is an error here.
         exits.enter_context(jax.transfer_guard("disallow"))
         pending = None
-        for step in range(first + 1, last_step + 1):
+        for step in profile.steps(range(first + 1, last_step + 1)):
             watchdog.mark(step, "waits for data")
             with goodput.during("input"):
                 batch = global_batch(next(batches), rows, config.data.rows)
@@ -173,7 +173,7 @@ def train(
             else:
                 watchdog.mark(step, "computes")
                 state, out = parts.step(state, batch)
-            profile.step(step, out)
+            profile.dispatched(out)
             out["notice"] = notice.asked()
             if pending is not None:
                 preempted = reports.take(*pending)

@@ -1,5 +1,6 @@
 """The trainer: resumed equals straight, with real processes killed; bad runs stop and say why."""
 
+import gzip
 import json
 import os
 import random
@@ -69,6 +70,12 @@ def test_a_window_of_steps_is_traced(runs, tmp_path, capsys):
     assert f"trace of steps 2 to 3: xprof --logdir={tmp_path}/profile" in capsys.readouterr().out
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     assert b"jit_step" in trace.read_bytes()
+    (events,) = (tmp_path / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(events.read_bytes()))["traceEvents"]
+    marked = [event["args"]["step_num"] for event in events if event.get("name") == "train"]
+    assert marked == ["2", "3"]
+    assert sum(event.get("name") == "input" for event in events) == 2
+    assert not [event for event in events if event.get("name", "").startswith("$")]
     assert main(command(runs, "byte_lm", tmp_path, "--profile=3:2")) == 1
     assert "--profile is '3:2', not START:STOP" in capsys.readouterr().err
 
