@@ -11,7 +11,8 @@
 
 In the first two, both sides run the same model on the same bytes and patches with AdamW in fp32.
 Each has a process of its own, pinned to the same CPUs, that works only when it is asked to; times
-are medians.
+are medians. The peer runs as it comes, `transformers`, or with what we know to make it faster,
+`transformers_tuned`: fused AdamW, and an allocator that keeps large buffers, as ours has it.
 """
 
 import argparse
@@ -44,8 +45,9 @@ from bltjax.flops import training_flops
 from bltjax.metrics import duration, quantity
 
 WHAT = ("train", "rows", "tables", "attention", "slots", "input", "convert", "generate")
-PEERS = ("transformers",)
-# Both sides keep their large buffers, as the launch scripts have it (launch/environment.sh).
+PEERS = ("transformers", "transformers_tuned")
+# All but a peer as it comes keep their large buffers, as the launch scripts have it
+# (launch/environment.sh).
 MALLOC = (
     "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592"
     ":glibc.malloc.trim_threshold=8589934592"
@@ -57,7 +59,8 @@ ROW_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 # it is measured. The heap of training grows for a few steps.
 SIDES = {
     "ours": (lambda *size: our_step(run_config(*size)), 4),
-    "transformers": (lambda *size: transformers_step(run_config(*size)), 4),
+    "transformers": (lambda *size: transformers_step(run_config(*size), fused=False), 4),
+    "transformers_tuned": (lambda *size: transformers_step(run_config(*size), fused=True), 4),
     "cached": (lambda *where: cached_side(MODEL, *where), 1),
     "whole": (lambda *where: whole_side(MODEL, *where), 1),
     "port": (lambda *where: port_side(MODEL, *where), 0),
@@ -70,12 +73,15 @@ class Worker:
 
     def __init__(self, side: str, threads: int, *given: int | str):
         self.side = side
+        variables = {"GLIBC_TUNABLES": MALLOC} | os.environ
+        if side == "transformers":
+            del variables["GLIBC_TUNABLES"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bltjax.benchmark", json.dumps([side, threads, *given])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={"GLIBC_TUNABLES": MALLOC} | os.environ,
+            env=variables,
         )
         self.ready = self.answer()  # built, compiled and warm
 
@@ -273,6 +279,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError(
             f"--longest ({args.longest}) must be at least {ROW_LENGTHS[0]}, the shortest row"
         )
+    if args.what == "generate" and args.peer == "transformers_tuned":
+        raise ValueError("--peer transformers_tuned is for training: generate has transformers")
     if args.contexts and (args.what != "generate" or args.peer):
         raise ValueError("--contexts is for benchmark generate, ours alone: drop --peer")
     if args.config and args.what != "convert" and not args.contexts:

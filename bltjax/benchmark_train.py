@@ -82,8 +82,8 @@ def our_step(config: RunConfig):
     return run
 
 
-def transformers_step(config: RunConfig):
-    """The same for `transformers`: eager, sdpa, fused AdamW, which is its fastest on a CPU."""
+def transformers_step(config: RunConfig, *, fused: bool):
+    """The same for `transformers`: eager, sdpa; fused AdamW is its fastest on a CPU."""
     try:
         import torch
         from transformers import BltConfig, BltForCausalLM
@@ -103,7 +103,7 @@ def transformers_step(config: RunConfig):
         betas=(settings.b1, settings.b2),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=True,
+        fused=fused or None,  # None is torch's default
     )
     batch = sample_batch(config.data)
     ids, targets = (torch.tensor(batch[name]).long() for name in ("bytes_BN", "targets_BN"))
