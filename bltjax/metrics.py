@@ -7,7 +7,6 @@ import uuid
 from pathlib import Path
 
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from bltjax.processes import is_writer
 from bltjax.storage import is_remote, scratch, write_text
@@ -70,6 +69,9 @@ class Reporter:
                     continue  # the line that a killed process was writing
             write_text(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a")
+        # It imports torch where there is one: two seconds, of which only training has to know.
+        from tensorboardX import SummaryWriter
+
         self.events = SummaryWriter(
             str(self.folder / "tensorboard"),
             purge_step=first_step + 1,
