@@ -91,12 +91,16 @@ memory_bandwidth: 3352320000000 clock_rate_ghz: 1.98 device_memory_size: 2400000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(jnp.bfloat16, None), (jnp.float32, None), (jnp.float32, "highest")],
+    ids=["bf16", "fp32", "exact fp32"],
+)
 @pytest.mark.parametrize(
     "capability", [(8, 0, 166912), (8, 9, 101376), (9, 0, 232448)], ids=["A100", "L4", "H100"]
 )
 @pytest.mark.parametrize("name", CASES)
-def test_compiles_for_cuda(name, capability, dtype, no_cache):
+def test_compiles_for_cuda(name, capability, dtype, precision, no_cache):
     plugins = importlib.util.find_spec("jax_plugins")
     folders = plugins.submodule_search_locations if plugins else []
     if not any("cuda" in module.name for module in pkgutil.iter_modules(folders)):
@@ -108,8 +112,9 @@ def test_compiles_for_cuda(name, capability, dtype, no_cache):
         topology="1x1x1",
         target_config=GPU.format(major=major, minor=minor, shared=shared),
     )
-    program = traced(name, "pallas_gpu", SingleDeviceSharding(topology.devices[0]), dtype=dtype)
-    text = program.lower().compile().as_text()
+    with jax.default_matmul_precision(precision):
+        program = traced(name, "pallas_gpu", SingleDeviceSharding(topology.devices[0]), dtype=dtype)
+        text = program.lower().compile().as_text()
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3
 
 

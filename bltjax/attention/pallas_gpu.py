@@ -12,8 +12,8 @@ Arrays keep the model's layout, [B, Q, H, C]: a GPU reads rows of a head whereve
 are powers of two, as on TPUs.
 
 Where exact products of float32 are asked for, each is three of TF32, on tensor cores: as near as
-float32 itself. Those of float32 have no such units, and their unrolled loops take four times as
-long to compile (7.5 s instead of 1.9 for the forward kernel on two slow CPUs).
+float32 itself. Those of float32 have no such units, and their unrolled loops take ten times as long
+to compile (24 s instead of 2 for the three kernels, on two slow CPUs).
 """
 
 import functools
@@ -71,7 +71,9 @@ def pallas_gpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, inter
     queries, channels = q_BQHC.shape[1], q_BQHC.shape[3]
     # Zeros in more channels change no score.
     padded_channels = max(LEAST, pl.next_power_of_2(channels))
-    channel_bytes = padded_channels * q_BQHC.dtype.itemsize
+    precision = None if interpret else product_precision(q_BQHC.dtype)
+    # An operand of three products is kept in two parts.
+    channel_bytes = padded_channels * q_BQHC.dtype.itemsize * (2 if precision else 1)
     forward, backward = tile_sizes(queries, k_BTJC.shape[1], channel_bytes)
     extra_queries = -queries % max(forward.queries, backward.queries)
     extra_keys = -k_BTJC.shape[1] % max(forward.keys, backward.keys)
@@ -91,7 +93,7 @@ def pallas_gpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, inter
             backward,
             warps=4 if channels <= 64 else 8,
             scale=channels**-0.5,
-            precision=None if interpret else product_precision(q_BQHC.dtype),
+            precision=precision,
             interpret=interpret,
         ),
     )
