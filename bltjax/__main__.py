@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     # Here, because it imports jax, which --help needn't wait for.
     from bltjax.processes import RESTART, Restart, lost_another, process_index
+    from bltjax.storage import describe
 
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
     unknown = [word for word in rest if not word.startswith("--config.")]
@@ -83,17 +84,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bltjax {args.verb}: interrupted; the same command resumes", file=sys.stderr)
         return 130
     return 0
-
-
-def describe(error: Exception) -> str:
-    """An error's message, for OSError with the file that it is about."""
-    if "no space left" in str(error).lower():
-        return (
-            "the disk is full. What was saved before is whole: make room, then run the same command"
-        )
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'}: {error.strerror.lower()}"
-    return str(error)
 
 
 def run() -> typing.NoReturn:

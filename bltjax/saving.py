@@ -13,6 +13,7 @@ been restored: so damage anywhere in between is found, whatever the files say.
 import dataclasses
 import functools
 import json
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
 from bltjax.checkpoint import TrainState, in_chunks, quiet, reader, saved_steps, sealed, unsealed
 from bltjax.config import RunConfig
-from bltjax.processes import from_writer, gathered, process_count
+from bltjax.processes import from_writer, gathered, leave, lost_another, process_count
+from bltjax.storage import describe
 
 ITEMS = ("params", "opt", "streams", "progress")
 FORMAT = 3  # of progress/; another one is refused, not taken for damage
@@ -66,6 +69,23 @@ class StreamsRestore(ocp.args.CheckpointArgs):
     numbers: list[int]
 
 
+class FailedWrites(logging.Handler):
+    """Ends a process whose part of a checkpoint can't be written.
+
+    Orbax raises such an error once all processes have come to its next barrier. Those that wrote
+    theirs wait at another, so that all would stand still for SAVE_SECONDS; until then the thread
+    that writes tells its log alone.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info and record.exc_info[1]
+        if not error or record.threadName != "async_save":
+            return
+        # One that waited for another in vain has nothing to tell.
+        if not isinstance(error, TimeoutError) and not lost_another(error):
+            leave(1, f"a checkpoint can't be written: {describe(error)}")
+
+
 def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
     """Saves asynchronously; keeps the newest checkpoints, and those that are kept for good."""
     policies = [preserve.LatestN(config.checkpoint.keep)]
@@ -77,6 +97,9 @@ def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
         # which must not come between those of the steps.
         everyone = set(range(process_count()))
         processes = ocp.options.MultiprocessingOptions(active_processes=everyone)
+        absl_logger = absl_logging.get_absl_logger()
+        if not any(isinstance(handler, FailedWrites) for handler in absl_logger.handlers):
+            absl_logger.addHandler(FailedWrites())
     # Made asynchronously, folders may not be there when a process writes its streams: it asks once
     # whether there is anything to wait for, and process 0 may not have said so yet. Its part would
     # be missing, and the others would wait for it until SAVE_SECONDS have passed.

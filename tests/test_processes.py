@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import faults
@@ -149,6 +150,38 @@ def test_folders_of_a_checkpoint_come_late(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     pod(2, 1, command(runs, "byte_lm", tmp_path / "run"))
     assert losses(tmp_path / "run") == pytest.approx(losses(runs.byte_lm), abs=1e-5)
+
+
+FULL_DISK = """
+import errno, sys, threading
+import bltjax.checkpoint
+
+sealed = bltjax.checkpoint.sealed
+
+def sealed_or_not(values):
+    if "--process={process}" in sys.orig_argv and threading.current_thread().name != "MainThread":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return sealed(values)
+
+bltjax.checkpoint.sealed = sealed_or_not
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_process_cannot_write_its_part(process, runs, tmp_path, monkeypatch):
+    """The other, which wrote its own, doesn't wait for it: neither while it saves nor for long."""
+    (tmp_path / "sitecustomize.py").write_text(FULL_DISK.format(process=process))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    begun = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "launch/local_pod.py", "--processes=2", "--devices=1", "--",
+         *command(runs, "byte_lm", tmp_path / "run")],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    said = run.stdout + run.stderr
+    assert run.returncode == 1 and "a checkpoint can't be written: the disk is full" in said, said
+    assert time.monotonic() - begun < 400, said  # of which a lost process takes 100 to be missed
 
 
 @pytest.fixture(scope="module")
