@@ -23,8 +23,7 @@ def as_bytes(text: str | bytes) -> bytes:
 
 def encode(text: str | bytes | np.ndarray, *, bos: bool = True, eos: bool = True) -> np.ndarray:
     """Ids of a text, or of its bytes as uint8 [len], as int32 [bos + bytes + eos]."""
-    given = isinstance(text, np.ndarray)
-    body = text if given else np.frombuffer(as_bytes(text), np.uint8)
+    body = text if isinstance(text, np.ndarray) else np.frombuffer(as_bytes(text), np.uint8)
     ids_N = np.empty(bos + len(body) + eos, np.int32)
     ids_N[:bos] = BOS
     ids_N[bos + len(body) :] = EOS

@@ -64,7 +64,7 @@ SIDES = {
     "cached": (lambda *where: cached_side(MODEL, *where), 1),
     "whole": (lambda *where: whole_side(MODEL, *where), 1),
     "port": (lambda *where: port_side(MODEL, *where), 0),
-    "context": (lambda length, config: context_side(config or MODEL, length), 1),
+    "context": (lambda length, model=MODEL: context_side(model, length), 1),
 }
 
 
@@ -115,7 +115,7 @@ def serve(side: str, threads: int, *given: int | str) -> None:
         for _ in range(warm_up):
             said = run()
     except (ValueError, MemoryError, RuntimeError) as error:
-        size = " x ".join(str(x) for x in given if x != "")
+        size = " x ".join(map(str, given))
         print(json.dumps({"error": f"{side}, {size}: {error}"}), flush=True)
         return
     print(json.dumps(said), flush=True)
@@ -217,11 +217,11 @@ def row_line(line: dict) -> str:
     return f"{line['row_bytes']:6d} bytes  " + "   ".join(parts)
 
 
-def benchmark_contexts(repeats: int, threads: int, longest: int, config: str) -> dict:
+def benchmark_contexts(repeats: int, threads: int, longest: int, config: str | None) -> dict:
     """ms a byte after growing contexts, prefill not counted, and what is read of caches."""
-    lines = []
+    lines, model = [], [config] if config else []
     for length in (length for length in ROW_LENGTHS if length <= longest):
-        worker = Worker("context", threads, length, config)
+        worker = Worker("context", threads, length, *model)
         try:
             answers = [worker.step() for _ in range(repeats)]
         finally:
@@ -293,7 +293,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         result = benchmark_input(args.repeats)
     elif args.what == "generate":
         if args.contexts:
-            result = benchmark_contexts(args.repeats, args.threads, args.longest, args.config or "")
+            result = benchmark_contexts(args.repeats, args.threads, args.longest, args.config)
         else:
             result = benchmark_generate(args.peer, args.repeats, args.threads, args.prompt_bytes)
     elif args.what == "rows":

@@ -29,6 +29,7 @@ PLACES = 64  # tried for a prompt
 CHUNK, CHUNKS = 32, 3  # bytes that a context is timed over: all chunks but the first
 PATCH_BYTES, NEVER = 4, 100.0  # of a context's patches: longest, and a threshold above them all
 LONGEST = 32768
+DATA = DataConfig(row_bytes=LONGEST, row_patches=LONGEST)
 TRIES = 20
 
 
@@ -64,19 +65,24 @@ def random_params(run: RunConfig, seed: int) -> dict:
     return drawn(jax.random.key(seed))
 
 
+def random_byte_lm(config: ByteLMConfig):
+    from bltjax.scoring import EntropyModel
+
+    run = RunConfig(byte_lm=config, data=DATA, compute_dtype="float32")
+    return EntropyModel(config, random_params(run, 1), "", False, run, 0)
+
+
 @functools.cache
 def model_parts(model: BLTConfig):
     """(RunConfig, parameters, patching, byte LM), the same in every process."""
-    from bltjax.scoring import EntropyModel, score_documents
+    from bltjax.scoring import score_documents
 
-    data = DataConfig(row_bytes=LONGEST, row_patches=LONGEST)
-    byte_lm_run = RunConfig(byte_lm=BYTE_LM, data=data, compute_dtype="float32")
-    byte_lm = EntropyModel(BYTE_LM, random_params(byte_lm_run, 1), "", False, byte_lm_run, 0)
+    byte_lm = random_byte_lm(BYTE_LM)
     sample = np.frombuffer(text()[:8192], np.uint8)
     entropies, _ = score_documents(BYTE_LM, byte_lm.params, [sample])
     threshold = float(np.quantile(entropies[0], 1 - 1 / MEAN_PATCH))
     patching = PatchingConfig(threshold=round(threshold, 4))
-    run = RunConfig(blt=model, data=data, patching=patching, compute_dtype="float32")
+    run = RunConfig(blt=model, data=DATA, patching=patching, compute_dtype="float32")
     return run, random_params(run, 0), patching, byte_lm
 
 
@@ -84,15 +90,11 @@ def config_parts(path: str):
     """`model_parts` of a config file's BLT, in its compute dtype, with the released byte LM's sizes
     where its patches need one."""
     from bltjax.config_file import load_config
-    from bltjax.scoring import EntropyModel
 
-    run, byte_lm = load_config(path), None
+    run = load_config(path)
     if run.blt is None:
         raise ValueError(f"{path} trains a byte model: --contexts is of a BLT")
-    if run.patching.mode == "entropy":
-        byte_lm_run = RunConfig(byte_lm=ByteLMConfig(), compute_dtype="float32")
-        params = random_params(byte_lm_run, 1)
-        byte_lm = EntropyModel(byte_lm_run.byte_lm, params, "", False, byte_lm_run, 0)
+    byte_lm = random_byte_lm(ByteLMConfig()) if run.patching.mode == "entropy" else None
     return run, random_params(run, 0), run.patching, byte_lm
 
 
@@ -109,7 +111,7 @@ def context_side(model: BLTConfig | str, context_bytes: int):
     # Patches of one length after every context, or their number would decide; the byte LM still
     # scores each byte.
     parts = config_parts(model) if isinstance(model, str) else model_parts(model)
-    run_config, params, patching, byte_lm = parts
+    run_config, params, _, byte_lm = parts
     patching = PatchingConfig(
         mode="entropy" if byte_lm else "static",
         threshold=NEVER, max_patch_bytes=PATCH_BYTES, patch_bytes=PATCH_BYTES,

@@ -34,9 +34,9 @@ def sample_documents(records: RecordDocuments, sample_bytes: int, seed: int) -> 
 def mean_patch_bytes(documents: Iterable[Document], patching: PatchingConfig) -> float:
     positions = patches = 0
     for document in documents:
-        starts_N1 = cut(document, patching).starts_N1
-        positions += len(starts_N1) - 1
-        patches += int(starts_N1[:-1].sum())
+        found = cut(document, patching)
+        positions += len(found.ids_N)
+        patches += found.patches
     return positions / patches
 
 

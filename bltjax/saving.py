@@ -86,6 +86,9 @@ class FailedWrites(logging.Handler):
             leave(1, f"a checkpoint can't be written: {describe(error)}")
 
 
+FAILED_WRITES = FailedWrites()  # one, however many managers there are
+
+
 def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
     """Saves asynchronously; keeps the newest checkpoints, and those that are kept for good."""
     policies = [preserve.LatestN(config.checkpoint.keep)]
@@ -97,9 +100,7 @@ def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
         # which must not come between those of the steps.
         everyone = set(range(process_count()))
         processes = ocp.options.MultiprocessingOptions(active_processes=everyone)
-        absl_logger = absl_logging.get_absl_logger()
-        if not any(isinstance(handler, FailedWrites) for handler in absl_logger.handlers):
-            absl_logger.addHandler(FailedWrites())
+        absl_logging.get_absl_logger().addHandler(FAILED_WRITES)
     # Made asynchronously, folders may not be there when a process writes its streams: it asks once
     # whether there is anything to wait for, and process 0 may not have said so yet. Its part would
     # be missing, and the others would wait for it until SAVE_SECONDS have passed.

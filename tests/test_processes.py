@@ -174,13 +174,8 @@ def test_one_process_cannot_write_its_part(process, runs, tmp_path, monkeypatch)
     (tmp_path / "sitecustomize.py").write_text(FULL_DISK.format(process=process))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     begun = time.monotonic()
-    run = subprocess.run(
-        [sys.executable, "launch/local_pod.py", "--processes=2", "--devices=1", "--",
-         *command(runs, "byte_lm", tmp_path / "run")],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    said = run.stdout + run.stderr
-    assert run.returncode == 1 and "a checkpoint can't be written: the disk is full" in said, said
+    said = pod(2, 1, command(runs, "byte_lm", tmp_path / "run"), code=1)
+    assert "a checkpoint can't be written: the disk is full" in said, said
     assert time.monotonic() - begun < 400, said  # of which a lost process takes 100 to be missed
 
 

@@ -228,22 +228,20 @@ def pack_exact(
     cuts, short = 0, []
     for document in documents:
         size = len(document.ids_N)
-        if size <= row_bytes and document.patches <= row_patches:
-            short.append(document)
+        piece = next_piece(document, 0, 0, row_bytes, row_patches)
+        if piece.end == size:
+            short.append(piece)
             continue
-        begin = 0
-        while begin == 0 or begin < size - 1:
-            piece = next_piece(document, begin, 0, row_bytes, row_patches)
-            cuts += begin > 0
+        rows.append(([piece], piece.end, piece.patches))
+        while piece.end < size - 1:
+            piece = next_piece(document, piece.end, 0, row_bytes, row_patches)
             rows.append(([piece], piece.end - piece.begin, piece.patches))
-            begin = piece.end
+            cuts += 1
     # Largest first, each into the fullest row that has room for it: best fit.
-    short.sort(key=lambda one: -max(len(one.ids_N) / row_bytes, one.patches / row_patches))
+    short.sort(key=lambda piece: -max(piece.end / row_bytes, piece.patches / row_patches))
     by_room = sorted((row_bytes - used, number) for number, (_, used, _) in enumerate(rows))
-    for document in short:
-        size = len(document.ids_N)
-        # Its first two positions open patches anyway, so a row's start adds none.
-        piece = Piece(document, 0, size, document.patches)
+    for piece in short:
+        size = piece.end
         first = bisect.bisect_left(by_room, (size,))
         # A row with room for the bytes may have none for the patches; few are looked at, for speed.
         for place in range(first, min(first + 64, len(by_room))):
