@@ -57,8 +57,14 @@ def start(count: int, devices: int, words: list[str]) -> list[subprocess.Popen]:
 
 def pass_lines(index: int, process: subprocess.Popen) -> None:
     for line in process.stdout:
-        sys.stdout.buffer.write(f"[{index}] ".encode() + line)
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(f"[{index}] ".encode() + line)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            # Whoever read the lines, such as `head`, has seen enough: all save and end. What they
+            # still say goes nowhere, but is taken from them, or they would wait for that.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def code_of(codes: list[int]) -> int:

@@ -249,3 +249,25 @@ def test_a_pod_ends_when_one_process_does_and_restarts(tmp_path, monkeypatch, ca
     assert "processes ended with -9, 75" in lines and "restart 1 of at most 3" in lines
     (tmp_path / "mark1").unlink()
     assert local_pod.main([*words[:2], "--", "verb"]) == RESTART
+
+
+def test_a_pod_whose_reader_has_seen_enough_ends(tmp_path):
+    """As in `local_pod.py ... | head -1`, with processes that would go on and say much."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "bltjax").mkdir()
+    (tmp_path / "bltjax" / "__init__.py").touch()
+    (tmp_path / "bltjax" / "__main__.py").write_text(
+        "import time\n"
+        "for step in range(600):\n"
+        "    print('step', step, 'and so on' * 9999, flush=True)\n"
+        "    time.sleep(0.1)"
+    )
+    words = [sys.executable, "launch/local_pod.py", "--processes=2", "--", "verb"]
+    run = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert b"step 0" in run.stdout.readline()
+    run.stdout.close()
+    try:
+        assert run.wait(timeout=30) == RESTART  # nobody saved: they were ended by a signal
+    finally:
+        run.terminate()
+    assert run.stderr.read() == b""
