@@ -70,7 +70,8 @@ def test_exact_products_are_three_of_tf32_on_cuda():
         program = traced("no multiples", "pallas_gpu", dtype=jnp.float32)
         assert str(program.jaxpr).count(preset) == 2 + 3 + 4
         assert preset not in str(traced("no multiples", "pallas_gpu").jaxpr)
-    assert preset not in str(traced("no multiples", "pallas_gpu", dtype=jnp.float32).jaxpr)
+    with jax.default_matmul_precision(None):
+        assert preset not in str(traced("no multiples", "pallas_gpu", dtype=jnp.float32).jaxpr)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,16 @@ def test_compiles_for_v5e(name, devices):
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_for_every_chip(name, chip, dtype, devices):
     check_compiles(devices(chip), name, rows=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "fp32"])
+def test_compiles_where_exact_products_are_asked_for(dtype, precision, devices):
+    """fp32 is multiplied in six passes, bfloat16 in one as ever."""
+    with jax.default_matmul_precision(precision):
+        program = traced("window", "pallas_tpu", SingleDeviceSharding(devices("v5e")), dtype=dtype)
+        assert ("Precision.DEFAULT" in str(program.jaxpr)) == (dtype == jnp.bfloat16)
+        program.lower().compile()
 
 
 def test_exported_programs_compile_for_v5e(devices):

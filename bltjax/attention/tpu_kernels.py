@@ -15,13 +15,17 @@ from bltjax.attention.staircase import CLOSES, OPENS, SEES
 from bltjax.attention.tiled import FLOOR, HIDDEN
 
 FP32 = jnp.float32
+EXACT = ("high", "highest", "bfloat16_3x", "tensorfloat32", "float32")
 
 
 def product(a, b, over_a: int, over_b: int):
     """fp32 product of two matrices, summed over one axis of each."""
-    return jax.lax.dot_general(
-        a, b, (((over_a,), (over_b,)), ((), ())), preferred_element_type=FP32
-    )
+    # Mosaic multiplies bfloat16 as it is, exactly, and refuses it with any precision asked for; for
+    # fp32 it has one that is exact, which serves whatever jax is told to be more exact by.
+    exact = a.dtype == FP32 and jax.config.jax_default_matmul_precision in EXACT
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    sums = (((over_a,), (over_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, sums, precision, preferred_element_type=FP32)
 
 
 def abreast(x, head: int, heads: int):
