@@ -4,7 +4,7 @@
     pip install xprof && xprof --logdir=WORKDIR/profile        (or TensorBoard with that plugin)
 
 The steps given are inclusive. A trace of more than a few is large and slow to open. A start's first
-step compiles, so it can't be among them. Steps are marked, by which xprof tells its figures apart,
+step compiles and is left out. Steps are marked, by which xprof tells its figures apart,
 and so is what goodput counts apart; calls of Python functions, of which a step has tens of
 thousands, are left out.
 """
@@ -27,7 +27,8 @@ class Profile:
         """Raises ValueError unless spec is START:STOP with 2 <= START <= STOP."""
         # The profiler writes to disks alone.
         self.folder = (scratch() if is_remote(workdir) else workdir) / FOLDER
-        self.tracing, self.newest = False, None
+        self.newest = None
+        self.traced: list[int] = []
         self.first = self.last = -1
         if spec:
             numbers = re.fullmatch(r"(\d+):(\d+)", spec)
@@ -41,15 +42,17 @@ class Profile:
         What the trace holds is its steps alone: the end of the one before is waited for.
         """
         for number in numbers:
-            if number == self.first and self.newest is not None:
-                jax.block_until_ready(self.newest)
-                options = jax.profiler.ProfileOptions()
-                options.python_tracer_level = 0
-                jax.profiler.start_trace(str(self.folder), profiler_options=options)
-                self.tracing = True
+            if self.first <= number <= self.last and self.newest is not None:
+                if not self.traced:
+                    jax.block_until_ready(self.newest)
+                    options = jax.profiler.ProfileOptions()
+                    options.python_tracer_level = 0
+                    jax.profiler.start_trace(str(self.folder), profiler_options=options)
+                self.traced.append(number)
             with jax.profiler.StepTraceAnnotation("train", step_num=number):
                 yield number
             if number == self.last:
+                jax.block_until_ready(self.newest)
                 self.close()
 
     def dispatched(self, out) -> None:
@@ -57,9 +60,13 @@ class Profile:
         self.newest = out
 
     def close(self) -> None:
-        """Ends the trace, with what there is of it."""
-        if self.tracing:
-            self.tracing = False
-            jax.block_until_ready(self.newest)
+        """Ends the trace, with what there is of it; says so if there is none."""
+        if self.traced:
             jax.profiler.stop_trace()
-            print(f"trace of steps {self.first} to {self.last}: xprof --logdir={self.folder}")
+            steps = f"{self.traced[0]} to {self.traced[-1]}"
+            print(f"trace of steps {steps}: xprof --logdir={self.folder}")
+        elif self.first > 0:
+            wanted = f"{self.first} to {self.last}"
+            print(f"no trace: this start had none of steps {wanted}, or as its first alone")
+        self.first = self.last = -1
+        self.traced = []

@@ -20,6 +20,7 @@ from bltjax.checkpoint import TrainState
 from bltjax.config_file import load_config
 from bltjax.export import load_params
 from bltjax.model import initial_params
+from bltjax.profiling import Profile
 from bltjax.training_step import make_train_step, run_model, run_optimizer
 
 ROOT = Path(__file__).parents[1]
@@ -76,8 +77,33 @@ def test_a_window_of_steps_is_traced(runs, tmp_path, capsys):
     assert marked == ["2", "3"]
     assert sum(event.get("name") == "input" for event in events) == 2
     assert not [event for event in events if event.get("name", "").startswith("$")]
+    # What a start can't trace is left out, or said: its first step, and what lies before it.
+    for window, told in (
+        ("5:6", "trace of steps 6 to 6"),
+        ("7:7", "no trace: this start had none"),
+    ):
+        words = (f"--profile={window}", f"--stop_at={int(window[-1])}")
+        assert main(command(runs, "byte_lm", tmp_path, *words)) == 0
+        assert told in capsys.readouterr().out
     assert main(command(runs, "byte_lm", tmp_path, "--profile=3:2")) == 1
     assert "--profile is '3:2', not START:STOP" in capsys.readouterr().err
+
+
+def test_a_trace_outlives_a_step_that_fails(tmp_path, capsys):
+    """It is what one would look at then; the failure itself is told by whoever meets it first."""
+
+    class Broken:
+        def block_until_ready(self):
+            raise RuntimeError("a collective was broken off")
+
+    profile = Profile("2:5", tmp_path)
+    for step in profile.steps(range(1, 9)):
+        profile.dispatched(Broken() if step == 3 else jnp.zeros(()))
+        if step == 3:
+            break
+    profile.close()
+    assert "trace of steps 2 to 3" in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
 
 
 @pytest.mark.parametrize("model", ["byte_lm", pytest.param("blt", marks=pytest.mark.slow)])
