@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             program.add_arguments(sub)
     args, rest = parser.parse_known_args(argv)
     # Here, because it imports jax, which --help needn't wait for.
-    from bltjax.processes import RESTART, Restart, lost_another, process_index
-    from bltjax.storage import describe
+    from bltjax.processes import RESTART, Restart, describe, lost_another, process_index
 
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
     unknown = [word for word in rest if not word.startswith("--config.")]

@@ -198,10 +198,24 @@ def lost_another(error: Exception) -> bool:
     """Whether an error most likely comes of another process' end; a restart is the way on."""
     if not joined():
         return False
+    if isinstance(error, TimeoutError):  # of one of Orbax's barriers, if jax is the cause
+        error = error.__cause__
     if isinstance(error, jax.errors.JaxRuntimeError):
         return not str(error).startswith(OWN_FAULTS)
     # Some of jax's calls tell of a collective that was broken off by a ValueError.
     return isinstance(error, ValueError) and " Gloo " in str(error)[:60]
+
+
+def describe(error: Exception) -> str:
+    """An error's message, for OSError with the file that it is about."""
+    if "no space left" in str(error).lower():
+        return (
+            "the disk is full. What was saved before is whole: make room, then run the same command"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror.lower()}"
+    # One word, as a KeyError has it, is no message.
+    return str(error) if " " in str(error) else f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 def leave(code: int, message: str = "") -> NoReturn:

@@ -27,8 +27,14 @@ from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
 from bltjax.checkpoint import TrainState, in_chunks, quiet, reader, saved_steps, sealed, unsealed
 from bltjax.config import RunConfig
-from bltjax.processes import from_writer, gathered, leave, lost_another, process_count
-from bltjax.storage import describe
+from bltjax.processes import (
+    describe,
+    from_writer,
+    gathered,
+    leave,
+    lost_another,
+    process_count,
+)
 
 ITEMS = ("params", "opt", "streams", "progress")
 FORMAT = 3  # of progress/; another one is refused, not taken for damage
@@ -82,7 +88,7 @@ class FailedWrites(logging.Handler):
         if not error or record.threadName != "async_save":
             return
         # One that waited for another in vain has nothing to tell.
-        if not isinstance(error, TimeoutError) and not lost_another(error):
+        if not lost_another(error):
             leave(1, f"a checkpoint can't be written: {describe(error)}")
 
 

@@ -115,14 +115,3 @@ def matches(pattern: str) -> list[epath.Path | Path]:
         return []
     found = sorted(epath.Path(fixed).glob(rest), key=str)
     return [path for path in found if not path.is_dir()]
-
-
-def describe(error: Exception) -> str:
-    """An error's message, for OSError with the file that it is about."""
-    if "no space left" in str(error).lower():
-        return (
-            "the disk is full. What was saved before is whole: make room, then run the same command"
-        )
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'}: {error.strerror.lower()}"
-    return str(error)

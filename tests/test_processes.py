@@ -170,13 +170,13 @@ bltjax.checkpoint.sealed = sealed_or_not
 @pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
 def test_one_process_cannot_write_its_part(process, runs, tmp_path, monkeypatch):
-    """The other, which wrote its own, doesn't wait for it: neither while it saves nor for long."""
+    """It says so and ends at once; the launcher ends the other, which wrote its own and waits."""
     (tmp_path / "sitecustomize.py").write_text(FULL_DISK.format(process=process))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     begun = time.monotonic()
     said = pod(2, 1, command(runs, "byte_lm", tmp_path / "run"), code=1)
     assert "a checkpoint can't be written: the disk is full" in said, said
-    assert time.monotonic() - begun < 400, said  # of which a lost process takes 100 to be missed
+    assert time.monotonic() - begun < 400, said  # Orbax alone would give up after 1200
 
 
 @pytest.fixture(scope="module")

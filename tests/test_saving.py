@@ -1,8 +1,11 @@
 """Checkpoints of a run: kept as asked, checked when restored, and fallen back from when damaged."""
 
+import errno
 import json
+import logging
 import random
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from test_train import command, losses
 from bltjax.__main__ import main
 from bltjax.checkpoint import TrainState, saved_steps
 from bltjax.config import ByteLMConfig, CheckpointConfig, RunConfig
-from bltjax.saving import checksums, damage, make_manager, restore, save
+from bltjax.saving import FailedWrites, checksums, damage, make_manager, restore, save
 
 CONFIG = RunConfig(
     byte_lm=ByteLMConfig(layers=1, width=8, heads=1, hidden=8, window=4),
@@ -125,3 +128,36 @@ def test_settings_of_the_machine_may_change(runs, tmp_path, capsys):
     config = json.loads((copy / "config.json").read_text())
     assert (config["mesh"]["fsdp"], config["checkpoint"]["keep"]) == (1, 3)
     assert losses(copy) == losses(runs.byte_lm)
+
+
+def test_a_write_that_fails_ends_the_process(monkeypatch):
+    """Orbax's thread tells its log alone; what another process is the cause of, isn't its fault."""
+    left = []
+    monkeypatch.setattr("bltjax.saving.leave", lambda code, message: left.append((code, message)))
+    monkeypatch.setattr("bltjax.processes.joined", lambda: True)
+    log = logging.Logger("of Orbax")
+    log.addHandler(FailedWrites())
+
+    def fails(error: Exception, cause: Exception | None = None) -> None:
+        try:
+            raise error from cause
+        except Exception:
+            log.exception("in the background")
+
+    def thread(name: str, *errors) -> None:
+        thread = threading.Thread(target=fails, args=errors, name=name)
+        thread.start()
+        thread.join()
+
+    late = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+    thread("async_save", TimeoutError("while waiting for async_write_complete"), late)
+    thread("async_save", late)
+    thread("another", OSError(errno.ENOSPC, "No space left on device"))
+    assert not left
+    thread("async_save", OSError(errno.ENOSPC, "No space left on device"))
+    thread("async_save", TimeoutError(errno.ETIMEDOUT, "Connection timed out", "step/params"))
+    thread("async_save", KeyError("params"))
+    told = "a checkpoint can't be written: "
+    assert [(code, message.removeprefix(told)[:20]) for code, message in left] == [
+        (1, "the disk is full. Wh"), (1, "step/params: connect"), (1, "KeyError: 'params'"),
+    ]  # fmt: skip
