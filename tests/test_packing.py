@@ -157,6 +157,8 @@ def test_empty_rows_and_byte_lm_documents():
 def test_unscored_documents_are_refused_in_entropy_mode():
     with pytest.raises(ValueError, match="needs scored documents"):
         cut(Document(np.zeros(3, np.uint8)), ENTROPY)
+    with pytest.raises(ValueError, match="3 bytes has 1 entropies, not 4"):
+        cut(Document(np.zeros(3, np.uint8), np.zeros(1, np.float32)), ENTROPY)
 
 
 def test_both_fills_over_97_percent_on_a_mixed_corpus(tmp_path):

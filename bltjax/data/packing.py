@@ -46,6 +46,11 @@ def cut(document: Document, patching: PatchingConfig | None) -> CutDocument:
     if patching.mode == "entropy":
         if document.entropies is None:
             raise ValueError("entropy patching needs scored documents; run the entropies command")
+        if len(document.entropies) != len(ids_N) - 1:
+            raise ValueError(
+                f"a document of {len(document.text)} bytes has {len(document.entropies)} entropies,"
+                f" not {len(ids_N) - 1}: of every byte and of its end"
+            )
         # What follows EOS is never predicted; its entropy decides nothing.
         entropies_N = np.zeros(len(ids_N), np.float32)
         entropies_N[:-1] = document.entropies
@@ -118,7 +123,8 @@ def batch_of(rows: Sequence[Sequence[Piece]], row_bytes: int) -> dict[str, np.nd
     """A batch, row by row; rows are written where they stay."""
     batch = unwritten_rows(len(rows), row_bytes)
     for number, pieces in enumerate(rows):
-        lay_out(pieces, *(array[number] for array in batch.values()))
+        row = {name.replace("_B", "_"): array[number] for name, array in batch.items()}
+        lay_out(pieces, **row)
     return batch
 
 
