@@ -4,9 +4,10 @@
 
 It is how many processes are rehearsed: everything but the network is as on a pod. Each process'
 lines come with its number before them. SIGTERM is passed on to all (a terminal's Ctrl-C comes to
-all by itself). When one process ends with an error the others are ended, as a scheduler would do
-it; the code of the whole is the one that says most: an error, else 75 (restart me, as for any
-process that was killed), else 0. `--restarts N` starts all again that often while the code is 75.
+all by itself), and sent to all when nobody reads these lines any more, as `head` does. When one
+process ends with an error the others are ended, as a scheduler would do it; the code of the whole
+is the one that says most: an error, else 75 (restart me, as for any process that was killed), else
+0. `--restarts N` starts all again that often while the code is 75.
 """
 
 import argparse
@@ -55,16 +56,20 @@ def start(count: int, devices: int, words: list[str]) -> list[subprocess.Popen]:
     ]
 
 
+def say(line: bytes) -> None:
+    try:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        # Whoever read the lines has seen enough: all save and end. What they still say goes
+        # nowhere, but is taken from them, or they would wait for that.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def pass_lines(index: int, process: subprocess.Popen) -> None:
     for line in process.stdout:
-        try:
-            sys.stdout.buffer.write(f"[{index}] ".encode() + line)
-            sys.stdout.buffer.flush()
-        except BrokenPipeError:
-            # Whoever read the lines, such as `head`, has seen enough: all save and end. What they
-            # still say goes nowhere, but is taken from them, or they would wait for that.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            os.kill(os.getpid(), signal.SIGTERM)
+        say(f"[{index}] ".encode() + line)
 
 
 def code_of(codes: list[int]) -> int:
@@ -95,7 +100,7 @@ def run(count: int, devices: int, words: list[str], signals: list[int]) -> int:
         if failed_at is not None and time.monotonic() - failed_at > ENDS_SECONDS:
             for index, process in enumerate(processes):
                 if process.poll() is None:
-                    print(f"[{index}] outlived another one, and is killed", flush=True)
+                    say(f"[{index}] outlived another one, and is killed\n".encode())
                     process.kill()
             failed_at = time.monotonic()
         time.sleep(0.05)
@@ -103,7 +108,7 @@ def run(count: int, devices: int, words: list[str], signals: list[int]) -> int:
         reader.join()
     codes = [process.returncode for process in processes]
     if any(codes):
-        print(f"processes ended with {', '.join(map(str, codes))}", flush=True)
+        say(f"processes ended with {', '.join(map(str, codes))}\n".encode())
     return code_of(codes)
 
 
@@ -129,7 +134,7 @@ def main(argv: list[str]) -> int:
         for again in range(args.restarts):
             if code != RESTART or signals:
                 break
-            print(f"restart {again + 1} of at most {args.restarts}", flush=True)
+            say(f"restart {again + 1} of at most {args.restarts}\n".encode())
             code = run(args.processes, args.devices, words, signals)
     finally:
         for number, handler in before.items():
