@@ -46,8 +46,8 @@ from bltjax.metrics import duration, quantity
 
 WHAT = ("train", "rows", "tables", "attention", "slots", "input", "convert", "generate")
 PEERS = ("transformers", "transformers_tuned")
-# All but a peer as it comes keep their large buffers, as the launch scripts have it
-# (launch/environment.sh).
+# All but the side `transformers`, which is as it comes, keep their large buffers, as the launch
+# scripts have it (launch/environment.sh).
 MALLOC = (
     "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592"
     ":glibc.malloc.trim_threshold=8589934592"
@@ -236,7 +236,9 @@ def benchmark_contexts(repeats: int, threads: int, longest: int, config: str | N
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=WHAT, help="see above")
-    parser.add_argument("--peer", choices=PEERS, help="measure it too (extra: parity)")
+    parser.add_argument(
+        "--peer", choices=PEERS, help="measure it too, as it comes or tuned (extra: parity)"
+    )
     parser.add_argument(
         "--repeats", type=int, help="steps of each (default: 5, after four more; generate: 3)"
     )

@@ -49,7 +49,7 @@ def without_specials(params: dict) -> dict:
 
 def random_params(run: RunConfig, seed: int) -> dict:
     """Parameters as training begins with them, but for the head's columns of specials; in the
-    dtype that the run computes in, so that no more is ever held."""
+    dtype that the run computes in, but for norms, so that no more is ever held."""
     import jax
 
     from bltjax.model import initial_params, make_model
@@ -60,7 +60,9 @@ def random_params(run: RunConfig, seed: int) -> dict:
     @jax.jit
     def drawn(key):
         params = without_specials(initial_params(model, key))
-        return jax.tree.map(lambda x: x.astype(dtype), params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x if "norm" in path[-1].key else x.astype(dtype), params
+        )
 
     return drawn(jax.random.key(seed))
 
@@ -87,15 +89,15 @@ def model_parts(model: BLTConfig):
 
 
 def config_parts(path: str):
-    """`model_parts` of a config file's BLT, in its compute dtype, with the released byte LM's sizes
-    where its patches need one."""
+    """(RunConfig, parameters, byte LM) of a config file's BLT, in its compute dtype; the byte LM is
+    of the released one's sizes, and None where patches need none."""
     from bltjax.config_file import load_config
 
     run = load_config(path)
     if run.blt is None:
         raise ValueError(f"{path} trains a byte model: --contexts is of a BLT")
     byte_lm = random_byte_lm(ByteLMConfig()) if run.patching.mode == "entropy" else None
-    return run, random_params(run, 0), run.patching, byte_lm
+    return run, random_params(run, 0), byte_lm
 
 
 def context_side(model: BLTConfig | str, context_bytes: int):
@@ -110,8 +112,10 @@ def context_side(model: BLTConfig | str, context_bytes: int):
 
     # Patches of one length after every context, or their number would decide; the byte LM still
     # scores each byte.
-    parts = config_parts(model) if isinstance(model, str) else model_parts(model)
-    run_config, params, _, byte_lm = parts
+    if isinstance(model, str):
+        run_config, params, byte_lm = config_parts(model)
+    else:
+        run_config, params, _, byte_lm = model_parts(model)
     patching = PatchingConfig(
         mode="entropy" if byte_lm else "static",
         threshold=NEVER, max_patch_bytes=PATCH_BYTES, patch_bytes=PATCH_BYTES,

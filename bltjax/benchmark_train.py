@@ -103,7 +103,7 @@ def transformers_step(config: RunConfig, *, fused: bool):
         betas=(settings.b1, settings.b2),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=fused,
+        fused=fused or None,  # None is torch's default
     )
     batch = sample_batch(config.data)
     ids, targets = (torch.tensor(batch[name]).long() for name in ("bytes_BN", "targets_BN"))

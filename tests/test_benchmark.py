@@ -13,7 +13,7 @@ import pytest
 
 from bltjax.__main__ import main
 from bltjax.alphabet import encode
-from bltjax.benchmark import MALLOC, Worker
+from bltjax.benchmark import MALLOC, SIDES, Worker
 from bltjax.benchmark_generate import context_side, context_words, speed_words
 from bltjax.benchmark_input import MEAN_PATCH, benchmark_slots, made_records
 from bltjax.benchmark_tables import UPDATES, random_case
@@ -36,6 +36,23 @@ def test_batch():
     assert config.data.row_patches == 228
     assert (batch["starts_BN1"][:, :-1].sum(axis=1) == 228).all()
     assert (batch["targets_BN"][:, :-1] == batch["bytes_BN"][:, 1:]).all()
+
+
+def test_a_peer_as_it_comes_and_tuned(monkeypatch):
+    """Only the former has neither the allocator that keeps large buffers nor fused AdamW."""
+    tuned = {}
+
+    def started(words, env, **_):
+        tuned[json.loads(words[-1])[0]] = env.get("GLIBC_TUNABLES") == MALLOC
+
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr("bltjax.benchmark.subprocess.Popen", started)
+    monkeypatch.setattr(Worker, "answer", lambda self: {})
+    for side in ("ours", "transformers", "transformers_tuned"):
+        Worker(side, 1)
+    assert tuned == {"ours": True, "transformers": False, "transformers_tuned": True}
+    monkeypatch.setattr("bltjax.benchmark.transformers_step", lambda _, *, fused: fused)
+    assert not SIDES["transformers"][0](1, 64) and SIDES["transformers_tuned"][0](1, 64)
 
 
 @pytest.mark.slow
@@ -126,7 +143,7 @@ def get_config(_=""):
     found = context_side(str(config), 64)()
     assert found["mean_patch_bytes"] == 4 and found["ms_per_byte"] > 0
     slot = 2 * 2 * 32 * 2  # layers, keys and values, width, bytes of a bfloat16
-    assert found["latent_cache_bytes_read_per_byte"] * 4 % slot == 0
+    assert found["latent_cache_bytes_read_per_byte"] * 4 == 128 * slot
     with pytest.raises(ValueError, match="trains a byte model"):
         context_side("configs/byte_lm_100m.py", 64)
 
