@@ -65,17 +65,21 @@ def described_devices(topology: Topology) -> list:
             "compiling for a TPU needs libtpu, which is not installed: pip install -e '.[tpu]'"
             " (Linux on x86-64; no TPU is needed)"
         )
-    for name, value in SURROUNDINGS.items():
-        os.environ.setdefault(name, value)
     options = dict(topology.chip.options)
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     if topology.chips < topology.chip.host_chips:
         options["chips_per_host_bounds"] = (*topology.sides, 1)[:3]
     kind, _, shape = topology.name.partition(":")
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{kind}:{shape}", **options
-    ).devices
+    missing = SURROUNDINGS.keys() - os.environ.keys()
+    os.environ.update({name: SURROUNDINGS[name] for name in missing})
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{kind}:{shape}", **options
+        ).devices
+    finally:
+        for name in missing:  # the processes that this one starts aren't on a TPU
+            del os.environ[name]
 
 
 def places(topology: Topology, devices) -> np.ndarray:

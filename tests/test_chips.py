@@ -1,6 +1,7 @@
 """Slices that are offered, and those that only libtpu knows."""
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -65,15 +66,20 @@ def test_chips_by_the_name_that_jax_has_for_them():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("kind", CHIPS)
-def test_libtpu_knows_the_chips(kind):
+def test_libtpu_knows_the_chips(kind, monkeypatch):
     from bltjax.ahead import described_devices, places
 
+    marks = {"TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"}
+    for name in marks:
+        monkeypatch.delenv(name, raising=False)
     shape = CHIPS[kind].shapes[2]
     for slices in (1, 2):
         topology = read_topology(f"{kind}:{shape}", slices)
         devices = described_devices(topology)
         assert len(devices) == topology.devices
         assert {device.device_kind for device in devices} == {CHIPS[kind].kind}
+        # Whatever this process starts next would think that it runs on a TPU.
+        assert not marks & os.environ.keys()
         where = places(topology, devices)
         assert len({tuple(place) for place in where.tolist()}) == topology.chips
         assert (where.max(axis=0)[1:] + 1).tolist() == list(topology.sides)
