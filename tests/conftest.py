@@ -15,11 +15,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from bltjax.__main__ import main
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Runs of one shape are compiled once, however many commands train them, in whichever worker.
+# Runs of one shape are compiled once, however many commands train them, in whichever process.
 SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-COMPILED = Path(tempfile.gettempdir()) / f"bltjax-compiled-{SESSION}"
-jax.config.update("jax_compilation_cache_dir", str(COMPILED))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+CACHE = {
+    "jax_compilation_cache_dir": f"{tempfile.gettempdir()}/bltjax-compiled-{SESSION}",
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+}
+for setting, value in CACHE.items():
+    jax.config.update(setting, value)
+    os.environ[setting.upper()] = str(value)
 
 TINY = str(Path(__file__).parent / "tiny.py")
 WORDS = "the patch begins where the next byte is hard to guess and ends before another one"
