@@ -22,8 +22,9 @@ def test_the_8b_decodes_on(topology):
     chips = read_topology(topology)
     found = plan_generate(config, chips, **SIZES)
     assert found.fits and found.mesh == {"data": 1, "fsdp": 1, "tensor": chips.chips}
-    # bf16 weights, split: 13 GB of latent layers, 7.7 GB of tables.
-    assert found.weights["latent"] < 1.02 * 2 * 6.48e9 / chips.chips
+    # bf16 weights, split: 13 GB of latent layers, 7.7 GB of tables; but widen_KED, of 42 MB, whole.
+    widen = 4 * config.blt.local.width * config.blt.latent.width
+    assert found.weights["latent"] < 1.01 * 2 * ((6.5e9 - widen) / chips.chips + widen)
     assert found.total > sum(found.weights.values()) + found.state
     # A step moves its weights once; no table, and none of what other chips hold.
     read = found.weights["latent"] + found.state
