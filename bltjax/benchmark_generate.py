@@ -52,17 +52,14 @@ def random_params(run: RunConfig, seed: int) -> dict:
     dtype that the run computes in, but for norms, so that no more is ever held."""
     import jax
 
-    from bltjax.model import initial_params, make_model
+    from bltjax.model import initial_params, make_model, narrowed
     from bltjax.training_step import compute_dtype
 
     model, dtype = make_model(run.model, 2, np.float32, None), compute_dtype(run)
 
     @jax.jit
     def drawn(key):
-        params = without_specials(initial_params(model, key))
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: x if "norm" in path[-1].key else x.astype(dtype), params
-        )
+        return narrowed(without_specials(initial_params(model, key)), dtype)
 
     return drawn(jax.random.key(seed))
 
@@ -76,7 +73,8 @@ def random_byte_lm(config: ByteLMConfig):
 
 @functools.cache
 def model_parts(model: BLTConfig):
-    """(RunConfig, parameters, patching, byte LM), the same in every process."""
+    """What a Decoder is made of: (RunConfig, parameters, patching, byte LM), the same in every
+    process."""
     from bltjax.scoring import score_documents
 
     byte_lm = random_byte_lm(BYTE_LM)
@@ -89,15 +87,15 @@ def model_parts(model: BLTConfig):
 
 
 def config_parts(path: str):
-    """(RunConfig, parameters, byte LM) of a config file's BLT, in its compute dtype; the byte LM is
-    of the released one's sizes, and None where patches need none."""
+    """The same of a config file's BLT, in its compute dtype; the byte LM is of the released one's
+    sizes, and None where patches need none."""
     from bltjax.config_file import load_config
 
     run = load_config(path)
     if run.blt is None:
         raise ValueError(f"{path} trains a byte model: --contexts is of a BLT")
     byte_lm = random_byte_lm(ByteLMConfig()) if run.patching.mode == "entropy" else None
-    return run, random_params(run, 0), byte_lm
+    return run, random_params(run, 0), run.patching, byte_lm
 
 
 def context_side(model: BLTConfig | str, context_bytes: int):
@@ -112,10 +110,8 @@ def context_side(model: BLTConfig | str, context_bytes: int):
 
     # Patches of one length after every context, or their number would decide; the byte LM still
     # scores each byte.
-    if isinstance(model, str):
-        run_config, params, byte_lm = config_parts(model)
-    else:
-        run_config, params, _, byte_lm = model_parts(model)
+    parts = config_parts(model) if isinstance(model, str) else model_parts(model)
+    run_config, params, _, byte_lm = parts
     patching = PatchingConfig(
         mode="entropy" if byte_lm else "static",
         threshold=NEVER, max_patch_bytes=PATCH_BYTES, patch_bytes=PATCH_BYTES,

@@ -25,6 +25,7 @@ from absl import logging as absl_logging
 from etils import epath
 
 from bltjax.config import OF_THE_MACHINE, RunConfig, differences, from_dict, to_dict
+from bltjax.model import is_norm
 from bltjax.processes import from_writer, gathered, is_writer, process_index
 from bltjax.storage import is_remote, write_text
 
@@ -199,7 +200,7 @@ def restore_params(folder: Path, shardings=None, dtype=None) -> dict:
 
     def target_of(path, leaf, where):
         wanted = jnp.dtype(dtype or leaf.dtype)
-        if "norm" in path[-1].key:
+        if is_norm(path):
             wanted = jnp.promote_types(wanted, leaf.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, wanted, sharding=where)
 

@@ -27,14 +27,7 @@ from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
 from bltjax.checkpoint import TrainState, in_chunks, quiet, reader, saved_steps, sealed, unsealed
 from bltjax.config import RunConfig
-from bltjax.processes import (
-    describe,
-    from_writer,
-    gathered,
-    leave,
-    lost_another,
-    process_count,
-)
+from bltjax.processes import describe, from_writer, gathered, leave, lost_another, process_count
 
 ITEMS = ("params", "opt", "streams", "progress")
 FORMAT = 3  # of progress/; another one is refused, not taken for damage

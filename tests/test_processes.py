@@ -225,11 +225,17 @@ def test_the_code_of_a_pod_is_the_one_that_says_most():
     assert local_pod.code_of([75, 1, -15]) == 1
 
 
+def stand_in(folder: Path, program: str) -> None:
+    """A bltjax that is nothing but this program."""
+    (folder / "bltjax").mkdir()
+    (folder / "bltjax" / "__init__.py").touch()
+    (folder / "bltjax" / "__main__.py").write_text(program)
+
+
 def test_a_pod_ends_when_one_process_does_and_restarts(tmp_path, monkeypatch, capfdbinary):
     """The first time process 1 says 75 and process 0 would wait for ever."""
-    (tmp_path / "bltjax").mkdir()
-    (tmp_path / "bltjax" / "__init__.py").touch()
-    (tmp_path / "bltjax" / "__main__.py").write_text(
+    stand_in(
+        tmp_path,
         "import sys, time, pathlib\n"
         "me = sys.argv[-1][-1]\n"
         "print('hello', *sys.argv[1:2], flush=True)\n"
@@ -237,7 +243,7 @@ def test_a_pod_ends_when_one_process_does_and_restarts(tmp_path, monkeypatch, ca
         "again = mark.exists()\n"
         "mark.touch()\n"
         "if me == '1' and not again: sys.exit(75)\n"
-        "time.sleep(0 if again else 60)"
+        "time.sleep(0 if again else 60)",
     )
     monkeypatch.setattr(local_pod, "ROOT", tmp_path)
     monkeypatch.setattr(local_pod, "ENDS_SECONDS", 0.2)
@@ -254,13 +260,12 @@ def test_a_pod_ends_when_one_process_does_and_restarts(tmp_path, monkeypatch, ca
 def test_a_pod_whose_reader_has_seen_enough_ends(tmp_path):
     """As in `local_pod.py ... | head -1`, with processes that would go on and say much."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    (tmp_path / "bltjax").mkdir()
-    (tmp_path / "bltjax" / "__init__.py").touch()
-    (tmp_path / "bltjax" / "__main__.py").write_text(
+    stand_in(
+        tmp_path,
         "import time\n"
         "for step in range(600):\n"
         "    print('step', step, 'and so on' * 9999, flush=True)\n"
-        "    time.sleep(0.1)"
+        "    time.sleep(0.1)",
     )
     words = [sys.executable, "launch/local_pod.py", "--processes=2", "--", "verb"]
     run = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

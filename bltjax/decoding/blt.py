@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from bltjax.config import BLTConfig, PatchingConfig
 from bltjax.decoding.scorer import Scorer
+from bltjax.model import narrowed
 from bltjax.model.blt import BLT
 from bltjax.model.cache import Cache, Places, ring_of, ring_places, written
 from bltjax.model.latent_transformer import LatentTransformer, unscanned
@@ -102,8 +103,8 @@ class CachedBLT:
         """Parameters as decoding reads them: latent layers apart, all but norms in its dtype;
         beside them what the scorer reads."""
         params = dict(params) | {"latent": unscanned(params["latent"])}
-        cast = jax.tree.map(lambda x: x if x.ndim < 2 else x.astype(self.dtype), params)
-        return {"model": constrained_tree(cast), "scorer": self.scorer.prepared(scorer_params)}
+        cast = constrained_tree(narrowed(params, self.dtype))
+        return {"model": cast, "scorer": self.scorer.prepared(scorer_params)}
 
     def places(self, count_B, queries: int) -> Places:
         local = self.config.local

@@ -50,6 +50,18 @@ def part_of(path, config) -> str:
     return path[0].key if isinstance(config, BLTConfig) else "all"
 
 
+def is_norm(path) -> bool:
+    """Whether a norm's scales are at a path: few, and never in less than fp32."""
+    return "norm" in path[-1].key
+
+
+def narrowed(params, dtype) -> dict:
+    """Parameters in `dtype`, but for norms."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x if is_norm(path) else x.astype(dtype), params
+    )
+
+
 def parameter_count(params, config) -> dict[str, int]:
     """Parameters by part and in total; the padding of the hash tables is not counted."""
     counts: dict[str, int] = {}
