@@ -21,12 +21,16 @@ def as_bytes(text: str | bytes) -> bytes:
     return text.encode("utf-8", errors="ignore") if isinstance(text, str) else bytes(text)
 
 
-def encode(text: str | bytes | np.ndarray, *, bos: bool = True, eos: bool = True) -> np.ndarray:
-    """Ids of a text, or of its bytes as uint8 [len], as int32 [bos + bytes + eos]."""
+def encode(
+    text: str | bytes | np.ndarray, *, bos: bool = True, eos: bool = True, dtype=np.int32
+) -> np.ndarray:
+    """Ids of a text, or of its bytes as uint8 [len], as integers [bos + bytes + eos]."""
     body = text if isinstance(text, np.ndarray) else np.frombuffer(as_bytes(text), np.uint8)
-    ids_N = np.empty(bos + len(body) + eos, np.int32)
-    ids_N[:bos] = BOS
-    ids_N[bos + len(body) :] = EOS
+    ids_N = np.empty(bos + len(body) + eos, dtype)
+    if bos:
+        ids_N[0] = BOS
+    if eos:
+        ids_N[-1] = EOS
     text_N = ids_N[bos : bos + len(body)]
     text_N[:] = body  # first widened, then added to: in one call numpy goes through a buffer
     text_N += OFFSET

@@ -273,6 +273,13 @@ class PatchingConfig:
         """Whether the starts of a prefix are the prefix of the starts (paper 2.4)."""
         return self.mode != "bpe" and self.looks_past_end
 
+    @property
+    def above_threshold(self) -> bool:
+        """Whether nothing but an entropy above the threshold begins a patch."""
+        relative = self.monotonic or self.threshold_add is not None
+        moved = self.whole_characters or self.max_patch_bytes is not None
+        return self.mode == "entropy" and not relative and not moved
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:

@@ -17,6 +17,7 @@ from bltjax.data.packing import Packer, batch_of, cut, pack_exact
 from bltjax.data.records import Document
 from bltjax.patching import (
     cursor_at,
+    document_starts,
     force_starts,
     next_starts,
     patch_lengths,
@@ -169,6 +170,18 @@ def test_incremental(config, text, seed):
     whole = patch_starts(config, ids, entropies)
     for i in range(1, len(ids) + 1):
         assert (patch_starts(config, ids[:i], entropies[:i]) == whole[: i + 1]).all()
+
+
+@pytest.mark.parametrize("config", [GLOBAL, *CONFIGS], ids=str)
+@settings(print_blob=True, deadline=None, max_examples=50)
+@given(text=st.binary(max_size=40), seed=st.integers(0, 2**32 - 1))
+def test_documents_are_cut_by_the_same_rules(config, text, seed):
+    entropies = np.random.default_rng(seed).uniform(0, 4, len(text) + 1).astype(np.float32)
+    ids = encode(text)
+    expected = patch_starts(config, ids, np.append(entropies, np.float32(0)))
+    expected[[0, 1, -1]] = True
+    found = document_starts(config, encode(text, dtype=np.int16), entropies)
+    assert found.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -21,41 +21,28 @@ import numpy as np
 from bltjax.alphabet import BOE, encode
 from bltjax.config import PatchingConfig
 from bltjax.data.records import Document
-from bltjax.patching import force_starts, patch_starts
+from bltjax.patching import document_starts
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class CutDocument:
     """A document as rows take it."""
 
-    ids_N: np.ndarray  # [len + 2]: BOS, bytes, EOS
+    ids_N: np.ndarray  # int16 [len + 2], since many wait: BOS, bytes, EOS
     starts_N1: np.ndarray  # [len + 3]
     patches: int  # that begin at one of its ids
 
 
 def cut(document: Document, patching: PatchingConfig | None) -> CutDocument:
-    """A document and where its patches begin.
+    """A document and where its patches begin; without patching (the byte LM) everywhere.
 
-    Without patching (the byte LM) every position is a start. The position after EOS always is one:
-    another document's BOS.
+    Raises:
+      ValueError: as `document_starts`, for example if it isn't scored.
     """
-    ids_N = encode(document.text)
+    ids_N = encode(document.text, dtype=np.int16)
     if patching is None:
         return CutDocument(ids_N, np.ones(len(ids_N) + 1, bool), len(ids_N))
-    entropies_N = None
-    if patching.mode == "entropy":
-        if document.entropies is None:
-            raise ValueError("entropy patching needs scored documents; run the entropies command")
-        if len(document.entropies) != len(ids_N) - 1:
-            raise ValueError(
-                f"a document of {len(document.text)} bytes has {len(document.entropies)} entropies,"
-                f" not {len(ids_N) - 1}: of every byte and of its end"
-            )
-        # What follows EOS is never predicted; its entropy decides nothing.
-        entropies_N = np.zeros(len(ids_N), np.float32)
-        entropies_N[:-1] = document.entropies
-    starts_N1 = force_starts(patch_starts(patching, ids_N, entropies_N))
-    starts_N1[-1] = True
+    starts_N1 = document_starts(patching, ids_N, document.entropies)
     return CutDocument(ids_N, starts_N1, np.count_nonzero(starts_N1[:-1]))
 
 
@@ -79,10 +66,10 @@ def next_piece(document: CutDocument, begin: int, used: int, room: int, patch_ro
     forced = slice(0, max(0, 2 - used))  # the row's first two positions
     patches = np.count_nonzero(opens_N) + np.count_nonzero(~opens_N[forced])
     if patches > patch_room:
-        opens_N = opens_N.astype(np.int32)
-        opens_N[forced] = 1
-        end = begin + int(np.searchsorted(np.cumsum(opens_N), patch_room, side="right"))
-        patches = patch_room
+        opens_N = opens_N.copy()
+        opens_N[forced] = True
+        # Where the first patch begins that has no room.
+        end, patches = begin + int(np.flatnonzero(opens_N)[patch_room]), patch_room
     return Piece(document, begin, end, patches)
 
 
