@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -134,12 +133,6 @@ def traces(workdir: Path) -> dict:
         "losses": {line["step"]: line["loss"] for line in lines if "loss" in line},
         "streams": {path.name: json.loads(path.read_text()) for path in streams},
     }
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 def can_mount() -> bool:

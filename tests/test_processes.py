@@ -2,15 +2,12 @@
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import faults
 import jax
 import pytest
 from test_train import command, losses
@@ -45,7 +42,7 @@ def test_options_that_do_not_fit_together(runs, tmp_path, capsys):
 
 
 def test_a_wrong_coordinator_is_told_with_its_address(runs, tmp_path, capsys):
-    port = faults.free_port()
+    port = local_pod.free_port()
     where = [f"--coordinator=localhost:{port}", "--processes=2", "--join_seconds=1"]
     assert main([*command(runs, "byte_lm", tmp_path), *where, "--process=1"]) == 75
     assert f"could not reach the coordinator at localhost:{port} in 1 s" in capsys.readouterr().err
@@ -61,7 +58,7 @@ def test_processes_that_differ_are_named(runs, tmp_path):
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
     with (tmp_path / "bltjax" / "rotary.py").open("a") as file:
         file.write("# changed\n")
-    where = [f"--coordinator=localhost:{faults.free_port()}", "--processes=2"]
+    where = [f"--coordinator=localhost:{local_pod.free_port()}", "--processes=2"]
     words = [sys.executable, "-m", "bltjax", *command(runs, "byte_lm", tmp_path / "run"), *where]
     processes = [
         subprocess.Popen(
@@ -177,35 +174,6 @@ def test_one_process_cannot_write_its_part(process, runs, tmp_path, monkeypatch)
     said = pod(2, 1, command(runs, "byte_lm", tmp_path / "run"), code=1)
     assert "a checkpoint can't be written: the disk is full" in said, said
     assert time.monotonic() - begun < 400, said  # Orbax alone would give up after 1200
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    return faults.Work(tmp_path_factory.mktemp("faults"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", faults.KINDS)
-def test_faults_leave_no_trace(work, kind):
-    if kind == "disk_full" and not faults.can_mount():
-        pytest.skip("a small disk can't be mounted here")
-    for _ in range(2):
-        seed = random.SystemRandom().randrange(10**6)
-        print(f"python tests/faults.py --kinds {kind} --times 1 --seed {seed}")
-        print(faults.trial(kind, work, seed))
-
-
-@pytest.mark.slow
-def test_a_silent_process_is_named(work):
-    run = faults.Pod(work, work.root / "silent", more=["--config.faults.hang_seconds=8"])
-    run.reaches(3)
-    os.kill(run.members()[1], signal.SIGSTOP)
-    assert run.ends() == 75, run.text
-    assert "nothing has happened for" in run.text and "process 1 (" in run.text
-    assert "is silent" in run.text
-    again = faults.Pod(work, work.root / "silent", more=["--config.faults.hang_seconds=300"])
-    assert again.ends() == 0, again.text
-    assert faults.traces(work.root / "silent")["losses"] == work.expected["losses"]
 
 
 def test_a_broken_collective_is_a_lost_process(monkeypatch):
