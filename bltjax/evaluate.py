@@ -34,7 +34,7 @@ from bltjax.metrics import Progress, quantity
 from bltjax.model import parameter_count
 from bltjax.process_rows import own_part
 from bltjax.processes import add_arguments as add_process_arguments
-from bltjax.processes import is_writer, join
+from bltjax.processes import is_writer, join, together
 from bltjax.scoring import load_entropy_model, scored_source
 from bltjax.sharding import make_mesh, row_sharding, tree_shardings
 from bltjax.storage import write_text
@@ -85,7 +85,7 @@ def evaluate(
     # As many rows as the devices divide: the figure doesn't depend on it.
     data = dataclasses.replace(config.data, rows=-(-config.data.rows // mesh.size) * mesh.size)
     batches, cuts = held_out_batches(documents, data, patching)
-    scores = jitted_scores(run_model(config), shardings, mesh)
+    scores = together(jitted_scores(run_model(config), shardings, mesh))
     nats = text_bytes = 0.0
     progress = Progress("evaluating", len(batches), " batches")
     for batch in batches:

@@ -262,6 +262,26 @@ def barrier(what: str) -> None:
     gathered(what, None)
 
 
+def together(jitted: Callable) -> Callable:
+    """A jitted function that no process calls before all have compiled it; for one set of shapes.
+
+    Processes may compile for minutes, and end as far apart as their hosts' load is; but gloo gives
+    them 30 s to come to the first collective of a group of devices.
+    """
+    if not joined():
+        return jitted
+    compiled = None
+
+    def call(*arguments):
+        nonlocal compiled
+        if compiled is None:
+            compiled = jitted.lower(*arguments).compile()
+            barrier("compiling")
+        return compiled(*arguments)
+
+    return call
+
+
 def from_writer(what: str, make: Callable[[], Any]) -> Any:
     """What process 0 makes, in every process; what it raises as ValueError or OSError, too."""
     made, problem = None, ""

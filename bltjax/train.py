@@ -34,6 +34,7 @@ from bltjax.processes import (
     is_writer,
     join,
     process_count,
+    together,
 )
 from bltjax.processes import add_arguments as add_process_arguments
 from bltjax.profiling import Profile
@@ -85,6 +86,7 @@ def train(
     if config.mesh.tensor == 1:
         divides("the number of processes", process_count(), "data.rows", config.data.rows)
     parts = step_parts(config, mesh)
+    take_step, scores = together(parts.step), together(parts.scores)
     rows = row_sharding(mesh)
     patching = placed_patches(config, workdir)
     expected = byte_lm.identity if byte_lm else None
@@ -125,7 +127,8 @@ def train(
     goodput = Goodput(workdir, begun)
     if not resumes:
         key = jax.random.key(config.seed)
-        state = jax.jit(parts.initial_state, out_shardings=parts.shardings)(key)
+        initial_state = jax.jit(parts.initial_state, out_shardings=parts.shardings)
+        state = together(initial_state)(key)
         state = state._replace(params=started(config, state.params, parts.shardings.params))
         first = 0
     else:
@@ -167,12 +170,12 @@ def train(
             if step == first + 1:
                 watchdog.mark(step, "compiles", PATIENCE)
                 with goodput.during("compile"):
-                    state, out = parts.step(state, batch)
+                    state, out = take_step(state, batch)
                     jax.block_until_ready((out, checksums(state)))  # of a first checkpoint
                 goodput.begin_steps()
             else:
                 watchdog.mark(step, "computes")
-                state, out = parts.step(state, batch)
+                state, out = take_step(state, batch)
             profile.dispatched(out)
             out["notice"] = notice.asked()
             if pending is not None:
@@ -190,7 +193,7 @@ def train(
             if evaluates:
                 watchdog.mark(step, "evaluates", PATIENCE)
                 with goodput.during("evaluation"), reports.paused():
-                    bits = held_out_bits(parts.scores, state.params, held_out, rows)
+                    bits = held_out_bits(scores, state.params, held_out, rows)
                 reports.held_out(step, bits)
             if saves:
                 watchdog.mark(step, "saves", PATIENCE)

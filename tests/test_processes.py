@@ -149,6 +149,31 @@ def test_folders_of_a_checkpoint_come_late(runs, tmp_path, monkeypatch):
     assert losses(tmp_path / "run") == pytest.approx(losses(runs.byte_lm), abs=1e-5)
 
 
+SLOW_COMPILER = """
+import sys, time
+from jax._src import compiler
+
+compiled = compiler.compile_or_get_cached
+
+def late(backend, module, *more, **options):
+    name = str(module.operation.attributes["sym_name"])
+    if "--process=1" in sys.orig_argv and "jit_step" in name:
+        time.sleep(40)
+    return compiled(backend, module, *more, **options)
+
+compiler.compile_or_get_cached = late
+"""
+
+
+@pytest.mark.slow
+def test_a_process_compiles_much_later_than_the_others(runs, tmp_path, monkeypatch):
+    """They wait for it before the first collective, where gloo would give it 30 s."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_COMPILER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pod(2, 2, command(runs, "byte_lm", tmp_path / "run"))
+    assert losses(tmp_path / "run") == pytest.approx(losses(runs.byte_lm), abs=1e-5)
+
+
 FULL_DISK = """
 import errno, sys, threading
 import bltjax.checkpoint
