@@ -121,6 +121,12 @@ def test_another_mesh_and_process_count_resumes(runs, tmp_path):
         assert losses(copy) == pytest.approx(losses(whole), abs=1e-5)
 
 
+def begin_with(program: str, folder: Path, monkeypatch) -> None:
+    """Every Python started from now on runs this program first."""
+    (folder / "sitecustomize.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+
+
 LATE_FOLDERS = """
 import asyncio
 from orbax.checkpoint._src.futures import future
@@ -143,8 +149,7 @@ contract.get_awaitable_signals_from_contract = classmethod(
 @pytest.mark.slow
 def test_folders_of_a_checkpoint_come_late(runs, tmp_path, monkeypatch):
     """Process 1 would write before process 0 has made the folders, and never heard of waiting."""
-    (tmp_path / "sitecustomize.py").write_text(LATE_FOLDERS)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    begin_with(LATE_FOLDERS, tmp_path, monkeypatch)
     pod(2, 1, command(runs, "byte_lm", tmp_path / "run"))
     assert losses(tmp_path / "run") == pytest.approx(losses(runs.byte_lm), abs=1e-5)
 
@@ -168,8 +173,7 @@ compiler.compile_or_get_cached = late
 @pytest.mark.slow
 def test_a_process_compiles_much_later_than_the_others(runs, tmp_path, monkeypatch):
     """They wait for it before the first collective, where gloo would give it 30 s."""
-    (tmp_path / "sitecustomize.py").write_text(SLOW_COMPILER)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    begin_with(SLOW_COMPILER, tmp_path, monkeypatch)
     pod(2, 2, command(runs, "byte_lm", tmp_path / "run"))
     assert losses(tmp_path / "run") == pytest.approx(losses(runs.byte_lm), abs=1e-5)
 
@@ -193,8 +197,7 @@ bltjax.checkpoint.sealed = sealed_or_not
 @pytest.mark.parametrize("process", [0, 1])
 def test_one_process_cannot_write_its_part(process, runs, tmp_path, monkeypatch):
     """It says so and ends at once; the launcher ends the other, which wrote its own and waits."""
-    (tmp_path / "sitecustomize.py").write_text(FULL_DISK.format(process=process))
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    begin_with(FULL_DISK.format(process=process), tmp_path, monkeypatch)
     begun = time.monotonic()
     said = pod(2, 1, command(runs, "byte_lm", tmp_path / "run"), code=1)
     assert "a checkpoint can't be written: the disk is full" in said, said
