@@ -42,6 +42,7 @@ class Pod:
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(work.root / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": f"{ROOT / 'tests/one_compiler'}{os.pathsep}{ROOT}",
             "PYTHONUNBUFFERED": "1",
         }
         self.process = subprocess.Popen(

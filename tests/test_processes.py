@@ -88,9 +88,21 @@ def test_a_folder_for_checkpoints_that_can_not_be_written(runs, tmp_path, capsys
     assert str(tmp_path / "checkpoints") in captured.err and "step 1" not in captured.out
 
 
+def run_first(folder: Path, monkeypatch) -> None:
+    """Every Python started from now on runs this folder's sitecustomize.py first."""
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+
+
+@pytest.fixture
+def one_compiler(monkeypatch):
+    """Process 0 compiles, the others take its programs: with two cores that is most of a run."""
+    run_first(ROOT / "tests/one_compiler", monkeypatch)
+    monkeypatch.setenv("JAX_SHARE_BINARY_BETWEEN_HOSTS", "true")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["byte_lm", "blt"])
-def test_one_two_and_four_processes_are_one(runs, tmp_path, model):
+def test_one_two_and_four_processes_are_one(runs, tmp_path, one_compiler, model):
     """50 steps; besides, held-out figures, and evaluation by as many."""
     found = {}
     for count in (1, 2, 4):
@@ -107,7 +119,7 @@ def test_one_two_and_four_processes_are_one(runs, tmp_path, model):
 
 
 @pytest.mark.slow
-def test_another_mesh_and_process_count_resumes(runs, tmp_path):
+def test_another_mesh_and_process_count_resumes(runs, tmp_path, one_compiler):
     words = ["--config.data.rows=8", "--config.optimizer.steps=12"]
     whole = tmp_path / "whole"
     pod(4, 2, command(runs, "blt", whole, *words))
@@ -124,7 +136,7 @@ def test_another_mesh_and_process_count_resumes(runs, tmp_path):
 def begin_with(program: str, folder: Path, monkeypatch) -> None:
     """Every Python started from now on runs this program first."""
     (folder / "sitecustomize.py").write_text(program)
-    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+    run_first(folder, monkeypatch)
 
 
 LATE_FOLDERS = """
