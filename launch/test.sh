@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, format check and tests on a fresh machine; sets up what it needs.
-#   bash launch/test.sh          under ten minutes on 2 cores after installation
+#   bash launch/test.sh          after installation ten minutes of 2 cores, twenty of slow ones
 #   bash launch/test.sh --all    the slow tests too
 set -euo pipefail
 cd "$(dirname "$0")/.."
