@@ -9,13 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_batch import random_batch
 
 from bltjax.__main__ import main
+from bltjax.checkpoint import TrainState
+from bltjax.config_file import load_config
 from bltjax.export import load_params
+from bltjax.model import initial_params
 from bltjax.profiling import Profile
+from bltjax.training_step import make_train_step, run_model, run_optimizer
 
 ROOT = Path(__file__).parents[1]
 TINY = "tests/tiny.py"
@@ -168,6 +174,20 @@ def test_unwritable_workdir(runs, tmp_path, capsys):
     assert main(command(runs, "byte_lm", tmp_path / "file" / "run")) == 1
     error = capsys.readouterr().err
     assert str(tmp_path / "file") in error and "Traceback" not in error
+
+
+def test_accumulation_equals_one_batch():
+    results = []
+    for count in (1, 2):
+        paths = ["data.train.text.path=x", "data.held_out.text.path=x"]
+        config = load_config(f"{TINY}:blt", [f"optimizer.accumulate={count}", *paths])
+        model, optimizer = run_model(config), run_optimizer(config)
+        params = jax.jit(lambda key, model=model: initial_params(model, key))(jax.random.key(0))
+        state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        batch = random_batch(config.data, np.random.default_rng(0))
+        _, report = jax.jit(make_train_step(config, model, optimizer))(state, batch)
+        results.append(jax.tree.map(float, (report["sums"].loss, report["gradient_norm"])))
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ POWERS = [
 ]
 # Table rows are a multiple of 512, so fsdp and tensor are powers of two; data can be any.
 OTHERS = [(3, 1, 1), (3, 2, 1), (3, 1, 2), (6, 1, 1), (5, 1, 1), (7, 1, 1)]
-QUICK = [(2, 2, 2)]
+QUICK = [(1, 2, 4), (2, 2, 2)]
 
 
 def run_config(rows: int, **settings) -> RunConfig:
