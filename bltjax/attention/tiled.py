@@ -7,10 +7,8 @@
 
 A running maximum and sum make one softmax of the steps; the backward pass computes the scores once
 more. So memory is linear in the row, and time in the keys that are seen: a causal half, a window or
-another document costs nothing. Sums over keys are kept channels first, [J, C, I, Q]: such a product
-takes the weights as they lie, keys first, and transposes the smaller keys or values. A CPU
-takes the rows one after the other, so that a tile's scores stay in its cache (ten times faster than
-one large product); other devices take them side by side.
+another document costs nothing. A CPU takes the rows one after the other, so that a tile's scores
+stay in its cache (ten times faster than one large product); other devices take them side by side.
 """
 
 import functools
@@ -133,22 +131,20 @@ def row_forward(q_JIQC, k_JTC, v_JTC, start_Q, end_Q, tiles: Tiles):
             weights = jnp.exp(s - new_top[:, None])
             scale = jnp.exp(top - new_top)
             more = jnp.einsum(
-                "jtc,jtiq->jciq",
-                cut(v_JTC, at, tiles.keys, 1),
+                "jtiq,jtc->jiqc",
                 weights.astype(v_JTC.dtype),
+                cut(v_JTC, at, tiles.keys, 1),
                 preferred_element_type=jnp.float32,
             )
             total = total * scale + weights.sum(axis=1)
-            return new_top, total, summed * scale[:, None] + more
+            return new_top, total, summed * scale[..., None] + more
 
         flat = (shared, group, tiles.queries)
-        zero = jnp.zeros((shared, channels, group, tiles.queries))
         top, total, summed = jax.lax.fori_loop(
-            0, count, add, (jnp.full(flat, FLOOR), jnp.zeros(flat), zero)
+            0, count, add, (jnp.full(flat, FLOOR), jnp.zeros(flat), jnp.zeros((*flat, channels)))
         )
         some = total > 0  # an empty range gives zeros
-        piece = jnp.where(some[:, None], summed / jnp.where(some, total, 1)[:, None], 0)
-        piece = jnp.moveaxis(piece, 1, 3)
+        piece = jnp.where(some[..., None], summed / jnp.where(some, total, 1)[..., None], 0)
         logs = jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), 0)
         out = jax.lax.dynamic_update_slice_in_dim(out, piece.astype(out.dtype), first, 2)
         return out, jax.lax.dynamic_update_slice_in_dim(log_sum, logs, first, 2)
@@ -177,7 +173,7 @@ def row_backward(q_JIQC, k_JTC, v_JTC, start_Q, end_Q, log_sum, delta, grad_JIQC
             weights = jnp.exp(s - logs[:, None])
             dweights = jnp.einsum("jtc,jiqc->jtiq", v, grad, **fp32)
             ds = (weights * (dweights - less[:, None])).astype(q.dtype)
-            dq = dq + jnp.einsum("jtc,jtiq->jciq", k, ds, **fp32)
+            dq = dq + jnp.einsum("jtiq,jtc->jiqc", ds, k, **fp32)
             more_k = jnp.einsum("jtiq,jiqc->jtc", ds, q, **fp32)
             more_v = jnp.einsum("jtiq,jiqc->jtc", weights.astype(grad.dtype), grad, **fp32)
             dk = jax.lax.dynamic_update_slice_in_dim(dk, cut(dk, at, tiles.keys, 1) + more_k, at, 1)
@@ -185,9 +181,8 @@ def row_backward(q_JIQC, k_JTC, v_JTC, start_Q, end_Q, log_sum, delta, grad_JIQC
             return dq, dk, dv
 
         dq, dk, dv = carry
-        zero = jnp.zeros((shared, channels, group, tiles.queries))
+        zero = jnp.zeros((shared, group, tiles.queries, channels))
         piece, dk, dv = jax.lax.fori_loop(0, count, add, (zero, dk, dv))
-        piece = jnp.moveaxis(piece, 1, 3)
         return jax.lax.dynamic_update_slice_in_dim(dq, piece, first, 2), dk, dv
 
     empty = tuple(jnp.zeros(x.shape) for x in (q_JIQC, k_JTC, v_JTC))
