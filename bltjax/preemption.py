@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bltjax.processes import together
 from bltjax.sharding import AXES, replicated
 
 
@@ -29,7 +30,7 @@ class Notice:
             )
             for answer in (0, 1)
         ]
-        self.anyone = jax.jit(jnp.max, out_shardings=replicated(mesh))
+        self.anyone = together(jax.jit(jnp.max, out_shardings=replicated(mesh)))
 
     def asked(self) -> jax.Array:
         """Whether any process has been given notice by now: a scalar to be read later."""

@@ -36,6 +36,7 @@ from bltjax.config import differences
 RESTART = 75  # EX_TEMPFAIL of sysexits.h
 JOIN_SECONDS = 300
 AGREE_SECONDS = 1200  # hosts read their data at different speeds
+PATIENCE = 3600  # seconds, for what may take long without being a hang: compiling, evaluating
 # Beginnings of errors that a process would meet alone, and meet again.
 OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND")
 calls = itertools.count()  # every process makes the same calls, so a number names one
@@ -229,10 +230,11 @@ def leave(code: int, message: str = "") -> NoReturn:
     os._exit(code)
 
 
-def gathered(what: str, value: Any) -> list:
+def gathered(what: str, value: Any, seconds: int = AGREE_SECONDS) -> list:
     """The value of every process, by its number; `what` names it if a process doesn't come.
 
     value: small, and JSON.
+    seconds: how long the first may wait for the last.
 
     Raises:
       Restart: naming the processes that didn't give theirs in time.
@@ -243,12 +245,12 @@ def gathered(what: str, value: Any) -> list:
     folder = f"bltjax/{next(calls)}/"
     client.key_value_set(f"{folder}{process_index()}", json.dumps(value))
     try:
-        client.wait_at_barrier(f"{folder}whole", AGREE_SECONDS * 1000)
+        client.wait_at_barrier(f"{folder}whole", seconds * 1000)
     except jax.errors.JaxRuntimeError as error:
         came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(folder)}
         lost = sorted(set(range(count)) - came)
         raise Restart(
-            f"{what}: no word from process {', '.join(map(str, lost))} in {AGREE_SECONDS} s"
+            f"{what}: no word from process {', '.join(map(str, lost))} in {seconds} s"
             if lost
             else f"{what}: {error}"
         ) from error
@@ -257,26 +259,27 @@ def gathered(what: str, value: Any) -> list:
     return [json.loads(found[index]) for index in range(count)]
 
 
-def barrier(what: str) -> None:
+def barrier(what: str, seconds: int = AGREE_SECONDS) -> None:
     """Returns once every process has come here."""
-    gathered(what, None)
+    gathered(what, None, seconds)
 
 
 def together(jitted: Callable) -> Callable:
-    """A jitted function that no process calls before all have compiled it; for one set of shapes.
+    """A jitted function that no process calls before all have compiled it.
 
     Processes may compile for minutes, and end as far apart as their hosts' load is; but gloo gives
-    them 30 s to come to the first collective of a group of devices.
+    them 30 s to come to the first collective of a group of devices. Processes call it with one set
+    of shapes; a single one, with any.
     """
-    if not joined():
-        return jitted
     compiled = None
 
     def call(*arguments):
         nonlocal compiled
+        if not joined():
+            return jitted(*arguments)
         if compiled is None:
             compiled = jitted.lower(*arguments).compile()
-            barrier("compiling")
+            barrier("compiling", PATIENCE)
         return compiled(*arguments)
 
     return call

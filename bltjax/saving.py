@@ -27,7 +27,15 @@ from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
 from bltjax.checkpoint import TrainState, in_chunks, quiet, reader, saved_steps, sealed, unsealed
 from bltjax.config import RunConfig
-from bltjax.processes import describe, from_writer, gathered, leave, lost_another, process_count
+from bltjax.processes import (
+    describe,
+    from_writer,
+    gathered,
+    leave,
+    lost_another,
+    process_count,
+    together,
+)
 
 ITEMS = ("params", "opt", "streams", "progress")
 FORMAT = 3  # of progress/; another one is refused, not taken for damage
@@ -121,6 +129,7 @@ def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
     )
 
 
+@together
 @jax.jit
 def checksums(tree) -> list[jax.Array]:
     """uint32 of each leaf: any one element that changes, changes it."""

@@ -28,6 +28,7 @@ from bltjax.page import write_page
 from bltjax.preemption import Notice
 from bltjax.process_rows import global_batch, own_part, own_rows
 from bltjax.processes import (
+    PATIENCE,
     Restart,
     barrier,
     check_agreement,
@@ -46,7 +47,6 @@ from bltjax.start import check_start, entropy_model, placed_patches, started
 from bltjax.training_step import compute_dtype, step_parts
 from bltjax.watchdog import Watchdog
 
-PATIENCE = 3600.0  # seconds, for what may take long without being a hang: compiling, evaluating
 KINDS = {BLTConfig: "BLT", ByteLMConfig: "byte LM", ByteCNNConfig: "byte CNN"}
 
 
