@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, format check and tests on a fresh machine; sets up what it needs.
-#   bash launch/test.sh          after installation ten minutes of 2 cores, twenty of slow ones
-#   bash launch/test.sh --all    the slow tests too
+#   bash launch/test.sh          after installation ten minutes of 2 cores, of slow ones twenty
+#   bash launch/test.sh --all    the slow tests too: 47 minutes, of slow cores over an hour
 set -euo pipefail
 cd "$(dirname "$0")/.."
 selection=(-m "not slow") extras=test
