@@ -268,19 +268,23 @@ def together(jitted: Callable) -> Callable:
     """A jitted function that no process calls before all have compiled it.
 
     Processes may compile for minutes, and end as far apart as their hosts' load is; but gloo gives
-    them 30 s to come to the first collective of a group of devices. Processes call it with one set
-    of shapes; a single one, with any.
+    them 30 s to come to the first collective of a group of devices. Every process calls it with the
+    same shapes in the same order; each set of them, and each mesh, has a program of its own.
     """
-    compiled = None
+    programs = {}
 
     def call(*arguments):
-        nonlocal compiled
         if not joined():
             return jitted(*arguments)
-        if compiled is None:
-            compiled = jitted.lower(*arguments).compile()
+        leaves, structure = jax.tree.flatten(arguments)
+        shardings = [getattr(leaf, "sharding", None) for leaf in leaves]  # NumPy's are on no device
+        meshes = [getattr(sharding, "mesh", None) for sharding in shardings]
+        shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
+        key = structure, *zip(shapes, meshes, strict=True)
+        if key not in programs:
+            programs[key] = jitted.lower(*arguments).compile()
             barrier("compiling", PATIENCE)
-        return compiled(*arguments)
+        return programs[key](*arguments)
 
     return call
 

@@ -13,7 +13,7 @@ import pytest
 from test_train import command, losses
 
 from bltjax.__main__ import main
-from bltjax.processes import RESTART, lost_another
+from bltjax.processes import RESTART, lost_another, together
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "launch"))
@@ -192,6 +192,17 @@ def test_a_process_compiles_much_later_than_the_others(runs, tmp_path, monkeypat
     pod(2, 2, command(runs, "byte_lm", tmp_path / "run"))
     assert {path.name for path in tmp_path.glob("jit_*")} == {"jit_step", "jit_checksums"}
     assert losses(tmp_path / "run") == pytest.approx(losses(runs.byte_lm), abs=1e-5)
+
+
+def test_a_process_of_a_cluster_runs_one_model_after_another(monkeypatch):
+    """As the quickstart does: each has programs of its own, and none is compiled twice."""
+    met = []
+    monkeypatch.setattr("bltjax.processes.joined", lambda: True)
+    monkeypatch.setattr("bltjax.processes.barrier", lambda *_: met.append("compiled"))
+    double = together(jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree)))
+    for size, programs in ((2, 1), (3, 2), (2, 2)):
+        assert double({"x": jax.numpy.arange(size)})["x"].tolist() == [*range(0, 2 * size, 2)]
+        assert len(met) == programs
 
 
 FULL_DISK = """
