@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bltjax.attention import Pooling, Reading, Sliding, range_attention
+from bltjax.attention import Pooling, Reading, Sliding, fastest, range_attention
 
 SLOTS, WINDOW, MEAN_PATCH = 4, 512, 4
 LOCAL_HEADS, LATENT_HEADS, LATENT_KEY_VALUE_HEADS = 20, 32, 8
@@ -44,9 +44,9 @@ def attentions(row_bytes: int) -> dict[str, tuple]:
     }
 
 
-def library(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern):
+def library(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern, device):
     window = None if pattern.span >= q_BQHC.shape[1] else (pattern.span - 1, 0)
-    on_gpu = jax.default_backend() == "gpu" and q_BQHC.dtype != jnp.float32
+    on_gpu = device.platform == "gpu" and q_BQHC.dtype != jnp.float32
     return jax.nn.dot_product_attention(
         q_BQHC,
         k_BTJC,
@@ -57,12 +57,12 @@ def library(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern):
     )
 
 
-def functions(name: str, pattern) -> tuple:
+def functions(name: str, pattern, device) -> tuple:
     """Two jitted functions of (arrays, start_BQ, end_BQ, weight): the output; also gradients."""
     if name == "library":
-        attend = functools.partial(library, pattern=pattern)
+        attend = functools.partial(library, pattern=pattern, device=device)
     else:
-        chosen = None if name == "ours" else name
+        chosen = fastest(device) if name == "ours" else name
         attend = functools.partial(range_attention, pattern=pattern, implementation=chosen)
 
     def forward(arrays, start_BQ, end_BQ, weight):
@@ -82,7 +82,7 @@ def functions(name: str, pattern) -> tuple:
 def median_ms(function, given, repeats: int) -> float:
     """Of one call among several that follow each other: what it takes to start one is hidden."""
     jax.block_until_ready(function(*given))
-    calls, times = 10 if jax.default_backend() != "cpu" else 1, []
+    calls, times = 10 if jax.devices()[0].platform != "cpu" else 1, []
     for _ in range(repeats):
         begun = time.perf_counter()
         jax.block_until_ready([function(*given) for _ in range(calls)])
@@ -100,8 +100,8 @@ def errors(found, expected) -> list[float]:
 
 
 def benchmark_attention(repeats: int, rows: int, row_bytes: int) -> dict:
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     device = jax.devices()[0]
+    dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     result = {"device": device.device_kind, "rows": rows, "row_bytes": row_bytes}
     result |= {"dtype": jnp.dtype(dtype).name, "attentions": {}}
     for name, (pattern, start, end, keys, heads, shared, channels) in attentions(row_bytes).items():
@@ -114,7 +114,8 @@ def benchmark_attention(repeats: int, rows: int, row_bytes: int) -> dict:
         bounds = [jnp.tile(jnp.asarray(x, jnp.int32), (rows, 1)) for x in (start, end)]
         exact = tuple(x.astype(jnp.float32) for x in arrays)
         with jax.default_matmul_precision("highest"):
-            expected = functions("xla", pattern)[1](exact, *bounds, weight.astype(jnp.float32))
+            both = functions("xla", pattern, device)[1]
+            expected = both(exact, *bounds, weight.astype(jnp.float32))
         expected = jax.device_get(expected)
         lines = {}
         for side in IMPLEMENTATIONS:
@@ -122,7 +123,7 @@ def benchmark_attention(repeats: int, rows: int, row_bytes: int) -> dict:
                 continue
             if side == "dense" and max(queries, keys) > MOST_DENSE:
                 continue
-            forward, both = functions(side, pattern)
+            forward, both = functions(side, pattern, device)
             given = (tuple(arrays), *bounds, weight)
             lines[side] = {
                 "forward_ms": median_ms(forward, given, repeats),

@@ -53,9 +53,10 @@ def random_params(run: RunConfig, seed: int) -> dict:
     import jax
 
     from bltjax.model import initial_params, make_model, narrowed
-    from bltjax.training_step import compute_dtype
+    from bltjax.training_step import resolved
 
-    model, dtype = make_model(run.model, 2, np.float32, None), compute_dtype(run)
+    model = make_model(run.model, 2, np.float32, "dense")  # no attention is part of a shape
+    dtype = resolved(run, jax.devices()[0]).compute_dtype
 
     @jax.jit
     def drawn(key):

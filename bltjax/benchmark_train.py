@@ -65,8 +65,9 @@ def our_step(config: RunConfig):
 
     from bltjax.checkpoint import TrainState
     from bltjax.model import initial_params
-    from bltjax.training_step import make_train_step, run_model, run_optimizer
+    from bltjax.training_step import make_train_step, resolved, run_model, run_optimizer
 
+    config = resolved(config, jax.devices()[0])
     model, optimizer = run_model(config), run_optimizer(config)
     params = jax.jit(lambda key: initial_params(model, key))(jax.random.key(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))

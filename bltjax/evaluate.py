@@ -38,7 +38,7 @@ from bltjax.processes import is_writer, join, together
 from bltjax.scoring import load_entropy_model, scored_source
 from bltjax.sharding import make_mesh, row_sharding, tree_shardings
 from bltjax.storage import write_text
-from bltjax.training_step import check_mesh, jitted_scores, run_model
+from bltjax.training_step import check_mesh, jitted_scores, resolved, run_model
 from bltjax.weights.model_files import model_shapes
 
 XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
@@ -85,7 +85,8 @@ def evaluate(
     # As many rows as the devices divide: the figure doesn't depend on it.
     data = dataclasses.replace(config.data, rows=-(-config.data.rows // mesh.size) * mesh.size)
     batches, cuts = held_out_batches(documents, data, patching)
-    scores = together(jitted_scores(run_model(config), shardings, mesh))
+    model = run_model(resolved(config, mesh.devices.flat[0]))
+    scores = together(jitted_scores(model, shardings, mesh))
     nats = text_bytes = 0.0
     progress = Progress("evaluating", len(batches), " batches")
     for batch in batches:

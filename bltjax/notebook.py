@@ -14,6 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from bltjax.alphabet import OFFSET, as_bytes, encode, text_stream
+from bltjax.attention import fastest
 from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
 from bltjax.decoding import Decoder
 from bltjax.decoding.placing import load_onto, on_mesh, read_mesh
@@ -24,7 +25,7 @@ from bltjax.inside import CrossWeights, cross_weights
 from bltjax.model import batch_logits, make_model
 from bltjax.patching import force_starts, patch_starts
 from bltjax.scoring import EntropyModel, score_documents
-from bltjax.training_step import compute_dtype
+from bltjax.training_step import resolved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +63,20 @@ class LoadedModel:
             run.blt, self.entropy_model and self.entropy_model.config, patching
         )
 
+        device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+        computed = jax.numpy.dtype(resolved(run, device).compute_dtype)
+
+        def model_of(patches: int):
+            return make_model(run.model, patches, computed, fastest(device))
+
         @functools.partial(jax.jit, static_argnames="patches")
         def all_logits(params, batch, patches):
-            model = make_model(run.model, patches, compute_dtype(run), None)
+            model = model_of(patches)
             # Logits that people read are exact: a TPU would multiply in bfloat16.
             with jax.default_matmul_precision("highest"):
                 return batch_logits(model, params, batch)[0]
 
-        self.all_logits = all_logits
+        self.all_logits, self.model_of = all_logits, model_of
         self.decoder: Decoder | None = None
 
     def logits(self, text: str | bytes) -> np.ndarray:
@@ -96,7 +103,7 @@ class LoadedModel:
         """
         ids = encode(text, eos=False)
         batch, patches = row_of(ids, self.starts(text))
-        model = make_model(self.run.model, patches, compute_dtype(self.run), None)
+        model = self.model_of(patches)
         with on_mesh(self.mesh):
             return cross_weights(self.config.blt, model, self.params, batch, len(ids))
 

@@ -106,16 +106,6 @@ def batch_shapes(config: RunConfig):
     return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in row.items()}
 
 
-def for_tpu(config: RunConfig) -> RunConfig:
-    """What `auto` means on a TPU, said in so many words: this machine may be none."""
-    changes = {}
-    if config.attention == "auto":
-        changes["attention"] = "pallas_tpu"
-    if config.compute_dtype == "auto":
-        changes["compute_dtype"] = "bfloat16"
-    return dataclasses.replace(config, **changes)
-
-
 def needed_flops(config: RunConfig) -> Flops:
     data = config.data
     sizes = (data.rows, data.row_bytes, data.row_patches)
@@ -146,7 +136,6 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     Raises:
       ValueError: where the mesh, the batch and the topology don't go together, with both numbers.
     """
-    config = for_tpu(config)
     check(config, topology)
     devices = described_devices(topology)
     begun = time.monotonic()
@@ -330,7 +319,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # a TPU that is here may be busy
     if args.generate:
         decoder = plan_generate(
-            for_tpu(config),
+            config,
             topology,
             groups=args.groups,
             rows=args.rows,

@@ -20,6 +20,7 @@ from bltjax.hlo_collectives import by_kind_and_axis, read_collectives
 from bltjax.hlo_work import read_work
 from bltjax.metrics import quantity
 from bltjax.sharding import make_mesh
+from bltjax.training_step import resolved
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ def plan_generate(
 ) -> GenerationPlan:
     """Compiles what a BLT's decoder runs, with weights in the config's compute dtype.
 
-    config: its attention and compute dtype named; its mesh, that of training, is not read. groups:
-    of chips, each with all weights.
+    config: its mesh, that of training, is not read. groups: of chips, each with all weights.
 
     Raises:
       ValueError: for a model without patches, more slices than one, a prompt beyond the context, or
@@ -116,6 +116,7 @@ def plan_generate(
         )
     begun = time.monotonic()
     mesh = make_mesh(MeshConfig(groups, 1, -1), described_devices(topology))
+    config = resolved(config, mesh.devices.flat[0])
     mean_patch = config.data.row_bytes / config.data.row_patches
     # The released entropy model; the run's own is not read for a plan.
     byte_lm = ByteLMConfig() if config.patching.mode == "entropy" else None

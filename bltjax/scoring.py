@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from bltjax.alphabet import OFFSET, encode
+from bltjax.attention import fastest
 from bltjax.checkpoint import identity
 from bltjax.config import ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig, SourceConfig
 from bltjax.data.records import NEWLINE_RESET, Document, RecordDocuments
@@ -75,9 +76,15 @@ def power_of_two(value: float) -> int:
     return 1 << max(0, int(value).bit_length() - 1)
 
 
+def device_of(params) -> jax.Device:
+    """Where parameters lie; of arrays on no device yet, where they would be put."""
+    leaf = jax.tree.leaves(params)[0]
+    return next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.devices()[0]
+
+
 @functools.lru_cache(maxsize=4)
-def scoring_step(config: ByteLMConfig):
-    model = ByteLM(config)
+def scoring_step(config: ByteLMConfig, implementation: str):
+    model = ByteLM(config, implementation=implementation)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def step(params, carry, lanes_B, bytes_BN, documents_BN):
@@ -110,7 +117,8 @@ def score_documents(
         return look_up(config, params, texts, newline_reset, scored), 0
     lengths = [len(text) + 1 for text in texts]
     total = sum(lengths)
-    most_lanes, longest = CPU_BATCH if jax.default_backend() == "cpu" else DEVICE_BATCH
+    device = device_of(params)
+    most_lanes, longest = CPU_BATCH if device.platform == "cpu" else DEVICE_BATCH
     if chunk is None:
         chunk = min(longest, max(8, power_of_two(total / PADDING_SHARE)))
     if lanes is None:
@@ -134,7 +142,7 @@ def score_documents(
         documents.append(np.concatenate(lane_documents))
         results.append(np.empty(len(ids[-1]), np.float32))
 
-    step = scoring_step(config)
+    step = scoring_step(config, fastest(device))
     carry = empty_carry(config, lanes)
     done, padding = [0] * lanes, 0
     while True:

@@ -44,7 +44,7 @@ from bltjax.saving import checksums, last_good, make_manager, restore_newest, sa
 from bltjax.scoring import scored_source
 from bltjax.sharding import make_mesh, row_sharding
 from bltjax.start import check_start, entropy_model, placed_patches, started
-from bltjax.training_step import compute_dtype, step_parts
+from bltjax.training_step import step_parts
 from bltjax.watchdog import Watchdog
 
 KINDS = {BLTConfig: "BLT", ByteLMConfig: "byte LM", ByteCNNConfig: "byte CNN"}
@@ -111,7 +111,7 @@ def train(
     print(
         f"{KINDS[type(config.model)]}: {quantity(counts['total'])} parameters ("
         + ", ".join(f"{part} {quantity(n)}" for part, n in counts.items() if part != "total")
-        + f"); {quantity(flops)}FLOP a step; mesh {dict(mesh.shape)}; {compute_dtype(config).name}"
+        + f"); {quantity(flops)}FLOP a step; mesh {dict(mesh.shape)}; {parts.config.compute_dtype}"
         + (f"; {process_count()} processes" if process_count() > 1 else "")
     )
 

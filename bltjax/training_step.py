@@ -4,6 +4,7 @@
 allocates nothing: shapes and shardings are known before there is an array.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from bltjax.attention import fastest
 from bltjax.bad_batches import guarded, told
 from bltjax.checkpoint import TrainState
 from bltjax.config import BLTConfig, RunConfig, divides
@@ -30,16 +32,23 @@ from bltjax.sharding import (
 )
 
 
-def compute_dtype(config: RunConfig):
-    """The dtype of matrix products: bfloat16 where there are units for it, float32 on a CPU."""
-    if config.compute_dtype != "auto":
-        return jnp.dtype(config.compute_dtype)
-    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+def resolved(config: RunConfig, device) -> RunConfig:
+    """The config with `auto` replaced by what is fastest on a device, which may only be described.
+
+    Products are in bfloat16 where there are units for it, in float32 on a CPU.
+    """
+    changes = {}
+    if config.attention == "auto":
+        changes["attention"] = fastest(device)
+    if config.compute_dtype == "auto":
+        changes["compute_dtype"] = "float32" if device.platform == "cpu" else "bfloat16"
+    return dataclasses.replace(config, **changes)
 
 
 def run_model(config: RunConfig):
-    implementation = None if config.attention == "auto" else config.attention
-    return make_model(config.model, config.data.row_patches, compute_dtype(config), implementation)
+    """The model of a `resolved` config."""
+    dtype = jnp.dtype(config.compute_dtype)
+    return make_model(config.model, config.data.row_patches, dtype, config.attention)
 
 
 def run_optimizer(config: RunConfig) -> optax.GradientTransformationExtraArgs:
@@ -169,6 +178,7 @@ def under(mesh: Mesh, function):
 class StepParts(NamedTuple):
     """What a run is made of on a mesh."""
 
+    config: RunConfig  # resolved for the mesh's devices
     model: Model
     initial_state: Callable  # key -> TrainState
     shapes: TrainState  # of jax.ShapeDtypeStruct
@@ -199,6 +209,7 @@ def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
       ValueError: where the mesh doesn't divide what it should split, with both numbers.
     """
     check_mesh(config.model, config.data.rows // config.optimizer.accumulate, mesh)
+    config = resolved(config, mesh.devices.flat[0])
     model = run_model(config)
     optimizer = run_optimizer(config)
 
@@ -218,4 +229,4 @@ def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
         donate_argnums=0,
     )
     scores = jitted_scores(model, shardings.params, mesh)
-    return StepParts(model, initial_state, shapes, shardings, step, scores)
+    return StepParts(config, model, initial_state, shapes, shardings, step, scores)

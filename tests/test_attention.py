@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import bltjax.attention.tiled as tiled
@@ -148,7 +149,7 @@ def assert_close(found, expected, start, end, scale=1.0):
     assert not np.asarray(found[1])[empty].any(), "an empty range must have no gradient"
 
 
-@pytest.mark.parametrize("implementation", ["xla", *TESTED])
+@pytest.mark.parametrize("implementation", [pytest.param("xla", marks=pytest.mark.smoke), *TESTED])
 @pytest.mark.parametrize("name", CASES)
 def test_matches_dense(name, implementation):
     given, expected = case(name)
@@ -214,9 +215,7 @@ def test_long_contexts_match_dense(name, monkeypatch):
 
 
 @pytest.mark.parametrize("draws", [2, pytest.param(30, marks=pytest.mark.slow)])
-def test_random_shapes(draws, small_tiles):
-    seed = int(np.random.default_rng().integers(2**32))
-    print(f"seed {seed}")
+def test_random_shapes(draws, small_tiles, seed):
     random = np.random.default_rng(seed)
     for _ in range(draws):
         pattern, keys, start, end, heads, shared = random_case(random)
@@ -255,6 +254,35 @@ def test_no_races(pattern, small_tiles, capfd):
         found = jax.block_until_ready(outcome("pallas_tpu", *given))
     assert_close(found, expected, start, end)
     assert "RACE" not in capfd.readouterr().out
+
+
+def test_a_race_is_detected(capfd):
+    """The control of the test above: two cores that write the same block without waiting."""
+
+    def kernel(out_ref):
+        out_ref[...] = jnp.full((8, 128), pl.program_id(0), jnp.float32)
+
+    # Both steps of a parallel axis write block 0.
+    write = pl.pallas_call(
+        kernel,
+        grid=(2,),
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        out_specs=pl.BlockSpec((8, 128), lambda step: (0, 0)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2),
+    )
+    jax.block_until_ready(write())
+    assert "RACE" in capfd.readouterr().out
+
+
+def test_rows_are_laid_out_by_the_platform_that_is_compiled_for():
+    """A CPU takes rows one by one, a TPU side by side, whatever machine traces the program."""
+    traced = jax.jit(lambda x: tiled.each_row(jnp.sin, x)).trace(jnp.zeros((4, 8)))
+    loops = {
+        platform: "stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "tpu", "cuda")
+    }
+    assert loops == {"cpu": True, "tpu": False, "cuda": False}
 
 
 def test_mesh():
@@ -378,7 +406,7 @@ def test_tiles_of_any_size(tiles, monkeypatch):
     ],
 )
 def test_choice_by_device(platform, capability, chosen):
-    device = SimpleNamespace(platform=platform)
+    device = SimpleNamespace(platform=platform, device_kind=f"{platform} {capability}")
     if capability:
         device.compute_capability = capability
     assert fastest(device) == chosen

@@ -52,6 +52,12 @@ def test_data_and_model_do_not_know_each_other():
         assert not any("/data/" in name for name in imports(path)), path
 
 
+def test_no_program_asks_which_platform_this_process_has():
+    """A program may be traced for devices that are elsewhere: the mesh's devices decide."""
+    for path in (ROOT / "bltjax").rglob("*.py"):
+        assert "default_backend" not in path.read_text(), path
+
+
 def test_data_starts_no_device():
     code = (
         "import bltjax.data.pipeline, jax._src.xla_bridge as bridge;"

@@ -248,7 +248,7 @@ def test_meshes_of_all_plans_go_with_their_topologies():
     assert len(lines) == 8
     for line in lines:
         _, config, topology, slices, *settings = line.split()
-        config = plans.for_tpu(load_config(config, settings))
+        config = load_config(config, settings)
         topology = read_topology(topology, int(slices))
         plans.check(config, topology)
         parts = step_parts(config, make_mesh(config.mesh, described_devices(topology)))

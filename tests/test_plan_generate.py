@@ -7,7 +7,6 @@ import pytest
 
 from bltjax.chips import read_topology
 from bltjax.config_file import load_config
-from bltjax.plan import for_tpu
 from bltjax.plan_generate import plan_generate, text
 
 SIZES = {"groups": 1, "rows": 1, "prompt_bytes": 2048, "context": 32768}
@@ -18,7 +17,7 @@ SIZES = {"groups": 1, "rows": 1, "prompt_bytes": 2048, "context": 32768}
 def test_the_8b_decodes_on(topology):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install 'jax[tpu]' (Linux, x86-64)")
-    config = for_tpu(load_config("configs/blt_8b.py", []))
+    config = load_config("configs/blt_8b.py", [])
     chips = read_topology(topology)
     found = plan_generate(config, chips, **SIZES)
     assert found.fits and found.mesh == {"data": 1, "fsdp": 1, "tensor": chips.chips}

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from bltjax.config_file import load_config
 from bltjax.export import load_params
 from bltjax.model import initial_params
 from bltjax.profiling import Profile
-from bltjax.training_step import make_train_step, run_model, run_optimizer
+from bltjax.training_step import make_train_step, resolved, run_model, run_optimizer
 
 ROOT = Path(__file__).parents[1]
 TINY = "tests/tiny.py"
@@ -107,11 +106,10 @@ def test_a_trace_outlives_a_step_that_fails(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("model", ["byte_lm", pytest.param("blt", marks=pytest.mark.slow)])
-def test_killed_and_resumed_equals_straight(runs, tmp_path, model):
+def test_killed_and_resumed_equals_straight(runs, tmp_path, model, seed):
     """kill -9 at a random step; the same command then gives the losses of a run never stopped."""
-    seed = random.SystemRandom().randrange(1000)
     kill_after = 4 + seed % 6
-    print(f"seed {seed}: killed once step {kill_after} is reported")
+    print(f"killed once step {kill_after} is reported")
     words = command(runs, model, tmp_path / "run")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -181,6 +179,7 @@ def test_accumulation_equals_one_batch():
     for count in (1, 2):
         paths = ["data.train.text.path=x", "data.held_out.text.path=x"]
         config = load_config(f"{TINY}:blt", [f"optimizer.accumulate={count}", *paths])
+        config = resolved(config, jax.devices()[0])
         model, optimizer = run_model(config), run_optimizer(config)
         params = jax.jit(lambda key, model=model: initial_params(model, key))(jax.random.key(0))
         state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -31,6 +31,7 @@ __all__ = [
     "Pooling",
     "Reading",
     "Sliding",
+    "fastest",
     "range_attention",
 ]
 
@@ -41,18 +42,26 @@ KERNELS = {
     "pallas_tpu_interpreted": functools.partial(pallas_tpu, interpret=True),
     "pallas_gpu_interpreted": functools.partial(pallas_gpu, interpret=True),
 }
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
 def fastest(device) -> str:
-    """The implementation for a device: its kernels, where they compile."""
+    """The implementation for a device, here or only described: its kernels, where they compile.
+
+    The choice is logged once per kind of device.
+    """
+    chosen = "xla"
     if device.platform == "tpu":
-        return "pallas_tpu"
+        chosen = "pallas_tpu"
     # Triton needs compute capability 8.0, so no T4; AMD's capabilities are names (gfx942).
     capability = getattr(device, "compute_capability", "")
     if device.platform == "gpu" and capability.partition(".")[0].isdecimal():
-        return "pallas_gpu" if float(capability) >= 8 else "xla"
-    return "xla"
+        chosen = "pallas_gpu" if float(capability) >= 8 else "xla"
+    if device.device_kind not in _logged:
+        _logged.add(device.device_kind)
+        text = "attention on %s: %s"
+        logging.getLogger(__name__).info(text, device.device_kind, chosen)
+    return chosen
 
 
 def range_attention(
@@ -63,8 +72,9 @@ def range_attention(
     Starts and ends never decrease along Q and keep the `pattern`'s promise. An empty range gives
     zeros. Query head h uses key/value head h // (H / J). Scores and softmax are fp32.
 
-    implementation: None picks by platform, and says so once; a name works or raises (a kernel that
-    is compiled for a platform that it was not written for raises there).
+    implementation: a name works or raises (a kernel that is compiled for a platform that it was
+    not written for raises there). None is the `fastest` of this process' first device; whoever
+    compiles for other devices names one.
 
     Raises:
       ValueError: for an unknown implementation, or sizes that differ or don't divide.
@@ -75,12 +85,7 @@ def range_attention(
         raise ValueError(f"key/value heads ({shared}) must divide query heads ({heads})")
     arrays = (q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ)
     if implementation is None:
-        device = jax.devices()[0]
-        implementation = fastest(device)
-        if device.device_kind not in _said:
-            _said.add(device.device_kind)
-            text = "attention on %s: %s"
-            logging.getLogger(__name__).info(text, device.device_kind, implementation)
+        implementation = fastest(jax.devices()[0])
     if implementation == "dense":
         return dense(*arrays)
     if implementation == "xla":

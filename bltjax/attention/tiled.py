@@ -57,10 +57,15 @@ def sliding(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, span: int):
 
 
 def each_row(one_row, *arrays):
-    """Rows one by one on a CPU, side by side elsewhere."""
-    if jax.default_backend() == "cpu":
+    """Rows one by one on a CPU, side by side elsewhere.
+
+    Decided when the program is lowered: one traced here may be compiled for another platform.
+    """
+
+    def one_by_one(*arrays):
         return jax.lax.map(lambda row: one_row(*row), arrays)
-    return jax.vmap(one_row)(*arrays)
+
+    return jax.lax.platform_dependent(*arrays, cpu=one_by_one, default=jax.vmap(one_row))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.alphabet import EOS, OFFSET, VOCABULARY, as_bytes, encode
+from bltjax.attention import fastest
 from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
 from bltjax.decoding.blt import CachedBLT
 from bltjax.decoding.byte_models import CachedBytes
@@ -26,7 +27,7 @@ from bltjax.decoding.sampling import GREEDY, Sampling, utf8_state
 from bltjax.decoding.scorer import Scorer
 from bltjax.decoding.speculation import run_rounds
 from bltjax.scoring import EntropyModel
-from bltjax.training_step import compute_dtype
+from bltjax.training_step import resolved
 
 CONTEXT = 32768  # bytes, prompt and text together
 SHORTEST = 64  # bytes and patches of the smallest buffers
@@ -178,9 +179,10 @@ class Decoder:
                 f" {mesh.shape['fsdp']}, not 1, and {mesh.size} devices, {len(mesh.local_devices)}"
                 " of them of this process"
             )
-        dtype = compute_dtype(config) if dtype is None else jnp.dtype(dtype)
+        device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+        dtype = jnp.dtype(dtype or resolved(config, device).compute_dtype)
         scorer = byte_lm and byte_lm.config
-        self.model = cached_model(config, patching, scorer, dtype, draft)
+        self.model = cached_model(config, patching, scorer, dtype, draft, fastest(device))
         weights = (self.placed(params), byte_lm and self.placed(byte_lm.params))
         with on_mesh(self.mesh):
             self.params = prepare(self.model, *weights)

@@ -7,16 +7,18 @@ of two, so that few programs are compiled.
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bltjax.alphabet import EOS, OFFSET, encode
+from bltjax.attention import fastest
 from bltjax.config import ByteCNNConfig, PatchingConfig, RunConfig
 from bltjax.model import batch_logits, make_model
 from bltjax.model.byte_cnn import entropy_table, table_entropies
 from bltjax.model.byte_lm import ByteLM, entropies_of
 from bltjax.patching import force_starts, patch_starts
 from bltjax.scoring import EntropyModel, contexts
-from bltjax.training_step import compute_dtype
+from bltjax.training_step import resolved
 
 SHORTEST = 64  # bytes in the smallest buffer
 
@@ -40,17 +42,20 @@ class Predictor:
         if byte_lm is not None and isinstance(byte_lm.config, ByteCNNConfig):
             self.table = entropy_table(byte_lm.config, byte_lm.params)
 
+        device = jax.devices()[0]
+        dtype, attention = jnp.dtype(resolved(config, device).compute_dtype), fastest(device)
+
         # Compiled once per bucket of N and P.
         @jax.jit
         def entropies(params, bytes_BN, documents_BN):
-            model = ByteLM(byte_lm.config)
+            model = ByteLM(byte_lm.config, implementation=attention)
             with jax.default_matmul_precision("highest"):
                 logits_BNV, _ = model.apply({"params": params}, bytes_BN, documents_BN)
             return entropies_of(logits_BNV)
 
         @functools.partial(jax.jit, static_argnames="patches")
         def last_logits(params, batch, last, patches):
-            model = make_model(config.model, patches, compute_dtype(config), None)
+            model = make_model(config.model, patches, dtype, attention)
             return batch_logits(model, params, batch)[0, last]
 
         self.entropies, self.last_logits = entropies, last_logits
