@@ -3,6 +3,7 @@
 import os
 import random
 import tempfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from etils import epath
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bltjax.__main__ import main
+from bltjax.config import SourceConfig
+from bltjax.config_file import load_config
+from bltjax.entropies import write_entropies
+from bltjax.train import train
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Runs of one shape are compiled once, however many commands train them, in whichever process.
@@ -27,6 +33,32 @@ for setting, value in CACHE.items():
 
 TINY = str(Path(__file__).parent / "tiny.py")
 WORDS = "the patch begins where the next byte is hard to guess and ends before another one"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--seed",
+        default="0",
+        help="of what tests draw: a number, or `random` for one that the first line reports",
+    )
+
+
+def pytest_configure(config):
+    # Before workers start, so that all of them have the same.
+    if config.option.seed == "random":
+        config.option.seed = str(random.SystemRandom().randrange(10**6))
+
+
+def pytest_report_header(config):
+    return f"seed of random draws: --seed {config.option.seed}"
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """The seed of one test's draws: of its name and of --seed, printed when the test fails."""
+    found = zlib.crc32(f"{request.config.option.seed} {request.node.nodeid}".encode())
+    print(f"draws: seed {found}, by --seed {request.config.option.seed}")
+    return found
 
 
 def write_text(path: Path, documents: int, seed: int) -> None:
@@ -54,7 +86,7 @@ def byte_level_tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Work directories of a tiny byte LM and BLT, made by the commands that a user would run."""
+    """Work directories of a tiny byte LM and BLT, and records of the text that they learned."""
     root = tmp_path_factory.mktemp("runs")
     write_text(root / "train.jsonl", 80, seed=1)
     write_text(root / "held_out.jsonl", 12, seed=2)
@@ -62,31 +94,24 @@ def runs(tmp_path_factory):
     def run(*words) -> None:
         assert main(["--debug", *map(str, words)]) == 0
 
-    def train(model, folder, *more):
+    def trained(model, folder, *settings):
         part = root / "records" if model == "blt" else root
         suffix = "" if model == "blt" else ".jsonl"
-        run(
-            "train",
-            f"--config={TINY}:{model}",
-            f"--workdir={folder}",
-            f"--config.data.train.text.path={part}/train{suffix}",
-            f"--config.data.held_out.text.path={part}/held_out{suffix}",
-            *more,
+        paths = (
+            f"data.train.text.path={part}/train{suffix}",
+            f"data.held_out.text.path={part}/held_out{suffix}",
         )
+        settings = (setting.removeprefix("--config.") for setting in settings)
+        train(load_config(f"{TINY}:{model}", [*paths, *settings]), epath.Path(folder))
 
     byte_lm, blt = root / "byte_lm", root / "blt"
-    train("byte_lm", byte_lm)
+    trained("byte_lm", byte_lm)
     for part in ("train", "held_out"):
-        run(
-            "entropies",
-            f"--byte_lm={byte_lm}",
-            f"--source={root / part}.jsonl",
-            f"--out={root / 'records' / part}",
-            "--shard_bytes=3000",
-        )
+        source, out = SourceConfig(f"{root / part}.jsonl"), epath.Path(root / "records" / part)
+        write_entropies(source, epath.Path(byte_lm), out, shard_bytes=3000)
     # Two arguments that every BLT on these records needs.
     blt_settings = (f"--config.entropy_model={byte_lm}", "--config.patching.threshold=4.0")
-    train("blt", blt, *blt_settings)
+    trained("blt", blt, *blt_settings)
     return SimpleNamespace(
-        root=root, byte_lm=byte_lm, blt=blt, run=run, train=train, blt_settings=blt_settings
+        root=root, byte_lm=byte_lm, blt=blt, run=run, train=trained, blt_settings=blt_settings
     )

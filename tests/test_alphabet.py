@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 from bltjax.alphabet import decode, encode, text_stream
 
+pytestmark = pytest.mark.smoke
+
 
 def test_examples_of_the_reference():
     assert encode("a\ud800b").tolist() == [1, 101, 102, 2]

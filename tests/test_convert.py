@@ -60,7 +60,7 @@ def test_training_goes_on_from_an_export(runs, tmp_path, capsys):
     export = tmp_path / "export"
     run(runs.blt, export)
     more = [f"--config.optimizer.{x}" for x in ("lr=1e-9", "steps=1", "warmup_steps=0")]
-    runs.train("blt", tmp_path / "warm", *runs.blt_settings, *more, f"--init_from={export}")
+    runs.train("blt", tmp_path / "warm", *runs.blt_settings, *more, f"init_from={export}")
     warm, cold = bltjax.load(tmp_path / "warm"), bltjax.load(export)
     np.testing.assert_allclose(warm.logits("a patch"), cold.logits("a patch"), atol=1e-4)
     words = ["train", f"--config={port.__file__.replace('port', 'tiny')}:blt"]

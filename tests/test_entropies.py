@@ -104,10 +104,8 @@ def start(runs, out: Path, process: int, count: int, devices: int = 1) -> subpro
 
 
 @pytest.mark.slow
-def test_real_processes_killed_and_started_again(runs, tmp_path):
+def test_real_processes_killed_and_started_again(runs, tmp_path, seed):
     """One process; four of two devices; four that are all killed in the middle, and two go on."""
-    seed = random.SystemRandom().randrange(10_000)
-    print("seed", seed)
     choose = random.Random(seed)
     assert start(runs, tmp_path / "one", 0, 1).wait() == 0
     expected = contents(tmp_path / "one")

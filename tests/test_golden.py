@@ -21,6 +21,8 @@ from bltjax.model.blt import BLT
 from bltjax.model.byte_lm import ByteLM, entropies_of
 from bltjax.ngram_hash import hash_ids
 
+pytestmark = pytest.mark.smoke
+
 GOLDEN = Path(__file__).parent / "golden"
 META = json.loads((GOLDEN / "meta.json").read_text())
 TOLERANCE = 2e-5

@@ -113,9 +113,7 @@ def test_training_begins_as_a_llama(runs, folder, tmp_path):
     )  # fmt: skip
     settings = [f"--config.blt.latent.{setting}" for setting in latent]
     settings += ["--config.optimizer.steps=2", "--config.latent_init.frozen_steps=2"]
-    runs.train(
-        "blt", tmp_path / "run", *runs.blt_settings, *settings, f"--init_latent_from={folder}"
-    )
+    runs.train("blt", tmp_path / "run", *runs.blt_settings, *settings, f"latent_init.path={folder}")
     params = load_params(tmp_path / "run").params
     begun = tree_of(llama_leaves(folder, LATENT))["latent"]["blocks"]
     for name, leaf in begun.items():  # frozen: as they came, bit for bit

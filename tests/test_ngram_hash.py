@@ -10,6 +10,8 @@ import pytest
 from bltjax.config import HASH_PRIMES, HashConfig
 from bltjax.ngram_hash import hash_ids
 
+pytestmark = pytest.mark.smoke
+
 HELLO = np.array([[1, 76, 105, 112, 112, 115, 36, 70, 80, 88, 2]], np.int32)
 VECTORS = {
     (0, 2, 500002): "496009 196535 80813 52891 52898 40919 356369 220528 180632 148698 492104",

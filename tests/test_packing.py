@@ -14,6 +14,8 @@ from bltjax.data.packing import Packer, batch_of, cut, fills, pack_exact
 from bltjax.data.pipeline import training_batches
 from bltjax.data.records import Document
 
+pytestmark = pytest.mark.smoke
+
 ENTROPY = PatchingConfig(threshold=3.0)
 
 

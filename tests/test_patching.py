@@ -25,6 +25,8 @@ from bltjax.patching import (
     trace_starts,
 )
 
+pytestmark = pytest.mark.smoke
+
 GOLDEN = Path(__file__).parent / "golden"
 H = [0, 5, 9, 13, 17, 3, 9, 9]
 GLOBAL = PatchingConfig(threshold=1.0)

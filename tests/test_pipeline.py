@@ -32,8 +32,7 @@ def equal(a, b):
     return all((a[name] == b[name]).all() for name in a)
 
 
-def test_restored_iterator_continues_bit_for_bit(tmp_path):
-    seed = random.SystemRandom().randrange(1000)
+def test_restored_iterator_continues_bit_for_bit(tmp_path, seed):
     print("stop after", stop := seed % 37, "batches")
     dataset = training_batches(data_of(tmp_path), SPACE, seed=3, streams=range(4))
     straight = iter(dataset)

@@ -119,10 +119,8 @@ def test_windows_stay_within_their_bound(span, tile, documents):
         assert column_steps(pattern, N, N, tiles) == len(expected)
 
 
-def test_gaps_and_empty_tiles():
+def test_gaps_and_empty_tiles(seed):
     """Empty ranges between others, whole tiles of them, and keys that nobody sees."""
-    seed = int(np.random.default_rng().integers(2**32))
-    print(f"seed {seed}")
     random = np.random.default_rng(seed)
     tiles = Tiles(8, 16)
     edges = np.sort(random.integers(0, 500, (20, 200)), axis=1)
