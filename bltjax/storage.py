@@ -7,15 +7,19 @@ $BLTJAX_CACHE (default: ~/.cache/bltjax) for as long as the object has the same 
 """
 
 import glob
+import logging
 import os
 import re
 import shutil
 import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from etils import epath
 
 BLOCK_BYTES = 1 << 20
+LOGGER = logging.getLogger(__name__)
 
 
 def is_remote(path) -> bool:
@@ -100,12 +104,59 @@ def local_copy(path: epath.Path | Path) -> Path:
     return copy
 
 
+def local_matches(pattern: str) -> list[str]:
+    """What a glob names on a disk, in no order. `**` enters a folder once, whatever links to it:
+    of links that lead in circles, the library's would try every way round."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return glob.glob(pattern)
+    first = parts.index("**")
+    head, rest = "/".join(parts[:first]), parts[first + 1 :]
+    tops = glob.glob(head) if head else ["/" if first else ""]
+    found = [] if rest else tops
+    for folder in folders_below(tops):
+        found += local_matches(os.path.join(glob.escape(folder), "/".join(rest or ["*"])))
+    return found
+
+
+def folders_below(tops: Iterable[str]) -> Iterator[str]:
+    """Folders and all in them but hidden ones, each once; those that links lead to come last."""
+    plain, linked = deque(tops), deque()
+    seen, again = set(), []
+    while plain or linked:
+        folder = (plain or linked).popleft()
+        real = os.path.realpath(folder)
+        if real in seen:
+            again.append(folder)
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)
+        except OSError:  # no folder, or not readable: a glob passes over it
+            continue
+        yield folder
+        for entry in entries:
+            name = os.path.join(folder, entry.name)
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                plain.append(name)
+            elif entry.is_symlink() and os.path.isdir(name):
+                linked.append(name)
+    if again:
+        LOGGER.info(
+            "%s leads to a folder that was searched already, and is not followed%s",
+            again[0],
+            f" (nor are {len(again) - 1} more)" if len(again) > 1 else "",
+        )
+
+
 def matches(pattern: str) -> list[epath.Path | Path]:
     """The files that a path or a glob names, in order; a name with brackets is itself first."""
     if not is_remote(pattern):
         if os.path.isfile(pattern):
             return [Path(pattern)]
-        found = sorted(Path(name) for name in glob.glob(pattern, recursive=True))
+        found = sorted({Path(name) for name in local_matches(pattern)})
         return [path for path in found if path.is_file()]
     if size_of(pattern) is not None:
         return [epath.Path(pattern)]

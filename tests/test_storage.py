@@ -1,6 +1,8 @@
 """Buckets, played by a file system in memory: sources, records, their scoring and their report."""
 
+import glob
 import json
+import os
 
 import fsspec
 import numpy as np
@@ -54,6 +56,33 @@ def test_text_and_patterns(bucket):
     documents = open_source(SourceConfig("gs://bucket/a"))
     texts = [documents[i].text.tobytes() for i in range(len(documents))]
     assert texts == [b"text of a/1.txt", b"text of a/2.txt"]
+
+
+def test_patterns_with_stars_name_what_they_did(tmp_path, monkeypatch):
+    """Against the library's own glob, where no link leads in circles."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b/a.txt", "b/c/d.txt", "b/c/e/f.txt", ".h/g.txt", "b/.i", "[x]/j.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(name)
+    for pattern in (
+        "**/*.txt", "**", "b/**", "b/**/", "**/c/**/*.txt", "**/**", "*/**/f.txt", "**/.i",
+        "**.txt", "[[]x]/**/*.txt", ".h/**", f"{tmp_path}/**/*.txt", "none/**", "**/c/*", "*.txt",
+        "a.txt/**",
+    ):  # fmt: skip
+        expected = {os.path.normpath(p) for p in glob.glob(pattern, recursive=True)}
+        expected = sorted(p for p in expected if os.path.isfile(p))
+        assert sorted(map(str, matches(pattern))) == expected, pattern
+
+
+def test_links_in_circles_end(tmp_path):
+    """The library's glob would find each file by every path of up to 40 links."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x.txt").write_text("x")
+    for name in ("a/up", "a/b/up", "a/b/top"):
+        (tmp_path / name).symlink_to(tmp_path)
+    (tmp_path / "round").symlink_to("round")
+    assert matches(f"{tmp_path}/**/*.txt") == [tmp_path / "a" / "b" / "x.txt"]
 
 
 def test_a_copy_is_kept_and_is_made_again_when_the_object_changed(bucket, tmp_path):
