@@ -33,6 +33,8 @@ ATTENTION = (
     "auto", "dense", "xla", "pallas_tpu", "pallas_gpu",
     "pallas_tpu_interpreted", "pallas_gpu_interpreted",
 )  # fmt: skip
+# What the files of a source are: by their first bytes, or as a person says.
+FORMATS = ("auto", "text", "jsonl", "parquet")
 # Settings that say how a run is carried out, not what it is: they may change when it is resumed.
 OF_THE_MACHINE = ("mesh.", "checkpoint.", "faults.hang_seconds", "data.prefetch", "log_every")
 
@@ -290,7 +292,8 @@ class SourceConfig:
     field: str = "text"  # key (JSONL), column (Parquet) or feature (TFDS) of the text
     split: str = "train"  # TFDS
     data_dir: str = ""  # TFDS: where its datasets lie; empty: its own default
-    split_bytes: int = 0  # text files: 0, a file is a document; else cut at blank lines after this
+    split_bytes: int = 0  # text files: 0, a file is a document; else about the size of one
+    format: str = "auto"  # one of FORMATS
 
     def __post_init__(self):
         if not self.path:
@@ -298,6 +301,9 @@ class SourceConfig:
         positive(self, "weight")
         if self.split_bytes < 0:
             raise ValueError(f"split_bytes is {self.split_bytes}, not >= 0")
+        one_of("a data source's format", self.format, FORMATS)
+        if self.format != "auto" and self.path.startswith("tfds:"):
+            raise ValueError(f"{self.path} is no file, so it has no format {self.format!r}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,15 @@ from pathlib import Path
 from etils import epath
 from ml_collections import ConfigDict
 
-from bltjax.config import MeshConfig, PatchingConfig, RunConfig, SourceConfig, from_dict, nearest
+from bltjax.config import (
+    FORMATS,
+    MeshConfig,
+    PatchingConfig,
+    RunConfig,
+    SourceConfig,
+    from_dict,
+    nearest,
+)
 
 DEFAULT_PATCHING = PatchingConfig()
 
@@ -157,7 +165,7 @@ def add_source_arguments(
     parser: argparse.ArgumentParser, *, required: bool, default: str = ""
 ) -> None:
     """--source and what a SourceConfig says besides; `source_from` reads them."""
-    kinds = "text file, glob, folder, JSONL, Parquet, tfds:NAME, or folder of records"
+    kinds = "file, glob or folder of text, JSON lines or Parquet; tfds:NAME; or folder of records"
     parser.add_argument(
         "--source", required=required, help=kinds + (f" (default: {default})" if default else "")
     )
@@ -168,7 +176,13 @@ def add_source_arguments(
         "--split_bytes",
         type=int,
         default=0,
-        help="text files: cut at blank lines into documents of about this size (0: a file is one)",
+        help="text files: cut into documents of about this size, at blank lines if any (0: no cut)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help="what the files are (default: auto, as their first bytes say)",
     )
     parser.add_argument("--split", default="train", help="TFDS: the split (default: train)")
     parser.add_argument("--data_dir", default="", help="TFDS: where its datasets lie")
@@ -184,4 +198,5 @@ def source_from(args: argparse.Namespace) -> SourceConfig:
         split_bytes=args.split_bytes,
         split=args.split,
         data_dir=args.data_dir,
+        format=args.format,
     )

@@ -1,6 +1,7 @@
 """Parquet and TFDS as sources, what is wrong with one, and mixtures of all kinds."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -112,7 +113,7 @@ def test_parquet_that_is_wrong(tmp_path):
 def test_tfds(data_dir):
     documents = open_source(SourceConfig("tfds:tiny", data_dir=data_dir))
     texts = {documents[i].text.tobytes().decode() for i in range(len(documents))}
-    assert len(documents) == 10  # of 12: empty ones are left out
+    assert len(documents) == 10 and documents.empty == 2  # of 12: empty ones are left out
     assert texts == {f"text number {number}, 好" for number in range(10)}
     rows = [int(documents.name(i).removeprefix("tfds:tiny[train][")[:-1]) for i in range(10)]
     assert rows == sorted(rows) and rows != list(range(10)) and rows[-1] < 12
@@ -123,6 +124,18 @@ def test_tfds(data_dir):
     ):
         found = len(open_source(SourceConfig(name, split=split, data_dir=data_dir)))
         assert found == count or (count is None and 6 <= found <= 8)
+
+
+def test_fingerprint_of_tfds(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "moved")
+    found = {
+        (folder, name, split): open_source(
+            SourceConfig(name, split=split, data_dir=str(folder))
+        ).fingerprint
+        for folder in (data_dir, tmp_path / "moved")
+        for name, split in (("tfds:tiny", "train"), ("tfds:tiny", "test"), ("tfds:tiny/en", "test"))
+    }
+    assert len(set(found.values())) == 2 and all(len(value) == 32 for value in found.values())
 
 
 @pytest.mark.parametrize(

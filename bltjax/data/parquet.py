@@ -5,6 +5,7 @@ order is quick on a corpus of that size; a larger one is better scored into reco
 """
 
 from collections import OrderedDict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bltjax.config import nearest
+from bltjax.data.fingerprint import fingerprint_of
 from bltjax.data.records import Document
 
 KEPT_BYTES = 1 << 30
@@ -25,7 +27,8 @@ def text_kind(kind: pa.DataType) -> pa.DataType | None:
     types = pa.types
     plain = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
     views = (types.is_string_view, types.is_binary_view)
-    return kind if any(is_kind(kind) for is_kind in (*plain, *views)) else None
+    nothing = types.is_null  # what writers give a column of which every value is null
+    return kind if any(is_kind(kind) for is_kind in (*plain, *views, nothing)) else None
 
 
 class ParquetDocuments:
@@ -35,7 +38,7 @@ class ParquetDocuments:
 
     def __init__(self, paths: list[Path], field: str):
         """Raises ValueError for a file that is not Parquet, or has no such column of text."""
-        self.paths, self.field = paths, field
+        self.paths, self.field, self.empty = paths, field, 0
         self._files: dict[int, pq.ParquetFile] = {}
         self._kept: OrderedDict[tuple[int, int], pa.Array] = OrderedDict()
         spans = [np.zeros((0, 3), np.int64)]
@@ -43,10 +46,17 @@ class ParquetDocuments:
             for group in range(self.file(number).num_row_groups):
                 column = self.group(number, group)
                 rows = np.flatnonzero(pc.fill_null(pc.binary_length(column), 0).to_numpy())
+                self.empty += len(column) - len(rows)
                 spans.append(
                     np.stack([np.full(len(rows), number), np.full(len(rows), group), rows], 1)
                 )
         self.spans = np.concatenate(spans)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files and the column, wherever they lie."""
+        facts = {"kind": "Parquet", "field": self.field, "documents": len(self)}
+        return fingerprint_of(facts, self.paths)
 
     def file(self, number: int) -> pq.ParquetFile:
         """The file used last stays open, so that a scan reads each footer once; no more than one,
@@ -96,4 +106,8 @@ class ParquetDocuments:
 
     def __getitem__(self, index: int) -> Document:
         number, group, row = self.spans[index].tolist()
-        return Document(np.frombuffer(self.group(number, group)[row].as_buffer(), np.uint8))
+        column = self.group(number, group)
+        text = column[row].as_buffer() if row < len(column) else None
+        if not text:
+            raise ValueError(f"{self.name(index)} has changed since it was opened: no text there")
+        return Document(np.frombuffer(text, np.uint8))

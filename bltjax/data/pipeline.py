@@ -176,10 +176,11 @@ def training_batches(
         load_tokenizer(patching.tokenizer)  # what is wrong with it is said now
     records = sum(map(len, sources.values()))
     if records < data.rows:
+        split = any(source.split_bytes for source in data.train.values())
         raise ValueError(
             f"config.data.train has {records} documents in all, but data.rows ({data.rows}) streams"
-            " need one each at least: set split_bytes, which cuts text files into documents, or"
-            " take fewer rows"
+            f" need one each at least: {'lower' if split else 'set'} split_bytes, which cuts text"
+            " files into documents, or take fewer rows"
         )
     for name, documents in sources.items():
         if documents.bad:

@@ -13,12 +13,14 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
+from bltjax.data.fingerprint import fingerprint_of
 from bltjax.storage import is_remote, local_copy, publish, scratch, size_of, write_text
 
 MAGIC = b"BLT1"
@@ -164,7 +166,7 @@ def read_manifest(folder: epath.Path) -> Manifest:
 class RecordDocuments:
     """The documents of a folder of records, by number."""
 
-    bad = 0
+    bad = empty = 0
 
     def __init__(self, folder: epath.Path, expected_identity: str | None = None):
         """Raises ValueError for missing or truncated shards, or another byte LM's entropies."""
@@ -187,6 +189,12 @@ class RecordDocuments:
                 )
         self.ends = np.cumsum([shard.documents for shard in self.manifest.shards]).tolist()
         self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the manifest's shards and who scored them, wherever they lie."""
+        shards = [(shard.size, shard.crc32, shard.documents) for shard in self.manifest.shards]
+        return fingerprint_of({"kind": "records", "by": self.manifest.byte_lm, "shards": shards})
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0

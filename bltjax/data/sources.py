@@ -1,149 +1,26 @@
-"""Sources of documents: text files and globs, JSONL, Parquet, TFDS, folders of scored records.
+"""Sources of documents: text files and globs, JSON lines, Parquet, TFDS, folders of records.
 
-Text is bytes and is never decoded, so that what is not UTF-8 trains as well. Documents are found
-when a source is opened (offsets, not text, are kept) and read when asked for.
+A file is what its first bytes say, whatever its name. Documents are found when a source is opened
+(offsets, not text, are kept) and read when asked for.
 """
 
-import itertools
-import json
-import mmap
-import re
-from array import array
+import glob
+import logging
+import os
 from pathlib import Path
 
-import numpy as np
 from etils import epath
 
-from bltjax.alphabet import as_bytes
 from bltjax.config import SourceConfig
+from bltjax.data.json_lines import JsonlDocuments
+from bltjax.data.kinds import NAMES, recognised
 from bltjax.data.parquet import ParquetDocuments
-from bltjax.data.records import MANIFEST, Document, RecordDocuments
+from bltjax.data.records import MANIFEST, RecordDocuments
+from bltjax.data.text import TextDocuments
 from bltjax.data.tfds import TFDSDocuments
-from bltjax.storage import is_remote, local_copy, matches
+from bltjax.storage import is_remote, local_copy, local_matches, matches
 
-BLANK_LINES = re.compile(rb"\n(?:\r?\n)+")
-# Their bytes would train, and teach nothing.
-NOT_TEXT = (".gz", ".zst", ".xz", ".bz2", ".zip", ".arrow", ".array_record")
-KINDS = {".jsonl": "JSONL", ".parquet": "Parquet", ".pq": "Parquet"}
-
-
-class TextDocuments:
-    """Plain text files, each a document, or cut at blank lines into documents of `split_bytes`."""
-
-    bad = 0
-
-    def __init__(self, paths: list[Path], split_bytes: int):
-        self.paths, spans = paths, array("q")
-        for number, path in enumerate(paths):
-            size = path.stat().st_size
-            with path.open("rb") as file:  # unreadable files are found now, not in the middle
-                cuts = [0, size]
-                if split_bytes and size:
-                    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-                        cuts = blank_line_cuts(text, split_bytes)
-            for begin, end in itertools.pairwise(cuts):
-                if end > begin:
-                    spans.extend((number, begin, end))
-        self.spans = np.array(spans, np.int64).reshape(-1, 3)
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def name(self, index: int) -> str:
-        number, begin, end = self.spans[index].tolist()
-        return f"{self.paths[number]}[{begin}:{end}]"
-
-    def __getitem__(self, index: int) -> Document:
-        number, begin, end = self.spans[index].tolist()
-        text = np.fromfile(self.paths[number], np.uint8, count=end - begin, offset=begin)
-        if len(text) != end - begin:
-            raise ValueError(f"{self.paths[number]} has become shorter since it was opened")
-        return Document(text)
-
-
-def blank_line_cuts(text: bytes | mmap.mmap, split_bytes: int) -> list[int]:
-    """Offsets of the pieces: each ends with the first blank lines after `split_bytes` of it.
-
-    A last piece of under half that size joins the one before.
-    """
-    cuts = [0]
-    while len(text) - cuts[-1] > split_bytes:
-        blank = BLANK_LINES.search(text, cuts[-1] + split_bytes)
-        if blank is None:
-            break
-        cuts.append(blank.end())
-    if len(cuts) > 1 and len(text) - cuts[-1] < split_bytes / 2:
-        cuts.pop()
-    return [*cuts, len(text)]
-
-
-class JsonlDocuments:
-    """Lines of JSON objects with a text field."""
-
-    def __init__(self, paths: list[Path], field: str, skip_bad: bool):
-        self.paths, self.field, self.bad = paths, field, 0
-        spans = array("q")
-        for number, path in enumerate(paths):
-            begin = 0
-            with path.open("rb") as file:
-                for line_number, line in enumerate(file, start=1):
-                    end = begin + len(line)
-                    if line.strip():
-                        problem, text = self.parse(line)
-                        if problem and not skip_bad:
-                            raise ValueError(
-                                f"{path}, line {line_number}: {problem}."
-                                " --skip_bad (training: --config.data.skip_bad=True) counts such"
-                                " lines and goes on."
-                            )
-                        self.bad += bool(problem)
-                        if text:
-                            spans.extend((number, line_number, begin, end))
-                    begin = end
-        self.spans = np.array(spans, np.int64).reshape(-1, 4)
-
-    def parse(self, line: bytes) -> tuple[str, bytes]:
-        """('', text) of a good line, (what is wrong, b'') of another."""
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
-            return f"not JSON ({error})", b""
-        if not isinstance(value, dict) or self.field not in value:
-            there = ", ".join(map(repr, value)) if isinstance(value, dict) else "no fields"
-            return f"no field {self.field!r} (there: {there})", b""
-        if not isinstance(value[self.field], str):
-            return f"field {self.field!r} is no string", b""
-        return "", as_bytes(value[self.field])
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def name(self, index: int) -> str:
-        return f"{self.paths[self.spans[index, 0]]}:{self.spans[index, 1]}"
-
-    def __getitem__(self, index: int) -> Document:
-        number, _, begin, end = self.spans[index].tolist()
-        with self.paths[number].open("rb") as file:
-            file.seek(begin)
-            problem, text = self.parse(file.read(end - begin))
-        if problem:
-            raise ValueError(f"{self.name(index)} has changed since it was opened: {problem}")
-        return Document(np.frombuffer(text, np.uint8))
-
-
-def kind_of(path: Path) -> str:
-    """JSONL, Parquet or text: by the name's ending, and Parquet under any name by its first bytes.
-
-    Raises:
-      ValueError: for a packed or binary file, whose bytes would train as text.
-    """
-    suffix = path.suffix.lower()
-    if suffix in NOT_TEXT:
-        raise ValueError(f"{path} is no text ({path.suffix}): unpack it, or narrow the path")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    return "Parquet" if magic == b"PAR1" else KINDS.get(suffix, "text")
-
+LOGGER = logging.getLogger(__name__)
 
 Documents = TextDocuments | JsonlDocuments | ParquetDocuments | TFDSDocuments | RecordDocuments
 
@@ -151,49 +28,132 @@ Documents = TextDocuments | JsonlDocuments | ParquetDocuments | TFDSDocuments | 
 def open_source(
     source: SourceConfig, *, skip_bad: bool = False, expected_identity: str | None = None
 ) -> Documents:
-    """The documents of a source, recognised by its path.
+    """The documents of a source, and a line in the log that says what they were taken for.
 
-    `tfds:NAME` is a dataset of TensorFlow Datasets; a folder with a manifest holds records; *.jsonl
-    is JSONL, *.parquet and *.pq Parquet, anything else plain text unless it begins as Parquet does
-    (a folder stands for its *.txt files).
+    `tfds:NAME` is a dataset of TensorFlow Datasets; a folder with a manifest holds records, any
+    other stands for its *.txt files. Files are JSON lines if the first line is an object with the
+    field, or their name says so; Parquet if they begin as Parquet does; anything else is plain
+    text, unless it is known to be packed or binary. `source.format` says it instead. A file that
+    has several names by symbolic links counts once; hard links are files of their own.
 
     Raises:
-      ValueError: for a path without files, an empty corpus, a bad line, damaged records.
+      ValueError: for a path without files, an empty corpus, packed or binary files, files of two
+        kinds, a bad line, damaged records.
       OSError: for a file that cannot be read.
     """
     path = epath.Path(source.path)
     if source.path.startswith("tfds:"):
         name = source.path.removeprefix("tfds:")
         documents: Documents = TFDSDocuments(name, source.field, source.split, source.data_dir)
+        kind = "TFDS"
     elif path.is_dir() and ((path / MANIFEST).exists() or (path / "plan.json").exists()):
-        documents = RecordDocuments(path, expected_identity)
+        if source.format != "auto":
+            raise ValueError(f"{source.path} holds records, which have no format {source.format!r}")
+        return with_text(RecordDocuments(path, expected_identity), source)
     else:
-        paths = matches(str(path / "*.txt") if path.is_dir() else source.path)
-        if not paths and path.is_dir():
-            raise ValueError(
-                f"{source.path} is a folder with neither records nor *.txt files;"
-                f" other files need a pattern, such as '{path / '*.jsonl'}'"
-            )
-        if not paths:
-            where = "" if is_remote(path) else f" (working directory: {Path.cwd()})"
-            raise ValueError(
-                f"{source.path}: no such file, and no file matches it as a glob{where}"
-            )
-        paths = [local_copy(found) for found in paths]  # all of a bucket's are read once anyway
-        kinds = [kind_of(found) for found in paths]
-        for found, kind in zip(paths, kinds, strict=True):
-            if kind != kinds[0]:
-                raise ValueError(
-                    f"{source.path} mixes {kinds[0]} ({paths[0]}) and {kind} ({found}):"
-                    " make them two sources"
-                )
-        if kinds[0] == "JSONL":
+        paths, name = files_of(source)
+        kind = f"{NAMES[name]}, {counted(len(paths), 'file')}"
+        if name == "jsonl":
             documents = JsonlDocuments(paths, source.field, skip_bad)
-        elif kinds[0] == "Parquet":
+        elif name == "parquet":
             documents = ParquetDocuments(paths, source.field)
         else:
             documents = TextDocuments(paths, source.split_bytes)
+    empty = documents.empty
+    left_out = f"; {counted(empty, 'empty document')} left out" if empty else ""
+    found = counted(len(documents), "document")
+    LOGGER.info("%s: %s, %s%s", source.path, kind, found, left_out)
+    return with_text(documents, source)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def with_text(documents: Documents, source: SourceConfig) -> Documents:
+    """The documents. Raises ValueError if there are none."""
     if not len(documents):
         bad = f" ({documents.bad} bad lines were skipped)" if documents.bad else ""
         raise ValueError(f"{source.path} is empty: it has no document with any text{bad}")
     return documents
+
+
+def files_of(source: SourceConfig) -> tuple[list[Path], str]:
+    """The files of a source on this machine's disk, and what all of them are: a key of NAMES.
+
+    Raises:
+      ValueError: if there are none, for what can't be read twice, and as `recognised`.
+    """
+    path = epath.Path(source.path)
+    is_folder = path.is_dir()
+    inside = path if is_remote(path) else Path(glob.escape(source.path))
+    pattern = str(inside / "*.txt") if is_folder else source.path
+    found = counted_once(matches(pattern), source.path)
+    if not found and is_folder:
+        raise ValueError(
+            f"{source.path} is a folder with neither records nor *.txt files;"
+            f" other files need a pattern, such as '{path / '*.jsonl'}'"
+        )
+    if not found:
+        raise ValueError(nothing_there(source.path))
+    paths, kinds, remarks = [], [], []
+    for file in found:
+        paths.append(local_copy(file))  # all of a bucket's are read once anyway
+        kind, remark = recognised(paths[-1], source.field, source.format)
+        kinds.append(kind)
+        remarks += [remark] if remark else []
+    if remarks:
+        more = f" (and {counted(len(remarks) - 1, 'file')} like it)" if len(remarks) > 1 else ""
+        LOGGER.warning("%s%s", remarks[0], more)
+    # A file without text is of the others' kind.
+    first = next((number for number, kind in enumerate(kinds) if kind), 0)
+    for path, kind in zip(paths, kinds, strict=True):
+        if kind not in (None, kinds[first]):
+            raise ValueError(
+                f"{source.path} mixes {NAMES[kinds[first]]} ({paths[first]}) and {NAMES[kind]}"
+                f" ({path}): make them two sources"
+            )
+    return paths, kinds[first] or "text"
+
+
+def nothing_there(path: str) -> str:
+    """Why no file has a path or matches it as a glob."""
+    if is_remote(path):
+        return f"{path}: no such file, and no file matches it as a glob"
+    for name in (path, *local_matches(path)):
+        if os.path.exists(name) and not os.path.isdir(name):
+            return (
+                f"{name} is a pipe or a device, not a file that can be read twice: write what it"
+                " gives to a file first"
+            )
+    if os.path.islink(path):
+        return f"{path} is a link to {os.readlink(path)}, which is not there"
+    return (
+        f"{path}: no such file, and no file matches it as a glob (working directory: {Path.cwd()})"
+    )
+
+
+def counted_once(paths: list[epath.Path | Path], pattern: str) -> list[epath.Path | Path]:
+    """The files in their order, each by its shortest name if links give it several.
+
+    By real path, not by inode: not all file systems have one for each file, and a copy of a corpus
+    has its hard links as files.
+    """
+    if is_remote(pattern):
+        return paths
+    folders: dict[Path, str] = {}
+    names: dict[str, list[int]] = {}
+    for number, path in enumerate(paths):
+        if path.parent not in folders:
+            folders[path.parent] = os.path.realpath(path.parent)
+        real = os.path.realpath(path) if path.is_symlink() else None
+        real = real or os.path.join(folders[path.parent], path.name)
+        names.setdefault(real, []).append(number)
+    if len(names) < len(paths):
+        LOGGER.info(
+            "%s: %s found again through links, and counted once",
+            pattern,
+            counted(len(paths) - len(names), "file"),
+        )
+    kept = {min(numbers, key=lambda n: (len(paths[n].parts), n)) for numbers in names.values()}
+    return [path for number, path in enumerate(paths) if number in kept]

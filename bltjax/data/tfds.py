@@ -8,11 +8,13 @@ A dataset must have been prepared in ArrayRecord form, which can be read in any 
 import contextlib
 import difflib
 import re
+from functools import cached_property
 
 import numpy as np
 
 from bltjax.alphabet import as_bytes
 from bltjax.config import nearest
+from bltjax.data.fingerprint import fingerprint_of
 from bltjax.data.records import Document
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -75,6 +77,22 @@ class TFDSDocuments:
             ) from None
         self.label, self.field = f"tfds:{name}[{split}]", field
         self.kept = np.array([i for i in range(len(self.rows)) if self.text(i)], np.int64)
+        self.empty = len(self.rows) - len(self.kept)
+        info = builder.info
+        self.facts = {
+            "kind": "TFDS",
+            "name": info.name,
+            "config": info.config_name or "",
+            "version": str(info.version),
+            "split": split,
+            "field": field,
+            "shards": {k: [x.num_bytes, *x.shard_lengths] for k, x in info.splits.items()},
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of what the dataset says of itself, wherever it lies, and of the rows with text."""
+        return fingerprint_of(self.facts | {"documents": len(self)})
 
     def text(self, row: int) -> bytes:
         return as_bytes(self.rows[row][self.field])

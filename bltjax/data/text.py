@@ -1,0 +1,119 @@
+"""Plain text files as documents: a file each, or cut into documents of about `split_bytes`.
+
+    one two\n\nthree\n\n  four ...     cut after the first blank lines past split_bytes of a piece
+    ACGTTGCA ...                       where there are none within 4 x split_bytes, also in between
+
+Text is bytes and is never decoded, so that what is not UTF-8 trains as well.
+"""
+
+import itertools
+import mmap
+import re
+from array import array
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from bltjax.data.fingerprint import fingerprint_of
+from bltjax.data.records import Document
+
+BLANK_LINES = re.compile(rb"\n(?:\r?\n)+")
+SPACE = re.compile(rb"[ \t]")
+REACH = 4  # times split_bytes: longer pieces are cut between blank lines too
+
+
+class TextDocuments:
+    """Plain text files, each a document, or cut into documents of `split_bytes`."""
+
+    bad = 0
+
+    def __init__(self, paths: list[Path], split_bytes: int):
+        self.paths, self.split_bytes, self.empty = paths, split_bytes, 0
+        spans = array("q")
+        for number, path in enumerate(paths):
+            size = path.stat().st_size
+            found = [0, size]
+            if split_bytes and size:
+                with (
+                    path.open("rb") as file,
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
+                ):
+                    found = cuts(text, split_bytes)
+            self.empty += not size
+            for begin, end in itertools.pairwise(found):
+                if end > begin:
+                    spans.extend((number, begin, end))
+        self.spans = np.array(spans, np.int64).reshape(-1, 3)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files and how they were cut, wherever they lie."""
+        facts = {"kind": "text", "split_bytes": self.split_bytes, "documents": len(self)}
+        return fingerprint_of(facts, self.paths)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def name(self, index: int) -> str:
+        number, begin, end = self.spans[index].tolist()
+        return f"{self.paths[number]}[{begin}:{end}]"
+
+    def __getitem__(self, index: int) -> Document:
+        number, begin, end = self.spans[index].tolist()
+        text = np.fromfile(self.paths[number], np.uint8, count=end - begin, offset=begin)
+        if len(text) != end - begin:
+            raise ValueError(f"{self.paths[number]} has become shorter since it was opened")
+        return Document(text)
+
+
+def cuts(text: bytes | mmap.mmap, split_bytes: int) -> list[int]:
+    """Offsets of the pieces, 0 and the end among them.
+
+    A piece ends with the first blank lines after `split_bytes` of it; a last one of under half that
+    size joins the one before. A piece that would have more than 4 x `split_bytes` is cut further,
+    as `cuts_within`.
+    """
+    found = [0]
+    for begin, end in itertools.pairwise(blank_line_cuts(text, split_bytes)):
+        found += [*cuts_within(text, begin, end, split_bytes), end]
+    return found
+
+
+def blank_line_cuts(text: bytes | mmap.mmap, split_bytes: int) -> list[int]:
+    """Offsets of the pieces: each ends with the first blank lines after `split_bytes` of it.
+
+    A last piece of under half that size joins the one before.
+    """
+    found = [0]
+    while len(text) - found[-1] > split_bytes:
+        blank = BLANK_LINES.search(text, found[-1] + split_bytes)
+        if blank is None:
+            break
+        found.append(blank.end())
+    if len(found) > 1 and len(text) - found[-1] < split_bytes / 2:
+        found.pop()
+    return [*found, len(text)]
+
+
+def cuts_within(text: bytes | mmap.mmap, begin: int, end: int, split_bytes: int) -> list[int]:
+    """Offsets that cut [begin, end) into pieces of 1 to 4 x `split_bytes`, if it is longer.
+
+    A cut is after the first newline in the second `split_bytes` of what is left; if it has none,
+    after its first space; else before it, or as far on as a character of UTF-8 goes.
+    """
+    found = []
+    while end - begin > REACH * split_bytes:
+        first, last = begin + split_bytes, begin + 2 * split_bytes
+        newline = text.find(b"\n", first - 1, last)
+        if newline >= 0:
+            begin = newline + 1
+        elif space := SPACE.search(text, first - 1, last):
+            begin = space.end()
+        else:
+            # Bytes 10xxxxxx continue a character, which has three of them at most.
+            inside = text[first : first + 4]
+            more = next((i for i, byte in enumerate(inside) if byte & 0xC0 != 0x80), 0)
+            begin = first + more
+        found.append(begin)
+    return found
