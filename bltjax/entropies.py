@@ -89,7 +89,9 @@ def agree_on(plan: dict, out: epath.Path) -> None:
     path = out / "plan.json"
     if not path.exists():
         write_text(path, json.dumps(plan))
-    lines = differences(json.loads(path.read_text()), plan)
+    there = {"source": {}} | json.loads(path.read_text())
+    there["source"] = {"format": "auto"} | there["source"]  # a setting that older plans lack
+    lines = differences(there, plan)
     if lines:
         raise ValueError(
             f"{out} was begun with another byte LM or corpus (there -> here):\n  "

@@ -66,6 +66,18 @@ def test_another_corpus_is_refused_with_the_difference(runs, tmp_path):
         write_entropies(source, runs.byte_lm, epath.Path(tmp_path / "o"), shard_bytes=3000)
 
 
+def test_a_plan_from_before_formats_goes_on(runs, tmp_path):
+    shutil.copytree(runs.root / "records" / "train", tmp_path / "o")
+    plan = json.loads((tmp_path / "o" / "plan.json").read_text())
+    assert plan["source"].pop("format") == "auto"
+    (tmp_path / "o" / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "o" / "manifest.json").unlink()
+    assert part(runs, tmp_path / "o", 0, 1) is not None
+    source = SourceConfig(str(runs.root / "train.jsonl"), format="jsonl")
+    with pytest.raises(ValueError, match=r"source.format: 'auto' -> 'jsonl'"):
+        write_entropies(source, runs.byte_lm, epath.Path(tmp_path / "o"), shard_bytes=3000)
+
+
 def test_a_folder_that_cannot_be_written_is_found_at_once(runs, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/o can't be written"):
