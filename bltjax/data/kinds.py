@@ -26,23 +26,23 @@ PACKED_SUFFIXES = (
 )  # fmt: skip
 TABLES = "write it as Parquet or JSON lines"
 RECORDS = "give the folder that has its manifest.json, or the data set as tfds:NAME"
-WEIGHTS = "a source is text"
+LEAVE_OUT = "narrow the path, so that it is left out"
 
 # How a file begins, what it is, and the way out. The first that matches counts.
 BINARY = [
     (re.compile(begin, re.DOTALL), what, way)
     for begin, what, way in (
-        (rb"\x1f\x8b", "packed by gzip", "gzip -d unpacks it"),
-        (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "packed by zstd", "zstd -d unpacks it"),
-        (rb"\xfd7zXZ\0", "packed by xz", "xz -d unpacks it"),
-        (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "packed by bzip2", "bzip2 -d unpacks it"),
-        (rb"\x04\x22\x4d\x18|\x02\x21\x4c\x18", "packed by lz4", "lz4 -d unpacks it"),
-        (rb"\xff\x06\0\0sNaPpY", "packed by snappy", "snzip -d unpacks it"),
+        (rb"\x1f\x8b", "packed by gzip", "gzip -dc unpacks it"),
+        (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "packed by zstd", "zstd -dc unpacks it"),
+        (rb"\xfd7zXZ\0", "packed by xz", "xz -dc unpacks it"),
+        (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "packed by bzip2", "bzip2 -dc unpacks it"),
+        (rb"\x04\x22\x4d\x18|\x02\x21\x4c\x18", "packed by lz4", "lz4 -dc unpacks it"),
+        (rb"\xff\x06\0\0sNaPpY", "packed by snappy", "snzip -dc unpacks it"),
         (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x unpacks it"),
         (rb"Rar!\x1a\x07", "a RAR archive", "unrar x unpacks it"),
         (rb".{257}ustar", "a tar archive", "tar xf unpacks it"),
         (rb"PK\x03\x04.{26}[ -~]*\.npy", "a NumPy archive (.npz)", TABLES),
-        (rb"PK\x03\x04.{26}[ -~]*/(data\.pkl|byteorder|\.)", "a PyTorch file", WEIGHTS),
+        (rb"PK\x03\x04.{26}[ -~]*/(data\.pkl|byteorder|\.)", "a PyTorch file", LEAVE_OUT),
         (
             rb"PK\x03\x04.{26}(\[Content_Types\]|_rels/|docProps/|word/|mimetypeapplication)",
             "an office document or e-book",
@@ -56,13 +56,13 @@ BINARY = [
         (rb"\x89HDF\r\n\x1a\n", "HDF5", TABLES),
         (rb"\x93NUMPY", "a NumPy array (.npy)", TABLES),
         (rb"\x80[\x02-\x05]", "a pickle, as torch.save writes too", TABLES),
-        (rb".{3}[\0-\x06]\0{4}\{", "safetensors", WEIGHTS),
-        (rb"GGUF[\x01-\x09]\0{3}", "GGUF", WEIGHTS),
+        (rb".{3}[\0-\x06]\0{4}\{", "safetensors", LEAVE_OUT),
+        (rb"GGUF[\x01-\x09]\0{3}", "GGUF", LEAVE_OUT),
         (rb"SQLite format 3\0", "an SQLite database", TABLES),
         (rb"%PDF-\d", "PDF", "pdftotext takes its text"),
-        (rb"\x89PNG\r\n\x1a\n", "a PNG picture", "a source is text"),
-        (rb"\xff\xd8\xff", "a JPEG picture", "a source is text"),
-        (rb"\x7fELF", "a program (ELF)", "a source is text"),
+        (rb"\x89PNG\r\n\x1a\n", "a PNG picture", LEAVE_OUT),
+        (rb"\xff\xd8\xff", "a JPEG picture", LEAVE_OUT),
+        (rb"\x7fELF", "a program (ELF)", LEAVE_OUT),
         (
             rb"version https://git-lfs",
             "a Git LFS pointer, which stands for a file that is elsewhere",
@@ -73,19 +73,19 @@ BINARY = [
 ANY_BINARY = re.compile(b"|".join(begin.pattern for begin, _, _ in BINARY), re.DOTALL)
 # Longest first: UTF-32's begins as UTF-16's.
 MARKS = (
-    (b"\xff\xfe\0\0", "UTF-32-LE"),
-    (b"\0\0\xfe\xff", "UTF-32-BE"),
-    (b"\xff\xfe", "UTF-16-LE"),
-    (b"\xfe\xff", "UTF-16-BE"),
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
 )
 # JSON without a mark: its first byte is of a brace, a bracket or white space.
 UNMARKED = [
     (re.compile(begin), name)
     for begin, name in (
-        (rb"[{\[\s]\0\0\0", "UTF-32-LE"),
-        (rb"\0\0\0[{\[\s]", "UTF-32-BE"),
-        (rb"[{\[\s]\0", "UTF-16-LE"),
-        (rb"\0[{\[\s]", "UTF-16-BE"),
+        (rb"[{\[\s]\0\0\0", "UTF-32LE"),
+        (rb"\0\0\0[{\[\s]", "UTF-32BE"),
+        (rb"[{\[\s]\0", "UTF-16LE"),
+        (rb"\0[{\[\s]", "UTF-16BE"),
     )
 ]
 HTML = re.compile(rb"<!doctype html|<html", re.IGNORECASE)
@@ -126,8 +126,7 @@ def recognised(path: Path, field: str, asked: str = "auto") -> Kind:
         if encoding and (is_object or expected == "jsonl"):
             raise ValueError(
                 f"{path} is JSON lines in {encoding}, not UTF-8:"
-                f" iconv -f {encoding.removesuffix('-LE').removesuffix('-BE')} -t UTF-8 '{path}'"
-                f" writes it as UTF-8; {AS_TEXT}"
+                f" iconv -f {encoding} -t UTF-8 writes it so; {AS_TEXT}"
             )
         if asked != "auto":
             return Kind(asked)

@@ -1,7 +1,7 @@
 """Plain text files as documents: a file each, or cut into documents of about `split_bytes`.
 
     one two\n\nthree\n\n  four ...     cut after the first blank lines past split_bytes of a piece
-    ACGTTGCA ...                       where there are none within 4 x split_bytes, also in between
+    ACGTTGCA ...                       where a piece would be over 16 x that size, in between too
 
 Text is bytes and is never decoded, so that what is not UTF-8 trains as well.
 """
@@ -20,7 +20,8 @@ from bltjax.data.records import Document
 
 BLANK_LINES = re.compile(rb"\n(?:\r?\n)+")
 SPACE = re.compile(rb"[ \t]")
-REACH = 4  # times split_bytes: longer pieces are cut between blank lines too
+# Times split_bytes: longer pieces are cut between blank lines too. A chapter is not, as a rule.
+REACH = 16
 
 
 class TextDocuments:
@@ -71,12 +72,14 @@ def cuts(text: bytes | mmap.mmap, split_bytes: int) -> list[int]:
     """Offsets of the pieces, 0 and the end among them.
 
     A piece ends with the first blank lines after `split_bytes` of it; a last one of under half that
-    size joins the one before. A piece that would have more than 4 x `split_bytes` is cut further,
-    as `cuts_within`.
+    size joins the one before. A piece that would exceed 16 x `split_bytes` is cut further, as
+    `cuts_within`, so that not even one endless line is one document.
     """
     found = [0]
     for begin, end in itertools.pairwise(blank_line_cuts(text, split_bytes)):
-        found += [*cuts_within(text, begin, end, split_bytes), end]
+        if end - begin > REACH * split_bytes:
+            found += cuts_within(text, begin, end, split_bytes)
+        found.append(end)
     return found
 
 
@@ -97,13 +100,13 @@ def blank_line_cuts(text: bytes | mmap.mmap, split_bytes: int) -> list[int]:
 
 
 def cuts_within(text: bytes | mmap.mmap, begin: int, end: int, split_bytes: int) -> list[int]:
-    """Offsets that cut [begin, end) into pieces of 1 to 4 x `split_bytes`, if it is longer.
+    """Offsets that cut [begin, end) into pieces of 1 to 3 x `split_bytes`.
 
     A cut is after the first newline in the second `split_bytes` of what is left; if it has none,
     after its first space; else before it, or as far on as a character of UTF-8 goes.
     """
     found = []
-    while end - begin > REACH * split_bytes:
+    while end - begin > 3 * split_bytes:
         first, last = begin + split_bytes, begin + 2 * split_bytes
         newline = text.find(b"\n", first - 1, last)
         if newline >= 0:
@@ -112,8 +115,10 @@ def cuts_within(text: bytes | mmap.mmap, begin: int, end: int, split_bytes: int)
             begin = space.end()
         else:
             # Bytes 10xxxxxx continue a character, which has three of them at most.
-            inside = text[first : first + 4]
-            more = next((i for i, byte in enumerate(inside) if byte & 0xC0 != 0x80), 0)
+            inside = text[first : min(first + 4, end)]
+            rest = 0 if len(inside) == 4 else len(inside)
+            more = next((i for i, byte in enumerate(inside) if byte & 0xC0 != 0x80), rest)
             begin = first + more
-        found.append(begin)
+        if begin < end:  # a character may be all that is left
+            found.append(begin)
     return found
