@@ -15,10 +15,11 @@ see through on each device's own rows. Without a mesh, or with one device, all t
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bltjax.config import MeshConfig, divides
 from bltjax.shapes import suffix_axes
@@ -65,6 +66,24 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     divides("the number of slices", slices, "mesh axis data", sizes[0])
     within = (sizes[0] // slices, *sizes[1:])
     return Mesh(create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=kinds)
+
+
+def fitting_meshes(count: int, fits: Callable[[AbstractMesh], None]) -> list[MeshConfig]:
+    """The meshes of `count` devices for which `fits` raises no ValueError.
+
+    Those with least `tensor` come first, and of these those with most `fsdp`.
+    """
+    found, kinds = [], (AxisType.Auto,) * 3
+    for tensor in (n for n in range(1, count + 1) if count % n == 0):
+        left = count // tensor
+        for data in (n for n in range(1, left + 1) if left % n == 0):
+            sizes = (data, left // data, tensor)
+            try:
+                fits(AbstractMesh(sizes, AXES, axis_types=kinds))
+            except ValueError:
+                continue
+            found.append(MeshConfig(*sizes))
+    return found
 
 
 def dividing(axes: tuple[str, ...], mesh, size: int) -> tuple[str, ...]:
