@@ -3,6 +3,7 @@
 # above 128: killed for memory, a crash in a driver). Any other code is an answer, and becomes this
 # script's. A SIGTERM is passed on, and nothing is started again: then the code is the command's, or
 # 75 if it died of the signal, as a program does that has nothing to save yet.
+# A Ctrl-C reaches the command itself; this script waits for its end, and starts nothing again.
 # After 20 runs in a row of under ten minutes each it gives up, with code 1.
 #   bash launch/restart.sh COMMAND...
 set -euo pipefail
@@ -10,16 +11,17 @@ case "${1:---help}" in
     --help) echo "usage: bash launch/restart.sh COMMAND..." >&2; exit 2 ;;
 esac
 most=20 long=600 pause="${BLTJAX_RESTART_PAUSE:-10}"
-told=false interrupted=false child=
+told=false stopped=false interrupted=false child=
 pass_on() {
     told=true interrupted=true
     [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true
 }
 trap pass_on TERM
+trap 'stopped=true interrupted=true' INT
 short=0
 while true; do
     begun=$SECONDS
-    "$@" &
+    (trap - INT; exec "$@") &  # without the trap the shell would have it ignore a Ctrl-C
     child=$!
     interrupted=true
     while $interrupted; do  # a trap ends `wait` before the command has ended
@@ -32,9 +34,12 @@ while true; do
         exit "$code"
     fi
     case "$code" in
-        75) ;;
         130) exit 130 ;;  # a person's Ctrl-C
-        *) [ "$code" -gt 128 ] || exit "$code" ;;
+        75) ! $stopped || exit 130 ;;
+        *)
+            [ "$code" -gt 128 ] || exit "$code"
+            ! $stopped || exit 130
+            ;;
     esac
     if [ $((SECONDS - begun)) -lt $long ]; then
         short=$((short + 1))
@@ -48,4 +53,5 @@ while true; do
     echo "restart.sh: exit code $code after $((SECONDS - begun)) s; again in $pause s" >&2
     sleep "$pause" & wait $! || true  # a SIGTERM needn't wait for it
     ! $told || exit 75
+    ! $stopped || exit 130
 done

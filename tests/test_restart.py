@@ -20,6 +20,9 @@ action = sys.argv[1:][turn]
 if action.startswith("wait"):  # to be told, as training is before a preemption
     if action == "wait":
         signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(75)))
+    if action == "wait_for_ctrl_c":
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        signal.signal(signal.SIGINT, lambda *_: (time.sleep(0.3), sys.exit(75)))
     Path("waits").touch()
     time.sleep(60)
 if action.startswith("signal"):
@@ -28,10 +31,11 @@ sys.exit(int(action))
 """
 
 
-def restarted(folder: Path, *actions: str) -> subprocess.Popen:
+def restarted(folder: Path, *actions: str, pause: str = "0.01", **options) -> subprocess.Popen:
     return subprocess.Popen(
         ["bash", ROOT / "launch/restart.sh", "python3", "-c", PROGRAM, *actions], cwd=folder,
-        env=os.environ | {"BLTJAX_RESTART_PAUSE": "0.01"}, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"BLTJAX_RESTART_PAUSE": pause}, stderr=subprocess.PIPE, text=True,
+        **options,
     )  # fmt: skip
 
 
@@ -69,6 +73,20 @@ def test_sigterm_is_passed_on_and_ends_it(tmp_path, action):
     assert process.communicate()[1] == ""
     assert process.returncode == 75
     assert (tmp_path / "seen").read_text() == "x"
+
+
+@pytest.mark.parametrize(("action", "turns"), [("wait_for_ctrl_c", 1), ("75", 1)])
+def test_ctrl_c_ends_it_whatever_the_command_does(tmp_path, action, turns):
+    """The terminal gives it to both; after a code of 75 it comes while the script waits."""
+    process = restarted(tmp_path, action, "0", pause="20", start_new_session=True)
+    if action == "75":
+        assert b"again in 20 s" in process.stderr.buffer.readline()
+    else:
+        until((tmp_path / "waits").exists)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130
+    assert len((tmp_path / "seen").read_text()) == turns
 
 
 @pytest.fixture
