@@ -47,7 +47,14 @@ def main(argv: list[str] | None = None) -> int:
             program.add_arguments(sub)
     args, rest = parser.parse_known_args(argv)
     # Here, because it imports jax, which --help needn't wait for.
-    from bltjax.processes import RESTART, Restart, describe, lost_another, process_index
+    from bltjax.processes import (
+        INTERRUPTED,
+        RESTART,
+        Restart,
+        describe,
+        lost_another,
+        process_index,
+    )
 
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
     unknown = [word for word in rest if not word.startswith("--config.")]
@@ -79,9 +86,9 @@ def main(argv: list[str] | None = None) -> int:
             )
         print(f"bltjax {args.verb}: {told}", file=sys.stderr)
         return RESTART if lost else 1
-    except KeyboardInterrupt:
-        print(f"bltjax {args.verb}: interrupted; the same command resumes", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"bltjax {args.verb}: interrupted{f': {error}' * bool(error.args)}", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
@@ -92,9 +99,10 @@ def run() -> typing.NoReturn:
     except Exception:
         traceback.print_exc()
         code = 1
-    from bltjax.processes import joined, leave
+    from bltjax.processes import INTERRUPTED, joined, leave
 
-    if code and joined():
+    # A second Ctrl-C waits for no thread either.
+    if code == INTERRUPTED or (code and joined()):
         leave(code)
     sys.exit(code)
 

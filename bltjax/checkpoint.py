@@ -1,7 +1,7 @@
 """Work directories: what a run leaves behind, and how it is found again.
 
 WORKDIR/
-  config.json                the resolved config; a run with another config is refused
+  config.json                the resolved config; with which others it is resumed, resume.py says
   metrics.jsonl              one line per report; TensorBoard events beside it
   goodput.json               seconds by what they went into, over all restarts
   checkpoints/STEP/          written whole or not at all (saving.py)
@@ -24,13 +24,15 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 
-from bltjax.config import OF_THE_MACHINE, RunConfig, differences, from_dict, to_dict
+from bltjax.config import RunConfig, from_json, to_dict
 from bltjax.model import is_norm
 from bltjax.processes import from_writer, gathered, is_writer, process_index
+from bltjax.resume import check_settings
 from bltjax.storage import is_remote, write_text
 
 CHUNK_BYTES = 64 << 20
 COMMIT = "commit_success.txt"  # Orbax's name
+CONFIG = "config.json"
 
 
 def sealed(values: dict) -> dict:
@@ -77,19 +79,20 @@ def saved_steps(workdir: Path) -> list[int]:
     return sorted(int(p.name) for p in folders)
 
 
-def check_workdir(workdir: Path, config: RunConfig) -> list[str]:
-    """Creates the directory, or checks that what was trained in it had the same config.
+def check_workdir(workdir: Path, config: RunConfig) -> RunConfig | None:
+    """Creates the directory, or checks that `config` may resume the run in it.
 
     A run that never came to a checkpoint has nothing to lose, so its directory may be taken.
-    Settings of the machine may have changed; returns lines that tell how. Every process calls this.
+    Returns the config of the run that is to be resumed, None if there is none. Every process calls
+    this.
 
     Raises:
-      ValueError: with the differing settings, if the directory belongs to another config; or if the
-        processes don't share it.
+      ValueError: with the settings that differ, if the directory belongs to another config; or if
+        the processes don't share it.
       OSError: if it cannot be written.
     """
     mark = workdir / "checkpoints" / ".writable"
-    lines = from_writer("checking the work directory", lambda: begin_workdir(workdir, config, mark))
+    run = from_writer("checking the work directory", lambda: begin_workdir(workdir, config, mark))
     problem = ""
     try:
         if not mark.exists():
@@ -105,41 +108,89 @@ def check_workdir(workdir: Path, config: RunConfig) -> list[str]:
     for index, problem in enumerate(problems):
         if problem:
             raise ValueError(f"process {index}: {problem}")
-    return lines
+    return run and from_json(run, workdir / CONFIG)
 
 
-def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> list[str]:
-    """Makes the directory and `mark` in it; the differences that don't matter, if it is a run's."""
+def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> dict | None:
+    """Makes the directory and `mark` in it; the config of the run that is there, as JSON."""
+    if (workdir / "export.json").exists():
+        raise ValueError(
+            f"{workdir} is an export: give another --workdir (--init_from={workdir} begins with its"
+            " weights)"
+        )
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.write_text("")  # a folder that can't be written is found now, not at the first checkpoint
     if not saved_steps(workdir):
-        return []
-    lines = differences(to_dict(read_config(workdir)), to_dict(config))
-    matter = [line for line in lines if not line.startswith(OF_THE_MACHINE)]
-    if matter:
-        raise ValueError(
-            f"{workdir} holds a run with another config (its value -> yours):\n  "
-            + "\n  ".join(matter)
-            + "\nGive the same settings to resume it, or another --workdir to start afresh."
-        )
-    return lines
+        return None
+    _, step = newest_checkpoint(workdir)
+    run = from_json(config_or_saved_one(workdir), workdir / CONFIG)
+    check_settings(run, config, workdir, step)
+    return to_dict(run)
 
 
 def write_config(workdir: Path, config: RunConfig) -> None:
-    write_text(workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
+    write_text(workdir / CONFIG, json.dumps(to_dict(config), indent=1) + "\n")
 
 
 def read_config(workdir: Path) -> RunConfig:
-    path = workdir / "config.json"
-    if not path.exists():
+    """Raises ValueError if there is none, or it is damaged or of another version."""
+    return from_json(config_values(workdir), workdir / CONFIG)
+
+
+def config_values(workdir: Path) -> dict:
+    """The JSON object of a run's config.json, unchecked.
+
+    Raises:
+      ValueError: naming the file and the way out, if it isn't there or holds something else.
+    """
+    path = workdir / CONFIG
+    if not path.exists() and not saved_steps(workdir):
         raise ValueError(
             f"{workdir} is neither a training run nor an export: no {path.name} and no export.json"
             " in it"
         )
+    values, problem = None, ""
     try:
-        return from_dict(RunConfig, json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            problem = f"{path} holds {type(values).__name__}, not an object"
+    except FileNotFoundError:
+        problem = f"{path} is missing"
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
+        problem = f"{path} is not JSON: {error}"
+    if problem:
+        if "config" in newest_progress(workdir):
+            problem += (
+                ".\nThe run's newest checkpoint has its settings too: the training command, given"
+                " again, writes the file anew."
+            )
+        raise ValueError(problem)
+    return values
+
+
+def config_or_saved_one(workdir: Path) -> dict:
+    """A run's config as JSON: of config.json, or, if that is damaged, of the newest checkpoint."""
+    try:
+        return config_values(workdir)
+    except ValueError as error:
+        progress = newest_progress(workdir)
+        if "config" not in progress:
+            raise
+        reason = str(error).splitlines()[0].removesuffix(".")
+        print(f"{reason}; the settings are those in the checkpoint of step {progress['step']}")
+        return progress["config"]
+
+
+def newest_progress(workdir: Path) -> dict:
+    """The newest progress/ of a run's checkpoints (saving.py) that is whole; empty if none is."""
+    for step in reversed(saved_steps(workdir)):
+        try:
+            path = workdir / "checkpoints" / str(step) / "progress" / "metadata"
+            progress = json.loads(path.read_text())
+            return unsealed(progress, str(path)) if "crc32" in progress else progress
+        except (OSError, ValueError, TypeError):
+            continue
+    return {}
 
 
 def in_chunks(params):

@@ -8,6 +8,8 @@ device is touched.
 import dataclasses
 import difflib
 import json
+import math
+import re
 import typing
 
 # Hash tables are stored padded to a multiple of this many rows whatever the mesh, so that a
@@ -35,8 +37,19 @@ ATTENTION = (
 )  # fmt: skip
 # What the files of a source are: by their first bytes, or as a person says.
 FORMATS = ("auto", "text", "jsonl", "parquet")
-# Settings that say how a run is carried out, not what it is: they may change when it is resumed.
-OF_THE_MACHINE = ("mesh.", "checkpoint.", "faults.hang_seconds", "data.prefetch", "log_every")
+# Whether a setting may differ when a run is resumed. A field's rule holds for all that is in it;
+# unless all of it may change, a field in it may have a rule of its own.
+FIXED = "fixed"  # no: it would be another run. Also the rule of fields that name none
+MAY_CHANGE = "may change"  # yes: it says how a run is carried out, or matters at its start alone
+SAME_CONTENT = "same content"  # it names what the run reads: another name, but the same content
+RENAMED = "renamed"  # another name, whatever it stands for; but not none, and not the first
+LENGTH = "length"  # up, or down to what has been done
+
+
+def setting(default, *, resume: str = "", infinite: bool = False):
+    """A field of a config with a rule of resuming; `infinite`: a float that may be infinite."""
+    metadata = {"resume": resume} if resume else {}
+    return dataclasses.field(default=default, metadata=metadata | {"infinite": infinite})
 
 
 def divides(small_name: str, small: int, large_name: str, large: int) -> None:
@@ -50,10 +63,34 @@ def divides(small_name: str, small: int, large_name: str, large: int) -> None:
         )
 
 
-def positive(config, *names: str) -> None:
+def setting_name(config, name: str) -> str:
+    """`optimizer.lr` for the field `lr` of an OptimizerConfig."""
+    group = re.sub("(?<=[a-z])(?=[A-Z])", "_", type(config).__name__.removesuffix("Config")).lower()
+    return name if group == "run" else f"{group}.{name}"
+
+
+def within(config, interval: str, *names: str) -> None:
+    """Raises ValueError unless each setting lies in an interval as `[0, 1)`; NaN lies in none."""
+    low, high = map(float, interval[1:-1].split(","))
     for name in names:
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{type(config).__name__}.{name} is {getattr(config, name)}, not > 0")
+        value = getattr(config, name)
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            rule = f"in {interval}"
+            if high == math.inf:
+                rule = f"{'>=' if interval[0] == '[' else '>'} {low:g}"
+                if not math.isfinite(value):
+                    rule = f"a finite number {rule}".removesuffix(" > -inf")
+            raise ValueError(f"{setting_name(config, name)} is {value}, not {rule}")
+
+
+def positive(config, *names: str) -> None:
+    within(config, "(0, inf)", *names)
+
+
+def finite(config, *names: str) -> None:
+    within(config, "(-inf, inf)", *names)
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -79,10 +116,10 @@ class ByteLMConfig:
     window: int = 512  # bytes a position sees, itself included
     rope_theta: float = 1e4
     norm_eps: float = 1e-5
-    remat: str = "none"  # one of REMAT
+    remat: str = setting("none", resume=MAY_CHANGE)  # one of REMAT
 
     def __post_init__(self):
-        positive(self, "layers", "width", "heads", "hidden", "window")
+        positive(self, "layers", "width", "heads", "hidden", "window", "rope_theta", "norm_eps")
         one_of("byte_lm.remat", self.remat, REMAT)
         divides("byte_lm.heads", self.heads, "byte_lm.width", self.width)
         divides("2", 2, "byte_lm channels per head", self.width // self.heads)
@@ -102,7 +139,7 @@ class ByteCNNConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        positive(self, "context", "width", "layers", "hidden")
+        positive(self, "context", "width", "layers", "hidden", "norm_eps")
         if self.context > 3:
             raise ValueError(f"byte_cnn.context ({self.context}) must be 1 ... 3")
 
@@ -147,10 +184,11 @@ class LocalConfig:
     window: int = 512
     rope_theta: float = 5e5
     norm_eps: float = 1e-5
-    remat: str = "none"  # one of REMAT, for both stacks
+    remat: str = setting("none", resume=MAY_CHANGE)  # one of REMAT, for both stacks
 
     def __post_init__(self):
         positive(self, "encoder_layers", "decoder_layers", "width", "heads", "hidden", "window")
+        positive(self, "rope_theta", "norm_eps")
         if self.encoder_hidden is not None:
             positive(self, "encoder_hidden")
         one_of("local.remat", self.remat, REMAT)
@@ -188,7 +226,7 @@ class RopeScalingConfig:
     positions: int = 8192
 
     def __post_init__(self):
-        positive(self, "factor", "low_turns", "positions")
+        positive(self, "factor", "low_turns", "high_turns", "positions")
         if self.high_turns <= self.low_turns:
             raise ValueError(
                 f"rope_scaling.high_turns ({self.high_turns}) must exceed low_turns"
@@ -208,10 +246,11 @@ class LatentConfig:
     rope_theta: float = 5e5
     rope_scaling: RopeScalingConfig | None = None
     norm_eps: float = 1e-5
-    remat: str = "full"  # one of REMAT
+    remat: str = setting("full", resume=MAY_CHANGE)  # one of REMAT
 
     def __post_init__(self):
         positive(self, "layers", "width", "heads", "key_value_heads", "hidden")
+        positive(self, "rope_theta", "norm_eps")
         one_of("latent.remat", self.remat, REMAT)
         divides("latent.heads", self.heads, "latent.width", self.width)
         divides("latent.key_value_heads", self.key_value_heads, "latent.heads", self.heads)
@@ -253,7 +292,8 @@ class PatchingConfig:
     newline_reset: bool = False
     whole_characters: bool = False
     looks_past_end: bool = True
-    tokenizer: str = ""  # bpe mode: a Hugging Face tokenizers file
+    # bpe mode: a Hugging Face tokenizers file
+    tokenizer: str = setting("", resume=SAME_CONTENT)
 
     def __post_init__(self):
         one_of("patching.mode", self.mode, ("entropy", "space", "static", "byte", "bpe"))
@@ -265,6 +305,9 @@ class PatchingConfig:
         if self.newline_reset and self.mode != "entropy":
             raise ValueError(f"patching.newline_reset is for entropy mode, not {self.mode!r}")
         positive(self, "patch_bytes")
+        finite(self, "threshold")
+        if self.threshold_add is not None:
+            finite(self, "threshold_add")
         if self.max_patch_bytes is not None:
             positive(self, "max_patch_bytes")
         if self.monotonic and self.threshold_add is not None:
@@ -288,7 +331,7 @@ class SourceConfig:
     """One source of documents: text, JSONL, Parquet, `tfds:NAME`, or a folder of records."""
 
     path: str
-    weight: float = 1.0  # share of bytes in the mixture
+    weight: float = setting(1.0, resume=FIXED)  # share of bytes in the mixture
     field: str = "text"  # key (JSONL), column (Parquet) or feature (TFDS) of the text
     split: str = "train"  # TFDS
     data_dir: str = ""  # TFDS: where its datasets lie; empty: its own default
@@ -308,14 +351,19 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    train: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
-    held_out: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
+    train: dict[str, SourceConfig] = dataclasses.field(
+        default_factory=dict, metadata={"resume": SAME_CONTENT}
+    )
+    held_out: dict[str, SourceConfig] = dataclasses.field(
+        default_factory=dict, metadata={"resume": MAY_CHANGE}
+    )
     rows: int = 8  # B, over all processes
     row_bytes: int = 1024  # N
     row_patches: int = 228  # P
     look_ahead: int = 32  # documents the packer chooses among
-    prefetch: int = 4  # batches
-    skip_bad: bool = False  # count broken JSONL lines instead of stopping
+    prefetch: int = setting(4, resume=MAY_CHANGE)  # batches
+    # Count broken JSONL lines instead of stopping.
+    skip_bad: bool = setting(False, resume=MAY_CHANGE)
 
     def __post_init__(self):
         positive(self, "rows", "row_bytes", "row_patches", "look_ahead", "prefetch")
@@ -334,7 +382,7 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with warm-up and cosine, the paper's recipe (4.6)."""
 
-    steps: int = 1000
+    steps: int = setting(1000, resume=LENGTH)
     lr: float = 4e-4
     warmup_steps: int = 100
     final_lr_ratio: float = 0.0
@@ -343,16 +391,22 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices; not on norms, byte embeddings, hash tables
     clip: float = 1.0
-    accumulate: int = 1  # micro-batches per step
+    accumulate: int = setting(1, resume=MAY_CHANGE)  # micro-batches per step
     table_moments: str = "float32"  # one of TABLE_MOMENTS
 
     def __post_init__(self):
-        positive(self, "steps", "lr", "clip", "accumulate")
+        positive(self, "steps", "lr", "eps", "clip", "accumulate")
+        within(self, "[0, 1)", "b1", "b2")
+        within(self, "[0, 1]", "final_lr_ratio")
+        within(self, "[0, inf)", "weight_decay")
         one_of("optimizer.table_moments", self.table_moments, TABLE_MOMENTS)
+        if self.steps >= 2**31:
+            raise ValueError(f"optimizer.steps ({self.steps}) must be below 2^31 = {2**31}")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps ({self.warmup_steps}) must lie in 0 ... optimizer.steps"
-                f" ({self.steps})"
+                f" ({self.steps}): a run of {self.steps} steps needs a"
+                f" --config.optimizer.warmup_steps of at most {self.steps}"
             )
 
 
@@ -360,16 +414,12 @@ class OptimizerConfig:
 class LatentInitConfig:
     """A latent transformer that begins as a Llama 3 (paper 6.2); none where `path` is empty."""
 
-    path: str = ""  # folder of Llama 3 or 3.1 safetensors
+    path: str = setting("", resume=RENAMED)  # folder of Llama 3 or 3.1 safetensors
     lr_multiplier: float = 0.1  # of the latent transformer's layers
     frozen_steps: int = 0  # first updates that leave them as they are: local models learn first
 
     def __post_init__(self):
-        if self.lr_multiplier < 0 or self.frozen_steps < 0:
-            raise ValueError(
-                f"latent_init.lr_multiplier ({self.lr_multiplier}) and latent_init.frozen_steps"
-                f" ({self.frozen_steps}) must be >= 0"
-            )
+        within(self, "[0, inf)", "lr_multiplier", "frozen_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,13 +446,17 @@ class FaultsConfig:
     bad_batch: str = "stop"
     spike: float | None = None  # None: only what is not finite is bad
     most_skips: int = 3
-    hang_seconds: float = 300.0  # without a finished step, until the run ends to be restarted
+    # Without a finished step, until the run ends to be restarted; infinite: it waits for ever.
+    hang_seconds: float = setting(300.0, infinite=True)
 
     def __post_init__(self):
         one_of("faults.bad_batch", self.bad_batch, ("stop", "skip"))
-        positive(self, "most_skips", "hang_seconds")
-        if self.spike is not None and self.spike <= 1:
-            raise ValueError(f"faults.spike ({self.spike}) is a multiple of the mean: > 1, or None")
+        positive(self, "most_skips")
+        within(self, "(0, inf]", "hang_seconds")
+        if self.spike is not None and not 1 < self.spike < math.inf:
+            raise ValueError(
+                f"faults.spike ({self.spike}) is a finite multiple of the mean: > 1, or None"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,20 +480,26 @@ class RunConfig:
     byte_lm: ByteLMConfig | None = None
     byte_cnn: ByteCNNConfig | None = None
     blt: BLTConfig | None = None
-    entropy_model: str = ""  # BLT, entropy mode: run or export of the byte LM that scored the data
-    init_from: str = ""  # run or export whose parameters training begins with; empty: random ones
+    # BLT, entropy mode: run or export of the byte LM that scored the data.
+    entropy_model: str = setting("", resume=SAME_CONTENT)
+    # Run or export whose parameters training begins with; empty: random ones.
+    init_from: str = setting("", resume=MAY_CHANGE)
     latent_init: LatentInitConfig = LatentInitConfig()
     patching: PatchingConfig = PatchingConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    faults: FaultsConfig = FaultsConfig()
-    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = dataclasses.field(
+        default=CheckpointConfig(), metadata={"resume": MAY_CHANGE}
+    )
+    faults: FaultsConfig = dataclasses.field(
+        default=FaultsConfig(), metadata={"resume": MAY_CHANGE}
+    )
+    mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata={"resume": MAY_CHANGE})
     compute_dtype: str = "auto"  # auto: bfloat16 on TPU and GPU, float32 on CPU
-    attention: str = "auto"  # auto: by platform; or one of ATTENTION
+    attention: str = setting("auto", resume=MAY_CHANGE)  # auto: by platform; or one of ATTENTION
     seed: int = 0
-    log_every: int = 10  # steps
-    evaluate_every: int = 100  # steps
+    log_every: int = setting(10, resume=MAY_CHANGE)  # steps
+    evaluate_every: int = setting(100, resume=MAY_CHANGE)  # steps
 
     def __post_init__(self):
         if [self.byte_lm, self.byte_cnn, self.blt].count(None) != 2:
@@ -447,6 +507,8 @@ class RunConfig:
         one_of("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         one_of("attention", self.attention, ATTENTION)
         positive(self, "log_every", "evaluate_every")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, not in 0 ... 2^63 - 1")
         divides("optimizer.accumulate", self.optimizer.accumulate, "data.rows", self.data.rows)
         mesh = self.mesh
         if mesh.data > 0 and mesh.fsdp > 0:
@@ -468,7 +530,8 @@ def from_dict(kind, values, where: str = "config"):
     """A dataclass from nested dicts, refusing unknown keys with the nearest name.
 
     Raises:
-      ValueError: for an unknown key, a wrong type, or a rule that two numbers break.
+      ValueError: for an unknown key, a wrong type, a number that is not finite where it must be,
+        or a rule that two numbers break.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if type(None) in args:
@@ -488,15 +551,39 @@ def from_dict(kind, values, where: str = "config"):
         for key in values:
             if key not in hints:
                 raise ValueError(f"{where}.{key} is no setting{nearest(key, hints)}")
+        made = {k: from_dict(hints[k], v, f"{where}.{k}") for k, v in values.items()}
+        for field in dataclasses.fields(kind):
+            value = made.get(field.name)
+            if not isinstance(value, float) or math.isfinite(value):
+                continue
+            if math.isnan(value) or not field.metadata.get("infinite"):
+                raise ValueError(f"{where}.{field.name} is {value}, not a finite number")
         try:
-            return kind(**{k: from_dict(hints[k], v, f"{where}.{k}") for k, v in values.items()})
+            return kind(**made)
         except TypeError as error:  # a required field was left out
             raise ValueError(f"{where}: {error}") from None
     if kind is float and isinstance(values, int) and not isinstance(values, bool):
-        return float(values)
+        try:
+            return float(values)
+        except OverflowError:
+            raise ValueError(f"{where} has {len(str(values))} digits: too large") from None
     if not isinstance(values, kind) or (kind is int and isinstance(values, bool)):
         raise ValueError(f"{where} is {values!r}, not {kind.__name__}")
     return values
+
+
+def from_json(values, path) -> "RunConfig":
+    """The RunConfig that the values of a JSON file are.
+
+    Raises:
+      ValueError: as `from_dict`, naming the file.
+    """
+    try:
+        return from_dict(RunConfig, values)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: {error}. Most likely another version of bltjax wrote it: take that one"
+        ) from None
 
 
 def to_dict(config) -> dict:
@@ -514,3 +601,50 @@ def differences(old: dict, new: dict, where: str = "") -> list[str]:
         elif a != b:
             lines.append(f"{where}{key}: {a!r} -> {b!r}")
     return lines
+
+
+class Change(typing.NamedTuple):
+    """A setting that differs between two configs, and its rule of resuming."""
+
+    path: str
+    old: typing.Any
+    new: typing.Any
+    rule: str
+
+    def __str__(self) -> str:
+        old, new = (
+            dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            for value in (self.old, self.new)
+        )
+        return f"{self.path}: {old!r} -> {new!r}"
+
+
+def changes(old, new, path: str = "", rule: str = FIXED) -> list[Change]:
+    """The settings that differ between two configs, groups of them, or dicts of groups.
+
+    rule: of what has no rule of its own.
+    """
+
+    def inner(name: str) -> str:
+        return f"{path}.{name}" if path else name
+
+    if dataclasses.is_dataclass(old) and type(old) is type(new):
+        found = []
+        for field in dataclasses.fields(old):
+            values = getattr(old, field.name), getattr(new, field.name)
+            own = rule if rule == MAY_CHANGE else field.metadata.get("resume", rule)
+            found += changes(*values, inner(field.name), own)
+        return found
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [Change(path, old, new, rule)] if old != new else []
+    # A source that is new, or gone, has nothing to compare its content with.
+    whole = FIXED if rule == SAME_CONTENT else rule
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        if key in old and key in new:
+            found += changes(old[key], new[key], inner(key), rule)
+        else:
+            found.append(Change(inner(key), old.get(key), new.get(key), whole))
+    if old.keys() == new.keys() and list(old) != list(new):  # a stream's seeds follow the order
+        found.append(Change(f"{path} (order)", list(old), list(new), whole))
+    return found

@@ -107,8 +107,11 @@ def apply_override(tree: ConfigDict, override: str) -> None:
     if isinstance(value, list):
         value = tuple(value)
     # Types are checked by from_dict, whose messages name the setting; so no type-safety here.
-    with parent.ignore_type():
-        parent[name] = value
+    try:
+        with parent.ignore_type():
+            parent[name] = value
+    except OverflowError:  # what it makes a float
+        raise ValueError(f"{where} has {len(text)} digits: too large") from None
 
 
 def parse_scheme(text: str, base: PatchingConfig = DEFAULT_PATCHING) -> PatchingConfig:

@@ -23,7 +23,7 @@ import tensorstore
 from etils import epath
 
 from bltjax import checkpoint as ckpt
-from bltjax.config import RunConfig, from_dict, to_dict
+from bltjax.config import RunConfig, from_json, to_dict
 from bltjax.weights.model_files import ModelFiles, leaf_shapes
 from bltjax.weights.tensors import BLOCK_BYTES, DTYPES, Leaf, blocks, flattened, read_json
 
@@ -64,9 +64,8 @@ def read_config(path) -> RunConfig:
     path = epath.Path(path)
     if is_export(path):
         manifest = read_manifest(path)
-        return from_dict(RunConfig, manifest.get("config"), str(path / MANIFEST))
-    config = path / "config.json"
-    if config.exists() and {"model_type", "args"} & read_json(config).keys():
+        return from_json(manifest.get("config"), path / MANIFEST)
+    if {"model_type", "args"} & ckpt.config_values(path).keys():
         raise ValueError(f"{path} holds released weights: `convert` makes an export of them first")
     return ckpt.read_config(path)
 

@@ -36,10 +36,10 @@ class Reports:
         self.values: dict[str, float] = {}
         self.warned = False
 
-    def take(self, step: int, out: dict) -> bool:
+    def take(self, step: int, out: dict) -> int:
         """Fetches a step's report; prints and writes one every `log_every`.
 
-        Returns whether some process has been given notice to end.
+        Returns the notice to end that some process has been given (preemption.py), 0 for none.
 
         Raises:
           FloatingPointError: after a batch that the config doesn't let pass.
@@ -72,7 +72,7 @@ class Reports:
             self.warn_of_idle_slots()
             self.reporter.write(step, self.values)
             self.print(step)
-        return bool(out["notice"])
+        return int(out["notice"])
 
     def mean_patch(self) -> float:
         """Bytes; a byte LM's positions are its patches."""

@@ -288,9 +288,16 @@ def last_good(manager: ocp.CheckpointManager, workdir: Path) -> str:
     """What is left of a run that bad batches ended, and what to do."""
     manager.wait_until_finished()
     step = manager.latest_step()
+    if step is None:
+        return (
+            f"Last good checkpoint: none in {workdir / 'checkpoints'}.\nA lower"
+            " --config.optimizer.lr or a longer warm-up usually helps, and"
+            " --config.faults.bad_batch=skip leaves such batches out. As nothing is saved, the"
+            " same --workdir takes any settings."
+        )
     return (
-        f"Last good checkpoint: {'none' if step is None else f'step {step}'} in"
-        f" {workdir / 'checkpoints'}.\nA lower --config.optimizer.lr or a longer warm-up usually"
-        " helps, and --config.faults.bad_batch=skip leaves such batches out; a changed config"
-        " needs another --workdir."
+        f"Last good checkpoint: step {step} in {workdir / 'checkpoints'}.\nThe same command with"
+        " --config.faults.bad_batch=skip resumes there and leaves such batches out. A lower"
+        " --config.optimizer.lr or a longer warm-up usually helps, too, but is a new run: another"
+        f" --workdir, which begins with these weights by --init_from={workdir}."
     )

@@ -9,6 +9,7 @@ step together, one writes reports.
 
 import argparse
 import contextlib
+import signal
 import time
 
 import jax
@@ -18,20 +19,21 @@ from etils import epath
 from bltjax import checkpoint as ckpt
 from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, RunConfig, divides, to_dict
 from bltjax.config_file import load_config
-from bltjax.data.pipeline import held_out_batches, training_batches
+from bltjax.data.pipeline import held_out_batches, training_batches, training_sources
 from bltjax.export import TOKENIZER
 from bltjax.flops import training_flops
 from bltjax.goodput import Goodput
 from bltjax.metrics import Reporter, quantity
 from bltjax.model import parameter_count
 from bltjax.page import write_page
-from bltjax.preemption import Notice
+from bltjax.preemption import INTERRUPTED, TERMINATED, Notice
 from bltjax.process_rows import global_batch, own_part, own_rows
 from bltjax.processes import (
     PATIENCE,
     Restart,
     barrier,
     check_agreement,
+    from_writer,
     is_writer,
     join,
     process_count,
@@ -40,11 +42,18 @@ from bltjax.processes import (
 from bltjax.processes import add_arguments as add_process_arguments
 from bltjax.profiling import Profile
 from bltjax.reports import Reports
+from bltjax.resume import change_lines, check_sources
 from bltjax.saving import checksums, last_good, make_manager, restore_newest, save
 from bltjax.scoring import scored_source
-from bltjax.sharding import make_mesh, row_sharding
-from bltjax.start import check_start, entropy_model, placed_patches, started
-from bltjax.training_step import step_parts
+from bltjax.sharding import row_sharding
+from bltjax.start import (
+    check_copies,
+    check_start,
+    entropy_model,
+    mesh_and_parts,
+    placed_patches,
+    started,
+)
 from bltjax.watchdog import Watchdog
 
 KINDS = {BLTConfig: "BLT", ByteLMConfig: "byte LM", ByteCNNConfig: "byte CNN"}
@@ -71,30 +80,44 @@ def train(
         that were told different things.
       FloatingPointError: at a step whose loss or gradient `config.faults` doesn't let pass.
       Restart: after SIGTERM, once the state is saved.
+      KeyboardInterrupt: after SIGINT, once the state is saved; at once before the first step, and
+        at a second one.
     """
     begun = time.monotonic()
     workdir = epath.Path(workdir)
     profile = Profile(profiled, workdir)
     settings = {"workdir": str(workdir), "stop_at": stop_at, "config": to_dict(config)}
     check_agreement(settings)
-    changed = ckpt.check_workdir(workdir, config)
-    resumes = bool(ckpt.saved_steps(workdir))
-    if not resumes:
-        check_start(config)
+    run = ckpt.check_workdir(workdir, config)
+    resumes = run is not None
+    check_start(config, workdir, resumes)
     byte_lm = entropy_model(config, workdir)
-    mesh = make_mesh(config.mesh)
+    notes = []  # of what a resumed run calls by another name
+    if resumes:
+        notes += from_writer(
+            "comparing copies", lambda: check_copies(run, config, workdir, byte_lm)
+        )
+    mesh, parts = mesh_and_parts(config)
     if config.mesh.tensor == 1:
         divides("the number of processes", process_count(), "data.rows", config.data.rows)
-    parts = step_parts(config, mesh)
     take_step, scores = together(parts.step), together(parts.scores)
     rows = row_sharding(mesh)
     patching = placed_patches(config, workdir)
     expected = byte_lm.identity if byte_lm else None
 
     streams = own_rows(rows, config.data.rows)
+    sources = training_sources(config.data, expected)
     dataset = training_batches(
-        config.data, patching, seed=config.seed, expected_identity=expected, streams=streams
+        config.data, patching, seed=config.seed, streams=streams, sources=sources
     )
+    fingerprints = from_writer(
+        "comparing sources", lambda: {name: found.fingerprint for name, found in sources.items()}
+    )
+    if resumes:
+        saved = from_writer(
+            "comparing sources", lambda: ckpt.newest_progress(workdir).get("sources", {})
+        )
+        notes += check_sources(run, config, workdir, saved, fingerprints)
     batches = iter(dataset)
     held_out = []
     for name, source in config.data.held_out.items():
@@ -116,7 +139,7 @@ def train(
     )
 
     # The data is there and the settings hold: from here on the directory is this run's.
-    if is_writer() and (changed or not resumes):
+    if is_writer():
         ckpt.write_config(workdir, config)
     if is_writer() and not resumes:
         if byte_lm:
@@ -141,8 +164,10 @@ def train(
         first = progress["step"]
         batches.set_state(states)
         print(f"resumed {workdir} after step {first}")
-        for line in changed:
+        for line in change_lines(run, config, first):
             print(f"  changed: {line}")
+        for line in notes:
+            print(f"  {line}")
     goodput.resume(first)
     manager = make_manager(workdir, config)
     reporter = Reporter(workdir, first)
@@ -150,13 +175,13 @@ def train(
     reports = Reports(config, reporter, flops, last_step, lambda: last_good(manager, workdir))
     notice = Notice(mesh)
     watchdog = Watchdog(config.faults.hang_seconds)
-    preempted = False
+    ending = 0  # the notice to end, if any process has been given one
 
     with contextlib.ExitStack() as exits:
         exits.callback(batches.close)
         exits.callback(reporter.close)
         exits.callback(profile.close)
-        exits.push(lambda error, *_: close(manager, error is not None))
+        exits.push(lambda error, *_: close(manager, error))
         exits.enter_context(notice)
         exits.enter_context(watchdog)
         exits.enter_context(jax.set_mesh(mesh))  # by which kernels are split among devices
@@ -173,20 +198,21 @@ def train(
                     state, out = take_step(state, batch)
                     jax.block_until_ready((out, checksums(state)))  # of a first checkpoint
                 goodput.begin_steps()
+                notice.catch(signal.SIGINT)  # before, there is nothing that it should save
             else:
                 watchdog.mark(step, "computes")
                 state, out = take_step(state, batch)
             profile.dispatched(out)
             out["notice"] = notice.asked()
             if pending is not None:
-                preempted = reports.take(*pending)
+                ending = reports.take(*pending)
             pending = (step, out)
             ends = step == last_step
             # Whoever was given notice has little time, and saves at once.
             evaluates = bool(held_out) and (
-                ends or (step % config.evaluate_every == 0 and not preempted)
+                ends or (step % config.evaluate_every == 0 and not ending)
             )
-            saves = ends or preempted or step % config.checkpoint.every == 0
+            saves = ends or ending or step % config.checkpoint.every == 0
             if evaluates or saves:
                 reports.take(*pending)  # nothing that is not finite may reach a checkpoint
                 pending = None
@@ -200,6 +226,7 @@ def train(
                 progress = {
                     "step": step,
                     "config": to_dict(config),
+                    "sources": fingerprints,
                     "held_out_bits_per_byte": reports.values.get("held_out_bits_per_byte"),
                 }
                 with goodput.during("checkpoints"):
@@ -208,24 +235,34 @@ def train(
             manager.check_for_errors()
             if step % config.log_every == 0:
                 goodput.write()
-            if preempted:
+            if ending:
                 break
         watchdog.mark(last_step, "ends", PATIENCE)
         with goodput.during("checkpoints"):
             manager.wait_until_finished()
-        goodput.write(ended=not preempted)
+        goodput.write(ended=ending != TERMINATED)
         reporter.write(last_step, {f"goodput/{kind}": s for kind, s in goodput.shares().items()})
     print(goodput.told())
-    if preempted and step < last_step:
+    if ending == INTERRUPTED and step < last_step:
+        raise KeyboardInterrupt(f"step {step} is saved; the same command resumes")
+    if ending and step < last_step:
         raise Restart(f"SIGTERM: step {step} is saved, and the same command goes on from there")
     return reports.values
 
 
-def close(manager, failed: bool) -> None:
+def close(manager, error: type[BaseException] | None) -> None:
     """Lets a checkpoint be written to its end; not after an error among many processes, since one
-    that has ended would be waited for."""
-    if not failed or process_count() == 1:
+    that has ended would be waited for, nor for a person who has pressed Ctrl-C twice."""
+    if error is None or (process_count() == 1 and error is not KeyboardInterrupt):
         manager.close()
+
+
+def saved_so_far(workdir: epath.Path) -> str:
+    """What an interrupted run has saved, and what the same command would do."""
+    steps = ckpt.saved_steps(workdir)
+    if steps:
+        return f"step {steps[-1]} is the last one saved; the same command resumes from there"
+    return "nothing is saved yet; the same command starts again"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -253,7 +290,10 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         overrides = [*overrides, f"latent_init.path={args.init_latent_from}"]
     join(args)
     config = load_config(args.config, overrides)
-    train(config, args.workdir, stop_at=args.stop_at, profiled=args.profile)
+    try:
+        train(config, args.workdir, stop_at=args.stop_at, profiled=args.profile)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(str(error) or saved_so_far(args.workdir)) from None
     if is_writer():
         print(f"page: {write_page(args.workdir)}")
     print(f"finished; the run is in {args.workdir}")

@@ -1,27 +1,40 @@
 import argparse
 import ast
+import copy
 import dataclasses
 import importlib
 import json
 import math
 import re
 import shlex
+import typing
 from pathlib import Path
 
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from bltjax import config as settings
+from bltjax.checkpoint import read_config
 from bltjax.config import (
     BLTConfig,
+    ByteCNNConfig,
     ByteLMConfig,
     DataConfig,
+    FaultsConfig,
+    LatentConfig,
+    LatentInitConfig,
     MeshConfig,
+    OptimizerConfig,
+    PatchingConfig,
+    RopeScalingConfig,
     RunConfig,
+    SourceConfig,
+    changes,
     differences,
     from_dict,
     to_dict,
 )
-from bltjax.config_file import load_config
+from bltjax.config_file import load_config, parse_scheme
 from bltjax.flops import training_flops
 from bltjax.sharding import AXES, tree_shardings
 from bltjax.training_step import check_mesh
@@ -79,6 +92,27 @@ def test_overrides():
         ("optimizer.accumulate=3", r"accumulate \(3\) must divide data.rows \(1024\)"),
         ("patching.mode=bpes", r"patching.mode is 'bpes', not one of entropy, space, .*, bpe"),
         ("optimizer.warmup_steps=999999", r"warmup_steps \(999999\) must lie in 0"),
+        ("optimizer.steps=5", r"5 steps needs a --config.optimizer.warmup_steps of at most 5"),
+        ("optimizer.steps=4000000000", r"steps \(4000000000\) must be below 2\^31"),
+        ("optimizer.b1=1.5", r"optimizer.b1 is 1.5, not in \[0, 1\)"),
+        ("optimizer.b2=1", r"optimizer.b2 is 1.0, not in \[0, 1\)"),
+        ("optimizer.eps=-1", r"optimizer.eps is -1.0, not > 0"),
+        ("optimizer.weight_decay=-1", r"optimizer.weight_decay is -1.0, not >= 0"),
+        ("optimizer.final_lr_ratio=5", r"optimizer.final_lr_ratio is 5.0, not in \[0, 1\]"),
+        ("optimizer.lr=0", r"optimizer.lr is 0.0, not > 0"),
+        ("optimizer.lr=1e999", r"config.optimizer.lr is inf, not a finite number"),
+        ("optimizer.lr=1" + 400 * "0", r"config.optimizer.lr has 401 digits: too large"),
+        ("optimizer.clip=0", r"optimizer.clip is 0.0, not > 0"),
+        ("latent_init.lr_multiplier=-1", r"latent_init.lr_multiplier is -1.0, not >= 0"),
+        ("blt.latent.norm_eps=0", r"latent.norm_eps is 0.0, not > 0"),
+        ("blt.local.rope_theta=-1", r"local.rope_theta is -1.0, not > 0"),
+        ("patching.threshold=-1e999", r"patching.threshold is -inf, not a finite number"),
+        ("patching.max_patch_bytes=0", r"patching.max_patch_bytes is 0, not > 0"),
+        ("data.train.text.weight=1e999", r"data.train.text.weight is inf, not a finite number"),
+        ("faults.spike=1e999", r"faults.spike is inf, not a finite number"),
+        ("faults.hang_seconds=0", r"faults.hang_seconds is 0.0, not > 0"),
+        ("seed=-1", r"seed is -1, not in 0 ... 2\^63 - 1"),
+        ("seed=9223372036854775808", r"seed is 9223372036854775808, not in 0"),
     ],
 )
 def test_bad_settings_name_the_rule_and_the_numbers(override, message):
@@ -236,3 +270,128 @@ def test_the_arithmetic_in_docstrings(path):
         data = variant.data
         flops = training_flops(variant.model, data.rows, data.row_bytes, data.row_patches)
         assert float(peta) == pytest.approx(flops / 1e15, abs=0.06)
+
+
+# What may change when a run is resumed, and how. A new setting is fixed unless it stands here.
+RESUME = {
+    "byte_lm.remat": "may change",
+    "blt.local.remat": "may change",
+    "blt.latent.remat": "may change",
+    "entropy_model": "same content",
+    "init_from": "may change",
+    "latent_init.path": "renamed",
+    "patching.tokenizer": "same content",
+    "data.train.*": "same content",
+    "data.train.text.weight": "fixed",
+    "data.held_out.*": "may change",
+    "data.prefetch": "may change",
+    "data.skip_bad": "may change",
+    "optimizer.steps": "length",
+    "optimizer.accumulate": "may change",
+    "checkpoint.*": "may change",
+    "faults.*": "may change",
+    "mesh.*": "may change",
+    "attention": "may change",
+    "log_every": "may change",
+    "evaluate_every": "may change",
+}
+
+
+def leaves(config, path: str = ""):
+    """Dotted path, the group that holds it and its name there, of every setting."""
+    named = config.items() if isinstance(config, dict) else vars(config).items()
+    for name, value in named:
+        if dataclasses.is_dataclass(value) or (isinstance(value, dict) and value):
+            yield from leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", config, name
+
+
+def models() -> list[RunConfig]:
+    """A config of each model in which no group is missing."""
+    source = {"text": SourceConfig("a")}
+    data = DataConfig(train=source, held_out=copy.deepcopy(source))
+    latent = LatentConfig(rope_scaling=RopeScalingConfig())
+    kinds = ({"byte_lm": ByteLMConfig()}, {"byte_cnn": ByteCNNConfig()})
+    kinds += ({"blt": BLTConfig(latent=latent)},)
+    return [RunConfig(**kind, data=data) for kind in kinds]
+
+
+def test_every_setting_has_a_rule_of_resuming():
+    found, used = {}, set()
+    for config in models():
+        for path, _, _ in leaves(config):
+            other = copy.deepcopy(config)
+            group, name = next((group, name) for at, group, name in leaves(other) if at == path)
+            object.__setattr__(group, name, "something else")  # whatever its checks would say
+            (change,) = changes(config, other)
+            assert (change.path, change.new) == (path, "something else")
+            found[path] = change.rule
+    for path, rule in found.items():
+        group = next((name for name in RESUME if name == path), None)
+        group = group or next((n for n in RESUME if path.startswith(n.removesuffix("*"))), None)
+        assert rule == RESUME.get(group, "fixed"), path
+        used.add(group)
+    assert used == RESUME.keys() | {None}
+
+
+CLASSES = [kind for kind in vars(settings).values() if dataclasses.is_dataclass(kind)]
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_numbers_are_finite(kind):
+    """However a config is made: of JSON, which Python lets have NaN, or by a program."""
+    required = {"path": "a"} if kind is SourceConfig else {}
+    required |= {"byte_lm": ByteLMConfig()} if kind is RunConfig else {}
+    for field in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[field.name]
+        if float not in (hint, *typing.get_args(hint)):
+            continue
+        for text in ("NaN", "Infinity", "-Infinity"):
+            value = json.loads(text)
+            if (kind, field.name, text) == (FaultsConfig, "hang_seconds", "Infinity"):
+                assert from_dict(kind, {field.name: value}) == kind(**{field.name: value})
+                continue
+            with pytest.raises(ValueError, match=rf"{field.name} is \S+, not a finite"):
+                from_dict(kind, to_dict_of(required) | {field.name: value})
+            with pytest.raises(ValueError, match=f"{field.name}"):
+                kind(**required | {field.name: value})
+
+
+def to_dict_of(values: dict) -> dict:
+    return {k: to_dict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
+
+
+def test_thresholds_of_a_scheme_are_finite():
+    for text, value in (("nan", "'nan'"), ("1e999", "inf"), ("-1e999", "-inf")):
+        with pytest.raises(ValueError, match=f"threshold is {value}, not "):
+            parse_scheme(f"entropy:threshold={text}")
+    with pytest.raises(ValueError, match=r"threshold_add is nan, not a finite number$"):
+        PatchingConfig(threshold_add=math.nan)
+
+
+def test_a_config_of_another_version_names_its_file(tmp_path):
+    values = to_dict(RunConfig(byte_lm=ByteLMConfig()))
+    values["data"]["shuffle_buffer"] = 7
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    message = rf"{tmp_path}/config.json: config.data.shuffle_buffer is no setting.*another version"
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)
+    # One of before there was a setting has its default.
+    del values["data"]["shuffle_buffer"], values["optimizer"]["table_moments"], values["faults"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path) == RunConfig(byte_lm=ByteLMConfig())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\x00", "[" * 100000])
+def test_a_config_that_holds_something_else_names_its_file(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/config.json (is not JSON|holds)"):
+        read_config(tmp_path)
+
+
+def test_optimizers_that_can_be_meant():
+    OptimizerConfig(b1=0, b2=0, weight_decay=0, final_lr_ratio=1, warmup_steps=1000)
+    LatentInitConfig(lr_multiplier=0)
+    FaultsConfig(spike=1.5, hang_seconds=math.inf)
+    RunConfig(byte_lm=ByteLMConfig(), seed=2**63 - 1)

@@ -151,6 +151,22 @@ class BatchIterator(grain.DatasetIterator):
             stream.restore(state[str(number)])
 
 
+def training_sources(
+    data: DataConfig, expected_identity: str | None = None
+) -> dict[str, Documents]:
+    """The documents of each training source.
+
+    Raises:
+      ValueError, OSError: as `open_source`.
+    """
+    if not data.train:
+        raise ValueError("config.data.train names no source")
+    return {
+        name: open_source(source, skip_bad=data.skip_bad, expected_identity=expected_identity)
+        for name, source in data.train.items()
+    }
+
+
 def training_batches(
     data: DataConfig,
     patching: PatchingConfig | None,
@@ -158,20 +174,18 @@ def training_batches(
     seed: int,
     streams: Sequence[int],
     expected_identity: str | None = None,
+    sources: dict[str, Documents] | None = None,
 ) -> grain.IterDataset:
     """Endless batches whose rows are the given streams; iterators save and restore their state.
 
     patching: None for the byte LM, whose rows are bounded by bytes alone.
+    sources: those of `training_sources`, if they are open already.
 
     Raises:
       ValueError, OSError: as `open_source`, for any of the training sources.
     """
-    if not data.train:
-        raise ValueError("config.data.train names no source")
-    sources = {
-        name: open_source(source, skip_bad=data.skip_bad, expected_identity=expected_identity)
-        for name, source in data.train.items()
-    }
+    if sources is None:
+        sources = training_sources(data, expected_identity)
     if patching is not None and patching.mode == "bpe":
         load_tokenizer(patching.tokenizer)  # what is wrong with it is said now
     records = sum(map(len, sources.values()))
