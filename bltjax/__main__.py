@@ -96,6 +96,9 @@ def run() -> typing.NoReturn:
     """`main`, and then out: also past jax's wait for the other processes, after an error."""
     try:
         code = main()
+    except KeyboardInterrupt:  # before the program was imported
+        print("bltjax: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
     except Exception:
         traceback.print_exc()
         code = 1

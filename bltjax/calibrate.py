@@ -6,6 +6,7 @@ so N / P of a row should equal it.
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -89,6 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("calibrate takes no --config settings")
+    if not 1 <= args.mean < math.inf:
+        raise ValueError(f"--mean is {args.mean}, not a finite number of bytes >= 1")
     records, patching = RecordDocuments(args.records), parse_scheme(args.scheme)
     if patching.mode != "entropy":
         raise ValueError(f"scheme {args.scheme!r} has no threshold; calibrate is for entropy")

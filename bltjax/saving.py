@@ -26,7 +26,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
 
 from bltjax.checkpoint import TrainState, in_chunks, quiet, reader, saved_steps, sealed, unsealed
-from bltjax.config import RunConfig
+from bltjax.config import FaultsConfig, RunConfig
 from bltjax.processes import (
     describe,
     from_writer,
@@ -284,8 +284,11 @@ def move_aside(workdir: Path, folder: Path) -> str:
     return str(place)
 
 
-def last_good(manager: ocp.CheckpointManager, workdir: Path) -> str:
-    """What is left of a run that bad batches ended, and what to do."""
+def last_good(manager: ocp.CheckpointManager, workdir: Path, faults: FaultsConfig) -> str:
+    """What is left of a run that bad batches ended, and what to do.
+
+    faults: the settings with which it ended.
+    """
     manager.wait_until_finished()
     step = manager.latest_step()
     if step is None:
@@ -295,9 +298,10 @@ def last_good(manager: ocp.CheckpointManager, workdir: Path) -> str:
             " --config.faults.bad_batch=skip leaves such batches out. As nothing is saved, the"
             " same --workdir takes any settings."
         )
+    more = "bad_batch=skip" if faults.bad_batch == "stop" else f"most_skips={2 * faults.most_skips}"
     return (
         f"Last good checkpoint: step {step} in {workdir / 'checkpoints'}.\nThe same command with"
-        " --config.faults.bad_batch=skip resumes there and leaves such batches out. A lower"
+        f" --config.faults.{more} resumes there and leaves such batches out. A lower"
         " --config.optimizer.lr or a longer warm-up usually helps, too, but is a new run: another"
         f" --workdir, which begins with these weights by --init_from={workdir}."
     )

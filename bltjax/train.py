@@ -172,7 +172,9 @@ def train(
     manager = make_manager(workdir, config)
     reporter = Reporter(workdir, first)
     last_step = min(config.optimizer.steps, stop_at or config.optimizer.steps)
-    reports = Reports(config, reporter, flops, last_step, lambda: last_good(manager, workdir))
+    reports = Reports(
+        config, reporter, flops, last_step, lambda: last_good(manager, workdir, config.faults)
+    )
     notice = Notice(mesh)
     watchdog = Watchdog(config.faults.hang_seconds)
     ending = 0  # the notice to end, if any process has been given one

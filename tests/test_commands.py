@@ -100,6 +100,9 @@ def test_calibrate(runs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "mean patch (bytes)" in printed and "--config.patching.threshold=" in printed
     assert 0 < float(out.read_text()) < 6
+    for mean in ("nan", "inf", "0", "-1"):
+        assert main(["calibrate", f"--records={runs.root / 'records' / 'train'}", f"--mean={mean}"])
+        assert "not a finite number of bytes >= 1" in capsys.readouterr().err
 
 
 def test_calibration_reaches_its_target():

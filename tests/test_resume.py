@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -14,9 +15,10 @@ from test_train import command, losses
 
 from bltjax.__main__ import main
 from bltjax.checkpoint import CONFIG, begin_workdir, newest_progress, read_config, sealed
-from bltjax.config import Change, OptimizerConfig, changes
+from bltjax.config import Change, FaultsConfig, OptimizerConfig, changes
 from bltjax.preemption import INTERRUPTED, TERMINATED, Notice
 from bltjax.resume import change_lines, check_settings, check_sources, refusal
+from bltjax.saving import last_good
 from bltjax.sharding import make_mesh
 from bltjax.start import check_copies, check_start, entropy_model, mesh_advice
 
@@ -53,6 +55,8 @@ def test_how_a_step_is_computed_may_change_and_its_losses_stay(runs, tmp_path, c
         *(f"--config.{stack}.remat=full" for stack in stacks),
         "--config.attention=dense",
         "--config.optimizer.accumulate=2",
+        "--config.mesh.fsdp=1",
+        "--config.checkpoint.keep=3",
         "--config.evaluate_every=100",
         "--config.faults.bad_batch=skip",
         f"--config.data.train.text.path={moved}",
@@ -67,6 +71,7 @@ def test_how_a_step_is_computed_may_change_and_its_losses_stay(runs, tmp_path, c
         f"changed: {stacks[0]}.remat: 'none' -> 'full'",
         "changed: attention: 'auto' -> 'dense'",
         "changed: optimizer.accumulate: 1 -> 2",
+        "changed: mesh.fsdp: -1 -> 1",
         "changed: faults.bad_batch: 'stop' -> 'skip'",
         "changed: data.train.text.path: ",
         "source 'text' has another name, and the same documents",
@@ -79,7 +84,8 @@ def test_how_a_step_is_computed_may_change_and_its_losses_stay(runs, tmp_path, c
     assert sorted(found) == list(range(1, 13))
     for step, loss in straight.items():
         assert found[step] == pytest.approx(loss, abs=1e-5)
-    assert read_config(work).attention == "dense"
+    config = read_config(work)
+    assert (config.attention, config.mesh.fsdp, config.checkpoint.keep) == ("dense", 1, 3)
 
 
 def test_a_finished_run_goes_on_until_a_person_interrupts_it(runs, tmp_path, capsys):
@@ -179,6 +185,25 @@ def test_what_makes_it_another_run_is_refused(runs, path, value, line):
     assert told[0] == "w holds a run with another config (its value -> yours):"
     assert told[1] == f"  {line}"
     assert "--init_from=w it has this one's weights, but neither" in told[2]
+
+
+def test_the_advice_after_bad_batches_is_true(runs):
+    run = read_config(runs.byte_lm)
+    for faults, advice, changed in (
+        (FaultsConfig(), "--config.faults.bad_batch=skip resumes", ("bad_batch", "skip")),
+        (
+            FaultsConfig(bad_batch="skip", most_skips=4),
+            "--config.faults.most_skips=8 resumes",
+            ("most_skips", 8),
+        ),
+    ):
+        manager = SimpleNamespace(wait_until_finished=lambda: None, latest_step=lambda: 12)
+        told = last_good(manager, runs.byte_lm, faults)
+        assert advice in told and f"--init_from={runs.byte_lm}" in told and "step 12" in told
+        run = replaced(run, "faults", faults)
+        check_settings(run, replaced(run, f"faults.{changed[0]}", changed[1]), "w", 12)
+    manager.latest_step = lambda: None
+    assert "the same --workdir takes any settings" in last_good(manager, runs.byte_lm, faults)
 
 
 def test_another_model_can_not_begin_with_the_weights(runs):

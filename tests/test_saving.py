@@ -117,18 +117,6 @@ def test_one_changed_character_is_damage(runs, tmp_path, capsys, name):
     assert losses(copy) == losses(runs.byte_lm)
 
 
-def test_settings_of_the_machine_may_change(runs, tmp_path, capsys):
-    copy = tmp_path / "run"
-    shutil.copytree(runs.byte_lm, copy)
-    shutil.rmtree(copy / "checkpoints" / "12")
-    words = command(runs, "byte_lm", copy, "--config.mesh.fsdp=1", "--config.checkpoint.keep=3")
-    assert main(words) == 0
-    assert "changed: mesh.fsdp: -1 -> 1" in capsys.readouterr().out
-    config = json.loads((copy / "config.json").read_text())
-    assert (config["mesh"]["fsdp"], config["checkpoint"]["keep"]) == (1, 3)
-    assert losses(copy) == losses(runs.byte_lm)
-
-
 def test_a_write_that_fails_ends_the_process(monkeypatch):
     """Orbax's thread tells its log alone; what another process is the cause of, isn't its fault."""
     left = []
