@@ -8,7 +8,6 @@ to look for a TPU, and that other processes may compile as well.
 import contextlib
 import importlib.util
 import os
-import re
 from dataclasses import dataclass
 
 import jax
@@ -17,6 +16,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from bltjax.chips import Topology
+from bltjax.messages import says
 
 # Without the last two libtpu complains of a TPU that it can't find.
 SURROUNDINGS = {
@@ -111,10 +111,8 @@ def compile_ahead(lowered):
         with no_cache():
             return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(
-            r"(?:temporaries \(|Used )([\d.]+)([KMGT])i?B?(?:\) exceeds| of)", str(error)
-        )
-        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
+        found = says(error, "larger than a chip")
+        if not found:
             raise
         raise TooLarge(float(found[1]) * UNITS[found[2]]) from None
 

@@ -29,18 +29,17 @@ from typing import Any, NoReturn
 
 import jax
 import jaxlib
-from jax._src import distributed, xla_bridge  # no public door to the key-value store
-from jax._src.clusters import ClusterEnv  # nor to what it knows of clusters
 
+from bltjax import coordinator
 from bltjax.config import differences
+from bltjax.coordinator import joined, process_count, process_index
+from bltjax.messages import OWN_FAULTS, disk_is_full, says
 
 RESTART = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130  # as a shell has it: ended by SIGINT
 JOIN_SECONDS = 300
 AGREE_SECONDS = 1200  # hosts read their data at different speeds
 PATIENCE = 3600  # seconds, for what may take long without being a hang: compiling, evaluating
-# Beginnings of errors that a process would meet alone, and meet again.
-OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "NOT_FOUND")
 calls = itertools.count()  # every process makes the same calls, so a number names one
 
 
@@ -104,25 +103,20 @@ def placed(args: argparse.Namespace) -> tuple[int, int]:
     """
     index, count = args.process, args.processes
     if index is None and count is None:
-        kinds = ClusterEnv._cluster_types
-        there = (kind for kind in kinds if not kind.opt_in_only_method and kind.is_env_present())
-        cluster = next(there, None)
-        if cluster is None:
-            return 0, 1
-        return cluster.get_process_id(), cluster.get_process_count()
+        return coordinator.place_in_cluster() or (0, 1)
     if index is None or count is None or not 0 <= index < count:
         raise ValueError(f"--process ({index}) must be 0 ... --processes - 1, of {count}")
     return index, count
 
 
 def join_cluster(seconds: int) -> None:
-    if xla_bridge.backends_are_initialized():
+    if coordinator.devices_started():
         return  # called from a program that has begun to compute, such as a notebook: alone
     try:
         jax.distributed.initialize(initialization_timeout=seconds)
     except ValueError as error:
         # So jax says that it knows no cluster here: one process is all there is.
-        if "coordinator_address should be defined" not in str(error):
+        if not says(error, "no cluster"):
             raise
     except (OSError, RuntimeError) as error:
         # To go on alone would let every host of a pod train for itself.
@@ -179,19 +173,6 @@ def wait_for_listener(host: str, port: int, address: str, index: int, seconds: i
     )
 
 
-def joined() -> bool:
-    return distributed.global_state.client is not None
-
-
-def process_index() -> int:
-    """Which process this is. Unlike jax.process_index, it starts no device."""
-    return distributed.global_state.process_id
-
-
-def process_count() -> int:
-    return distributed.global_state.num_processes
-
-
 def is_writer() -> bool:
     """Whether this process prints, and writes logs and configs."""
     return process_index() == 0
@@ -204,14 +185,14 @@ def lost_another(error: Exception) -> bool:
     if isinstance(error, TimeoutError):  # of one of Orbax's barriers, if jax is the cause
         error = error.__cause__
     if isinstance(error, jax.errors.JaxRuntimeError):
-        return not str(error).startswith(OWN_FAULTS)
+        return not says(error, *OWN_FAULTS)
     # Some of jax's calls tell of a collective that was broken off by a ValueError.
-    return isinstance(error, ValueError) and " Gloo " in str(error)[:60]
+    return isinstance(error, ValueError) and says(error, "broken collective") is not None
 
 
 def describe(error: Exception) -> str:
     """An error's message, for OSError with the file that it is about."""
-    if "no space left" in str(error).lower():
+    if disk_is_full(error):
         return (
             "the disk is full. What was saved before is whole: make room, then run the same command"
         )
@@ -243,21 +224,19 @@ def gathered(what: str, value: Any, seconds: int = AGREE_SECONDS) -> list:
     """
     if not joined():
         return [value]
-    client, count = distributed.global_state.client, process_count()
-    folder = f"bltjax/{next(calls)}/"
-    client.key_value_set(f"{folder}{process_index()}", json.dumps(value))
+    count, folder = process_count(), f"bltjax/{next(calls)}/"
+    coordinator.put(f"{folder}{process_index()}", json.dumps(value))
     try:
-        client.wait_at_barrier(f"{folder}whole", seconds * 1000)
+        coordinator.wait_for_all(f"{folder}whole", seconds)
     except jax.errors.JaxRuntimeError as error:
-        came = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(folder)}
-        lost = sorted(set(range(count)) - came)
+        lost = sorted(set(range(count)) - coordinator.values_by_process(folder).keys())
         raise Restart(
             f"{what}: no word from process {', '.join(map(str, lost))} in {seconds} s"
             if lost
             else f"{what}: {error}"
         ) from error
-    found = {int(key.rpartition("/")[2]): text for key, text in client.key_value_dir_get(folder)}
-    client.wait_at_barrier(f"{folder}read", AGREE_SECONDS * 1000)  # process 0 may end after this
+    found = coordinator.values_by_process(folder)
+    coordinator.wait_for_all(f"{folder}read", AGREE_SECONDS)  # process 0 may end after this
     return [json.loads(found[index]) for index in range(count)]
 
 

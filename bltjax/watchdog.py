@@ -11,9 +11,9 @@ import socket
 import threading
 import time
 
-from jax._src import distributed
-
-from bltjax.processes import RESTART, joined, leave, process_count, process_index
+from bltjax import coordinator
+from bltjax.coordinator import joined, process_count, process_index
+from bltjax.processes import RESTART, leave
 
 BEAT_SECONDS = 5.0
 FOLDER = "bltjax/heartbeat/"
@@ -58,9 +58,7 @@ class Watchdog:
             self.beats += 1
             _, step, doing, _ = self.last
             value = json.dumps([socket.gethostname(), step, doing, self.beats])
-            distributed.global_state.client.key_value_set(
-                f"{FOLDER}{process_index()}", value, allow_overwrite=True
-            )
+            coordinator.put(f"{FOLDER}{process_index()}", value, overwrite=True)
 
     def diagnosis(self) -> str:
         """Who keeps the others waiting, as far as the heartbeats tell."""
@@ -78,12 +76,12 @@ class Watchdog:
 
 def beats_twice(watchdog: Watchdog) -> list[dict[int, list]]:
     """The heartbeats of all processes now and two beats later."""
-    client, found = distributed.global_state.client, []
+    found = []
     for pause in (0.0, 2.5 * watchdog.beat_seconds):
         time.sleep(pause)
         watchdog.beat()
-        beats = client.key_value_dir_get(FOLDER)
-        found.append({int(key.rpartition("/")[2]): json.loads(text) for key, text in beats})
+        beats = coordinator.values_by_process(FOLDER)
+        found.append({index: json.loads(text) for index, text in beats.items()})
     return found
 
 

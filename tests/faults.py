@@ -42,7 +42,9 @@ class Pod:
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(work.root / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": f"{ROOT / 'tests/one_compiler'}{os.pathsep}{ROOT}",
+            "PYTHONPATH": os.pathsep.join(
+                map(str, (ROOT / "tests/one_compiler", ROOT, ROOT / "tests"))
+            ),
             "PYTHONUNBUFFERED": "1",
         }
         self.process = subprocess.Popen(

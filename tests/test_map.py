@@ -60,7 +60,23 @@ def test_no_program_asks_which_platform_this_process_has():
 
 def test_data_starts_no_device():
     code = (
-        "import bltjax.data.pipeline, jax._src.xla_bridge as bridge;"
-        " assert not bridge.backends_are_initialized()"
+        "import bltjax.data.pipeline, bltjax.coordinator as coordinator;"
+        " assert not coordinator.devices_started()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+PRIVATE = re.compile(
+    r"\b(?:import|from)\s[^\n]*\b_src\b|\b(?:jax|ocp|orbax|flax|optax|grain)(?:\.\w+)*\._(?!_)\w+"
+)
+
+
+def test_private_names_of_libraries_stand_in_two_files():
+    """A library may change them with any release: there each has its reason."""
+    named = {
+        str(path.relative_to(ROOT))
+        for folder in ("bltjax", "launch", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        if PRIVATE.search(path.read_text())
+    }
+    assert named == {"bltjax/coordinator.py", "tests/private_names.py"}

@@ -90,7 +90,7 @@ def test_a_folder_for_checkpoints_that_can_not_be_written(runs, tmp_path, capsys
 
 def run_first(folder: Path, monkeypatch) -> None:
     """Every Python started from now on runs this folder's sitecustomize.py first."""
-    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (folder, ROOT, ROOT / "tests"))))
 
 
 @pytest.fixture
@@ -140,57 +140,23 @@ def begin_with(program: str, folder: Path, monkeypatch) -> None:
     run_first(folder, monkeypatch)
 
 
-LATE_FOLDERS = """
-import asyncio
-from orbax.checkpoint._src.futures import future
-from orbax.checkpoint._src.path import atomicity
-
-create = atomicity.AtomicRenameTemporaryPath.create
-
-async def late(self):
-    await asyncio.sleep(1)
-    return await create(self)
-
-atomicity.AtomicRenameTemporaryPath.create = late
-contract = future.AwaitableSignalsContract
-contract.get_awaitable_signals_from_contract = classmethod(
-    lambda cls, operation_id=None: []
-)
-"""
-
-
 @pytest.mark.slow
 def test_folders_of_a_checkpoint_come_late(runs, tmp_path, monkeypatch):
     """Process 1 would write before process 0 has made the folders, and never heard of waiting."""
-    begin_with(LATE_FOLDERS, tmp_path, monkeypatch)
+    program = "from private_names import make_folders_late; make_folders_late()"
+    begin_with(program, tmp_path, monkeypatch)
     pod(2, 1, command(runs, "byte_lm", tmp_path / "run"))
     assert losses(tmp_path / "run") == pytest.approx(losses(runs.byte_lm), abs=1e-5)
-
-
-SLOW_COMPILER = """
-import os, pathlib, sys, time
-from jax._src import compiler
-
-compiled = compiler.compile_or_get_cached
-
-def late(backend, module, *more, **options):
-    name = module.operation.attributes["sym_name"].value
-    if "--process=1" in sys.orig_argv and name in ("jit_step", "jit_checksums"):
-        time.sleep(40)
-        pathlib.Path(os.environ["LATE"], name).touch()
-    return compiled(backend, module, *more, **options)
-
-compiler.compile_or_get_cached = late
-"""
 
 
 @pytest.mark.slow
 def test_a_process_compiles_much_later_than_the_others(runs, tmp_path, monkeypatch):
     """They wait for it before the first collective, where gloo would give it 30 s."""
-    begin_with(SLOW_COMPILER, tmp_path, monkeypatch)
-    monkeypatch.setenv("LATE", str(tmp_path))
+    programs = ("jit_step", "jit_checksums")
+    program = f"compile_late(1, {programs}, seconds=40, marks={str(tmp_path)!r})"
+    begin_with(f"from private_names import compile_late; {program}", tmp_path, monkeypatch)
     pod(2, 2, command(runs, "byte_lm", tmp_path / "run"))
-    assert {path.name for path in tmp_path.glob("jit_*")} == {"jit_step", "jit_checksums"}
+    assert {path.name for path in tmp_path.glob("jit_*")} == set(programs)
     assert losses(tmp_path / "run") == pytest.approx(losses(runs.byte_lm), abs=1e-5)
 
 

@@ -1,0 +1,73 @@
+"""Messages of other libraries on which a decision depends, all in one table.
+
+Where a library raises one kind of error for many reasons, only its text tells them apart, and a new
+version may word it differently. So each text stands here once, and a test makes the library raise
+the error for real (tests/test_messages.py); an entry without such a test fails it.
+"""
+
+import errno
+import re
+from typing import NamedTuple
+
+
+class Known(NamedTuple):
+    pattern: str  # a regular expression, searched in the text
+    library: str
+    why: str  # the decision that depends on it
+
+
+KNOWN_MESSAGES = {
+    "no cluster": Known(
+        r"coordinator_address should be defined",
+        "jax.distributed",
+        "ValueError where jax knows no cluster: this process is all there is",
+    ),
+    "broken collective": Known(
+        r"(?s)\A.{0,54} Gloo ",
+        "jaxlib (gloo)",
+        "ValueError or JaxRuntimeError of a collective: another process ended, restart",
+    ),
+    "out of memory": Known(
+        r"\ARESOURCE_EXHAUSTED",
+        "jaxlib",
+        "JaxRuntimeError that this process meets again after a restart",
+    ),
+    "invalid argument": Known(
+        r"\AINVALID_ARGUMENT",
+        "jaxlib",
+        "JaxRuntimeError that this process meets again after a restart",
+    ),
+    "unimplemented": Known(
+        r"\AUNIMPLEMENTED",
+        "jaxlib",
+        "JaxRuntimeError that this process meets again after a restart",
+    ),
+    "not found": Known(
+        r"\ANOT_FOUND",
+        "jaxlib",
+        "JaxRuntimeError that this process meets again after a restart",
+    ),
+    "disk full": Known(
+        r"(?i)no space left",
+        "tensorstore, array_record",
+        "ValueError or RuntimeError without an errno: make room and run the command again",
+    ),
+    "larger than a chip": Known(
+        r"(?s)\ARESOURCE_EXHAUSTED.*? temporaries \(([\d.]+)([KMGT])i?B?\) exceeds",
+        "libtpu",
+        "JaxRuntimeError of the compiler: the program doesn't fit; its groups are number and unit",
+    ),
+}
+# Errors of this process itself. Others of jaxlib, in a run of many, come of a lost process.
+OWN_FAULTS = ("out of memory", "invalid argument", "unimplemented", "not found")
+
+
+def says(error: BaseException, *names: str) -> re.Match | None:
+    """Where the error's text is one of the known messages; None if it is none of those named."""
+    matches = (re.search(KNOWN_MESSAGES[name].pattern, str(error)) for name in names)
+    return next(filter(None, matches), None)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error of any library means a full disk."""
+    return getattr(error, "errno", None) == errno.ENOSPC or says(error, "disk full") is not None
