@@ -10,10 +10,10 @@ The checksums are of the arrays as they were on the devices, and are compared wi
 been restored: so damage anywhere in between is found, whatever the files say.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
-from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals
+from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
 
 from bltjax.checkpoint import TrainState, in_chunks, quiet, reader, saved_steps, sealed, unsealed
 from bltjax.config import FaultsConfig, RunConfig
@@ -37,9 +36,64 @@ from bltjax.processes import (
     together,
 )
 
-ITEMS = ("params", "opt", "streams", "progress")
 FORMAT = 3  # of progress/; another one is refused, not taken for damage
 SAVE_SECONDS = 1200  # for all processes to write their parts
+
+
+@contextlib.contextmanager
+def failure_ends_process():
+    """Ends the process if what is done in it fails, in a run of several processes.
+
+    Orbax raises such an error once all processes have come to its next barrier. Those that wrote
+    their parts wait at another, so that all would stand still for SAVE_SECONDS.
+    """
+    try:
+        yield
+    except Exception as error:  # Orbax and its storage raise many kinds
+        # The loop itself finds out that another process was lost.
+        if process_count() > 1 and not lost_another(error):
+            leave(1, f"a checkpoint can't be written: {describe(error)}")
+        raise
+
+
+class Writing(Future):
+    """A part of a checkpoint that is being written; its failure ends the process."""
+
+    def __init__(self, commit: Future):
+        self.commit = commit
+
+    def result(self, timeout: float | None = None):
+        with failure_ends_process():
+            return self.commit.result(timeout)
+
+    def cancel(self) -> bool | None:
+        return self.commit.cancel()
+
+
+class Watched(ocp.AsyncCheckpointHandler):
+    """Stands before the handler of an item, so that a part which can't be written is noticed."""
+
+    async def async_save(self, directory, *args, **options) -> list[Writing]:
+        commits = await super().async_save(directory, *args, **options)
+        return [Writing(commit) for commit in commits or ()]
+
+    def finalize(self, directory) -> None:
+        with failure_ends_process():
+            super().finalize(directory)
+
+    @classmethod
+    def typestr(cls) -> str:
+        """The name in a checkpoint's metadata: that of the handler itself, which can read it."""
+        handler = cls.__mro__[cls.__mro__.index(Watched) + 1]
+        return f"{handler.__module__}.{handler.__qualname__}"
+
+
+class WatchedArrays(Watched, ocp.StandardCheckpointHandler):
+    pass
+
+
+class WatchedJson(Watched, ocp.JsonCheckpointHandler):
+    pass
 
 
 class StreamsHandler(ocp.AsyncCheckpointHandler):
@@ -76,24 +130,17 @@ class StreamsRestore(ocp.args.CheckpointArgs):
     numbers: list[int]
 
 
-class FailedWrites(logging.Handler):
-    """Ends a process whose part of a checkpoint can't be written.
-
-    Orbax raises such an error once all processes have come to its next barrier. Those that wrote
-    theirs wait at another, so that all would stand still for SAVE_SECONDS; until then the thread
-    that writes tells its log alone.
-    """
-
-    def emit(self, record: logging.LogRecord) -> None:
-        error = record.exc_info and record.exc_info[1]
-        if not error or record.threadName != "async_save":
-            return
-        # One that waited for another in vain has nothing to tell.
-        if not lost_another(error):
-            leave(1, f"a checkpoint can't be written: {describe(error)}")
+class WatchedStreams(Watched, StreamsHandler):
+    pass
 
 
-FAILED_WRITES = FailedWrites()  # one, however many managers there are
+def watched_handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add("params", ocp.args.StandardSave, WatchedArrays())
+    registry.add("opt", ocp.args.StandardSave, WatchedArrays())
+    registry.add("streams", StreamsSave, WatchedStreams())
+    registry.add("progress", ocp.args.JsonSave, WatchedJson())
+    return registry
 
 
 def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
@@ -107,7 +154,6 @@ def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
         # which must not come between those of the steps.
         everyone = set(range(process_count()))
         processes = ocp.options.MultiprocessingOptions(active_processes=everyone)
-        absl_logging.get_absl_logger().addHandler(FAILED_WRITES)
     # Made asynchronously, folders may not be there when a process writes its streams: it asks once
     # whether there is anything to wait for, and process 0 may not have said so yet. Its part would
     # be missing, and the others would wait for it until SAVE_SECONDS have passed.
@@ -118,7 +164,7 @@ def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
     folder.mkdir(parents=True, exist_ok=True)
     return ocp.CheckpointManager(
         folder.absolute(),
-        item_names=ITEMS,
+        handler_registry=watched_handlers(),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=preserve.AnyPreservationPolicy(policies),
             create=False,
