@@ -55,8 +55,16 @@ def traced(name, implementation, sharding=None, rows=1, dtype=jnp.bfloat16):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(*arguments)
 
 
+@pytest.fixture
+def described_gpu():
+    """jax lowers a kernel for the GPU that is here, or for one that is described."""
+    h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h100)):
+        yield
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_lowers_for_cuda(name):
+def test_lowers_for_cuda(name, described_gpu):
     text = traced(name, "pallas_gpu").lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("__gpu$xla.gpu.triton") == 3
     for kernel in KERNELS:
@@ -186,4 +194,4 @@ def test_exported_programs_compile_for_v5e(devices):
             for aval in read.in_avals
         )
         compiled = jax.jit(read.call).lower(*arguments).compile()
-        assert ahead.used_bytes(compiled) < 2**24
+        assert compiled.memory_analysis().peak_memory_in_bytes < 2**23
