@@ -32,6 +32,7 @@ def load(path, *, mesh: str | None = None, dtype: str | None = None):
       ValueError: naming the folder, if it holds neither or is damaged; for a mesh of more devices
         than there are.
     """
-    from bltjax import notebook  # jax starts only when a model is asked for
+    from bltjax import notebook, versions  # jax starts only when a model is asked for
 
+    versions.warn_outside_bounds()
     return notebook.load(path, mesh=mesh, dtype=dtype)

@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         lost_another,
         process_index,
     )
+    from bltjax.versions import warn_outside_bounds
 
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
     unknown = [word for word in rest if not word.startswith("--config.")]
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers = [logging.StreamHandler(sys.stderr)]
+    warn_outside_bounds()
     try:
         program.main(args, overrides)
         sys.stdout.flush()
