@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from bltjax.benchmark_attention import attention_words, benchmark_attention
 from bltjax.benchmark_convert import benchmark_convert
@@ -41,6 +40,7 @@ from bltjax.benchmark_generate import (
 from bltjax.benchmark_input import DOCUMENT_BYTES, benchmark_input, benchmark_slots
 from bltjax.benchmark_tables import benchmark_tables, table_words
 from bltjax.benchmark_train import MODEL, our_step, run_config, transformers_step
+from bltjax.config_file import local_path_argument
 from bltjax.flops import training_flops
 from bltjax.metrics import duration, quantity
 
@@ -262,7 +262,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--byte_lm", default="configs/byte_lm_100m.py", help="convert: its byte LM's config"
     )
     parser.add_argument(
-        "--folder", type=Path, help="convert: where there is room (default: the system's own)"
+        "--folder",
+        type=local_path_argument,
+        help="convert: where there is room (default: the system's own)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 

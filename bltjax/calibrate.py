@@ -8,13 +8,11 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
-from etils import epath
 
 from bltjax.config import PatchingConfig
-from bltjax.config_file import parse_scheme
+from bltjax.config_file import local_path_argument, parse_scheme, path_argument
 from bltjax.data.packing import cut
 from bltjax.data.records import Document, RecordDocuments
 
@@ -74,7 +72,7 @@ def calibrate(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--records", required=True, type=epath.Path, help="folder written by entropies"
+        "--records", required=True, type=path_argument, help="folder written by entropies"
     )
     parser.add_argument("--mean", type=float, default=4.5, help="target mean patch length in bytes")
     parser.add_argument(
@@ -84,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sample_bytes", type=int, default=SAMPLE_BYTES, help="text to look at")
     parser.add_argument("--seed", type=int, default=0, help="which documents are sampled")
-    parser.add_argument("--out", type=Path, help="also write the threshold to this file")
+    parser.add_argument(
+        "--out", type=local_path_argument, help="also write the threshold to this file"
+    )
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:

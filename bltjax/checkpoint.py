@@ -28,7 +28,13 @@ from bltjax.config import RunConfig, from_json, to_dict
 from bltjax.model import is_norm
 from bltjax.processes import from_writer, gathered, is_writer, process_index
 from bltjax.resume import check_settings
-from bltjax.storage import is_remote, write_text
+from bltjax.storage import (
+    check_arrays_path,
+    check_unused,
+    check_writable,
+    is_remote,
+    write_text,
+)
 
 CHUNK_BYTES = 64 << 20
 COMMIT = "commit_success.txt"  # Orbax's name
@@ -113,13 +119,10 @@ def check_workdir(workdir: Path, config: RunConfig) -> RunConfig | None:
 
 def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> dict | None:
     """Makes the directory and `mark` in it; the config of the run that is there, as JSON."""
-    if (workdir / "export.json").exists():
-        raise ValueError(
-            f"{workdir} is an export: give another --workdir (--init_from={workdir} begins with its"
-            " weights)"
-        )
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.write_text("")  # a folder that can't be written is found now, not at the first checkpoint
+    check_arrays_path(workdir)
+    check_unused(workdir, by="a run")
+    check_writable(mark.parent)  # found now, not at the first checkpoint
+    mark.write_text("")
     if not saved_steps(workdir):
         return None
     _, step = newest_checkpoint(workdir)

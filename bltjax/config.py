@@ -12,6 +12,8 @@ import math
 import re
 import typing
 
+from bltjax.storage import expanded
+
 # Hash tables are stored padded to a multiple of this many rows whatever the mesh, so that a
 # checkpoint fits every mesh whose axes divide it. The padding is never addressed.
 TABLE_ROW_MULTIPLE = 512
@@ -91,6 +93,13 @@ def positive(config, *names: str) -> None:
 
 def finite(config, *names: str) -> None:
     within(config, "(-inf, inf)", *names)
+
+
+def expand(config, *names: str) -> None:
+    """Expands `~` in settings that are paths; an old run's compare as equal then."""
+    for name in names:
+        if isinstance(text := getattr(config, name), str):
+            object.__setattr__(config, name, expanded(text))
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -296,6 +305,7 @@ class PatchingConfig:
     tokenizer: str = setting("", resume=SAME_CONTENT)
 
     def __post_init__(self):
+        expand(self, "tokenizer")
         one_of("patching.mode", self.mode, ("entropy", "space", "static", "byte", "bpe"))
         if (self.mode == "bpe") != bool(self.tokenizer):
             raise ValueError(
@@ -339,6 +349,7 @@ class SourceConfig:
     format: str = "auto"  # one of FORMATS
 
     def __post_init__(self):
+        expand(self, "path", "data_dir")
         if not self.path:
             raise ValueError("a data source has an empty path; give a file, a glob or a folder")
         positive(self, "weight")
@@ -419,6 +430,7 @@ class LatentInitConfig:
     frozen_steps: int = 0  # first updates that leave them as they are: local models learn first
 
     def __post_init__(self):
+        expand(self, "path")
         within(self, "[0, inf)", "lr_multiplier", "frozen_steps")
 
 
@@ -502,6 +514,7 @@ class RunConfig:
     evaluate_every: int = setting(100, resume=MAY_CHANGE)  # steps
 
     def __post_init__(self):
+        expand(self, "entropy_model", "init_from")
         if [self.byte_lm, self.byte_cnn, self.blt].count(None) != 2:
             raise ValueError("a run trains one model: give one of byte_lm, byte_cnn and blt")
         one_of("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))

@@ -2,19 +2,23 @@
 that several commands share.
 
 A config file is a program with a `get_config()` that builds a ConfigDict. What it leaves out has
-the default of `config.py`, and every setting may be overridden.
+the default of `config.py`, and every setting may be overridden. `configs/FILE.py` is the working
+directory's or, where that has none, the one that came with the package.
 """
 
 import argparse
 import dataclasses
 import importlib.util
 import inspect
+import logging
+import re
+import traceback
 import typing
 from ast import literal_eval
 from pathlib import Path
 
 from etils import epath
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from bltjax.config import (
     FORMATS,
@@ -24,9 +28,16 @@ from bltjax.config import (
     SourceConfig,
     from_dict,
     nearest,
+    to_dict,
 )
+from bltjax.storage import check_name, check_utf8, expanded, is_remote, path_of
 
 DEFAULT_PATCHING = PatchingConfig()
+PACKAGE = Path(__file__).parent
+# Of a wheel; of a repository, which an editable installation is.
+SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "configs")
+PATHS = ("path", "data_dir", "tokenizer", "entropy_model", "init_from")  # settings that name files
+LOG = logging.getLogger(__name__)
 
 
 def load_config(spec: str, overrides: typing.Iterable[str] = ()) -> RunConfig:
@@ -35,24 +46,133 @@ def load_config(spec: str, overrides: typing.Iterable[str] = ()) -> RunConfig:
     Raises:
       ValueError: naming the file or the key, and the nearest key where there is one.
     """
-    path, _, argument = spec.partition(":")
-    if not Path(path).is_file():
-        there = (
-            [str(p) for p in Path(path).parent.glob("*.py")] if Path(path).parent.is_dir() else []
-        )
-        raise ValueError(f"config file {path!r} does not exist{nearest(path, there)}")
-    module_spec = importlib.util.spec_from_file_location("bltjax_run_config", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} is no config: it has no function get_config")
-    if argument and not inspect.signature(module.get_config).parameters:
-        raise ValueError(f"{path} takes no argument; drop ':{argument}'")
-    made = module.get_config(argument) if argument else module.get_config()
+    path, argument = split_spec(spec)
+    file = config_path(path)
+    made = made_by(file, path, argument)
     tree = ConfigDict(completed(RunConfig, made.to_dict()))
+    before = tree.to_dict()
     for override in overrides:
         apply_override(tree, override)
-    return from_dict(RunConfig, tree.to_dict())
+    try:
+        config = from_dict(RunConfig, tree.to_dict())
+        check_texts(to_dict(config))
+    except ValueError as error:
+        if str(error) != problem_of(before):
+            raise
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def check_texts(settings: dict, where: str = "config") -> None:
+    """Raises ValueError for a path that can't be meant, or text that is not UTF-8."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            check_texts(value, f"{where}.{key}")
+        elif isinstance(value, str) and value and not value.startswith("tfds:"):
+            try:
+                (check_name if key in PATHS else check_utf8)(value)
+            except ValueError as error:
+                raise ValueError(f"{where}.{key}: {error}") from None
+
+
+def problem_of(tree: dict) -> str:
+    """What is wrong with a config; empty if nothing is."""
+    try:
+        check_texts(to_dict(from_dict(RunConfig, tree)))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """The path and the argument of FILE.py[:ARG]; a path may have colons, too."""
+    path, colon, argument = spec.rpartition(".py:")
+    whole = spec.endswith(".py") and Path(expanded(spec)).is_file()
+    if colon and not whole:
+        return f"{path}.py", argument
+    path, _, argument = spec.partition(":")
+    return (spec, "") if spec.endswith(".py") else (path, argument)
+
+
+def config_path(path: str) -> Path:
+    """The config file of that path, or the one of that name in the package.
+
+    Raises:
+      ValueError: with the nearest one there is.
+    """
+    file = Path(expanded(path))
+    if file.is_file():
+        if file.suffix != ".py":
+            raise ValueError(f"{path} is no config: its name does not end with .py")
+        return file.absolute()
+    if file.parts[:1] == ("configs",):
+        for folder in SHIPPED:
+            found = folder.joinpath(*file.parts[1:])
+            if found.is_file():
+                LOG.info("%s is not in the working directory; takes %s", path, found)
+                return found
+    there = [str(found) for found in file.parent.glob("*.py")]
+    shipped = [f"configs/{found.name}" for folder in SHIPPED for found in folder.glob("*.py")]
+    raise ValueError(f"config file {path!r} does not exist{nearest(path, {*there, *shipped})}")
+
+
+def made_by(file: Path, path: str, argument: str) -> ConfigDict | FrozenConfigDict:
+    """What the `get_config` of a file returns.
+
+    Raises:
+      ValueError: naming the line of the file, whatever it raises.
+    """
+    try:
+        module_spec = importlib.util.spec_from_file_location("bltjax_run_config", file)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(place_in(file, path, error)) from error
+    if not callable(getattr(module, "get_config", None)):
+        raise ValueError(f"{path} is no config: it has no function get_config")
+    check_argument(inspect.signature(module.get_config), path, argument)
+    try:
+        made = module.get_config(argument) if argument else module.get_config()
+    except Exception as error:
+        raise ValueError(place_in(file, path, error)) from error
+    if not isinstance(made, ConfigDict | FrozenConfigDict):
+        raise ValueError(
+            f"{path}: get_config() returns {type(made).__name__}, not an ml_collections.ConfigDict"
+        )
+    return made
+
+
+def check_argument(signature: inspect.Signature, path: str, argument: str) -> None:
+    """Raises ValueError unless a `get_config` can be called with the argument, or without one."""
+    try:
+        signature.bind(*[argument] if argument else [])
+    except TypeError:
+        names = [
+            name
+            for name, parameter in signature.parameters.items()
+            if parameter.default is parameter.empty
+        ]
+        if argument and not signature.parameters:
+            raise ValueError(f"{path} takes no argument; drop ':{argument}'") from None
+        if len(names) == 1 and not argument:
+            raise ValueError(f"{path} needs an argument: {path}:{names[0].upper()}") from None
+        raise ValueError(
+            f"{path}: get_config{signature} can't be called with"
+            f" {'one argument' if argument else 'none'}"
+        ) from None
+
+
+def place_in(file: Path, path: str, error: Exception) -> str:
+    """An error of a config file: the file, the line in it, and what is wrong there."""
+    if isinstance(error, SyntaxError):  # of the file, or of one that it imports
+        place = path if error.filename in (None, str(file)) else error.filename
+        return f"{place}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+    trace = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in trace if frame.filename == str(file)]
+    # A config's own ValueError says all there is to say.
+    what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    what = re.sub(r"\s*\n\s*", " ", what)[:500]
+    return f"{path}, line {lines[-1]}: {what}" if lines else f"{path}: {what}"
 
 
 def completed(kind, values: dict) -> dict:
@@ -92,17 +212,19 @@ def apply_override(tree: ConfigDict, override: str) -> None:
     if not equals:
         raise ValueError(f"override {override!r} has no value; write --config.{key}=VALUE")
     *groups, name = key.split(".")
-    node, where = tree, "config"
+    node, where, kind = tree, "config", RunConfig
     for part in [*groups, name]:
+        kind = kind_of_setting(kind, part)
         if not isinstance(node, ConfigDict) or part not in node:
             known = node.keys() if isinstance(node, ConfigDict) else ()
             raise ValueError(f"{where}.{part} is no setting{nearest(part, known)}")
         node, where, parent = node[part], f"{where}.{part}", node
     try:
         value = literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
-    if isinstance(node, str):
+    # A folder may be called 123, None or (1, 2).
+    if isinstance(node, str) or kind is str:
         value = text
     if isinstance(value, list):
         value = tuple(value)
@@ -112,6 +234,18 @@ def apply_override(tree: ConfigDict, override: str) -> None:
             parent[name] = value
     except OverflowError:  # what it makes a float
         raise ValueError(f"{where} has {len(text)} digits: too large") from None
+
+
+def kind_of_setting(kind: typing.Any, name: str) -> typing.Any:
+    """The type that a setting of a config class is declared with, without its None."""
+    if typing.get_origin(kind) is dict:
+        kind = typing.get_args(kind)[1]
+    elif dataclasses.is_dataclass(kind):
+        kind = typing.get_type_hints(kind).get(name)
+    else:
+        return None
+    args = typing.get_args(kind)
+    return next((a for a in args if a is not type(None)), kind) if type(None) in args else kind
 
 
 def parse_scheme(text: str, base: PatchingConfig = DEFAULT_PATCHING) -> PatchingConfig:
@@ -130,12 +264,37 @@ def parse_scheme(text: str, base: PatchingConfig = DEFAULT_PATCHING) -> Patching
     return from_dict(PatchingConfig, tree.to_dict()["patching"], f"scheme {text!r}")
 
 
+def path_argument(text: str) -> epath.Path:
+    """The type of options that name a file or a folder, on a disk or in a bucket."""
+    try:
+        return path_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_path_argument(text: str) -> Path:
+    """The type of options that name a file or a folder on this machine's disks."""
+    path = path_argument(text)
+    if is_remote(path):
+        raise argparse.ArgumentTypeError(f"{path} is not on a disk of this machine, as it must be")
+    return Path(path)
+
+
+def source_argument(text: str) -> str:
+    """The type of --source: a path or a pattern, or `tfds:NAME`."""
+    try:
+        (check_utf8 if text.startswith("tfds:") else check_name)(expanded(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return expanded(text)
+
+
 def add_workdir_argument(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--workdir of the programs that use a model."""
     parser.add_argument(
         "--workdir",
         required=required,
-        type=epath.Path,
+        type=path_argument,
         help="a training run's work directory, or an export; a folder or gs://",
     )
 
@@ -170,7 +329,10 @@ def add_source_arguments(
     """--source and what a SourceConfig says besides; `source_from` reads them."""
     kinds = "file, glob or folder of text, JSON lines or Parquet; tfds:NAME; or folder of records"
     parser.add_argument(
-        "--source", required=required, help=kinds + (f" (default: {default})" if default else "")
+        "--source",
+        required=required,
+        type=source_argument,
+        help=kinds + (f" (default: {default})" if default else ""),
     )
     parser.add_argument(
         "--field", default="text", help="key, column or feature of the text (default: text)"

@@ -27,6 +27,7 @@ from etils import epath
 
 from bltjax.alphabet import encode
 from bltjax.config import PatchingConfig
+from bltjax.config_file import path_argument
 from bltjax.export import is_export, open_stored, write_export
 from bltjax.metrics import Progress, duration, quantity
 from bltjax.model import parameter_count
@@ -41,6 +42,7 @@ from bltjax.serving import (
     serving_from,
     write_serving,
 )
+from bltjax.storage import check_arrays_path, hidden_beside
 from bltjax.weights.meta import is_meta, read_meta, write_meta
 from bltjax.weights.model_files import ModelFiles, model_shapes
 from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces, tensors_of
@@ -122,12 +124,14 @@ def convert(
     Raises:
       ValueError: naming the file, tensor or field that is wrong; nothing is left behind.
     """
-    if destination.exists():
+    if destination.exists() or os.path.lexists(destination):  # or a link to nothing
         raise ValueError(f"{destination} exists; give another destination, or remove it")
     if serving and to != "orbax":
         raise ValueError(f"--serving puts programs into an export, not into --to {to}")
     if to == "meta" and "://" in str(destination):
         raise ValueError(f"{destination}: torch writes to disks only; convert to a folder first")
+    if to == "orbax":
+        check_arrays_path(destination)
     opened = open_model(source, as_port=as_port)
     if as_port and opened.layout != "transformers":
         raise ValueError(
@@ -145,7 +149,7 @@ def convert(
     local = "://" not in str(destination)
     if local:
         check_room(destination, files.bytes, twice=to == "meta")
-    partial = destination.parent / f".{destination.name}.partial" if local else destination
+    partial = hidden_beside(destination, "partial") if local else destination
     if partial.exists():
         partial.rmtree()  # what a killed command left
     progress = Progress(f"writing {destination}", files.bytes)
@@ -358,8 +362,8 @@ def verify(source: ModelFiles, written: ModelFiles) -> Verdict:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=epath.Path, help="the model: a folder or gs://")
-    parser.add_argument("destination", type=epath.Path, help="what to write; must not exist")
+    parser.add_argument("source", type=path_argument, help="the model: a folder or gs://")
+    parser.add_argument("destination", type=path_argument, help="what to write; must not exist")
     parser.add_argument(
         "--to", choices=("orbax", "transformers", "meta"), default="orbax", help="(default: orbax)"
     )
@@ -367,7 +371,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16"), help="(default: each tensor as it is stored)"
     )
     parser.add_argument(
-        "--byte_lm", type=epath.Path, help="the byte LM, where it is not beside the BLT"
+        "--byte_lm", type=path_argument, help="the byte LM, where it is not beside the BLT"
     )
     parser.add_argument(
         "--as_port",

@@ -16,6 +16,7 @@ from etils import epath
 from bltjax.calibrate import calibrate, sample_documents
 from bltjax.chips import read_topology
 from bltjax.config import PatchingConfig
+from bltjax.config_file import path_argument
 from bltjax.data.packing import cut
 from bltjax.data.records import Document, RecordDocuments
 from bltjax.export import read_config
@@ -247,9 +248,13 @@ def write_report(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--records", required=True, nargs="+", type=epath.Path, help="folders written by entropies"
+        "--records",
+        required=True,
+        nargs="+",
+        type=path_argument,
+        help="folders written by entropies",
     )
-    parser.add_argument("--out", type=epath.Path, help="where to write it (default: the first)")
+    parser.add_argument("--out", type=path_argument, help="where to write it (default: the first)")
     parser.add_argument(
         "--threshold",
         type=float,

@@ -15,6 +15,7 @@ sees that all shards are there writes the manifest, the same one whoever does.
 import argparse
 import dataclasses
 import json
+import os
 import queue
 import threading
 import time
@@ -27,7 +28,7 @@ from etils import epath
 
 from bltjax import corpus, processes
 from bltjax.config import SourceConfig, differences
-from bltjax.config_file import add_source_arguments, source_from
+from bltjax.config_file import add_source_arguments, path_argument, source_from
 from bltjax.data.records import (
     Manifest,
     ShardInfo,
@@ -39,7 +40,7 @@ from bltjax.data.records import (
 from bltjax.data.sources import Documents, open_source
 from bltjax.metrics import Progress, quantity
 from bltjax.scoring import EntropyModel, load_entropy_model, score_documents
-from bltjax.storage import check_writable, size_of, write_text
+from bltjax.storage import check_unused, check_writable, size_of, write_text
 
 SHARD_BYTES = 64 << 20
 
@@ -169,6 +170,9 @@ def write_entropies(
       ValueError: if `out` was begun with another byte LM or another corpus.
       OSError: if `out` can't be written.
     """
+    check_unused(out, by="records")
+    if os.path.realpath(out) == os.path.realpath(source.path):
+        raise ValueError(f"{out} holds the source: records beside it would be taken for it")
     check_writable(out)
     model = load_entropy_model(byte_lm, newline_reset=newline_reset)
     documents = open_source(source, skip_bad=skip_bad)
@@ -240,10 +244,10 @@ def write_entropies(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--byte_lm", required=True, type=epath.Path, help="run or export of a byte LM"
+        "--byte_lm", required=True, type=path_argument, help="run or export of a byte LM"
     )
     parser.add_argument(
-        "--out", required=True, type=epath.Path, help="folder for the records; or gs://"
+        "--out", required=True, type=path_argument, help="folder for the records; or gs://"
     )
     add_source_arguments(parser, required=True)
     parser.add_argument(

@@ -12,7 +12,6 @@ import gzip
 import json
 import lzma
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ from bltjax.config_file import (
     add_mesh_argument,
     add_source_arguments,
     add_workdir_argument,
+    local_path_argument,
     source_from,
 )
 from bltjax.data.pipeline import held_out_batches
@@ -133,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mesh_argument(parser)
     add_process_arguments(parser)
     parser.add_argument("--compressors", action="store_true", help="also gzip -9 and xz -9")
-    parser.add_argument("--out", type=Path, help="also write the result as JSON")
+    parser.add_argument("--out", type=local_path_argument, help="also write the result as JSON")
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -24,6 +24,7 @@ from etils import epath
 
 from bltjax import checkpoint as ckpt
 from bltjax.config import RunConfig, from_json, to_dict
+from bltjax.storage import check_arrays_path, is_remote, path_of
 from bltjax.weights.model_files import ModelFiles, leaf_shapes
 from bltjax.weights.tensors import BLOCK_BYTES, DTYPES, Leaf, blocks, flattened, read_json
 
@@ -61,7 +62,8 @@ def read_config(path) -> RunConfig:
     Raises:
       ValueError: for a folder that is neither.
     """
-    path = epath.Path(path)
+    path = path_of(path)
+    check_arrays_path(path)
     if is_export(path):
         manifest = read_manifest(path)
         return from_json(manifest.get("config"), path / MANIFEST)
@@ -84,7 +86,7 @@ def load_params(path, shardings=None, dtype=None) -> Loaded:
     Raises:
       ValueError: if there is none, or it is damaged.
     """
-    path = epath.Path(path)
+    path = path_of(path)
     config = read_config(path)
     folder, step = params_folder(path)
     with ckpt.reading(folder):
@@ -106,19 +108,24 @@ def check_shapes(config: RunConfig, stored: dict, folder: epath.Path) -> None:
             )
 
 
-def address(folder: epath.Path) -> str:
-    """What tensorstore calls a folder, on a disk or in a bucket."""
-    return str(folder) if "://" in str(folder) else folder.absolute().as_uri()
+def place_of(folder: epath.Path) -> dict:
+    """tensorstore's spec of a folder, on a disk or in a bucket.
+
+    Not its URL, in which % and other characters of a name would mean something else.
+    """
+    if is_remote(folder):
+        bucket, _, path = str(folder).partition("://")[2].partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+    return {"driver": "file", "path": f"{folder.absolute()}/"}
 
 
 def open_array(folder: epath.Path, path: str, context: tensorstore.Context):
     """One parameter of an Orbax checkpoint, to be read in pieces."""
-    base = address(folder)
     name = path.replace("/", ".")
     if (folder / "manifest.ocdbt").exists():
-        kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"}
+        kvstore = {"driver": "ocdbt", "base": place_of(folder), "path": f"{name}/"}
     else:
-        kvstore = f"{base}/{name}/"
+        kvstore = place_of(folder / name)
     # What was lost from the disk must not read as zeros.
     spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
     return tensorstore.open(spec, open=True, read=True, context=context).result()
@@ -130,7 +137,7 @@ def open_stored(path) -> ModelFiles:
     Raises:
       ValueError: for a folder that is neither, or whose arrays are not those of its config.
     """
-    path = epath.Path(path)
+    path = path_of(path)
     config = read_config(path)
     folder, step = params_folder(path)
     context = tensorstore.Context(CACHE)
@@ -205,13 +212,12 @@ def write_leaves(folder: epath.Path, leaves: dict[str, Leaf], written: Callable[
         node[name] = np.zeros((1,) * len(leaf.shape), leaf.dtype)
     with ckpt.quiet(), ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
         checkpointer.save(folder.absolute(), stand_ins)
-    base = address(folder)
     for path, leaf in leaves.items():
         pieces = list(blocks(path, leaf))
         array = tensorstore.open(
             {
                 "driver": "zarr",
-                "kvstore": f"{base}/{path.replace('/', '.')}/",
+                "kvstore": place_of(folder / path.replace("/", ".")),
                 "metadata": {
                     "compressor": None,  # random bits of a mantissa don't compress
                     "chunks": chunk_shape(leaf.shape, pieces[0].place, leaf.dtype),

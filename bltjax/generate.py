@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from bltjax.alphabet import as_bytes, text_stream
-from bltjax.config_file import add_workdir_argument
+from bltjax.config_file import add_workdir_argument, local_path_argument
 from bltjax.decoding import CONTEXT, Decoder, Piece
 from bltjax.decoding.placing import load_onto, read_mesh
 from bltjax.decoding.sampling import Sampling
@@ -157,9 +157,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     given.add_argument(
         "--prompt", default="", help="text to continue (default: nothing, BOS alone)"
     )
-    given.add_argument("--prompt_file", type=Path, help="file whose bytes are the prompt")
-    given.add_argument("--prompts", type=Path, help="JSONL of prompts; results are JSONL")
-    parser.add_argument("--out", type=Path, help="with --prompts: write the results here")
+    given.add_argument(
+        "--prompt_file", type=local_path_argument, help="file whose bytes are the prompt"
+    )
+    given.add_argument(
+        "--prompts", type=local_path_argument, help="JSONL of prompts; results are JSONL"
+    )
+    parser.add_argument(
+        "--out", type=local_path_argument, help="with --prompts: write the results here"
+    )
     parser.add_argument("--rows", type=int, default=8, help="prompts that are run side by side")
     parser.add_argument("--max_bytes", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")

@@ -20,6 +20,7 @@ from etils import epath
 
 from bltjax.checkpoint import unsealed
 from bltjax.config import ByteCNNConfig, ByteLMConfig, RunConfig, to_dict
+from bltjax.config_file import path_argument
 from bltjax.convert import LAYOUTS, open_model, patching_words
 from bltjax.data.records import MANIFEST, read_manifest
 from bltjax.export import CACHE, is_export, open_array, read_config
@@ -370,7 +371,7 @@ def lines_of(path: epath.Path, found: dict) -> Iterator[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=epath.Path, help="a run, an export, records, weights")
+    parser.add_argument("folder", type=path_argument, help="a run, an export, records, weights")
     parser.add_argument("--quick", action="store_true", help="shapes and sizes; read no data")
     parser.add_argument("--json", action="store_true", help="print all of it as one JSON object")
 

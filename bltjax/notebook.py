@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from bltjax.alphabet import OFFSET, as_bytes, encode, text_stream
@@ -25,6 +24,7 @@ from bltjax.inside import CrossWeights, cross_weights
 from bltjax.model import batch_logits, make_model
 from bltjax.patching import force_starts, patch_starts
 from bltjax.scoring import EntropyModel, score_documents
+from bltjax.storage import path_of
 from bltjax.training_step import resolved
 
 
@@ -221,6 +221,6 @@ def row_of(ids: np.ndarray, starts_N1: np.ndarray | None) -> tuple[dict, int]:
 
 def load(path, *, mesh: str | None = None, dtype: str | None = None) -> LoadedModel:
     """As `bltjax.load`."""
-    path, on = epath.Path(path), read_mesh(mesh) if mesh else None
+    path, on = path_of(path), read_mesh(mesh) if mesh else None
     run, params, _ = load_onto(on, path, dtype)
     return LoadedModel(run, params, *run_patching(run, path), on, dtype)

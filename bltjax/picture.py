@@ -17,7 +17,7 @@ import numpy as np
 
 from bltjax.alphabet import encode
 from bltjax.config import PatchingConfig
-from bltjax.config_file import add_workdir_argument, parse_scheme
+from bltjax.config_file import add_workdir_argument, local_path_argument, parse_scheme
 from bltjax.evaluate import run_patching
 from bltjax.export import read_config
 from bltjax.patching import force_starts, patch_starts
@@ -328,7 +328,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workdir_argument(parser, required=False)
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--text", help="the text")
-    given.add_argument("--file", type=Path, help="a file with the text, UTF-8 or any bytes")
+    given.add_argument(
+        "--file", type=local_path_argument, help="a file with the text, UTF-8 or any bytes"
+    )
     parser.add_argument(
         "--scheme",
         action="append",
@@ -336,8 +338,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " entropy:threshold=1.2,whole_characters=True or bpe:tokenizer=FILE. Several are drawn one"
         " under another. Default: the run's own; settings left out are the run's",
     )
-    parser.add_argument("--png", type=Path, help="write a picture")
-    parser.add_argument("--html", type=Path, help="write a page")
+    parser.add_argument("--png", type=local_path_argument, help="write a picture")
+    parser.add_argument("--html", type=local_path_argument, help="write a page")
     parser.add_argument(
         "--limit",
         type=int,

@@ -13,6 +13,7 @@ from etils import epath
 
 from bltjax.checkpoint import newest_checkpoint, read_config
 from bltjax.config import RunConfig
+from bltjax.config_file import path_argument
 from bltjax.data.sources import open_source
 from bltjax.notebook import LoadedModel, load
 from bltjax.page import SAMPLES, write_page
@@ -73,7 +74,7 @@ def write_samples(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("workdir", type=epath.Path, help="a training run's work directory")
+    parser.add_argument("workdir", type=path_argument, help="a training run's work directory")
     parser.add_argument("--samples", type=int, default=3, help="texts to write (0: none anew)")
     parser.add_argument("--max_bytes", type=int, default=300, help="bytes of each")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest byte")

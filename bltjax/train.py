@@ -18,7 +18,7 @@ from etils import epath
 
 from bltjax import checkpoint as ckpt
 from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, RunConfig, divides, to_dict
-from bltjax.config_file import load_config
+from bltjax.config_file import load_config, path_argument
 from bltjax.data.pipeline import held_out_batches, training_batches, training_sources
 from bltjax.export import TOKENIZER
 from bltjax.flops import training_flops
@@ -54,6 +54,7 @@ from bltjax.start import (
     placed_patches,
     started,
 )
+from bltjax.storage import path_of
 from bltjax.watchdog import Watchdog
 
 KINDS = {BLTConfig: "BLT", ByteLMConfig: "byte LM", ByteCNNConfig: "byte CNN"}
@@ -84,7 +85,7 @@ def train(
         at a second one.
     """
     begun = time.monotonic()
-    workdir = epath.Path(workdir)
+    workdir = path_of(workdir)
     profile = Profile(profiled, workdir)
     settings = {"workdir": str(workdir), "stop_at": stop_at, "config": to_dict(config)}
     check_agreement(settings)
@@ -271,7 +272,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, help="configs/FILE.py or configs/FILE.py:ARGUMENT"
     )
-    parser.add_argument("--workdir", required=True, type=epath.Path, help="where the run lives")
+    parser.add_argument("--workdir", required=True, type=path_argument, help="where the run lives")
     add_process_arguments(parser)
     parser.add_argument("--stop_at", type=int, help="stop after this step, as if interrupted")
     parser.add_argument(

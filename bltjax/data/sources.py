@@ -4,7 +4,6 @@ A file is what its first bytes say, whatever its name. Documents are found when 
 (offsets, not text, are kept) and read when asked for.
 """
 
-import glob
 import logging
 import os
 from pathlib import Path
@@ -18,7 +17,7 @@ from bltjax.data.parquet import ParquetDocuments
 from bltjax.data.records import MANIFEST, RecordDocuments
 from bltjax.data.text import TextDocuments
 from bltjax.data.tfds import TFDSDocuments
-from bltjax.storage import is_remote, local_copy, local_matches, matches
+from bltjax.storage import is_remote, local_copy, local_matches, matches, path_of
 
 LOGGER = logging.getLogger(__name__)
 
@@ -41,8 +40,9 @@ def open_source(
         kinds, a bad line, damaged records.
       OSError: for a file that cannot be read.
     """
-    path = epath.Path(source.path)
-    if source.path.startswith("tfds:"):
+    is_tfds = source.path.startswith("tfds:")
+    path = epath.Path() if is_tfds else path_of(source.path)
+    if is_tfds:
         name = source.path.removeprefix("tfds:")
         documents: Documents = TFDSDocuments(name, source.field, source.split, source.data_dir)
         kind = "TFDS"
@@ -86,8 +86,7 @@ def files_of(source: SourceConfig) -> tuple[list[Path], str]:
     """
     path = epath.Path(source.path)
     is_folder = path.is_dir()
-    inside = path if is_remote(path) else Path(glob.escape(source.path))
-    pattern = str(inside / "*.txt") if is_folder else source.path
+    pattern = str(path / "*.txt") if is_folder else source.path
     found = counted_once(matches(pattern), source.path)
     if not found and is_folder:
         raise ValueError(
