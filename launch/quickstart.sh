@@ -7,17 +7,32 @@ set -euo pipefail
 repository="$(cd "$(dirname "$0")/.." && pwd)"
 workdir="$repository/runs/quickstart"
 text=()
+absolute() {  # absolute PATH: as it is meant here, ~ expanded, for use from another folder
+    [ -n "$1" ] || { echo "an empty path; give a folder, . for the working directory" >&2; exit 2; }
+    python3 -c 'import os, sys
+path = os.path.abspath(os.path.expanduser(sys.argv[1]))
+if path.endswith("\n"):  # which the shell would drop
+    sys.exit(f"{path!r} ends with a newline; give another name")
+sys.stdout.buffer.write(os.fsencode(path))' "$1"
+}
 while [ $# -gt 0 ]; do
     case "$1" in
         --workdir) [ $# -ge 2 ] || { echo "--workdir needs a folder" >&2; exit 2; }
-                   mkdir -p "$2"; workdir="$(cd "$2" && pwd)"; shift 2 ;;
+                   workdir="$(absolute "$2")"; shift 2 ;;
         --text) [ $# -ge 2 ] || { echo "--text needs a file or folder" >&2; exit 2; }
-                text=(--text "$(realpath -m "$2")"); shift 2 ;;
+                path="$(absolute "$2")"; text=(--text "$path"); shift 2 ;;
         *) echo "usage: bash launch/quickstart.sh [--workdir DIR] [--text PATH]" >&2; exit 2 ;;
     esac
 done
 cd "$repository"
 source launch/environment.sh quickstart
+# A name that the runs below could not have is refused before the first of them.
+python -c 'import sys
+from bltjax.storage import check_arrays_path, path_of
+try:
+    check_arrays_path(path_of(sys.argv[1]))
+except ValueError as error:
+    sys.exit(f"--workdir: {error}")' "$workdir"
 mkdir -p "$workdir/seconds"
 
 stage() {  # stage NAME COMMAND...: run it once, and remember how long it took

@@ -8,6 +8,7 @@ every twentieth file; of a single file, its last twentieth, from a blank line on
 """
 
 import argparse
+import os
 from pathlib import Path
 
 HELD_OUT_BOOKS = ("RUTH", "ECCLESIASTES", "JONAH", "DANIEL", "ACTS", "JAMES")
@@ -31,6 +32,11 @@ def bible_books() -> dict[str, bytes]:
     }
 
 
+def work_name(path: Path) -> str:
+    """A file's name without its ending: no hidden one, not too long, and text in any case."""
+    return os.fsencode(path.stem).decode(errors="replace").lstrip(".")[:60] or "text"
+
+
 def own_works(path: Path) -> tuple[dict[str, bytes], set[str]]:
     """Text by work, and the names of those held out.
 
@@ -41,13 +47,19 @@ def own_works(path: Path) -> tuple[dict[str, bytes], set[str]]:
         text = path.read_bytes()
         middle = text.find(b"\n\n", len(text) * 19 // 20)
         middle = middle + 2 if middle >= 0 else len(text) * 19 // 20
-        return {path.stem: text[:middle], f"{path.stem}_end": text[middle:]}, {f"{path.stem}_end"}
+        name = work_name(path)
+        return {name: text[:middle], f"{name}_end": text[middle:]}, {f"{name}_end"}
     files = sorted(path.glob("*.txt"))
     if not files:
         raise SystemExit(f"{path}: no such file, and no folder with *.txt files in it")
     if len(files) == 1:
         return own_works(files[0])
-    works = {file.stem: file.read_bytes() for file in files}
+    works: dict[str, bytes] = {}
+    for file in files:
+        name = work_name(file)
+        while name in works:
+            name += "_"
+        works[name] = file.read_bytes()
     return works, set(list(works)[:: max(2, min(20, len(works)))])
 
 

@@ -7,6 +7,8 @@ import json
 import math
 import re
 import shlex
+import shutil
+import tomllib
 import typing
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from bltjax import config as settings
+from bltjax import config_file
+from bltjax.__main__ import main
 from bltjax.checkpoint import read_config
 from bltjax.config import (
     BLTConfig,
@@ -139,6 +143,84 @@ def test_arguments_of_a_config():
         load_config("configs/blt_1b.py:big")
     with pytest.raises(ValueError, match="has no function get_config"):
         load_config("tests/test_config.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:\n", "line 1: SyntaxError: invalid syntax"),
+        ("import nothing_of_that_name\n", "line 1: ModuleNotFoundError: No module named"),
+        ("def get_config():\n    return\n", r"get_config\(\) returns NoneType, not an ml_coll"),
+        ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    raise ValueError('of a\\nkind')\n", "line 2: of a kind"),
+        ("def get_config(size):\n    return size\n", "needs an argument: .*odd.py:SIZE"),
+        ("def get_config(a, b):\n    return a\n", r"get_config\(a, b\) can't be called with none"),
+        ("get_config = 3\n", "has no function get_config"),
+        (
+            "from ml_collections import ConfigDict\n"
+            "def get_config():\n    return ConfigDict(dict(byte_lm=dict(layer=2)))\n",
+            "odd.py: config.byte_lm.layer is no setting; did you mean 'layers'",
+        ),
+    ],
+)
+def test_errors_of_a_config_file_name_its_line(text, message, tmp_path, capsys):
+    file = tmp_path / "odd.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_config(str(file))
+    assert str(raised.value).startswith(str(file)) and "\n" not in str(raised.value)
+    assert main(["train", f"--config={file}", f"--workdir={tmp_path / 'run'}"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_errors_of_overrides_do_not_name_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"^config\.optimizer\.steps is 'x', not int"):
+        load_config("configs/blt_1b.py", ["optimizer.steps=x"])
+
+
+def test_values_of_text_settings_are_never_literals(tmp_path):
+    """A folder may be called 123 or None; a config file may have left the setting None."""
+    (tmp_path / "odd.py").write_text(
+        Path("tests/tiny.py").read_text().replace('config.entropy_model = ""', "")
+        + "\n\nof_model = get_config\n\n\ndef get_config():\n    config = of_model('byte_lm')\n"
+        + "    config.entropy_model = None\n    return config\n"
+    )
+    for value in ("123", "None", "(1, 2)", "'x'", "a=b", "x" * 5000):
+        overrides = [f"data.{part}.text.path={value}" for part in ("train", "held_out")]
+        config = load_config(f"{tmp_path}/odd.py", [*overrides, f"entropy_model={value}"])
+        assert config.entropy_model == config.data.train["text"].path == value
+
+
+@pytest.mark.parametrize("folder", ["a:b", "x.py:y", "C:", "sp ace [1]"])
+def test_a_config_file_s_path_may_have_colons(folder, tmp_path):
+    (tmp_path / folder).mkdir()
+    shutil.copy("configs/quickstart.py", tmp_path / folder)
+    assert load_config(f"{tmp_path / folder}/quickstart.py:byte_cnn").byte_cnn
+    shutil.copy("configs/blt_1b.py", tmp_path / folder)
+    assert load_config(f"{tmp_path / folder}/blt_1b.py").blt
+
+
+def test_configs_that_came_with_the_package(tmp_path, monkeypatch, caplog):
+    """A wheel's are found from any folder; a file of the working directory comes first."""
+    shutil.copytree("configs", tmp_path / "installed")
+    monkeypatch.setattr(config_file, "SHIPPED", (tmp_path / "none", tmp_path / "installed"))
+    (tmp_path / "here" / "configs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with caplog.at_level("INFO"):
+        assert load_config("configs/quickstart.py:byte_lm").byte_lm
+    assert f"takes {tmp_path / 'installed' / 'quickstart.py'}" in caplog.text
+    with pytest.raises(ValueError, match=r"did you mean 'configs/quickstart.py'"):
+        load_config("configs/quikstart.py")
+    (tmp_path / "here" / "configs" / "quickstart.py").write_text("broken")
+    with pytest.raises(ValueError, match="line 1: NameError"):
+        load_config("configs/quickstart.py:byte_lm")
+
+
+def test_a_wheel_has_every_package_and_the_configs():
+    built = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {".".join(path.parent.parts) for path in Path("bltjax").rglob("*.py")}
+    assert sorted(built["packages"]) == sorted({*packages, "bltjax.configs"})
+    assert built["package-dir"] == {"bltjax.configs": "configs"}
 
 
 def test_missing_file_names_its_neighbour():

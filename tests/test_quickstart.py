@@ -33,6 +33,23 @@ def test_own_text_is_split_by_works_or_at_a_blank_line(tmp_path):
     assert parts[1].read_text().startswith("paragraph") and len(parts[1].read_text()) < 60
 
 
+def test_names_that_would_be_lost(tmp_path):
+    """Hidden files, long names and those that are not UTF-8 are works like any other."""
+    for name in (b".x.txt", b"..x.txt", b"x.txt", b"\xff.txt", b"n" * 250 + b".txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"text of " + name[:9])
+    text_script(tmp_path / "out [1]", "--text", tmp_path)
+    written = list((tmp_path / "out [1]").glob("*/*.txt"))
+    assert len(written) == 5 and not any(path.name.startswith(".") for path in written)
+    assert len({path.read_bytes() for path in written}) == 5
+
+
+def test_work_directories_that_are_refused(tmp_path):
+    for name, reason in (("", "an empty path"), ("x\n", "ends with a newline")):
+        command = ["bash", ROOT / "launch" / "quickstart.sh", "--workdir", name]
+        failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert failed.returncode and reason in failed.stderr and not list(tmp_path.iterdir())
+
+
 def test_no_text_is_an_error_of_a_line(tmp_path):
     failed = text_script(tmp_path / "out", "--text", tmp_path / "none", check=False)
     assert failed.returncode == 1 and "no such file" in failed.stderr
@@ -42,9 +59,10 @@ def test_no_text_is_an_error_of_a_line(tmp_path):
 @pytest.mark.slow
 def test_quickstart(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
-    command = ["bash", "launch/quickstart.sh", "--workdir", str(tmp_path / "run")]
+    run = tmp_path / "a run [1], 50%"
+    command = ["bash", "launch/quickstart.sh", "--workdir", str(run)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    report = json.loads((run / "report.json").read_text())
     bits = report["bits_per_byte"]
     assert bits["blt"] < bits["byte_lm"] < bits["xz"] < bits["gzip"]
     assert report["byte_fill"] > 0.97 and report["patch_fill"] > 0.97
@@ -56,4 +74,4 @@ def test_quickstart(tmp_path):
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.count("done before") == 11
     for name in ("report.json", "patches.png", "patches.html", "blt/page.html"):
-        assert (tmp_path / "run" / name).stat().st_size > 0 and name in again.stdout
+        assert (run / name).stat().st_size > 0 and name in again.stdout
