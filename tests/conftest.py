@@ -1,5 +1,6 @@
 """Rank promotion is forbidden in every test; a tiny byte LM and BLT are trained once for all."""
 
+import logging
 import os
 import random
 import tempfile
@@ -51,6 +52,15 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     return f"seed of random draws: --seed {config.option.seed}"
+
+
+@pytest.fixture(autouse=True)
+def log():
+    """The package's logger, as it was before a test that ran a command."""
+    logger = logging.getLogger("bltjax")
+    before = logger.level, logger.propagate, logger.handlers
+    yield logger
+    logger.level, logger.propagate, logger.handlers = before
 
 
 @pytest.fixture
