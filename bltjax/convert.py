@@ -42,7 +42,7 @@ from bltjax.serving import (
     serving_from,
     write_serving,
 )
-from bltjax.storage import check_arrays_path, hidden_beside
+from bltjax.storage import check_arrays_path, check_writable, hidden_beside
 from bltjax.weights.meta import is_meta, read_meta, write_meta
 from bltjax.weights.model_files import ModelFiles, model_shapes
 from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces, tensors_of
@@ -148,6 +148,7 @@ def convert(
         print(line)
     local = "://" not in str(destination)
     if local:
+        check_writable(destination.parent)
         check_room(destination, files.bytes, twice=to == "meta")
     partial = hidden_beside(destination, "partial") if local else destination
     if partial.exists():

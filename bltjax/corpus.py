@@ -23,7 +23,7 @@ from bltjax.export import read_config
 from bltjax.flops import row_forward_flops
 from bltjax.metrics import duration, quantity
 from bltjax.patching import patch_lengths
-from bltjax.storage import write_text
+from bltjax.storage import check_writable, write_text
 
 SAMPLE_BYTES = 2 << 20
 THRESHOLDS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)  # nats
@@ -185,7 +185,8 @@ def draw(sources: Sequence[Source], threshold: float):
         entropies = np.concatenate([document.entropies[:-1] for document in source.sample])
         edges = np.linspace(0, 5.6, 57)
         shares = np.histogram(entropies, edges)[0] / len(entropies)
-        style = dict(fill=len(sources) == 1, alpha=0.8, label=source.name, lw=1.5)
+        label = source.name.replace("$", r"\$")  # a dollar sign in a name begins no formula
+        style = dict(fill=len(sources) == 1, alpha=0.8, label=label, lw=1.5)
         left.stairs(shares, edges, **style)
         lengths = np.minimum(lengths_at(source, threshold), LONGEST)
         counts = np.bincount(lengths, minlength=LONGEST + 1)[1:]
@@ -225,6 +226,7 @@ def write_report(
     """
     out = epath.Path(folders[0]) if out is None else out
     sources = open_sources(folders, sample_bytes, seed)
+    check_writable(out)
     if threshold is None:
         threshold = usual_threshold(sources[0])
     thresholds = sorted({*THRESHOLDS, threshold})
@@ -233,7 +235,6 @@ def write_report(
     for source in sources:
         for line in projection(found[source.name], pod, mfu):
             print(f"{source.name}: {line}" if len(sources) > 1 else line)
-    out.mkdir(parents=True, exist_ok=True)
     write_text(out / REPORT, json.dumps(found, indent=1) + "\n")
     try:
         figure = draw(sources, threshold)

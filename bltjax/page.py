@@ -18,7 +18,7 @@ from bltjax import checkpoint as ckpt
 from bltjax.config import RunConfig, to_dict
 from bltjax.metrics import duration, quantity
 from bltjax.model import parameter_count
-from bltjax.storage import write_text
+from bltjax.storage import path_of, write_text
 from bltjax.weights.model_files import model_shapes
 from bltjax.weights.tensors import flattened
 
@@ -305,6 +305,6 @@ def run_page(workdir: epath.Path) -> str:
 
 def write_page(workdir: epath.Path) -> epath.Path:
     """Writes the page into the work directory; where it is."""
-    workdir = epath.Path(workdir)
+    workdir = path_of(workdir)
     write_text(workdir / PAGE, run_page(workdir))
     return workdir / PAGE

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from bltjax import checkpoint as ckpt
@@ -17,7 +16,7 @@ from bltjax.export import TOKENIZER, load_params, open_stored
 from bltjax.resume import check_copy
 from bltjax.scoring import EntropyModel, load_entropy_model
 from bltjax.sharding import fitting_meshes, make_mesh, tree_shardings
-from bltjax.storage import is_remote
+from bltjax.storage import is_remote, path_of
 from bltjax.training_step import StepParts, check_mesh, step_parts
 from bltjax.weights.llama import llama_leaves
 from bltjax.weights.model_files import model_shapes
@@ -52,7 +51,7 @@ def check_start(config: RunConfig, workdir: Path, resumes: bool) -> None:
     if resumes:
         return
     if config.latent_init.path:
-        llama_leaves(epath.Path(config.latent_init.path), config.blt.latent)
+        llama_leaves(path_of(config.latent_init.path), config.blt.latent)
     if config.init_from:
         model = open_stored(config.init_from).config.model
         found = changes(model, config.model)
@@ -133,14 +132,14 @@ def check_copies(
     for change in changes(run, config):
         if change.rule != SAME_CONTENT:
             continue
-        given = epath.Path(str(change.new))
+        given = path_of(str(change.new))
         if change.path == "entropy_model" and byte_lm is not None:
             there = given.exists() and load_entropy_model(
                 given, newline_reset=config.patching.newline_reset
             )
             copy, given = byte_lm.identity, there.identity if there else None
         elif change.path == "patching.tokenizer":
-            copy = checksum(epath.Path(workdir) / TOKENIZER)
+            copy = checksum(path_of(workdir) / TOKENIZER)
             given = checksum(given) if given.exists() else None
         else:
             continue
@@ -148,7 +147,7 @@ def check_copies(
     return lines
 
 
-def checksum(path: epath.Path) -> str:
+def checksum(path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
@@ -160,7 +159,7 @@ def started(config: RunConfig, params, shardings):
         return loaded.params
     if not config.latent_init.path:
         return params
-    leaves = llama_leaves(epath.Path(config.latent_init.path), config.blt.latent)
+    leaves = llama_leaves(path_of(config.latent_init.path), config.blt.latent)
     blocks = params["latent"].pop("blocks")  # freed before the others come
     for name in blocks:
         blocks[name] = placed(leaves[f"latent/blocks/{name}"], shardings["latent"]["blocks"][name])

@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from etils import epath
 from hypothesis import given, settings
@@ -45,6 +47,11 @@ NASTY = [
     "(1, 2)", "'x'", "@", "\t", "file:", "1.orbax-checkpoint-tmp", "checkpoints", "tfds:",
 ]  # fmt: skip
 COMBINED = "Zoë's [1] 50% a*b? #2 a=b; x:y\n~"  # what tests can afford
+SOME = [
+    COMBINED, "exp[1]*?", "50% %20 #x", "a:b=c|d", "'q\"u`o\nte", "--config.seed=3",
+    "zażółć日本e\u0301",
+    "n" * 240, "~", ".hidden", "(1, 2)",
+]  # fmt: skip
 # What stores arrays would write them to another place, or could not write them.
 NOT_FOR_ARRAYS = ["back\\slash", "gs:", "runs_gs:"]
 names = st.text(
@@ -67,7 +74,7 @@ def inside(folder: Path):
 
 
 def check_folder(name: str) -> None:
-    """A folder of that name in the working directory holds a checkpoint, an array and sources."""
+    """A folder of that name in the working directory holds a checkpoint and an array."""
     folder = path_of(f"./{name}")
     check_arrays_path(folder)
     check_writable(folder)
@@ -95,7 +102,6 @@ def check_folder(name: str) -> None:
     write_leaves(folder / "params", {"a/w_DE": leaf}, lambda _: None)
     assert (open_array(folder / "params", "a/w_DE", None).read().result() == rows).all()
     assert {path.name for path in Path().iterdir()} == before  # nothing went to another folder
-    check_sources(name)
 
 
 def check_sources(name: str) -> None:
@@ -110,6 +116,9 @@ def check_sources(name: str) -> None:
     assert b"one" in [documents[i].text.tobytes() for i in range(len(documents))]
     documents = open_source(SourceConfig(f"./{name}/[0-9].txt"))
     assert [documents[i].text.tobytes() for i in range(len(documents))] == [b"one"]
+    pq.write_table(pa.table({"text": ["one"]}), "plain")
+    Path("plain").replace(f"{name}/x.parquet")
+    assert len(open_source(SourceConfig(f"./{name}/x.parquet"))) == 1
     paths = [f"data.{part}.text.path=./{name}" for part in ("train", "held_out")]
     config = load_config(f"{TINY}:byte_lm", [*paths, f"data.train.text.field={name}"])
     source = config.data.train["text"]
@@ -151,6 +160,8 @@ def test_a_folder_of_any_random_name(tmp_path_factory, name):
                 check_arrays_path(path_of(f"./{name}"))
         else:
             check_folder(name)
+    with inside(tmp_path_factory.mktemp("text")):
+        check_sources(name)
 
 
 def test_names_that_are_refused(tmp_path):
@@ -198,6 +209,21 @@ def test_a_user_s_home_is_expanded(tmp_path, monkeypatch):
         assert expanded("~/run") == "~/run" and expanded("~/there") == str(home / "there")
         monkeypatch.setenv("BLTJAX_CACHE", "~/cache")
         assert cache_place("gs://b/x.txt") == home / "cache" / "gs" / "b" / "x.txt"
+
+
+def test_names_that_are_not_utf8_are_found_by_patterns(tmp_path):
+    odd = tmp_path / os.fsdecode(b"latin\xff.txt")
+    odd.write_text("one")
+    for path in (tmp_path, f"{tmp_path}/latin?.txt", f"{tmp_path}/*.txt"):
+        assert open_source(SourceConfig(str(path)))[0].text.tobytes() == b"one"
+    with pytest.raises(ValueError, match=r"latin.xff.txt' is not UTF-8: rename it"):
+        open_source(SourceConfig(str(odd)))
+    with pytest.raises(ValueError, match=r"train.text.path: .*latin.xff.txt' is not UTF-8"):
+        load_config(f"{TINY}:byte_lm", [f"data.train.text.path={odd}", "data.held_out.text.path=x"])
+    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "plain")
+    (tmp_path / "plain").replace(odd)
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        open_source(SourceConfig(str(tmp_path)))
 
 
 def test_where_a_folder_can_t_be(tmp_path):
@@ -280,7 +306,7 @@ def test_etils_takes_folders_literally(tmp_path):
     assert found == [folder / "a.txt"] and type(found[0]) is type(folder)
 
 
-@pytest.mark.parametrize("name", [COMBINED, *(pytest.param(n, marks=slow) for n in NASTY)])
+@pytest.mark.parametrize("name", [COMBINED, *(pytest.param(n, marks=slow) for n in SOME[1:])])
 def test_models_under_any_name(name, runs, tmp_path):
     place = tmp_path / name
     place.mkdir()
@@ -297,7 +323,7 @@ def test_models_under_any_name(name, runs, tmp_path):
 
 
 @slow
-@pytest.mark.parametrize("name", [COMBINED, *NASTY])
+@pytest.mark.parametrize("name", SOME)
 def test_commands_under_any_name(name, runs, tmp_path):
     place = tmp_path / name
     shutil.copytree(runs.root / "records", place / "records")
@@ -319,7 +345,7 @@ def test_commands_under_any_name(name, runs, tmp_path):
 
 
 @slow
-@pytest.mark.parametrize("name", [COMBINED, *NASTY])
+@pytest.mark.parametrize("name", SOME)
 def test_a_run_in_a_folder_of_any_name(name, runs, tmp_path, capsys):
     place = tmp_path / name
     shutil.copytree(runs.root / "records", place / "records")

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from bltjax.config import nearest
 from bltjax.data.fingerprint import fingerprint_of
 from bltjax.data.records import Document
+from bltjax.storage import check_utf8
 
 KEPT_BYTES = 1 << 30
 
@@ -66,8 +67,9 @@ class ParquetDocuments:
         return self._files[number]
 
     def opened(self, path: Path) -> pq.ParquetFile:
+        check_utf8(str(path))
         try:
-            file = pq.ParquetFile(path)
+            file = pq.ParquetFile(path.absolute())  # pyarrow takes a:b/c for a URI and expands ~
         except (pa.ArrowInvalid, pa.ArrowIOError) as error:
             raise ValueError(f"{path} is not a whole Parquet file: {error}") from None
         names = file.schema_arrow.names
