@@ -13,6 +13,7 @@ WORKDIR/
 import contextlib
 import hashlib
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from bltjax.storage import (
     check_unused,
     check_writable,
     is_remote,
+    read_json,
     write_text,
 )
 
@@ -78,10 +80,15 @@ def saved_steps(workdir: Path) -> list[int]:
     Orbax gives a number to a folder only when it is whole; in a bucket, which can't rename, it
     writes a file last.
     """
+    if not is_remote(workdir):
+        try:  # glob would find nothing in a folder that may not be read
+            names = os.listdir(workdir / "checkpoints")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(int(name) for name in names if name.isdigit())
     folders = [p for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
-    if is_remote(workdir):
-        parts = ("", "params")  # of a run's checkpoint, and of parameters alone
-        folders = [p for p in folders if any((p / part / COMMIT).exists() for part in parts)]
+    parts = ("", "params")  # of a run's checkpoint, and of parameters alone
+    folders = [p for p in folders if any((p / part / COMMIT).exists() for part in parts)]
     return sorted(int(p.name) for p in folders)
 
 
@@ -152,23 +159,18 @@ def config_values(workdir: Path) -> dict:
             f"{workdir} is neither a training run nor an export: no {path.name} and no export.json"
             " in it"
         )
-    values, problem = None, ""
     try:
-        values = json.loads(path.read_text())
-        if not isinstance(values, dict):
-            problem = f"{path} holds {type(values).__name__}, not an object"
+        return read_json(path)
     except FileNotFoundError:
         problem = f"{path} is missing"
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
-        problem = f"{path} is not JSON: {error}"
-    if problem:
-        if "config" in newest_progress(workdir):
-            problem += (
-                ".\nThe run's newest checkpoint has its settings too: the training command, given"
-                " again, writes the file anew."
-            )
-        raise ValueError(problem)
-    return values
+    except ValueError as error:
+        problem = str(error)
+    if "config" in newest_progress(workdir):
+        problem += (
+            ".\nThe run's newest checkpoint has its settings too: the training command, given"
+            " again, writes the file anew."
+        )
+    raise ValueError(problem)
 
 
 def config_or_saved_one(workdir: Path) -> dict:
@@ -189,9 +191,9 @@ def newest_progress(workdir: Path) -> dict:
     for step in reversed(saved_steps(workdir)):
         try:
             path = workdir / "checkpoints" / str(step) / "progress" / "metadata"
-            progress = json.loads(path.read_text())
+            progress = read_json(path)
             return unsealed(progress, str(path)) if "crc32" in progress else progress
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError):
             continue
     return {}
 
@@ -199,19 +201,6 @@ def newest_progress(workdir: Path) -> dict:
 def in_chunks(params):
     """Chunks on disk that can be read one by one, whatever a device held."""
     return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
-
-
-@contextlib.contextmanager
-def reading(folder: Path):
-    """Says which checkpoint is damaged, and what to do, instead of how Orbax noticed."""
-    try:
-        yield
-    except Exception as error:  # Orbax and its storage raise many kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        way_out = "Write that export again."
-        if folder.parent.parent.name == "checkpoints" or folder.parent.name == "checkpoints":
-            way_out = "Remove that folder to go on from the one before it, if there is one."
-        raise ValueError(f"{folder} can't be read: {reason[0][:200]}\n{way_out}") from error
 
 
 def newest_checkpoint(workdir: Path) -> tuple[Path, int]:

@@ -42,12 +42,12 @@ from bltjax.serving import (
     serving_from,
     write_serving,
 )
-from bltjax.storage import check_arrays_path, check_writable, hidden_beside
+from bltjax.storage import check_arrays_path, check_writable, hidden_beside, read_json
 from bltjax.weights.meta import is_meta, read_meta, write_meta
 from bltjax.weights.model_files import ModelFiles, model_shapes
 from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces, tensors_of
 from bltjax.weights.port import is_port, port_settings, read_port, write_port
-from bltjax.weights.tensors import DTYPES, cast, read_json, tree_of
+from bltjax.weights.tensors import DTYPES, cast, tree_of
 
 LAYOUTS = {
     "export": "an export",

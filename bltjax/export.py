@@ -24,9 +24,10 @@ from etils import epath
 
 from bltjax import checkpoint as ckpt
 from bltjax.config import RunConfig, from_json, to_dict
-from bltjax.storage import check_arrays_path, is_remote, path_of
+from bltjax.saving import reading
+from bltjax.storage import check_arrays_path, is_remote, path_of, read_json
 from bltjax.weights.model_files import ModelFiles, leaf_shapes
-from bltjax.weights.tensors import BLOCK_BYTES, DTYPES, Leaf, blocks, flattened, read_json
+from bltjax.weights.tensors import BLOCK_BYTES, DTYPES, Leaf, blocks, flattened
 
 FORMAT, VERSION = "bltjax export", 1
 MANIFEST = "export.json"
@@ -89,7 +90,7 @@ def load_params(path, shardings=None, dtype=None) -> Loaded:
     path = path_of(path)
     config = read_config(path)
     folder, step = params_folder(path)
-    with ckpt.reading(folder):
+    with reading(folder):
         check_shapes(config, flattened(ckpt.stored_shapes(folder)), folder)
         return Loaded(config, ckpt.restore_params(folder, shardings, dtype), step)
 
@@ -146,12 +147,12 @@ def open_stored(path) -> ModelFiles:
         array = open_array(folder, name, context)
 
         def read(place: tuple[int, ...], rows: slice) -> np.ndarray:
-            with ckpt.reading(folder):
+            with reading(folder):
                 return array[(*place, rows)].read().result()
 
         return Leaf(tuple(array.shape), array.dtype.numpy_dtype, read)
 
-    with ckpt.reading(folder):
+    with reading(folder):
         stored = flattened(ckpt.stored_shapes(folder))
         check_shapes(config, stored, folder)
         leaves = {name: leaf(name) for name in stored}

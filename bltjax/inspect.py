@@ -10,7 +10,6 @@ has the checksum which the manifest says. What is damaged is named, and the exit
 import argparse
 import contextlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,9 +26,10 @@ from bltjax.export import CACHE, is_export, open_array, read_config
 from bltjax.export import read_manifest as read_export
 from bltjax.metrics import Progress, duration, quantity
 from bltjax.model import parameter_count
-from bltjax.storage import size_of
+from bltjax.saving import stored_name
+from bltjax.storage import read_json, size_of
 from bltjax.weights.model_files import ModelFiles, leaf_shapes, model_shapes
-from bltjax.weights.tensors import blocks, read_json, row_runs
+from bltjax.weights.tensors import blocks, row_runs
 
 TOLD = 8  # lines of damage for a person
 MOMENTS = ("mu", "nu")  # Adam's, shaped as the parameters
@@ -84,11 +84,6 @@ def checksum_of(piece: np.ndarray, begin: int) -> int:
         place = place * np.uint32(2 * (axis * 7919 + 1))
         factor = factor + place.reshape(-1, *[1] * (piece.ndim - 1 - axis))
     return int((bits * factor).sum(dtype=np.uint32))
-
-
-def stored_name(path: str) -> str:
-    """`.params['encoder']['bytes_VE']`, by which a checksum goes, as `params/encoder/bytes_VE`."""
-    return "/".join(re.findall(r"[A-Za-z0-9_]+", path))
 
 
 def read_through(
@@ -154,7 +149,7 @@ def folder_bytes(folder: epath.Path) -> int:
 
 def check_json(path: epath.Path, *, is_sealed: bool = False) -> tuple[list[str], Any]:
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         return [], unsealed(found, path.name) if is_sealed else found
     except (OSError, ValueError) as error:
         return [f"{path.name} can't be read: {reason_of(error)}"], {}

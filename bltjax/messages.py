@@ -52,6 +52,26 @@ KNOWN_MESSAGES = {
         "tensorstore, array_record",
         "ValueError or RuntimeError without an errno: make room and run the command again",
     ),
+    # TensorStore begins with the name of a status of absl. Its HTTP driver, by which it reads
+    # buckets, gives up with ABORTED.
+    "storage away": Known(
+        r"\A(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ",
+        "tensorstore",
+        "ValueError while a checkpoint is read: restart, nothing is damaged",
+    ),
+    "storage refuses": Known(
+        r"\A(PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED): ",
+        "tensorstore, jaxlib",
+        "error while a checkpoint is read: end with the cause, nothing is damaged",
+    ),
+    # No such file, a checksum, fewer bytes than there must be, bytes that zstd can't read; what
+    # can't be decoded otherwise has a message without a status.
+    "damaged files": Known(
+        r"\A((NOT_FOUND|DATA_LOSS|OUT_OF_RANGE|FAILED_PRECONDITION): "
+        r"|Error (opening|reading) .*: Error decoding )",
+        "tensorstore",
+        "ValueError while a checkpoint is read: move it aside, take the one before it",
+    ),
     "larger than a chip": Known(
         r"(?s)\ARESOURCE_EXHAUSTED.*? temporaries \(([\d.]+)([KMGT])i?B?\) exceeds",
         "libtpu",

@@ -7,15 +7,20 @@
     WORKDIR/damaged/STEP/       a checkpoint that could not be restored: moved, never deleted
 
 The checksums are of the arrays as they were on the devices, and are compared with those of what has
-been restored: so damage anywhere in between is found, whatever the files say.
+been restored: so damage anywhere in between is found, whatever the files say. Damage is a checksum
+that is another, a file that is missing, a format that can't be read. Whatever else keeps a
+checkpoint from being restored (no permission, no memory, a file server that is away, settings that
+ask for other arrays) ends the run, and the checkpoint stays where it is.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +29,20 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
 
-from bltjax.checkpoint import TrainState, in_chunks, quiet, reader, saved_steps, sealed, unsealed
+from bltjax.checkpoint import (
+    TrainState,
+    in_chunks,
+    quiet,
+    reader,
+    saved_steps,
+    sealed,
+    stored_shapes,
+    unsealed,
+)
 from bltjax.config import FaultsConfig, RunConfig
+from bltjax.messages import says
 from bltjax.processes import (
+    Restart,
     describe,
     from_writer,
     gathered,
@@ -35,6 +51,7 @@ from bltjax.processes import (
     process_count,
     together,
 )
+from bltjax.storage import read_json
 
 FORMAT = 3  # of progress/; another one is refused, not taken for damage
 SAVE_SECONDS = 1200  # for all processes to write their parts
@@ -96,6 +113,22 @@ class WatchedJson(Watched, ocp.JsonCheckpointHandler):
     pass
 
 
+class Damaged(ValueError):
+    """Files that aren't what was saved."""
+
+
+class Misfit(ValueError):
+    """A checkpoint that is whole, but not of what this run or this version of bltjax asks for."""
+
+
+def unsealed_file(path: Path, name: str) -> dict:
+    """Raises Damaged, naming the file."""
+    try:
+        return unsealed(read_json(path), name)
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+
+
 class StreamsHandler(ocp.AsyncCheckpointHandler):
     """Streams' states, each in a file of its own; a process writes and reads those of its rows."""
 
@@ -111,9 +144,7 @@ class StreamsHandler(ocp.AsyncCheckpointHandler):
 
     def restore(self, directory, args: "StreamsRestore") -> dict[str, dict]:
         return {
-            str(number): unsealed(
-                json.loads((directory / f"{number}.json").read_text()), f"streams/{number}.json"
-            )
+            str(number): unsealed_file(directory / f"{number}.json", f"streams/{number}.json")
             for number in args.numbers
         }
 
@@ -192,9 +223,28 @@ def checksums(tree) -> list[jax.Array]:
     return [of_leaf(leaf) for leaf in jax.tree.leaves(tree)]
 
 
+def named_leaves(tree) -> dict[str, Any]:
+    """Leaves by what jax calls them, `.params['encoder']['bytes_VE']`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
 def named_checksums(state: TrainState) -> dict[str, int]:
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    names = named_leaves(state)
     return dict(zip(names, map(int, jax.device_get(checksums(state))), strict=True))
+
+
+def stored_name(path: str) -> str:
+    """`.params['encoder']['bytes_VE']`, by which a checksum goes, as `params/encoder/bytes_VE`."""
+    return "/".join(re.findall(r"[A-Za-z0-9_]+", path))
+
+
+def shapes_of(tree) -> dict[str, str]:
+    """Dtype and shape of every leaf, `float32 (260, 16)`, by its stored name."""
+    return {
+        stored_name(name): f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}"
+        for name, leaf in named_leaves(tree).items()
+    }
 
 
 def save(
@@ -205,7 +255,8 @@ def save(
     streams: states of this process' streams.
     progress: JSON, with `step`.
     """
-    progress = sealed({"format": FORMAT, "checksums": named_checksums(state), **progress})
+    arrays = {"checksums": named_checksums(state), "shapes": shapes_of(state)}
+    progress = sealed({"format": FORMAT, **arrays, **progress})
     manager.save(
         int(progress["step"]),
         args=ocp.args.Composite(
@@ -223,23 +274,55 @@ class Restored(NamedTuple):
     progress: dict
 
 
-class OtherVersion(ValueError):
-    """A checkpoint that is whole, as far as another version of bltjax wrote it."""
-
-
 def read_progress(folder: Path) -> dict:
-    """Raises OtherVersion, or whatever reading a damaged file raises."""
-    progress = json.loads((folder / "progress" / "metadata").read_text())
-    was_sealed = not isinstance(progress, dict) or "crc32" in progress
-    if was_sealed or progress.get("format") == FORMAT:
-        progress = unsealed(progress, "progress")
+    """Raises Misfit for another version's, Damaged, or OSError."""
+    path = folder / "progress" / "metadata"
+    try:
+        progress = read_json(path)
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+    if "crc32" in progress or progress.get("format") == FORMAT:
+        progress = unsealed_file(path, "progress")
     if progress.get("format") != FORMAT:
-        raise OtherVersion(
+        raise Misfit(
             f"{folder} was written by another version of bltjax (format"
             f" {progress.get('format', 1)}, not {FORMAT}): resume it with that one, or begin anew"
             f" with --init_from={folder.parent.parent}"
         )
     return progress
+
+
+def check_fits(folder: Path, progress: dict, target: TrainState) -> None:
+    """Raises Misfit, naming an array, if `target` isn't of the arrays that were saved."""
+    asked = shapes_of(target)
+    names = {stored_name(name) for name in progress["checksums"]}
+    lines = [f"{name} is in {'it' if name in names else 'the run'} alone"
+             for name in sorted(names ^ asked.keys())]  # fmt: skip
+    if not lines:
+        saved = progress.get("shapes", {})
+        with contextlib.suppress(Exception):  # what can't be read is named by restoring it
+            saved = saved or stored_shapes_of(folder)
+        differing = sorted(x for x in saved.keys() & asked.keys() if saved[x] != asked[x])
+        lines = [f"{name}: {saved[name]} -> {asked[name]}" for name in differing]
+    if lines:
+        more = [f"and {len(lines) - 3} more"] if len(lines) > 3 else []
+        wide = "\njax_enable_x64 is set (JAX_ENABLE_X64); a run is of 32 bits: unset it."
+        raise Misfit(
+            f"{folder} doesn't hold the arrays that this run asks for (its -> yours):\n  "
+            + "\n  ".join([*lines[:3], *more])
+            + (wide if jax.config.jax_enable_x64 else "")
+        )
+
+
+def stored_shapes_of(folder: Path) -> dict[str, str]:
+    """`shapes_of` a checkpoint whose progress doesn't say it, as older ones: by Orbax's index."""
+    found = {}
+    for item in ("params", "opt"):
+        for name, leaf in named_leaves(stored_shapes(folder / item)).items():
+            if leaf.dtype is not None:
+                dtype, shape = np.dtype(leaf.dtype).name, tuple(leaf.shape)
+                found[f"{item}/{stored_name(name)}"] = f"{dtype} {shape}"
+    return found
 
 
 def restore(folder: Path, target: TrainState, streams: list[int]) -> Restored:
@@ -248,9 +331,12 @@ def restore(folder: Path, target: TrainState, streams: list[int]) -> Restored:
     A process reads what its devices hold, and waits for no other.
 
     Raises:
-      ValueError: if an array is not what was saved. Besides, whatever reading damaged files raises.
+      Damaged: if a file of ours is not what was saved.
+      Misfit: if `target` is of other arrays.
+      Besides, whatever Orbax and the storage raise; see `reason`.
     """
     progress = read_progress(folder)
+    check_fits(folder, progress, target)
     states = StreamsHandler().restore(folder / "streams", StreamsRestore(streams))
     with quiet(), reader() as checkpointer:
         params = checkpointer.restore((folder / "params").absolute(), target.params)
@@ -264,37 +350,154 @@ def restore(folder: Path, target: TrainState, streams: list[int]) -> Restored:
 
 def damage(restored: Restored) -> str:
     """Which arrays are not what was saved; empty if all are. Every process calls this at once."""
-    saved = restored.progress["checksums"]
-    found = named_checksums(restored.state)
+    saved, found = (
+        {stored_name(name): checksum for name, checksum in checksums.items()}
+        for checksums in (restored.progress["checksums"], named_checksums(restored.state))
+    )
     wrong = sorted(
         name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name)
     )
     return f"{', '.join(wrong[:3])} is not what was saved" if wrong else ""
 
 
+def causes(error: BaseException | None) -> Iterator[tuple[BaseException, bool]]:
+    """An error, and those behind it: whether each is its cause, or only came before it."""
+    known, is_cause = set(), True
+    while error is not None and id(error) not in known:
+        known.add(id(error))
+        yield error, is_cause
+        is_cause = is_cause and error.__cause__ is not None
+        error = error.__cause__ or error.__context__
+
+
+class Reason(NamedTuple):
+    """Why something can't be restored."""
+
+    kind: str  # "damaged", "away" (later it may be there), "refused", or "unknown"
+    text: str
+
+
+def reason(error: Exception) -> Reason:
+    """What an error of Orbax, of its storage or of ours says of the files that were read."""
+    found = []
+    for cause, is_cause in causes(error):
+        kind = kind_of(cause)
+        if kind == "damaged" and not is_cause:
+            kind = "unknown"  # a file that was missed and wasn't needed
+        text = (str(cause).strip().splitlines() or [""])[0].split(" [tensorstore_spec")[0][:300]
+        if isinstance(cause, Misfit | OSError):
+            text = describe(cause)
+        found.append(Reason(kind, text or type(cause).__name__))
+    # What doesn't lie in the files counts more than what may follow from it.
+    for kind in ("refused", "away", "damaged"):
+        for each in found:
+            if each.kind == kind:
+                return each
+    return found[0]
+
+
+def kind_of(error: BaseException) -> str:
+    """A `Reason`'s kind, for one error without its causes."""
+    if isinstance(error, Damaged | FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return "damaged"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return "damaged"
+    if isinstance(error, TimeoutError | ConnectionError):
+        return "away"
+    if isinstance(error, Misfit | OSError | MemoryError):
+        return "refused"
+    if says(error, "storage away"):
+        return "away"
+    if says(error, "storage refuses"):
+        return "refused"
+    # XLA has its own meaning of these, and raises no ValueError.
+    named = isinstance(error, ValueError) and says(error, "damaged files")
+    return "damaged" if named else "unknown"
+
+
+def check_index(folder: Path, names: set[str]) -> None:
+    """Looks at the index of Orbax' arrays in `folder`, and at their list: JSON of Orbax.
+
+    Raises:
+      Damaged: if they can't be read, or name other arrays than these.
+    """
+    paths = [folder / "_METADATA", *sorted((folder / "array_metadatas").glob("process_*"))]
+    for path in paths:
+        try:
+            values = read_json(path)
+            if path.name == "_METADATA":
+                found = set()
+                for entry in values["tree_metadata"].values():
+                    value = entry["value_metadata"]
+                    keys = [(part["key"], part["key_type"]) for part in entry["key_metadata"]]
+                    if not value["skip_deserialize"] and value["value_type"] != "None":
+                        found.add("/".join(str(key) for key, _ in keys))
+                if found != names:
+                    raise ValueError(f"{path} doesn't name the arrays that were saved")
+            else:
+                for entry in values["array_metadatas"]:
+                    for name in ("param_name", "write_shape", "chunk_shape"):
+                        entry["array_metadata"][name]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            text = str(error) if isinstance(error, ValueError) else f"{path} is no index of arrays"
+            raise Damaged(text) from None
+
+
+def why_not(folder: Path, error: Exception) -> Reason:
+    """`reason`, unless Orbax' index of the arrays says more: Orbax hides what it meets there."""
+    found = reason(error)
+    if found.kind in ("refused", "away"):
+        return found
+    try:
+        names = map(stored_name, read_progress(folder)["checksums"])
+        split = [name.partition("/") for name in names]
+        for item in ("params", "opt"):
+            check_index(folder / item, {name for of, _, name in split if of == item})
+    except Exception as error:  # what reading may raise
+        more = reason(error)
+        return found if more.kind == "unknown" else more
+    return found
+
+
+@contextlib.contextmanager
+def reading(folder: Path):
+    """Names the checkpoint that can't be read, and what to do, instead of how Orbax noticed."""
+    try:
+        yield
+    except Exception as error:  # Orbax and its storage raise many kinds
+        why = reason(error)
+        way_out = "Write that export again."
+        if folder.parent.parent.name == "checkpoints" or folder.parent.name == "checkpoints":
+            way_out = "Remove that folder to go on from the one before it, if there is one."
+        if why.kind in ("refused", "away"):
+            way_out = "Nothing says that it is damaged: mend the cause, and read it again."
+        raise ValueError(f"{folder} can't be read: {why.text[:200]}\n{way_out}") from error
+
+
 def restore_newest(workdir: Path, target: TrainState, streams: list[int]) -> Restored:
     """The newest checkpoint that every process can restore; damaged ones are moved aside.
 
     Raises:
-      ValueError: naming what is wrong, if none is whole, or one is of another version.
+      ValueError: naming what is wrong, if none is whole; or if one can't be restored for a reason
+        that isn't damage, in any process.
+      Restart: if the storage doesn't answer.
     """
     steps = from_writer("looking for checkpoints", lambda: saved_steps(workdir))
     while steps:
-        folder, restored = workdir / "checkpoints" / str(steps[-1]), None
-        version = gathered("reading a checkpoint's version", other_version(folder))
-        if any(version):
-            raise ValueError(next(filter(None, version)))
+        folder, restored, mine = workdir / "checkpoints" / str(steps[-1]), None, None
         try:
             restored = restore(folder, target, streams)
-            problem = ""
         except Exception as error:  # Orbax and its storage raise many kinds
-            problem = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        problems = gathered("restoring a checkpoint", problem)
-        if not any(problems):
-            problems = [damage(restored)]  # of global arrays: the same in every process
-        if not any(problems):
+            mine = why_not(folder, error)
+        reasons = [Reason(*r) for r in gathered("restoring a checkpoint", mine) if r]
+        if not reasons and (text := damage(restored)):  # of global arrays: alike everywhere
+            reasons = [Reason("damaged", text)]
+        if not reasons:
             return restored
-        told = next(filter(None, problems))
+        others = [each for each in reasons if each.kind != "damaged"]
+        if others:
+            raise stays(folder, min(others, key=lambda each: each.kind == "away"))
+        told = reasons[0].text
         if len(steps) == 1:
             raise ValueError(
                 f"{folder} can't be restored: {told}\nIt is the last one that there is. Begin anew"
@@ -308,14 +511,22 @@ def restore_newest(workdir: Path, target: TrainState, streams: list[int]) -> Res
     raise ValueError(f"{workdir} has no checkpoint")
 
 
-def other_version(folder: Path) -> str:
-    try:
-        read_progress(folder)
-    except OtherVersion as error:
-        return str(error)
-    except (OSError, ValueError):  # damage, which restoring will name
-        return ""
-    return ""
+def stays(folder: Path, why: Reason) -> Exception:
+    """The end of a run whose checkpoint can't be restored, though nothing says that it is damaged.
+
+    An error of one process is that of all."""
+    if why.kind == "away":
+        return Restart(f"{folder} can't be read now: {why.text}")
+    if why.text.startswith(f"{folder} "):  # a Misfit, which says what to do
+        return ValueError(why.text)
+    way_out = "It was left where it is: once the cause is mended, the same command resumes."
+    if why.kind == "unknown":
+        way_out = (
+            f"It was left where it is. `python -m bltjax inspect {folder.parent.parent}` tells"
+            " whether it is whole; if not, move it elsewhere, and the same command resumes from the"
+            " one before it."
+        )
+    return ValueError(f"{folder} can't be restored: {why.text}\n{way_out}")
 
 
 def move_aside(workdir: Path, folder: Path) -> str:

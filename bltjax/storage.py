@@ -18,10 +18,12 @@ that Orbax did not find what it wrote below `exp[1]` and left checkpoints unfini
 `path_of`.
 """
 
+import contextlib
 import fnmatch
 import functools
 import glob
 import hashlib
+import json
 import logging
 import os
 import re
@@ -194,15 +196,81 @@ def hidden_beside(path: Path, ending: str) -> Path:
     return path.with_name(f".{name.decode(errors='ignore')}.{ending}")
 
 
-def write_text(path: epath.Path | Path, text: str) -> None:
-    """A file under its name either whole or not at all."""
+def write_text(path: epath.Path | Path, text: str, *, durable: bool = True) -> None:
+    """A file under its name either whole or not at all.
+
+    durable: also after a power failure, for which the disk is waited for (8 ms, or 50); else the
+      file may be empty then.
+    """
     if is_remote(path):
         path.write_text(text)
         return
     # Another process may be writing the same.
     partial = hidden_beside(Path(path), f"{uuid.uuid4().hex[:8]}.partial")
-    partial.write_text(text)
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
     os.replace(partial, path)
+    if durable:
+        sync_folder(partial.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on the disk, where a system can do that."""
+    with contextlib.suppress(OSError):  # some can't open a folder, or can't wait for one
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_json(path: epath.Path | Path) -> dict:
+    """A JSON file that holds an object.
+
+    Raises:
+      ValueError: naming the file, if it is empty, cut off, or holds anything else.
+      OSError: if it can't be read.
+    """
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(data: bytes, name: str) -> dict:
+    """The JSON object that `data` is; ValueErrors begin with `name`."""
+    if not data.strip(b"\0 \t\r\n"):
+        raise ValueError(f"{name} is empty" + (f": {len(data)} blank bytes" if data else ""))
+    truncated = f"{name} is truncated at byte {len(data)}"
+    try:
+        text = data.decode("utf-8-sig")
+        found = json.loads(text)
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            raise ValueError(truncated) from None
+        byte = f"byte {error.start} is {data[error.start]:#04x}"
+        raise ValueError(f"{name} is not UTF-8: {byte}") from None
+    except json.JSONDecodeError as error:
+        if is_cut_off(text, error):
+            raise ValueError(truncated) from None
+        raise ValueError(f"{name} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; nested as deep
+        raise ValueError(f"{name} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} holds {type(found).__name__}, not an object")
+    return found
+
+
+def is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether a text that is not JSON is the beginning of one that may be."""
+    rest = text[error.pos :].rstrip()
+    words = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+    return (
+        any(word.startswith(rest) for word in words)  # as all do with nothing
+        or error.msg.startswith("Unterminated string")
+        or (error.msg.startswith("Invalid \\") and len(rest) < 6 and '"' not in rest)
+        or re.fullmatch(r"\.|[eE][+-]?", rest) is not None  # of a number
+    )
 
 
 def publish(partial: Path, path: epath.Path | Path) -> None:
@@ -215,6 +283,7 @@ def publish(partial: Path, path: epath.Path | Path) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
+    sync_folder(Path(path).parent)
 
 
 def size_of(path: epath.Path | Path) -> int | None:

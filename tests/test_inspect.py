@@ -10,8 +10,8 @@ from etils import epath
 
 from bltjax.__main__ import main
 from bltjax.convert import convert
-from bltjax.inspect import arrays_in, checksum_of, inspect, read_through, stored_name
-from bltjax.saving import checksums
+from bltjax.inspect import arrays_in, checksum_of, inspect, read_through
+from bltjax.saving import checksums, stored_name
 
 
 def largest(folder):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import test_saving
 from faults import can_mount
 from jax.sharding import SingleDeviceSharding
 from private_names import forget_devices
@@ -140,11 +141,18 @@ MARKS = {
     "larger than a chip": needs_libtpu,
     "broken collective": pytest.mark.slow,
 }
+# Tests of tests/test_saving.py that provoke messages of reading a checkpoint.
+READING = {
+    "storage away": "test_a_storage_that_is_away_is_no_damage",
+    "storage refuses": "test_what_may_not_be_read_is_not_damaged",
+    "damaged files": "test_what_is_damage",
+}
 WRITERS = {"tensorstore": save_array, "array_record": save_records}
 
 
 def test_every_known_message_is_provoked():
-    assert PROVOKED.keys() | {"disk full"} == KNOWN_MESSAGES.keys()
+    assert PROVOKED.keys() | {"disk full"} | READING.keys() == KNOWN_MESSAGES.keys()
+    assert all(callable(getattr(test_saving, name)) for name in READING.values())
     assert KNOWN_MESSAGES["disk full"].library == ", ".join(WRITERS)
 
 

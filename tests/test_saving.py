@@ -1,29 +1,46 @@
 """Checkpoints of a run: kept as asked, checked when restored, and fallen back from when damaged."""
 
+import contextlib
 import errno
+import http.server
 import json
+import os
+import resource
 import shutil
+import sys
+import tempfile
+import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from test_train import command, losses
 
 from bltjax.__main__ import main
 from bltjax.checkpoint import TrainState, saved_steps
 from bltjax.config import ByteLMConfig, CheckpointConfig, RunConfig
+from bltjax.export import load_params
+from bltjax.processes import Restart
 from bltjax.saving import (
+    Misfit,
     StreamsHandler,
     Writing,
     checksums,
     damage,
     make_manager,
+    reason,
     restore,
+    restore_newest,
     save,
+    why_not,
 )
 
+# Orbax leaves other readings unfinished when one fails, which then find no event loop.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 CONFIG = RunConfig(
     byte_lm=ByteLMConfig(layers=1, width=8, heads=1, hidden=8, window=4),
     checkpoint=CheckpointConfig(every=1, keep=1, keep_every=2),
@@ -31,21 +48,28 @@ CONFIG = RunConfig(
 
 
 def small_state(step: int) -> TrainState:
-    params = {"ngrams_RME": jnp.arange(24.0).reshape(2, 3, 4), "norm_E": jnp.full(4, step)}
+    # More than a kilobyte, so that it lies in a file of its own.
+    table = np.random.default_rng(0).normal(size=(2, 30, 40)).astype(np.float32)
+    params = {"ngrams_RME": jnp.asarray(table), "norm_E": jnp.full(4, step, jnp.float32)}
     return TrainState(jnp.asarray(step, jnp.int32), params, {"count": jnp.asarray(step)})
 
 
-def test_which_checkpoints_are_kept(tmp_path):
-    manager = make_manager(tmp_path, CONFIG)
-    for step in range(1, 6):
+def save_steps(workdir: Path, steps) -> None:
+    manager = make_manager(workdir, CONFIG)
+    for step in steps:
         save(manager, small_state(step), {"0": {"taken": step}}, {"step": step})
     manager.close()
-    assert saved_steps(tmp_path) == [2, 4, 5]
+
+
+def target_like(state: TrainState) -> TrainState:
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), small_state(0)
-    )
-    restored = restore(tmp_path / "checkpoints" / "4", target, [0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    save_steps(tmp_path, range(1, 6))
+    assert saved_steps(tmp_path) == [2, 4, 5]
+    restored = restore(tmp_path / "checkpoints" / "4", target_like(small_state(0)), [0])
     assert restored.streams == {"0": {"taken": 4}} and int(restored.state.step) == 4
     assert damage(restored) == ""
     # What the files can't tell, the arrays do: one that is another step's is named.
@@ -122,6 +146,220 @@ def test_one_changed_character_is_damage(runs, tmp_path, capsys, name):
     assert main(command(runs, "byte_lm", copy)) == 0
     assert "12 is damaged" in capsys.readouterr().out
     assert losses(copy) == losses(runs.byte_lm)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A work directory with steps 4 and 5; any user may read what lies above it."""
+    folder = Path(tempfile.mkdtemp(prefix="bltjax-"))
+    folder.chmod(0o755)
+    save_steps(folder, range(4, 6))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_other_arrays_than_the_settings_ask_for(saved, monkeypatch):
+    """Nothing is damaged, and nothing is moved; also of those that don't remember their shapes."""
+    state = small_state(0)
+    x = state.params["ngrams_RME"]
+    others = {
+        r"params/ngrams_RME: float32 \(2, 30, 40\) -> float32 \(2, 3, 5\)": state._replace(
+            params=state.params | {"ngrams_RME": jnp.zeros((2, 3, 5))}
+        ),
+        r"params/ngrams_RME: float32 .* -> bfloat16": state._replace(
+            params=state.params | {"ngrams_RME": x.astype(jnp.bfloat16)}
+        ),
+        "params/gate_EF is in the run alone": state._replace(params=state.params | {"gate_EF": x}),
+        "opt/count is in it alone": state._replace(opt={}),
+    }
+    progress = json.loads((saved / "checkpoints/5/progress/metadata").read_text())
+    assert progress["shapes"]["params/norm_E"] == "float32 (4,)"
+    for remembered in (True, False):
+        if not remembered:
+            monkeypatch.setattr(
+                "bltjax.saving.unsealed_file",
+                lambda path, name: {k: v for k, v in progress.items() if k != "shapes"},
+            )
+        for told, other in others.items():
+            with pytest.raises(ValueError, match=rf"(?s)5 doesn't hold the arrays.*{told}"):
+                restore_newest(saved, target_like(other), [0])
+    assert saved_steps(saved) == [4, 5] and not (saved / "damaged").exists()
+
+
+def test_64_bits_leave_checkpoints_alone(saved):
+    folder, target = saved / "checkpoints" / "5", target_like(small_state(0))
+    whole = restore(folder, target, [0])
+    with jax.enable_x64(True):
+        # What is of 32 bits restores to the same, with the same checksums.
+        again = restore(folder, target, [0])
+        assert damage(again) == ""
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), whole.state, again.state))
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), small_state(0).params)
+        told = r"(?s)float32 \(4,\) -> float64 \(4,\).*JAX_ENABLE_X64"
+        with pytest.raises(Misfit, match=told):
+            restore(folder, target_like(small_state(0)._replace(params=wide)), [0])
+
+
+@contextlib.contextmanager
+def another_user():
+    """This process as a user to whom permissions apply."""
+    try:
+        os.seteuid(65534)
+    except PermissionError:
+        pytest.skip("only root can be another user")
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def largest_file(folder: Path) -> Path:
+    return max(
+        (path for path in folder.rglob("*") if path.parent.name == "d" and "process" in str(path)),
+        key=lambda path: path.stat().st_size,
+    )
+
+
+def test_what_may_not_be_read_is_not_damaged(saved):
+    newest = saved / "checkpoints" / "5"
+    target = target_like(small_state(0))
+    with another_user():
+        assert int(restore_newest(saved, target, [0]).state.step) == 5
+    for path in (
+        newest,
+        newest / "params",
+        newest / "opt" / "_METADATA",
+        newest / "params" / "manifest.ocdbt",
+        largest_file(newest / "params"),
+        newest / "streams" / "0.json",
+        newest / "progress" / "metadata",
+        newest.parent,
+    ):
+        mode = path.stat().st_mode
+        path.chmod(0)
+        try:
+            with another_user(), pytest.raises((ValueError, OSError), match=r"(?i)permission") as e:
+                restore_newest(saved, target, [0])
+            assert "is damaged" not in str(e.value)
+            if path == newest / "params":
+                with another_user(), pytest.raises(OSError, match="ermission"):
+                    (path / "_METADATA").read_text()
+        finally:
+            path.chmod(mode)
+        assert saved_steps(saved) == [4, 5] and not (saved / "damaged").exists()
+
+
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+def test_too_many_open_files_are_no_damage(saved, monkeypatch):
+    # pytest's own would import something, to tell of what Orbax leaves unfinished.
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    told = []
+    for spare in range(1, 4):
+        taken = [os.open("/", os.O_RDONLY) for _ in range(spare)]  # the last numbers that there are
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1, hard))
+        for descriptor in taken:
+            os.close(descriptor)
+        try:
+            restore_newest(saved, target_like(small_state(0)), [0])
+        except (ValueError, OSError) as error:
+            told.append(str(error))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert told and all("too many open files" in text.lower() for text in told), told
+    assert any("5 can't be restored" in text for text in told), told
+    assert saved_steps(saved) == [4, 5]
+
+
+def test_a_storage_that_is_away_is_no_damage(monkeypatch, tmp_path):
+    """TensorStore as it reads from a server that has no time; the program then ends with 75."""
+
+    class Busy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(503)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("localhost", 0), Busy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    few = {"max_retries": 1, "initial_delay": "1ms", "max_delay": "1ms"}
+    store = {"driver": "http", "base_url": f"http://localhost:{server.server_port}/"}
+    context = {"http_request_retries": few}
+
+    def read(*_):
+        return tensorstore.KvStore.open(store | {"context": context}).result()["x"]
+
+    with pytest.raises(ValueError) as error:
+        read()
+    assert reason(error.value).kind == "away", error.value
+    save_steps(tmp_path, [1])
+    monkeypatch.setattr("bltjax.saving.restore", read)
+    with pytest.raises(Restart, match="1 can't be read now: "):
+        restore_newest(tmp_path, target_like(small_state(0)), [0])
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("part", ["index", "list", "tree", "chunks", "progress", "stream"])
+@pytest.mark.parametrize("harm", ["changed", "truncated", "empty", "deleted"])
+def test_what_is_damage(saved, tmp_path, part, harm):
+    folder = tmp_path / "5"
+    shutil.copytree(saved / "checkpoints" / "5", folder)
+    path = {
+        "index": folder / "params" / "_METADATA",
+        "list": folder / "opt" / "array_metadatas" / "process_0",
+        "tree": folder / "params" / "manifest.ocdbt",
+        "chunks": largest_file(folder / "params"),
+        "progress": folder / "progress" / "metadata",
+        "stream": folder / "streams" / "0.json",
+    }[part]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 5
+    if harm == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes({"changed": data, "truncated": data[: len(data) // 2], "empty": b""}[harm])
+    try:
+        restored = restore(folder, target_like(small_state(0)), [0])
+    except Exception as error:
+        why = why_not(folder, error)
+        assert why.kind == "damaged", why
+        assert part not in ("index", "list", "progress") or path.name in why.text, why
+    else:  # where Orbax needs no such file, or the arrays say it
+        assert damage(restored) or (part, harm) in (
+            ("list", "deleted"), ("list", "changed"), ("index", "deleted"), ("index", "changed"),
+        )  # fmt: skip
+
+
+def test_an_error_of_one_process_ends_all(saved, monkeypatch, capsys):
+    """Also where the others find the checkpoint damaged, or whole."""
+    theirs = ["refused", "PERMISSION_DENIED: Error reading"]
+    target = target_like(small_state(0))
+    for mine in (None, ["damaged", "a checksum"]):
+        monkeypatch.setattr("bltjax.saving.gathered", lambda what, value, mine=mine: [mine, theirs])
+        with pytest.raises(ValueError, match="5 can't be restored: PERMISSION_DENIED"):
+            restore_newest(saved, target, [0])
+    others = {("unknown", "who knows"): ValueError, ("away", "UNAVAILABLE: later"): Restart}
+    for theirs, kind in others.items():
+        with pytest.raises(kind, match=theirs[1]):
+            restore_newest(saved, target, [0])
+    assert saved_steps(saved) == [4, 5] and capsys.readouterr().out == ""
+
+
+def test_parameters_that_may_not_be_read(runs):
+    """Whoever only reads a run is not advised to remove its checkpoint."""
+    folder = Path(tempfile.mkdtemp(prefix="bltjax-"))
+    folder.chmod(0o755)
+    shutil.copytree(runs.byte_lm, folder / "run")
+    largest_file(folder / "run/checkpoints/12/params").chmod(0)
+    try:
+        with another_user(), pytest.raises(ValueError, match=r"PERMISSION_DENIED.*\n.*mend") as e:
+            load_params(folder / "run")
+        assert "Remove" not in str(e.value)
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture

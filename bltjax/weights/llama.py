@@ -8,11 +8,12 @@ rotary channels (i, i + C / 2), BLT (2i, 2i + 1): query and key channels are re-
 from etils import epath
 
 from bltjax.config import LatentConfig
+from bltjax.storage import read_json
 from bltjax.weights.model_files import check_values
 from bltjax.weights.pieces import LLAMA, check_tensors, latent_pieces, leaves_of
 from bltjax.weights.port import read_scaling
 from bltjax.weights.safetensors import read_folder
-from bltjax.weights.tensors import Leaf, read_json
+from bltjax.weights.tensors import Leaf
 
 REQUIRED = {
     "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),

@@ -26,6 +26,7 @@ from bltjax.config import (
     PatchingConfig,
     RunConfig,
 )
+from bltjax.storage import read_json
 from bltjax.weights.model_files import (
     ModelFiles,
     check_fields,
@@ -37,7 +38,7 @@ from bltjax.weights.model_files import (
 )
 from bltjax.weights.pieces import META, blt_pieces, byte_lm_pieces, tensors_of
 from bltjax.weights.safetensors import read_folder, write_folder
-from bltjax.weights.tensors import DTYPES, read_json
+from bltjax.weights.tensors import DTYPES
 from bltjax.weights.torch_file import read_pth, write_pth
 
 BYTE_LM = "entropy_model"  # the folder, and the key in its params.json

@@ -27,6 +27,7 @@ from bltjax.config import (
     RunConfig,
     divides,
 )
+from bltjax.storage import read_json
 from bltjax.weights.model_files import (
     ModelFiles,
     check_fields,
@@ -38,7 +39,7 @@ from bltjax.weights.model_files import (
 )
 from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces, tensors_of
 from bltjax.weights.safetensors import read_folder, write_folder
-from bltjax.weights.tensors import DTYPES, read_json
+from bltjax.weights.tensors import DTYPES
 
 TOP = {
     "vocab_size": 260, "patch_in_forward": True, "patching_mode": "entropy",

@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from bltjax.weights.tensors import Tensor, read_json, write_rows
+from bltjax.storage import read_json
+from bltjax.weights.tensors import Tensor, write_rows
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30

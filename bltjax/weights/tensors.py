@@ -8,13 +8,11 @@ its leading axis: a layer of L stacked ones, or rows of one of R hash tables.
     q_EGC    the only place ()                     whole
 """
 
-import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from etils import epath
 
 from bltjax.shapes import suffix_axes
 
@@ -124,18 +122,3 @@ def flattened(tree: dict, prefix: str = "") -> dict:
         path = f"{prefix}{name}"
         flat |= flattened(value, f"{path}/") if isinstance(value, dict) else {path: value}
     return flat
-
-
-def read_json(path: epath.Path) -> dict:
-    """A JSON file that holds an object.
-
-    Raises:
-      ValueError: naming the file, if it does not.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}, not an object")
-    return found
