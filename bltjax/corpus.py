@@ -18,10 +18,10 @@ from bltjax.chips import read_topology
 from bltjax.config import PatchingConfig
 from bltjax.config_file import path_argument
 from bltjax.data.packing import cut
-from bltjax.data.records import Document, RecordDocuments
+from bltjax.data.records import Document, RecordDocuments, read_shard_info
 from bltjax.export import read_config
 from bltjax.flops import row_forward_flops
-from bltjax.metrics import duration, quantity
+from bltjax.metrics import duration, is_number, quantity
 from bltjax.patching import patch_lengths
 from bltjax.storage import check_writable, write_text
 
@@ -65,14 +65,29 @@ def lengths_at(source: Source, threshold: float) -> np.ndarray:
     return np.concatenate([patch_lengths(starts_N) for starts_N in cuts])
 
 
+def made_of(side: epath.Path) -> dict | None:
+    """In what time a shard was scored, by which process, on what; None if that isn't known."""
+    if not side.exists():
+        return None
+    try:
+        made = read_shard_info(side)[1]
+        seconds, kinds = made.get("seconds"), {"process": int, "device": str}
+        whole = is_number(seconds) and 0 <= seconds < float("inf")
+        if made and not (whole and all(type(made.get(k)) is kind for k, kind in kinds.items())):
+            raise ValueError(f"{side} is damaged: made is {made}")
+    except ValueError as error:
+        print(f"{error}; how fast its shard was scored is left out")
+        return None
+    return made or None
+
+
 def scoring_rate(records: RecordDocuments) -> dict | None:
     """How fast the shards were scored; None for records of which that isn't known."""
     made, text_bytes = [], 0
     for shard in records.manifest.shards:
-        side = (records.folder / shard.name).with_suffix(".json")
-        values = json.loads(side.read_text()) if side.exists() else {}
-        if "made" in values:
-            made.append(values["made"])
+        found = made_of((records.folder / shard.name).with_suffix(".json"))
+        if found is not None:
+            made.append(found)
             text_bytes += shard.text_bytes
     seconds = sum(shard["seconds"] for shard in made)
     if not seconds:

@@ -33,6 +33,7 @@ from bltjax.data.records import (
     Manifest,
     ShardInfo,
     encode_record,
+    read_shard_info,
     shard_info,
     write_manifest,
     write_shard,
@@ -40,7 +41,7 @@ from bltjax.data.records import (
 from bltjax.data.sources import Documents, open_source
 from bltjax.metrics import Progress, quantity
 from bltjax.scoring import EntropyModel, load_entropy_model, score_documents
-from bltjax.storage import check_unused, check_writable, size_of, write_text
+from bltjax.storage import check_unused, check_writable, read_json, size_of, write_text
 
 SHARD_BYTES = 64 << 20
 
@@ -81,18 +82,53 @@ def make_plan(
     return plan, [(indices, sum(lengths[indices.start : indices.stop])) for indices in shards]
 
 
+def checksum_of(plan: dict) -> int:
+    """Of what a plan says, by which shards remember it; settings of a source may be added later."""
+    source = {
+        field.name: plan["source"][field.name]
+        for field in dataclasses.fields(SourceConfig)
+        if field.name in plan["source"] and plan["source"][field.name] != field.default
+    }
+    return zlib.crc32(json.dumps(plan | {"source": source}, sort_keys=True).encode())
+
+
+def plan_there(path: epath.Path, plan: dict) -> dict | None:
+    """The plan that was left in a folder; None if there is none, or none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path)
+        for key, value in plan.items():
+            if type(found.get(key)) is not type(value):
+                raise ValueError(f"{path} is no plan of shards: {key} is {found.get(key)!r}")
+    except ValueError as error:
+        print(f"{error}; it is lost")
+        return None
+    defaults = {field.name: field.default for field in dataclasses.fields(SourceConfig)}
+    added = {key: defaults[key] for key in plan["source"].keys() - found["source"].keys()}
+    return found | {"source": added | found["source"]}
+
+
 def agree_on(plan: dict, out: epath.Path) -> None:
     """Leaves the plan in `out`, where another process or an earlier run may have left it.
 
     Raises:
-      ValueError: with the differences, if that is another one.
+      ValueError: with the differences, if that is another one; or if it is lost, and a shard is
+        there of which nothing says that it is this plan's.
     """
     path = out / "plan.json"
-    if not path.exists():
+    there = plan_there(path, plan)
+    if there is None:
+        for side in sorted(out.glob("shard-*-of-*.json")):
+            made = read_side(side)[1]
+            if made is not None and made.get("plan") != checksum_of(plan):
+                raise ValueError(
+                    f"{path} is lost, and nothing says that the shard of {side.name} was scored by"
+                    " this byte LM from this corpus. Give another --out, or remove that folder."
+                )
         write_text(path, json.dumps(plan))
-    there = {"source": {}} | json.loads(path.read_text())
-    there["source"] = {"format": "auto"} | there["source"]  # a setting that older plans lack
-    lines = differences(there, plan)
+        there = plan_there(path, plan)
+    lines = differences(there or {}, plan)
     if lines:
         raise ValueError(
             f"{out} was begun with another byte LM or corpus (there -> here):\n  "
@@ -110,14 +146,29 @@ def side_path(path: epath.Path) -> epath.Path:
     return path.with_suffix(".json")
 
 
-def read_side(path: epath.Path) -> ShardInfo | None:
-    """What the manifest will say of a shard, if it was written."""
-    side = side_path(path)
+def read_side(side: epath.Path) -> tuple[ShardInfo | None, dict | None]:
+    """What the manifest will say of a shard, and how it was made; None if that isn't there.
+
+    What is damaged isn't there, and is said."""
     if not side.exists():
+        return None, None
+    try:
+        return read_shard_info(side)
+    except ValueError as error:
+        print(f"{error}: its shard is scored again")
+        return None, None
+
+
+def info_of(path: epath.Path, documents: int, text_bytes: int, plan: int) -> ShardInfo | None:
+    """What the manifest will say of a shard of this plan (its checksum), if it was written."""
+    info, made = read_side(side_path(path))
+    if info is None:
         return None
-    values = json.loads(side.read_text())
-    values.pop("made", None)
-    return ShardInfo(**values)
+    asked = (path.name, documents, text_bytes, made.get("plan", plan))
+    if asked != (info.name, info.documents, info.text_bytes, plan):
+        print(f"{side_path(path)} is of another shard: it is scored again")
+        return None
+    return info
 
 
 def score_shard(
@@ -128,8 +179,9 @@ def score_shard(
     scored: Callable[[int], None],
     process: int,
     count: int,
+    plan: int,
 ) -> None:
-    """Scores the documents of one shard on a device, and writes it."""
+    """Scores the documents of one shard on a device, and writes it. plan: its checksum."""
     begun = time.monotonic()
     with jax.default_device(device):
         entropies, padding = score_documents(
@@ -146,6 +198,7 @@ def score_shard(
         "seconds": time.monotonic() - begun,
         "process": process,
         "device": device.device_kind,
+        "plan": plan,
     }
     write_text(side_path(path), json.dumps(dataclasses.asdict(info) | {"made": made}))
 
@@ -180,7 +233,7 @@ def write_entropies(
         print(f"{source.path}: {documents.bad} broken lines skipped")
     plan, shards = make_plan(documents, source, model.identity, shard_bytes)
     agree_on(plan, out)
-    total = len(shards)
+    checksum, total = checksum_of(plan), len(shards)
     mine = range(process, total, count)
     progress = Progress("entropies", sum(len(shards[n][0]) + shards[n][1] for n in mine))
     lock, devices = threading.Lock(), queue.SimpleQueue()
@@ -195,7 +248,7 @@ def write_entropies(
         """Scores one shard on a device that has nothing to do, unless it is there."""
         indices, size = shards[number]
         path = shard_path(out, number, total)
-        info = read_side(path)
+        info = info_of(path, len(indices), size, checksum)
         if info and info.is_whole(path):
             scored(info.positions)
             print(f"{path.name}: kept, {quantity(size)}B")
@@ -204,7 +257,7 @@ def write_entropies(
             texts = [documents[i].text for i in indices]
         device, its_model = devices.get()
         try:
-            score_shard(path, texts, its_model, device, scored, process, count)
+            score_shard(path, texts, its_model, device, scored, process, count, checksum)
         finally:
             devices.put((device, its_model))
         print(f"{path.name}: {quantity(size)}B in {len(texts)} documents")
@@ -216,7 +269,10 @@ def write_entropies(
         finally:
             pool.shutdown(cancel_futures=True)
     paths = [shard_path(out, number, total) for number in range(total)]
-    infos = [read_side(path) for path in paths]
+    infos = [
+        info_of(path, len(indices), size, checksum)
+        for path, (indices, size) in zip(paths, shards, strict=True)
+    ]
     # Others' shards were published whole; their sizes say that they are still there.
     missing = [
         path.name

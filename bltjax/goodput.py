@@ -14,17 +14,39 @@ WORKDIR/goodput.json keeps the sums, so that they are the run's and not the proc
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 
 import jax
 
-from bltjax.checkpoint import write_text
 from bltjax.processes import is_writer
+from bltjax.storage import read_json, write_text
 
 KINDS = ("steps", "input", "checkpoints", "evaluation", "compile", "start", "restarts", "lost")
 NAME = "goodput.json"
 REMEMBERED = 100  # checkpoints, of those whose step a run may fall back to
+
+
+def read_sums(path) -> dict:
+    """What `Goodput.write` wrote.
+
+    Raises:
+      ValueError: naming the file, if it is anything else.
+    """
+    found = read_json(path)
+    try:
+        seconds = {kind: found["seconds"][kind] for kind in KINDS if kind in found["seconds"]}
+        saved = {int(step): seconds for step, seconds in found["saved"].items()}
+        numbers = [*seconds.values(), *saved.values(), found["until"]]
+        whole = isinstance(found["ended"], bool) and all(
+            type(x) in (int, float) and math.isfinite(x) and x >= 0 for x in numbers
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} doesn't hold a run's sums of seconds")
+    return found | {"seconds": seconds, "saved": saved}
 
 
 class Goodput:
@@ -36,13 +58,18 @@ class Goodput:
         self.seconds = dict.fromkeys(KINDS, 0.0)
         self.saved: dict[int, float] = {}  # step -> seconds of steps when it was saved
         self.rest, self.since = "start", begun
-        if self.path.exists():
-            told = json.loads(self.path.read_text())
-            self.seconds |= told["seconds"]
-            self.saved = {int(step): seconds for step, seconds in told["saved"].items()}
-            if not told["ended"]:
-                start = time.time() - (time.monotonic() - begun)
-                self.seconds["restarts"] += max(0.0, start - told["until"])
+        if not self.path.exists():
+            return
+        try:
+            told = read_sums(self.path)
+        except ValueError as error:
+            print(f"{error}: goodput is counted from here on")
+            return
+        self.seconds |= told["seconds"]
+        self.saved = told["saved"]
+        if not told["ended"]:
+            start = time.time() - (time.monotonic() - begun)
+            self.seconds["restarts"] += max(0.0, start - told["until"])
 
     def resume(self, step: int) -> None:
         """Counts the steps after `step` as lost: they will be done again."""
@@ -83,7 +110,8 @@ class Goodput:
         self.charge(self.rest)
         if is_writer():
             told = {"seconds": self.seconds, "saved": self.saved, "until": time.time()}
-            write_text(self.path, json.dumps(told | {"ended": ended}) + "\n")
+            # A disk would keep the steps waiting, and what a power failure takes can be missed.
+            write_text(self.path, json.dumps(told | {"ended": ended}) + "\n", durable=False)
 
     def shares(self) -> dict[str, float]:
         self.charge(self.rest)

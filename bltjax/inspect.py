@@ -10,6 +10,7 @@ has the checksum which the manifest says. What is damaged is named, and the exit
 import argparse
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ from bltjax.convert import LAYOUTS, open_model, patching_words
 from bltjax.data.records import MANIFEST, read_manifest
 from bltjax.export import CACHE, is_export, open_array, read_config
 from bltjax.export import read_manifest as read_export
-from bltjax.metrics import Progress, duration, quantity
+from bltjax.metrics import Progress, duration, quantity, read_reports
 from bltjax.model import parameter_count
 from bltjax.saving import stored_name
 from bltjax.storage import read_json, size_of
@@ -231,13 +232,10 @@ def inspect_run(path: epath.Path, quick: bool) -> dict:
 
 
 def last_report(path: epath.Path) -> dict:
-    """The newest value of everything that a run reported; a line cut off by a kill is left out."""
+    """The newest value of everything that a run reported; damaged lines are left out."""
     values: dict = {}
-    for line in path.read_text().splitlines():
-        try:
-            values |= json.loads(line)
-        except ValueError:
-            continue
+    for report in read_reports(path):
+        values |= report
     return values
 
 
@@ -359,7 +357,7 @@ def lines_of(path: epath.Path, found: dict) -> Iterator[str]:
             f"{alone}{held_out}"
         )
     last = found.get("last_report", {})
-    if "seconds" in last:
+    if {"loss", "seconds"} <= last.keys() and math.isfinite(last["seconds"]):
         yield f"  last report: loss {last['loss']:.4f} after {duration(last['seconds'])}"
     if found.get("byte_lm"):
         yield f"  with {found['byte_lm']['model']}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from etils import epath
 
 from bltjax.processes import is_writer
-from bltjax.storage import is_remote, scratch, write_text
+from bltjax.storage import is_remote, parse_json, scratch, write_text
 
 METRICS = "metrics.jsonl"
 UPLOAD_SECONDS = 60.0
@@ -41,6 +41,37 @@ def quantity(value: float) -> str:
     return f"{value:.3g}"
 
 
+def is_number(value) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def whole_lines(path: epath.Path | Path) -> list[tuple[str, dict]]:
+    """The reports of metrics.jsonl, as lines and as values; says how many lines are damaged."""
+    found, damaged = [], 0
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        if not line:
+            continue
+        try:
+            report = parse_json(line, "")
+            whole = type(report.get("step")) is int and is_number(report["step"])
+        except ValueError:  # of a process that was killed while it wrote, or a disk's
+            whole = False
+        if whole:
+            found.append((line.decode("utf-8-sig"), report))
+        damaged += not whole
+    if damaged:
+        print(f"{path}: {damaged} damaged lines are left out", file=sys.stderr)
+    return found
+
+
+def read_reports(path: epath.Path | Path) -> list[dict]:
+    """The numbers of every whole line of metrics.jsonl, each with its `step`."""
+    return [
+        {name: value for name, value in report.items() if is_number(value)}
+        for _, report in whole_lines(path)
+    ]
+
+
 class Reporter:
     """Writes reports of one run; on resume, drops the lines of steps that will be run again.
 
@@ -57,17 +88,11 @@ class Reporter:
             self.folder = scratch() / "reports" / uuid.uuid4().hex
             (self.folder / "tensorboard").mkdir(parents=True)
             if (workdir / METRICS).exists():
-                (self.folder / METRICS).write_text((workdir / METRICS).read_text())
+                (self.folder / METRICS).write_bytes((workdir / METRICS).read_bytes())
         path = self.folder / METRICS
         if path.exists():
-            kept = []
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= first_step:
-                        kept.append(line)
-                except (json.JSONDecodeError, KeyError):
-                    continue  # the line that a killed process was writing
-            write_text(path, "".join(line + "\n" for line in kept))
+            lines = [line for line, report in whole_lines(path) if report["step"] <= first_step]
+            write_text(path, "".join(line + "\n" for line in lines))
         self.file = path.open("a")
         # It imports torch where there is one: two seconds, of which only training has to know.
         from tensorboardX import SummaryWriter

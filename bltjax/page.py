@@ -7,7 +7,6 @@ adds what the model writes (`samples.py`), which later pages keep.
 """
 
 import html
-import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -16,9 +15,9 @@ from etils import epath
 
 from bltjax import checkpoint as ckpt
 from bltjax.config import RunConfig, to_dict
-from bltjax.metrics import duration, quantity
+from bltjax.metrics import duration, quantity, read_reports
 from bltjax.model import parameter_count
-from bltjax.storage import path_of, write_text
+from bltjax.storage import path_of, read_json, write_text
 from bltjax.weights.model_files import model_shapes
 from bltjax.weights.tensors import flattened
 
@@ -70,17 +69,6 @@ class Line(NamedTuple):
     name: str
     points: list[tuple[float, float]]
     marked: bool = False  # points are few, and drawn as such
-
-
-def read_reports(path: epath.Path) -> list[dict]:
-    """The lines of metrics.jsonl; one that a killed process was writing is left out."""
-    reports = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            reports.append(json.loads(line))
-        except ValueError:
-            continue
-    return [report for report in reports if isinstance(report, dict) and "step" in report]
 
 
 def series(reports: Sequence[dict], key: str) -> list[tuple[float, float]]:
@@ -277,6 +265,20 @@ def samples_part(found: dict) -> str:
     return "".join(parts)
 
 
+def read_samples(path: epath.Path) -> dict:
+    """What `samples.write_samples` wrote.
+
+    Raises:
+      ValueError: naming the file, if it is anything else.
+    """
+    found = read_json(path)
+    try:
+        samples_part(found)
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"{path} doesn't hold what a run's model wrote") from None
+    return found
+
+
 def run_page(workdir: epath.Path) -> str:
     """The page of a run's work directory, as it is now.
 
@@ -290,7 +292,10 @@ def run_page(workdir: epath.Path) -> str:
     sources = ", ".join(source.path for source in config.data.train.values())
     samples = {}
     if (workdir / SAMPLES).exists():
-        samples = json.loads((workdir / SAMPLES).read_text())
+        try:
+            samples = read_samples(workdir / SAMPLES)
+        except ValueError as error:
+            print(f"{error}: the page has no samples; `page` writes others")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'

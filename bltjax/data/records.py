@@ -10,6 +10,7 @@ names only when whole, and the manifest, written last, says what they must be.
 import bisect
 import dataclasses
 import json
+import re
 import struct
 import zlib
 from collections.abc import Iterable
@@ -21,7 +22,16 @@ from array_record.python import array_record_module
 from etils import epath
 
 from bltjax.data.fingerprint import fingerprint_of
-from bltjax.storage import is_remote, local_copy, publish, scratch, size_of, write_text
+from bltjax.storage import (
+    is_remote,
+    local_copy,
+    parse_json,
+    publish,
+    read_json,
+    scratch,
+    size_of,
+    write_text,
+)
 
 MAGIC = b"BLT1"
 HEADER = struct.Struct("<4sII")
@@ -141,6 +151,60 @@ def write_manifest(folder: epath.Path, manifest: Manifest) -> None:
     write_text(epath.Path(folder) / MANIFEST, text)
 
 
+def check_types(values) -> None:
+    """Raises ValueError where a field that was read isn't the text, or the count, that it is."""
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        whole = type(value) is field.type or field.type not in (int, str)
+        if not whole or (field.type is int and not 0 <= value < 2**63):
+            raise ValueError(f"{field.name} is {value!r}")
+
+
+def shard_info_of(values: dict) -> ShardInfo:
+    """What was written of a shard.
+
+    Raises:
+      ValueError: if it can't be.
+    """
+    try:
+        info = ShardInfo(**values)
+    except TypeError as error:
+        raise ValueError(f"it doesn't describe a shard: {error}") from None
+    check_types(info)
+    if info.positions != info.text_bytes + info.documents or "/" in info.name:
+        raise ValueError(
+            f"{info.name} can't have {info.positions} positions: {info.documents} documents of"
+            f" {info.text_bytes} bytes have one for each byte, and one each"
+        )
+    return info
+
+
+def check_names(names: list[str]) -> None:
+    """Raises ValueError unless these are all the shards, in order, as far as their names say."""
+    if not names:
+        raise ValueError("it names no shard")
+    for place, name in enumerate(names):
+        found = re.search(r"-(\d+)-of-(\d+)\.", name)
+        if found and (int(found[1]), int(found[2])) != (place, len(names)):
+            raise ValueError(f"{name} is named as shard {place + 1} of {len(names)}")
+
+
+def read_shard_info(side: epath.Path) -> tuple[ShardInfo, dict]:
+    """What stands beside a shard: what it holds, and how it was made (of older ones, nothing).
+
+    Raises:
+      ValueError: naming the file, if it is anything else.
+    """
+    values = read_json(side)
+    made = values.pop("made", {})
+    try:
+        if not isinstance(made, dict):
+            raise ValueError(f"made is {made!r}")
+        return shard_info_of(values), made
+    except ValueError as error:
+        raise ValueError(f"{side} is damaged: {error}") from None
+
+
 def read_manifest(folder: epath.Path) -> Manifest:
     """Raises ValueError for a folder without a manifest, or with one that is not ours."""
     path = folder / MANIFEST
@@ -150,17 +214,23 @@ def read_manifest(folder: epath.Path) -> Manifest:
             " Run the entropies command to its end."
         )
     try:
-        values = json.loads(path.read_text())
-        shards = tuple(ShardInfo(**shard) for shard in values.pop("shards"))
-        manifest = Manifest(shards=shards, **values)
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a manifest of records: {error}") from None
-    if manifest.version != VERSION:
+        values = parse_json(path.read_bytes(), "it")
+        version = values.get("version")
+        if type(version) is not int or version == VERSION:
+            shards = tuple(shard_info_of(shard) for shard in values.pop("shards"))
+            manifest = Manifest(shards=shards, **values)
+            check_types(manifest)
+            check_names([shard.name for shard in shards])
+            return manifest
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} has format version {manifest.version}, but this code reads version {VERSION}."
-            " Score the corpus again, or read it with the code that wrote it."
-        )
-    return manifest
+            f"{path} is not a manifest of records: {error}. Run the entropies command again: it"
+            " keeps whole shards, and writes this file anew."
+        ) from None
+    raise ValueError(
+        f"{path} has format version {version}, but this code reads version {VERSION}."
+        " Score the corpus again, or read it with the code that wrote it."
+    )
 
 
 class RecordDocuments:
@@ -224,7 +294,11 @@ class RecordDocuments:
     def reader(self, shard: int) -> array_record_module.ArrayRecordReader:
         if shard not in self._readers:
             path = local_copy(self.folder / self.manifest.shards[shard].name)
-            self._readers[shard] = array_record_module.ArrayRecordReader(
-                str(path), "readahead_buffer_size:0"
-            )
+            reader = array_record_module.ArrayRecordReader(str(path), "readahead_buffer_size:0")
+            documents = self.manifest.shards[shard].documents
+            if reader.num_records() != documents:
+                raise ValueError(
+                    f"it has {reader.num_records()} records, and {MANIFEST} says {documents}"
+                )
+            self._readers[shard] = reader
         return self._readers[shard]
