@@ -124,10 +124,14 @@ def check_workdir(workdir: Path, config: RunConfig) -> RunConfig | None:
     return run and from_json(run, workdir / CONFIG)
 
 
-def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> dict | None:
-    """Makes the directory and `mark` in it; the config of the run that is there, as JSON."""
+def check_place(workdir: Path) -> None:
+    """Raises ValueError if a run can't be in a folder, for its name or for what else is there."""
     check_arrays_path(workdir)
     check_unused(workdir, by="a run")
+
+
+def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> dict | None:
+    """Makes the directory and `mark` in it; the config of the run that is there, as JSON."""
     check_writable(mark.parent)  # found now, not at the first checkpoint
     mark.write_text("")
     if not saved_steps(workdir):

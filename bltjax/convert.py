@@ -13,6 +13,7 @@ written and through the source.
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -29,10 +30,12 @@ from bltjax.alphabet import encode
 from bltjax.config import PatchingConfig
 from bltjax.config_file import path_argument
 from bltjax.export import is_export, open_stored, write_export
+from bltjax.lock import held
 from bltjax.metrics import Progress, duration, quantity
 from bltjax.model import parameter_count
 from bltjax.notebook import LoadedModel
 from bltjax.patching import force_starts, patch_starts
+from bltjax.processes import leave
 from bltjax.scoring import EntropyModel
 from bltjax.serving import (
     FOLDER,
@@ -85,7 +88,8 @@ def open_model(path: epath.Path, *, as_port: bool = False) -> ModelFiles:
             f"{path} holds a Llama, not a BLT: start a latent transformer from it with"
             f" `train --init_latent_from {path}`"
         )
-    there = sorted(child.name for child in path.iterdir())[:6] if path.is_dir() else ["a file"]
+    names = path.iterdir() if path.is_dir() else [epath.Path("a file")]
+    there = sorted(child.name for child in names if not child.name.startswith("."))[:6]
     raise ValueError(
         f"{path} holds no model that is known (it has {', '.join(there) or 'nothing'}): looked for"
         " export.json; checkpoints/; config.json of model_type 'blt'; params.json with"
@@ -116,16 +120,18 @@ def convert(
     byte_lm: epath.Path | None = None,
     as_port: bool = False,
     serving: ServingConfig | None = None,
+    take_over: bool = False,
 ) -> tuple[ModelFiles, ModelFiles]:
     """Writes the model in `source` to `destination`; both models' files, the source's first.
 
-    serving: write programs that run without our code, too.
+    serving: write programs that run without our code, too. take_over: doesn't wait to see whether
+    another host still writes the same.
 
     Raises:
-      ValueError: naming the file, tensor or field that is wrong; nothing is left behind.
+      ValueError: naming the file, tensor or field that is wrong; nothing is left behind. If another
+        process writes to the same destination.
     """
-    if destination.exists() or os.path.lexists(destination):  # or a link to nothing
-        raise ValueError(f"{destination} exists; give another destination, or remove it")
+    check_absent(destination)
     if serving and to != "orbax":
         raise ValueError(f"--serving puts programs into an export, not into --to {to}")
     if to == "meta" and "://" in str(destination):
@@ -150,6 +156,25 @@ def convert(
     if local:
         check_writable(destination.parent)
         check_room(destination, files.bytes, twice=to == "meta")
+    with held(
+        hidden_beside(destination, "lock"), "convert", name=str(destination),
+        instead="another destination", lost=functools.partial(leave, 1), take_over=take_over,
+    ):  # fmt: skip
+        check_absent(destination)  # another may have finished it
+        write_whole(files, programs, destination, to)
+    return opened, files
+
+
+def check_absent(destination: epath.Path) -> None:
+    if destination.exists() or os.path.lexists(destination):  # or a link to nothing
+        raise ValueError(f"{destination} exists; give another destination, or remove it")
+
+
+def write_whole(
+    files: ModelFiles, programs: Programs | None, destination: epath.Path, to: str
+) -> None:
+    """Writes a model beside its place on a disk, and moves it there when it is whole."""
+    local = "://" not in str(destination)
     partial = hidden_beside(destination, "partial") if local else destination
     if partial.exists():
         partial.rmtree()  # what a killed command left
@@ -165,7 +190,6 @@ def convert(
     except BaseException:
         partial.rmtree()
         raise
-    return opened, files
 
 
 def check_room(destination: epath.Path, wanted: int, *, twice: bool) -> None:
@@ -381,6 +405,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_serving_arguments(parser)
     parser.add_argument(
+        "--take_over",
+        action="store_true",
+        help="begin at once where a command on another host, which is gone, wrote the same",
+    )
+    parser.add_argument(
         "--verify", action="store_true", help="compare what was written with the source"
     )
 
@@ -392,6 +421,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     source, files = convert(
         args.source, args.destination, args.to,
         dtype=args.dtype, byte_lm=args.byte_lm, as_port=args.as_port, serving=serving,
+        take_over=args.take_over,
     )  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(

@@ -14,6 +14,7 @@ sees that all shards are there writes the manifest, the same one whoever does.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import queue
@@ -39,7 +40,9 @@ from bltjax.data.records import (
     write_shard,
 )
 from bltjax.data.sources import Documents, open_source
+from bltjax.lock import held
 from bltjax.metrics import Progress, quantity
+from bltjax.processes import leave
 from bltjax.scoring import EntropyModel, load_entropy_model, score_documents
 from bltjax.storage import check_unused, check_writable, read_json, size_of, write_text
 
@@ -213,20 +216,42 @@ def write_entropies(
     skip_bad: bool = False,
     process: int = 0,
     count: int = 1,
+    take_over: bool = False,
 ) -> Manifest | None:
     """Scores this process' shards of `source` into the folder `out`; the manifest once all are.
 
-    byte_lm: a run or an export. process, count: which this is, of how many. Returns None while
-    others' shards are missing.
+    byte_lm: a run or an export. process, count: which this is, of how many. take_over: doesn't wait
+    to see whether this share's process on another host still runs. Returns None while others'
+    shards are missing.
 
     Raises:
-      ValueError: if `out` was begun with another byte LM or another corpus.
+      ValueError: if `out` was begun with another byte LM or another corpus, or the share is in use.
       OSError: if `out` can't be written.
     """
     check_unused(out, by="records")
     if os.path.realpath(out) == os.path.realpath(source.path):
         raise ValueError(f"{out} holds the source: records beside it would be taken for it")
     check_writable(out)
+    share = f"process {process} of {count}"
+    with held(
+        out / f".lock-{process}-of-{count}", f"entropies, {share}", name=f"{out}, {share},",
+        instead="another --out, or each process its own number", lost=functools.partial(leave, 1),
+        take_over=take_over,
+    ):  # fmt: skip
+        return score(source, byte_lm, out, newline_reset, shard_bytes, skip_bad, process, count)
+
+
+def score(
+    source: SourceConfig,
+    byte_lm: epath.Path,
+    out: epath.Path,
+    newline_reset: bool,
+    shard_bytes: int,
+    skip_bad: bool,
+    process: int,
+    count: int,
+) -> Manifest | None:
+    """`write_entropies`, of a share that no other process has."""
     model = load_entropy_model(byte_lm, newline_reset=newline_reset)
     documents = open_source(source, skip_bad=skip_bad)
     if documents.bad:
@@ -311,6 +336,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the byte LM's context begins anew with each newline (patching.newline_reset)",
     )
+    parser.add_argument(
+        "--take_over",
+        action="store_true",
+        help="begin at once where this share's process was on another host, and is gone",
+    )
     parser.add_argument("--shard_bytes", type=int, default=SHARD_BYTES, help="text per shard")
     processes.add_arguments(parser)
 
@@ -328,6 +358,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         skip_bad=args.skip_bad,
         process=process,
         count=count,
+        take_over=args.take_over,
     )
     if manifest is None:
         return

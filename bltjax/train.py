@@ -9,8 +9,11 @@ step together, one writes reports.
 
 import argparse
 import contextlib
+import functools
 import signal
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +26,7 @@ from bltjax.data.pipeline import held_out_batches, training_batches, training_so
 from bltjax.export import TOKENIZER
 from bltjax.flops import training_flops
 from bltjax.goodput import Goodput
+from bltjax.lock import held
 from bltjax.metrics import Reporter, quantity
 from bltjax.model import parameter_count
 from bltjax.page import write_page
@@ -36,6 +40,7 @@ from bltjax.processes import (
     from_writer,
     is_writer,
     join,
+    leave,
     process_count,
     together,
 )
@@ -70,15 +75,21 @@ def held_out_bits(scores, params, batches, sharding) -> float:
 
 
 def train(
-    config: RunConfig, workdir: epath.Path, *, stop_at: int | None = None, profiled: str = ""
+    config: RunConfig,
+    workdir: epath.Path,
+    *,
+    stop_at: int | None = None,
+    profiled: str = "",
+    take_over: bool = False,
 ) -> dict:
     """Trains to `optimizer.steps` (or until `stop_at`), resuming what is there; the last report.
 
-    profiled: START:STOP, the steps of which a trace is written.
+    profiled: START:STOP, the steps of which a trace is written. take_over: doesn't wait to see
+    whether a run on another host still uses the work directory.
 
     Raises:
-      ValueError: for a work directory of another run, data that the config cannot use, processes
-        that were told different things.
+      ValueError: for a work directory of another run, or one in use; data that the config cannot
+        use; processes that were told different things.
       FloatingPointError: at a step whose loss or gradient `config.faults` doesn't let pass.
       Restart: after SIGTERM, once the state is saved.
       KeyboardInterrupt: after SIGINT, once the state is saved; at once before the first step, and
@@ -89,6 +100,37 @@ def train(
     profile = Profile(profiled, workdir)
     settings = {"workdir": str(workdir), "stop_at": stop_at, "config": to_dict(config)}
     check_agreement(settings)
+    with only_run(workdir, take_over) as check_lock:
+        return train_alone(config, workdir, begun, profile, stop_at, check_lock)
+
+
+@contextlib.contextmanager
+def only_run(workdir: epath.Path, take_over: bool) -> Iterator[Callable[[], Any]]:
+    """Locks a work directory, for all processes of a run; what looks whether it still is locked."""
+    with contextlib.ExitStack() as exits:
+        checks = []
+
+        def lock() -> None:
+            ckpt.check_place(workdir)  # a name that is refused leaves nothing behind
+            holds = held(
+                workdir / ".lock", "train", name=str(workdir), instead="another --workdir",
+                lost=functools.partial(leave, 1), take_over=take_over,
+            )  # fmt: skip
+            checks.append(exits.enter_context(holds).check)
+
+        from_writer("locking the work directory", lock)
+        yield lambda: [check() for check in checks]
+
+
+def train_alone(
+    config: RunConfig,
+    workdir: epath.Path,
+    begun: float,
+    profile: Profile,
+    stop_at: int | None,
+    check_lock: Callable[[], Any],
+) -> dict:
+    """`train`, in a work directory that no other run uses."""
     run = ckpt.check_workdir(workdir, config)
     resumes = run is not None
     check_start(config, workdir, resumes)
@@ -232,6 +274,7 @@ def train(
                     "sources": fingerprints,
                     "held_out_bits_per_byte": reports.values.get("held_out_bits_per_byte"),
                 }
+                check_lock()
                 with goodput.during("checkpoints"):
                     save(manager, state, batches.get_state(), progress)
                 goodput.save(step)
@@ -278,6 +321,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", default="", metavar="START:STOP", help="trace these steps, for xprof"
     )
+    parser.add_argument(
+        "--take_over",
+        action="store_true",
+        help="begin at once where a run on another host, which is gone, used the work directory",
+    )
     parser.add_argument("--init_from", help="run or export whose parameters training begins with")
     parser.add_argument(
         "--init_latent_from",
@@ -294,7 +342,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     join(args)
     config = load_config(args.config, overrides)
     try:
-        train(config, args.workdir, stop_at=args.stop_at, profiled=args.profile)
+        train(
+            config,
+            args.workdir,
+            stop_at=args.stop_at,
+            profiled=args.profile,
+            take_over=args.take_over,
+        )
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(str(error) or saved_so_far(args.workdir)) from None
     if is_writer():
