@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     # Here, because it imports jax, which --help needn't wait for.
     from bltjax.processes import (
-        INTERRUPTED,
+        CTRL_C,
         RESTART,
         Restart,
         describe,
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         return RESTART if lost else 1
     except KeyboardInterrupt as error:
         print(f"bltjax {args.verb}: interrupted{f': {error}' * bool(error.args)}", file=sys.stderr)
-        return INTERRUPTED
+        return CTRL_C
     return 0
 
 
@@ -104,10 +104,10 @@ def run() -> typing.NoReturn:
     except Exception:
         traceback.print_exc()
         code = 1
-    from bltjax.processes import INTERRUPTED, joined, leave
+    from bltjax.processes import CTRL_C, joined, leave
 
     # A second Ctrl-C waits for no thread either.
-    if code == INTERRUPTED or (code and joined()):
+    if code == CTRL_C or (code and joined()):
         leave(code)
     sys.exit(code)
 

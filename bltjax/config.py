@@ -595,7 +595,7 @@ def from_json(values, path) -> "RunConfig":
         return from_dict(RunConfig, values)
     except ValueError as error:
         raise ValueError(
-            f"{path}: {error}. Most likely another version of bltjax wrote it: take that one"
+            f"{path}: {error}. Most likely another version of bltjax wrote it, and can read it"
         ) from None
 
 

@@ -11,7 +11,7 @@ A program ends with one of these codes, and the scripts in launch/ act on them:
     0     finished
     1     an error that a restart would meet again: a setting, data, a loss that is not finite
     75    RESTART: the same command goes on where it stopped (notice of preemption, a lost process)
-    130   INTERRUPTED: a person's Ctrl-C; nothing starts it again by itself
+    130   CTRL_C: a person's Ctrl-C; nothing starts it again by itself
 """
 
 import argparse
@@ -36,7 +36,7 @@ from bltjax.coordinator import joined, process_count, process_index
 from bltjax.messages import OWN_FAULTS, disk_is_full, says
 
 RESTART = 75  # EX_TEMPFAIL of sysexits.h
-INTERRUPTED = 130  # as a shell has it: ended by SIGINT
+CTRL_C = 130  # as a shell has it: ended by SIGINT
 JOIN_SECONDS = 300
 AGREE_SECONDS = 1200  # hosts read their data at different speeds
 PATIENCE = 3600  # seconds, for what may take long without being a hang: compiling, evaluating
