@@ -316,7 +316,7 @@ def test_weights_to_begin_with_are_looked_at_first(runs, tmp_path):
 
 def test_an_export_is_no_work_directory(runs, tmp_path):
     (tmp_path / "export.json").write_text("{}")
-    with pytest.raises(ValueError, match="is an export: give another --workdir"):
+    with pytest.raises(ValueError, match="holds an export, with"):
         begin_workdir(tmp_path, read_config(runs.byte_lm), tmp_path / "mark")
     assert [path.name for path in tmp_path.iterdir()] == ["export.json"]
 
