@@ -552,8 +552,12 @@ def from_dict(kind, values, where: str = "config"):
             return None
         return from_dict(next(arg for arg in args if arg is not type(None)), values, where)
     if origin is dict:
+        if not isinstance(values, dict):
+            raise ValueError(f"{where} is {values!r}, not a group of settings")
         return {key: from_dict(args[1], value, f"{where}.{key}") for key, value in values.items()}
     if origin is tuple:
+        if not isinstance(values, (list, tuple)):
+            raise ValueError(f"{where} is {values!r}, not a list")
         return tuple(from_dict(args[0], value, where) for value in values)
     if dataclasses.is_dataclass(kind):
         if isinstance(values, kind):
