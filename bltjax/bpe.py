@@ -10,6 +10,7 @@ import re
 import numpy as np
 
 from bltjax.alphabet import OFFSET
+from bltjax.storage import refuse_pointer
 
 NOT_UTF8 = re.compile("([\udc80-\udcff])")  # what surrogateescape makes of such a byte
 
@@ -26,8 +27,7 @@ def load_tokenizer(path: str):
         from tokenizers import Tokenizer
     except ImportError:
         raise ValueError("bpe patching needs tokenizers: pip install 'bltjax[bpe]'") from None
-    with open(path, "rb"):  # its own message would not name the file
-        pass
+    refuse_pointer(path)  # and a file that isn't there: its own message would not name it
     try:
         tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # it raises plain Exception

@@ -45,12 +45,13 @@ from bltjax.serving import (
     serving_from,
     write_serving,
 )
-from bltjax.storage import check_arrays_path, check_writable, hidden_beside, read_json
+from bltjax.storage import check_arrays_path, check_writable, hidden_beside
+from bltjax.weights.hub import not_there, of_hub_cache
 from bltjax.weights.meta import is_meta, read_meta, write_meta
 from bltjax.weights.model_files import ModelFiles, model_shapes
 from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces, tensors_of
 from bltjax.weights.port import is_port, port_settings, read_port, write_port
-from bltjax.weights.tensors import DTYPES, cast, tree_of
+from bltjax.weights.tensors import DTYPES, cast, read_object, tree_of
 
 LAYOUTS = {
     "export": "an export",
@@ -74,7 +75,11 @@ def open_model(path: epath.Path, *, as_port: bool = False) -> ModelFiles:
       ValueError: for a folder of no layout that is known, saying what was looked for.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(not_there(path))
+    path, note = of_hub_cache(path)
+    if note:
+        files = open_model(path, as_port=as_port)
+        return files._replace(notes=(note, *files.notes))
     if is_export(path) or (path / "checkpoints").exists():
         return open_stored(path)
     if is_port(path):
@@ -82,7 +87,7 @@ def open_model(path: epath.Path, *, as_port: bool = False) -> ModelFiles:
     if is_meta(path):
         return read_meta(path)
     config = path / "config.json"
-    kind = read_json(config).get("model_type") if config.exists() else None
+    kind = read_object(config).get("model_type") if config.exists() else None
     if kind == "llama":
         raise ValueError(
             f"{path} holds a Llama, not a BLT: start a latent transformer from it with"
@@ -101,7 +106,7 @@ def as_dtype(files: ModelFiles, name: str | None) -> ModelFiles:
     """The model in another dtype, and its origin's config saying so."""
     if name is None:
         return files
-    leaves = {path: cast(leaf, DTYPES[name]) for path, leaf in files.leaves.items()}
+    leaves = {path: cast(leaf, DTYPES[name], path) for path, leaf in files.leaves.items()}
     origin = json.loads(json.dumps(files.origin)) | {"dtypes": {}}
     for settings in origin.get("json", {}).values():
         for field in ("dtype", "torch_dtype"):

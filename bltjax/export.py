@@ -14,6 +14,7 @@ program takes one or the other.
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,15 +24,29 @@ import tensorstore
 from etils import epath
 
 from bltjax import checkpoint as ckpt
-from bltjax.config import RunConfig, from_json, to_dict
+from bltjax.config import RunConfig, from_dict, to_dict
 from bltjax.saving import reading
-from bltjax.storage import check_arrays_path, is_remote, path_of, read_json
-from bltjax.weights.model_files import ModelFiles, leaf_shapes
-from bltjax.weights.tensors import BLOCK_BYTES, DTYPES, Leaf, blocks, flattened
+from bltjax.storage import check_arrays_path, is_remote, path_of, read_json, refuse_pointer
+from bltjax.weights.model_files import ModelFiles, check_layers, leaf_shapes
+from bltjax.weights.tensors import (
+    BLOCK_BYTES,
+    DTYPES,
+    Leaf,
+    blocks,
+    flattened,
+    read_object,
+    refuse_not_finite,
+)
 
 FORMAT, VERSION = "bltjax export", 1
 MANIFEST = "export.json"
 TOKENIZER = "tokenizer.json"  # what bpe patching needs, in exports and work directories alike
+# The parts of a manifest, and their types.
+PARTS = {
+    "config": dict, "dtype": str, "step": int, "held_out_bits_per_byte": float, "source": str,
+    "origin": dict,
+}  # fmt: skip
+CHANGED = "it was written by another version of bltjax, or changed afterwards"
 CACHE = {"cache_pool": {"total_bytes_limit": 256 << 20}}
 
 
@@ -48,13 +63,61 @@ def is_export(path: epath.Path) -> bool:
 
 
 def read_manifest(path: epath.Path) -> dict:
-    manifest = read_json(path / MANIFEST)
+    """An export's manifest, with every part of the type that it must have.
+
+    Raises:
+      ValueError: naming the file and the part.
+    """
+    file = path / MANIFEST
+    manifest = read_object(file)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise ValueError(
-            f"{path / MANIFEST} says format {manifest.get('format')!r}, version"
+            f"{file} says format {manifest.get('format')!r}, version"
             f" {manifest.get('version')!r}; this bltjax reads {FORMAT!r}, version {VERSION}"
         )
+    for name, kind in PARTS.items():
+        if name not in manifest:
+            raise ValueError(f"{file} lacks {name!r}: {CHANGED}")
+        if manifest[name] is not None or name != "held_out_bits_per_byte":
+            check_part(manifest[name], kind, f"{file}: {name}")
+    if manifest["step"] < 0:
+        raise ValueError(f"{file}: step is {manifest['step']}, not >= 0")
+    check_origin(manifest["origin"], f"{file}: origin")
+    refuse_not_numbers(manifest["config"], f"{file}: config")
     return manifest
+
+
+def check_part(value, kind: type, what: str) -> None:
+    taken = (int, float) if kind is float else kind
+    if not isinstance(value, taken) or isinstance(value, bool):
+        raise ValueError(f"{what} is {value!r}, not {kind.__name__}: {CHANGED}")
+
+
+def check_origin(origin: dict, what: str) -> None:
+    """Raises ValueError unless what a release said of itself can be given back."""
+    for name, kind in (("layout", str), ("container", str), ("json", dict), ("dtypes", dict)):
+        if name in origin:
+            check_part(origin[name], kind, f"{what}.{name}")
+    for name, values in origin.get("json", {}).items():
+        check_part(values, dict, f"{what}.json.{name}")
+        if "/" in name or name in ("", "..", "."):
+            raise ValueError(f"{what}.json has {name!r}, which is no file's name: {CHANGED}")
+    for name, dtype in origin.get("dtypes", {}).items():
+        if dtype not in tuple(DTYPES):
+            raise ValueError(f"{what}.dtypes.{name} is {dtype!r}, not one of {', '.join(DTYPES)}")
+
+
+def refuse_not_numbers(values, what: str) -> None:
+    """Raises ValueError for NaN, infinity and endless digits, which Python's JSON reads, at any
+    depth."""
+    if isinstance(values, float) and not math.isfinite(values):
+        raise ValueError(f"{what} is {values!r}, not a finite number")
+    if isinstance(values, int) and abs(values) >= 2**63:
+        raise ValueError(f"{what} is larger than any whole number that is read")
+    parts = values.items() if isinstance(values, dict) else ()
+    parts = enumerate(values) if isinstance(values, list) else parts
+    for name, value in parts:
+        refuse_not_numbers(value, f"{what}.{name}")
 
 
 def read_config(path) -> RunConfig:
@@ -67,7 +130,14 @@ def read_config(path) -> RunConfig:
     check_arrays_path(path)
     if is_export(path):
         manifest = read_manifest(path)
-        return from_json(manifest.get("config"), path / MANIFEST)
+        where = f"{path / MANIFEST}: config"
+        try:
+            return from_dict(RunConfig, manifest["config"], where)
+        except ValueError as error:
+            said = str(error) if str(error).startswith(where) else f"{where}: {error}"
+            raise ValueError(f"{said} ({CHANGED})") from None
+    if (path / "config.json").exists():
+        refuse_pointer(path / "config.json")
     if {"model_type", "args"} & ckpt.config_values(path).keys():
         raise ValueError(f"{path} holds released weights: `convert` makes an export of them first")
     return ckpt.read_config(path)
@@ -97,6 +167,7 @@ def load_params(path, shardings=None, dtype=None) -> Loaded:
 
 def check_shapes(config: RunConfig, stored: dict, folder: epath.Path) -> None:
     """Raises ValueError unless the arrays in `folder` are just those of the config's model."""
+    check_layers(config, len(stored), str(folder), stacked=True)
     expected = leaf_shapes(config)
     for path in sorted(expected.keys() ^ stored.keys()):
         found = "is not there" if path in expected else "has no place in the config"
@@ -148,7 +219,10 @@ def open_stored(path) -> ModelFiles:
 
         def read(place: tuple[int, ...], rows: slice) -> np.ndarray:
             with reading(folder):
-                return array[(*place, rows)].read().result()
+                found = array[(*place, rows)].read().result()
+            begin = rows.indices(array.shape[len(place)])[0]
+            refuse_not_finite(found, f"{folder}: parameter {name}", begin, place)
+            return found
 
         return Leaf(tuple(array.shape), array.dtype.numpy_dtype, read)
 
@@ -241,6 +315,7 @@ def write_export(files: ModelFiles, folder: epath.Path, written: Callable[[int],
     config = without_sources(files.config)
     if config.blt and config.patching.mode == "bpe":
         tokenizer = epath.Path(config.patching.tokenizer)
+        refuse_pointer(tokenizer)
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
         patching = dataclasses.replace(config.patching, tokenizer=TOKENIZER)
         config = dataclasses.replace(config, patching=patching)

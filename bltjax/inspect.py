@@ -30,7 +30,7 @@ from bltjax.model import parameter_count
 from bltjax.saving import stored_name
 from bltjax.storage import read_json, size_of
 from bltjax.weights.model_files import ModelFiles, leaf_shapes, model_shapes
-from bltjax.weights.tensors import blocks, row_runs
+from bltjax.weights.tensors import NotFinite, blocks, row_runs
 
 TOLD = 8  # lines of damage for a person
 MOMENTS = ("mu", "nu")  # Adam's, shaped as the parameters
@@ -99,6 +99,9 @@ def read_through(
         for begin, piece in read():
             finite = finite and bool(np.isfinite(np.asarray(piece, np.float32)).all())
             found += 0 if saved is None else checksum_of(piece, begin)
+    except NotFinite as error:
+        yield str(error)
+        return
     except Exception as error:  # storage raises many kinds
         yield f"{name} can't be read: {reason_of(error)}"
         return

@@ -52,6 +52,7 @@ MARKS = {
     "consolidated.pth": "weights",
     "config.json": "a run",
 }
+POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 
 
 def literal_glob(folder: epath.Path, pattern: str, as_etils: Callable) -> Iterator[epath.Path]:
@@ -292,6 +293,18 @@ def size_of(path: epath.Path | Path) -> int | None:
         return os.path.getsize(path) if os.path.exists(path) and not os.path.isdir(path) else None
     path = epath.Path(path)
     return path.stat().length if path.exists() and not path.is_dir() else None
+
+
+def refuse_pointer(path: epath.Path | Path) -> None:
+    """Raises ValueError for a pointer that Git LFS left in place of a file not fetched yet."""
+    with epath.Path(path).open("rb") as file:
+        is_pointer = file.read(len(POINTER)) == POINTER
+    if is_pointer:
+        folder = epath.Path(path).parent
+        raise ValueError(
+            f"{path} is a Git LFS pointer of {size_of(path)} bytes, not the file itself; fetch the"
+            f" file with `git lfs install && git -C {folder} lfs pull`"
+        )
 
 
 def check_writable(folder: epath.Path | Path) -> None:

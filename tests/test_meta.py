@@ -108,7 +108,9 @@ def same_files(one: epath.Path, other: epath.Path) -> None:
     from bltjax.weights.torch_file import read_pth
 
     read = read_pth if (one / "consolidated.pth").exists() else None
-    first, second = (read(f / "consolidated.pth") if read else read_folder(f) for f in (one, other))
+    first, second = (
+        read(f / "consolidated.pth") if read else read_folder(f, []) for f in (one, other)
+    )
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert tensor.dtype == second[name].dtype, name

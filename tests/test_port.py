@@ -12,8 +12,17 @@ from bltjax.alphabet import encode
 from bltjax.config import PatchingConfig
 from bltjax.convert import our_model
 from bltjax.patching import patch_lengths
-from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces
+from bltjax.weights.leftovers import (
+    latent_rotary,
+    rotary_stacks,
+    without_leftovers,
+    without_wrappers,
+)
+from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces, tensors_of
 from bltjax.weights.port import port_settings, read_port, read_settings
+from bltjax.weights.tensors import DTYPES, NotFinite, Tensor, blocks
+
+BFLOAT16 = DTYPES["bfloat16"]
 
 TOLERANCE = 2e-5
 RECORDED = np.load(port.RECORDED)
@@ -132,12 +141,246 @@ def test_settings_that_the_port_lacks():
             {"global_config": {"rope_parameters": {"rope_type": "llama3"}}},
             r"rotary settings of type 'llama3' lack factor",
         ),
+        (
+            {"patching_threshold": float("nan")},
+            r"config.json: patching_threshold is nan, not a fin",
+        ),
+        (
+            {"patching_threshold": float("inf")},
+            r"config.json: patching_threshold is inf, not a fin",
+        ),
+        ({"max_patch_length": 2.5}, r"config.json: max_patch_length is 2.5, not int"),
+        ({"cross_attn_k": 10**12}, r"cross_attn_k is larger than 2147483647"),
+        (
+            {"encoder_hash_byte_group_size": [3, "x"]},
+            r"config.json: encoder_hash_byte_group_size is",
+        ),
+        ({"encoder_hash_byte_group_size": [1]}, r"config.json: hash.sizes \(1,\) must lie in 2"),
+        (
+            {
+                "decoder_config": port.CASES["projected"]["decoder_config"]
+                | {"num_hidden_layers": 999}
+            },
+            r"its config asks for 999 layers",
+        ),
     ],
 )
 def test_bad_config(change, message, tmp_path):
     written(tmp_path, "projected", **change)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         read_port(epath.Path(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
+ROTARY = {"rope_theta": 5e5, "rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        ({"rope_theta": 1e4, "rope_parameters": ROTARY}, r"gives rope_theta twice, as 10000.0 and"),
+        ({"rope_scaling": port.LLAMA3, "rope_parameters": ROTARY}, r"gives rope_type twice, as 'd"),
+        (
+            {"rope_parameters": {"full_attention": ROTARY}},
+            r"have full_attention .*for one kind of l",
+        ),
+        (
+            {"rope_parameters": ROTARY | {"partial_rotary_factor": 0.5}},
+            r"partial_rotary_factor is 0",
+        ),
+        (
+            {"rope_parameters": port.LLAMA3 | {"attention_factor": 2}},
+            r"attention_factor is 2; supp",
+        ),
+        (
+            {"rope_parameters": port.LLAMA3 | {"mscale": 1.0}},
+            r"'llama3' have mscale \(1.0\), which is",
+        ),
+        (
+            {"rope_parameters": ROTARY | {"factor": 8.0}},
+            r"'default' have factor \(8.0\), which is not",
+        ),
+        (
+            {"rope_parameters": ROTARY | {"type": "linear"}},
+            r"gives rope_type twice, as 'default' and",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_type is 'linear'; supported"),
+        ({"rope_parameters": {"rope_theta": "x"}}, r"rope_theta is 'x', not float"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, r"rope_theta is nan, not a finite"),
+        ({"rope_theta": 0}, r"rope_theta is 0, not > 0"),
+        ({"rope_parameters": port.LLAMA3 | {"factor": [8]}}, r"factor is \[8\], not float"),
+    ],
+)
+def test_bad_rotary_settings(stack, message):
+    for part in ("global_config", "patcher_config"):
+        config = port.CASES["projected"]
+        own = {k: v for k, v in config[part].items() if k != "rope_parameters"}
+        with pytest.raises(ValueError, match=rf"x: {part}.*{message}"):
+            read_settings(config | {part: own | stack}, "x", False)
+
+
+def test_spellings_of_rotary_settings():
+    config = port.CASES["projected"]
+    own = {k: v for k, v in config["global_config"].items() if k != "rope_parameters"}
+    scaling = {k: v for k, v in port.LLAMA3.items() if k != "rope_theta"}
+    found = [
+        read_settings(config | {"global_config": own | stack}, "x", False)[0].blt.latent
+        for stack in (
+            {"rope_parameters": port.LLAMA3 | {"partial_rotary_factor": 1.0}},
+            {"rope_theta": 5e5, "rope_scaling": scaling},
+            {"rope_theta": 500000, "rope_scaling": scaling, "rope_parameters": None},
+            {"rope_theta": 5e5, "rope_parameters": port.LLAMA3 | {"type": "llama3"}},
+            {
+                "rope_scaling": port.LLAMA3 | {"attention_factor": None},
+                "rope_parameters": port.LLAMA3,
+            },
+        )
+    ]
+    assert found[0].rope_scaling.positions == 32 and found[0].rope_theta == 5e5
+    assert all(one == found[0] for one in found)
+
+
+def folder_with(folder, more: dict, name="projected", config=None, wrapped=""):
+    """A case's folder with more tensors, all of them named as a wrapper of torch's would."""
+    config = written(folder, name) | (config or {})
+    tensors = port.tensors_by_rule(port.shapes_of(*port.configs_of(config, 1.0)))
+    for extra, array in more.items():
+        array = tensors[array].all() if isinstance(array, str) else array
+        tensors[extra] = Tensor(array.shape, array.dtype, lambda a, b, x=array: x[a:b], "more")
+    port.write_tensors(folder, {wrapped + key: tensor for key, tensor in tensors.items()})
+    (folder / "config.json").write_text(json.dumps(config))
+    return epath.Path(folder)
+
+
+def same_leaves(one, other) -> bool:
+    pairs = [(one, other), (one.byte_lm, other.byte_lm)]
+    for a, b in pairs:
+        assert a.config == b.config and a.leaves.keys() == b.leaves.keys()
+        for path, leaf in a.leaves.items():
+            for place, rows in blocks(path, leaf):
+                assert (leaf.read(place, rows) == b.leaves[path].read(place, rows)).all()
+    return True
+
+
+def test_names_of_torchs_wrappers(tmp_path):
+    written(tmp_path / "plain", "projected")
+    plain = read_port(epath.Path(tmp_path / "plain"))
+    files = read_port(folder_with(tmp_path / "wrapped", {}, wrapped="_orig_mod.module."))
+    assert same_leaves(files, plain)
+    assert "all tensors have the prefix _orig_mod.module. of torch's wrappers" in files.notes[0]
+    for wrapped in ("module.", "_orig_mod.", "module._orig_mod.", "module.module."):
+        notes = []
+        assert without_wrappers({f"{wrapped}a": 1, f"{wrapped}module.b": 2}, notes) == {
+            "a": 1, "module.b": 2
+        } and len(notes) == 1  # fmt: skip
+    some = {"module.a": 1, "b": 2}
+    assert without_wrappers(some, notes) == some and len(notes) == 1
+    assert without_wrappers({}, []) == {}
+
+
+def test_second_copies(tmp_path):
+    """An embedding that is stored twice is read once; one of other numbers is somebody's."""
+    table, place = (
+        "model.local_encoder.embed_tokens.weight",
+        "model.local_decoder.embed_tokens.weight",
+    )
+    files = read_port(folder_with(tmp_path / "twice", {place: table}))
+    written(tmp_path / "plain", "projected")
+    assert same_leaves(files, read_port(epath.Path(tmp_path / "plain")))
+    assert files.notes == (f"{place} left out: it is {table} once more, bit for bit",)
+    other = port.by_rule("other", (260, 32))
+    with pytest.raises(
+        ValueError, match=rf"has tensor {place} of shape .* which its config has no"
+    ):
+        read_port(folder_with(tmp_path / "other", {place: other}))
+    layer = "model.global_transformer.layers.7.input_layernorm.weight"
+    copied = {layer: layer.replace("7", "0")}  # a layer too many is no copy
+    with pytest.raises(
+        ValueError, match=rf"has tensor {layer} of shape .* which its config has no"
+    ):
+        read_port(folder_with(tmp_path / "layer", copied))
+
+
+def test_buffers_of_rotary_rates(tmp_path):
+    """Older checkpoints carry them: left out where the config says the same, else refused."""
+    rates = 5e5 ** (-np.arange(0, 8, 2) / 8)
+    slow = 1e4 ** (-np.arange(0, 8, 2) / 8)
+    latent = latent_rotary(port.configs_of(port.CASES["grouped_and_scaled"], 1.0)[0].blt.latent)
+    assert not np.allclose(latent.rates, 5e5 ** (-np.arange(0, 12, 2) / 12), rtol=0.1)
+    good = {
+        "model.local_encoder.rotary_emb.inv_freq": rates.astype(np.float32),
+        "model.local_decoder.layers.0.self_attn.rotary_emb.inv_freq": rates.astype(BFLOAT16),
+        "model.global_transformer.rotary_emb.inv_freq": latent.rates.astype(np.float32),
+        "model.global_transformer.rotary_emb.original_inv_freq": (
+            latent._replace(scaling=None).rates.astype(np.float16)
+        ),
+        "model.patcher.rotary_emb.inv_freq": slow.astype(np.float32),
+    }
+    files = read_port(folder_with(tmp_path / "good", good, "grouped_and_scaled"))
+    assert "inv_freq and 3 more left out: the rotary rates of the config" in files.notes[0]
+    assert "model.patcher.rotary_emb.inv_freq left out" in files.byte_lm.notes[0]
+    for name, array in good.items():
+        bad = array.copy()
+        bad[2] *= 1.1
+        tensors = {name: Tensor(bad.shape, bad.dtype, lambda a, b, x=bad: x[a:b], "the file")}
+        stacks = rotary_stacks(PORT, files.config.blt) | rotary_stacks(
+            PORT, files.byte_lm.config.byte_lm
+        )
+        with pytest.raises(ValueError, match=rf"the file: {name} is [\d.e-]+ at 2; .* is [\d.e-]+"):
+            without_leftovers(tensors, set(), stacks, [])
+        tensors = {name: tensors[name]._replace(shape=(3,))}
+        with pytest.raises(ValueError, match=r"has shape \(3,\); its config has \d rotary rates"):
+            without_leftovers(tensors, set(), stacks, [])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int32", "F8_E5M2"])
+def test_dtypes_that_are_refused(dtype, tmp_path):
+    config = written(tmp_path, "projected")
+    tensors = port.tensors_by_rule(port.shapes_of(*port.configs_of(config, 1.0)))
+    name = "model.local_decoder.norm.weight"
+    array = tensors[name].all().astype("float64" if dtype.startswith("F8") else dtype)
+    tensors[name] = Tensor(array.shape, array.dtype, lambda a, b: array[a:b], "")
+    port.write_tensors(tmp_path, tensors)
+    if dtype.startswith("F8"):  # of one byte each, where the norm's eight were
+        data = (tmp_path / "model.safetensors").read_bytes()
+        data = data.replace(b'"F64","shape":[32]', b'"F8_E5M2","shape":[256]')
+        size = int.from_bytes(data[:8], "little") + len('"F8_E5M2","shape":[256]') - 18
+        (tmp_path / "model.safetensors").write_bytes(size.to_bytes(8, "little") + data[8:])
+    with pytest.raises(ValueError, match=rf"model.safetensors: tensor {name} has dtype {dtype}"):
+        read_port(epath.Path(tmp_path))
+
+
+def test_dtypes_of_each_tensor(tmp_path):
+    """float32, bfloat16 and float16 within one stack: what is read is what is stored."""
+    config = port.CASES["projected"] | {"patching_threshold": 1.0}
+    shapes = port.shapes_of(*port.configs_of(config, 1.0))
+    kinds = (np.float32, BFLOAT16, np.float16)
+    dtypes = {name: kinds[number % 3] for number, name in enumerate(shapes)}
+    tensors = port.tensors_by_rule(shapes, dtypes)
+    port.write_tensors(tmp_path, tensors)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    files = read_port(epath.Path(tmp_path))
+    back = tensors_of(files.leaves, blt_pieces(PORT, files.config.blt), {})
+    assert back.keys() < tensors.keys() and len(back) > 30
+    for name, tensor in back.items():
+        stored = tensors[name].all()
+        assert (tensor.all().astype(np.float32) == stored.astype(np.float32)).all(), name
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_weights_that_are_not_finite(value, tmp_path):
+    name = "model.global_transformer.layers.1.mlp.up_proj.weight"
+    array = port.by_rule(name, (64, 48))
+    array[3, 5] = array[7, 1] = value
+    files = read_port(folder_with(tmp_path, {name: array}))
+    leaf = files.leaves["latent/blocks/up_LDF"]
+    leaf.read((0,), slice(None))
+    with pytest.raises(NotFinite) as caught:
+        leaf.read((1,), slice(None))
+    assert str(caught.value) == (
+        f"{tmp_path}/model.safetensors: tensor {name} holds numbers that are not finite: {value} at"
+        " [3, 5]; 2 of the 3,072 read with it"
+    )
 
 
 def test_the_port_itself(tmp_path):

@@ -5,15 +5,19 @@ embedding, output head and final norm, which the latent transformer has no use f
 rotary channels (i, i + C / 2), BLT (2i, 2i + 1): query and key channels are re-ordered.
 """
 
+import functools
+import logging
+
 from etils import epath
 
 from bltjax.config import LatentConfig
-from bltjax.storage import read_json
-from bltjax.weights.model_files import check_values
+from bltjax.weights.hub import of_hub_cache
+from bltjax.weights.leftovers import latent_rotary, without_leftovers, without_wrappers
+from bltjax.weights.model_files import check_kind, check_values, naming
 from bltjax.weights.pieces import LLAMA, check_tensors, latent_pieces, leaves_of
-from bltjax.weights.port import read_scaling
+from bltjax.weights.port import read_rotary
 from bltjax.weights.safetensors import read_folder
-from bltjax.weights.tensors import Leaf
+from bltjax.weights.tensors import Leaf, read_object
 
 REQUIRED = {
     "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),
@@ -32,20 +36,24 @@ def latent_config(found: dict, where: str, remat: str) -> LatentConfig:
     """
     check_values({"model_type": None} | found, REQUIRED, where)
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
-        if not isinstance(found.get(name), int):
-            raise ValueError(f"{where}: {name} is {found.get(name)!r}, not int")
-    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    return LatentConfig(
-        layers=found["num_hidden_layers"],
-        width=found["hidden_size"],
-        heads=found["num_attention_heads"],
-        key_value_heads=found.get("num_key_value_heads") or found["num_attention_heads"],
-        hidden=found["intermediate_size"],
-        rope_theta=float(rope.get("rope_theta", found.get("rope_theta", 10000.0))),
-        rope_scaling=read_scaling(rope, where),
-        norm_eps=found.get("rms_norm_eps", 1e-6),
-        remat=remat,
-    )
+        check_kind(found.get(name), int, f"{where}: {name}")
+    shared = found.get("num_key_value_heads") or found["num_attention_heads"]
+    check_kind(shared, int, f"{where}: num_key_value_heads")
+    norm_eps = found.get("rms_norm_eps", 1e-6)
+    check_kind(norm_eps, float, f"{where}: rms_norm_eps")
+    theta, scaling = read_rotary(found, 10000.0, where)
+    with naming(where):
+        return LatentConfig(
+            layers=found["num_hidden_layers"],
+            width=found["hidden_size"],
+            heads=found["num_attention_heads"],
+            key_value_heads=shared,
+            hidden=found["intermediate_size"],
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=norm_eps,
+            remat=remat,
+        )
 
 
 def llama_leaves(folder: epath.Path, config: LatentConfig) -> dict[str, Leaf]:
@@ -54,10 +62,11 @@ def llama_leaves(folder: epath.Path, config: LatentConfig) -> dict[str, Leaf]:
     Raises:
       ValueError: for a Llama of another shape, with the first setting that differs.
     """
+    folder, note = of_hub_cache(folder)
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} holds no Llama: there is no config.json in it")
-    theirs = latent_config(read_json(path), str(path), config.remat)
+    theirs = latent_config(read_object(path), str(path), config.remat)
     for name in theirs.__dataclass_fields__:
         ours, other = getattr(config, name), getattr(theirs, name)
         if ours != other:
@@ -67,14 +76,22 @@ def llama_leaves(folder: epath.Path, config: LatentConfig) -> dict[str, Leaf]:
             )
     pieces = latent_pieces(LLAMA, config, rotary="half_split")
     shapes = block_shapes(config)
-    tensors = read_folder(folder)
-    blocks = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name not in LEFT_BEHIND and not name.endswith("rotary_emb.inv_freq")
-    }
-    check_tensors(blocks, pieces, shapes, str(folder))
+    notes = [note] if note else []
+    tensors = without_wrappers(read_folder(folder, notes), notes)
+    expected = {piece.name for piece in pieces}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in LEFT_BEHIND}
+    stacks = {LLAMA.latent: latent_rotary(config)}
+    tensors = without_leftovers(tensors, expected, stacks, notes)
+    check_tensors(tensors, pieces, shapes, str(folder))
+    for line in notes:
+        log_once(f"{folder}: {line}")
     return leaves_of(tensors, pieces, shapes)
+
+
+@functools.cache
+def log_once(line: str) -> None:
+    """Logs a note of a folder that is opened twice: to be checked, and to be read."""
+    logging.getLogger("bltjax").info(line)
 
 
 def block_shapes(config: LatentConfig) -> dict[str, tuple[int, ...]]:

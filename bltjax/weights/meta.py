@@ -26,19 +26,22 @@ from bltjax.config import (
     PatchingConfig,
     RunConfig,
 )
-from bltjax.storage import read_json
+from bltjax.weights.leftovers import without_wrappers
 from bltjax.weights.model_files import (
     ModelFiles,
     check_fields,
     check_heads,
+    check_kind,
     check_values,
+    hash_sizes,
     model_files,
+    naming,
     refuse,
     same,
 )
 from bltjax.weights.pieces import META, blt_pieces, byte_lm_pieces, tensors_of
 from bltjax.weights.safetensors import read_folder, write_folder
-from bltjax.weights.tensors import DTYPES
+from bltjax.weights.tensors import DTYPES, read_object
 from bltjax.weights.torch_file import read_pth, write_pth
 
 BYTE_LM = "entropy_model"  # the folder, and the key in its params.json
@@ -59,6 +62,14 @@ BLT = TRANSFORMER | {
     "encoder_hash_byte_group_vocab": 30000, "encoder_hash_byte_group_nb_functions": 3,
     "cross_attn_encoder": False, "cross_attn_decoder": False, "cross_attn_init_by_pooling": False,
     "use_local_encoder_transformer": False, "downsampling_by_pooling": None,
+}  # fmt: skip
+OPTIONAL = {  # fields that may be null, and their type otherwise
+    "n_heads": int, "n_kv_heads": int, "n_kv_heads_global": int, "ffn_dim_multiplier": float,
+    "dim_token": int, "max_encoder_seq_length": int, "local_attention_window_len": int,
+    "cross_attn_k": int, "cross_attn_nheads": int, "cross_attn_window_encoder": int,
+    "cross_attn_window_decoder": int, "encoder_hash_byte_group_size": (list, str),
+    "downsampling_by_pooling": str, "threshold": float, "threshold_add": float,
+    "monotonicity": bool, "max_patch_length": int, "patch_size": float,
 }  # fmt: skip
 REQUIRED = {
     "vocab_size": (260, -1), "weight_tying": (False,), "head_dim": (None,), "use_rope": (True,),
@@ -101,7 +112,7 @@ def is_meta(folder: epath.Path) -> bool:
     if (folder / "params.json").exists():
         return True
     config = folder / "config.json"
-    return config.exists() and "args" in read_json(config)
+    return config.exists() and "args" in read_object(config)
 
 
 def hidden_width(width: int, multiplier: float | None, multiple_of: int) -> int:
@@ -118,7 +129,7 @@ def read_meta(folder: epath.Path) -> ModelFiles:
       ValueError: naming the file, the field or the tensor that is not as it must be.
     """
     json_files = {
-        name: read_json(folder / name)
+        name: read_object(folder / name)
         for name in ("params.json", "config.json", "train_args.json")
         if (folder / name).exists()
     }
@@ -129,7 +140,9 @@ def read_meta(folder: epath.Path) -> ModelFiles:
         args = json_files["config.json"]["args"]
         settings = json_files.get("train_args.json", {}) | {"model": args, BYTE_LM: None}
         where = str(folder / "config.json")
-    tensors = read_pth(folder / "consolidated.pth") if pickled else read_folder(folder)
+    notes: list[str] = []
+    pth = folder / "consolidated.pth"
+    tensors = without_wrappers(read_pth(pth) if pickled else read_folder(folder, notes), notes)
     if not tensors:
         raise ValueError(f"{folder} has {' and '.join(json_files)} but no weights: neither"
                          " consolidated.pth nor *.safetensors")  # fmt: skip
@@ -140,15 +153,26 @@ def read_meta(folder: epath.Path) -> ModelFiles:
     }
     args = settings.get("model") or {}
     if any(name.startswith(META.encoder) for name in tensors):
-        return read_blt(folder, args, settings, tensors, origin, where)
+        trained = folder / "train_args.json"
+        patched_by = str(trained) if "params.json" not in json_files and trained.exists() else where
+        with naming(where):
+            blt, data = blt_config(args, where, notes)
+        with naming(patched_by):
+            patching = read_patching(settings, patched_by, notes)
+        config = RunConfig(blt=blt, patching=patching, data=data)
+        files = model_files(META, config, tensors, "meta", origin, notes, str(folder))
+        beside = folder / BYTE_LM
+        return files._replace(byte_lm=read_meta(beside) if beside.exists() else None)
     if settings.get(BYTE_LM):
         args, where = settings[BYTE_LM], f"{where}: {BYTE_LM}"
-    return read_byte_lm(args, tensors, origin, where, str(folder))
+    with naming(where):
+        config = byte_lm_config(args, where, notes)
+    return model_files(META, config, tensors, "meta", origin, notes, str(folder))
 
 
-def read_blt(folder, args, settings, tensors, origin, where) -> ModelFiles:
-    check_fields(args, BLT, REQUIRED.keys() | WITHOUT_EFFECT, where)
-    found, notes = BLT | args, []
+def blt_config(args: dict, where: str, notes: list[str]) -> tuple[BLTConfig, DataConfig]:
+    check_fields(args, BLT, REQUIRED.keys() | WITHOUT_EFFECT, where, OPTIONAL)
+    found = BLT | args
     check_values(found, REQUIRED, where)
     if found["cross_attn_k"] is None:
         raise ValueError(f"{where} does not give cross_attn_k, the slots of a patch")
@@ -172,9 +196,6 @@ def read_blt(folder, args, settings, tensors, origin, where) -> ModelFiles:
     if window is None:
         window = WINDOW
         notes.append(f"local_attention_window_len is not given: {WINDOW}, as released")
-    sizes = found["encoder_hash_byte_group_size"] or ()
-    if isinstance(sizes, str):
-        sizes = (int(size) for size in sizes.split(","))
     shape = (found["ffn_dim_multiplier"], found["multiple_of"])
     local = LocalConfig(
         encoder_layers=found["n_layers_local_encoder"],
@@ -202,37 +223,39 @@ def read_blt(folder, args, settings, tensors, origin, where) -> ModelFiles:
         norm_eps=found["norm_eps"],
     )
     hashed = HashConfig(
-        sizes=tuple(sizes),
+        sizes=hash_sizes(found["encoder_hash_byte_group_size"], where),
         functions=found["encoder_hash_byte_group_nb_functions"],
         rows=found["encoder_hash_byte_group_vocab"],
     )
     blt = BLTConfig(local=local, cross=cross, latent=latent, hash=hashed)
-    patching = read_patching(settings, where, notes)
     row_bytes = found["max_encoder_seq_length"] or found["max_seqlen"]
     row_patches = min(found["max_seqlen"], row_bytes)
-    config = RunConfig(
-        blt=blt, patching=patching, data=DataConfig(row_bytes=row_bytes, row_patches=row_patches)
-    )
-    files = model_files(config, tensors, blt_pieces(META, blt), "meta", origin, notes, str(folder))
-    beside = folder / BYTE_LM
-    return files._replace(byte_lm=read_meta(beside) if beside.exists() else None)
+    data = DataConfig(row_bytes=row_bytes, row_patches=row_patches)
+    return blt, data
 
 
 def read_patching(settings: dict, where: str, notes: list[str]) -> PatchingConfig:
     """The settings that the training data was patched with: those of data.patcher_args."""
-    given = (settings.get("data") or {}).get("patcher_args") or {}
-    check_fields(given, PATCHER, PATCHER_WITHOUT_EFFECT, f"{where}: data.patcher_args")
+    data = settings.get("data")
+    data = {} if data is None else data
+    check_kind(data, dict, f"{where}: data")
+    given = data.get("patcher_args")
+    given = {} if given is None else given
+    patcher = f"{where}: data.patcher_args"
+    check_fields(given, PATCHER, PATCHER_WITHOUT_EFFECT, patcher, OPTIONAL)
     missing = [name for name in ("patching_mode", "threshold") if name not in given]
     if missing:
         released = ", ".join(f"{name} {PATCHER[name]}" for name in missing)
         notes.append(f"the files don't say how bytes were patched: {released}, as released")
-        args = settings.get("model") or {}
+        args = settings["model"] if isinstance(settings.get("model"), dict) else {}
         unused = [f"{name}={args[name]}" for name in UNUSED if args.get(name)]
         if unused:
             notes.append(f"the model's own {', '.join(unused)} are not what data was patched by")
-    found = PATCHER | given
+    found = PATCHER | {name: value for name, value in given.items() if value is not None}
     mode = found["patching_mode"]
     check_values(found, {"patching_mode": ("entropy", "space", "static", "byte")}, where)
+    if mode == "entropy" and given.get("threshold", 0.0) is None:
+        raise ValueError(f"{where}: patching_mode is 'entropy' and threshold is null")
     if mode == "static" and found["patch_size"] != int(found["patch_size"]):
         raise ValueError(f"{where}: static patches of {found['patch_size']} bytes are not whole")
     return PatchingConfig(
@@ -245,15 +268,17 @@ def read_patching(settings: dict, where: str, notes: list[str]) -> PatchingConfi
     )
 
 
-def read_byte_lm(args, tensors, origin, where, folder) -> ModelFiles:
-    check_fields(args, TRANSFORMER, REQUIRED.keys() | WITHOUT_EFFECT, where)
+def byte_lm_config(args: dict, where: str, notes: list[str]) -> RunConfig:
+    check_fields(args, TRANSFORMER, REQUIRED.keys() | WITHOUT_EFFECT, where, OPTIONAL)
     check_values(args, REQUIRED, where)
-    found, notes = TRANSFORMER | args, []
+    found = TRANSFORMER | args
     if found["n_heads"] is None:
         raise ValueError(f"{where} does not give n_heads")
     check_heads(found["n_heads"], found["n_kv_heads"], f"{where}: a byte LM")
     window = args.get("sliding_window")
-    if window is None:
+    if window is not None:
+        check_kind(window, int, f"{where}: sliding_window")
+    else:
         window = WINDOW
         notes.append(f"the byte LM's sliding_window is not given: {WINDOW}, as released")
     byte_lm = ByteLMConfig(
@@ -266,9 +291,7 @@ def read_byte_lm(args, tensors, origin, where, folder) -> ModelFiles:
         norm_eps=found["norm_eps"],
     )
     data = DataConfig(row_bytes=found["max_seqlen"], row_patches=found["max_seqlen"])
-    config = RunConfig(byte_lm=byte_lm, data=data)
-    pieces = byte_lm_pieces(META, byte_lm)
-    return model_files(config, tensors, pieces, "meta", origin, notes, folder)
+    return RunConfig(byte_lm=byte_lm, data=data)
 
 
 def feed_forward_rule(stacks: list[tuple[int, int]]) -> dict:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bltjax.config import BLTConfig, ByteLMConfig, LatentConfig
-from bltjax.weights.tensors import DTYPES, Leaf, Tensor, stacked
+from bltjax.weights.tensors import DTYPES, Leaf, Tensor, finite, stacked
 
 STORED = (DTYPES["float32"], DTYPES["bfloat16"])  # what our exports hold
 
@@ -250,7 +250,11 @@ def into_theirs(piece: Piece, array: np.ndarray) -> np.ndarray:
 def leaves_of(
     tensors: dict[str, Tensor], pieces: list[Piece], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, Leaf]:
-    """Our leaves, read from their tensors; float16 becomes float32, which holds all of it."""
+    """Our leaves, read from their tensors; float16 becomes float32, which holds all of it.
+
+    A read raises NotFinite for a tensor that holds NaN or infinity.
+    """
+    tensors = {piece.name: finite(tensors[piece.name], piece.name) for piece in pieces}
     by_path: dict[str, dict[tuple[int, ...], Piece]] = {}
     for piece in pieces:
         by_path.setdefault(piece.path, {})[piece.place] = piece

@@ -27,19 +27,22 @@ from bltjax.config import (
     RunConfig,
     divides,
 )
-from bltjax.storage import read_json
+from bltjax.weights.leftovers import without_wrappers
 from bltjax.weights.model_files import (
     ModelFiles,
     check_fields,
     check_heads,
+    check_kind,
     check_values,
+    hash_sizes,
     model_files,
+    naming,
     refuse,
     same,
 )
 from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces, tensors_of
 from bltjax.weights.safetensors import read_folder, write_folder
-from bltjax.weights.tensors import DTYPES
+from bltjax.weights.tensors import DTYPES, read_object
 
 TOP = {
     "vocab_size": 260, "patch_in_forward": True, "patching_mode": "entropy",
@@ -73,6 +76,14 @@ BYTE_LM = STACK | {
     "intermediate_size": 2048, "max_position_embeddings": 8192, "rope_theta": 10000.0,
     "sliding_window": 512,
 }  # fmt: skip
+OPTIONAL = {  # fields that may be null, and their type otherwise
+    "max_patch_length": int, "local_attention_window_len": int, "patching_threshold": float,
+    "patching_threshold_add": float, "monotonicity": bool,
+    "encoder_hash_byte_group_size": (list, str), "patcher_config": dict, "encoder_config": dict,
+    "decoder_config": dict, "global_config": dict, "num_key_value_heads": int,
+    "rope_parameters": dict, "rope_scaling": dict, "rope_theta": float, "head_dim": int,
+    "intermediate_size": int, "sliding_window": int, "hidden_size_global": int,
+}  # fmt: skip
 REQUIRED = {
     "vocab_size": (260,), "tie_word_embeddings": (False,), "hidden_act": ("silu",),
     "attention_bias": (False,), "mlp_bias": (False,), "pm_size": (0, None),
@@ -99,24 +110,32 @@ WITHOUT_EFFECT = set(
 )
 
 
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+LLAMA3 = {
+    "factor": float, "low_freq_factor": float, "high_freq_factor": float,
+    "original_max_position_embeddings": int,
+}  # fmt: skip
+# Rotary settings that change nothing at these values, whatever the type.
+NEUTRAL = {"partial_rotary_factor": (1.0, None), "attention_factor": (1.0, None)}
 
 
 def is_port(folder: epath.Path) -> bool:
     config = folder / "config.json"
-    return config.exists() and read_json(config).get("model_type") == "blt"
+    return config.exists() and read_object(config).get("model_type") == "blt"
 
 
 def read_stack(found: dict | None, defaults: dict, where: str) -> dict:
     """A sub-config with the port's defaults, its rotary settings as `theta` and `scaling`."""
     found = {} if found is None else found
-    check_fields(found, defaults, REQUIRED.keys() | WITHOUT_EFFECT, where)
+    check_fields(found, defaults, REQUIRED.keys() | WITHOUT_EFFECT, where, OPTIONAL)
     check_values(found, REQUIRED, where)
     stack = defaults | found
     if "norm_eps" in found:
         same(stack, where, "norm_eps", "rms_norm_eps")
     stack["num_key_value_heads"] = stack["num_key_value_heads"] or stack["num_attention_heads"]
     width, heads = stack["hidden_size"], stack["num_attention_heads"]
+    for name in ("hidden_size", "num_attention_heads"):
+        if stack[name] < 1:
+            raise ValueError(f"{where}: {name} is {stack[name]}, not > 0")
     divides(f"{where}: num_attention_heads", heads, "hidden_size", width)
     if stack["head_dim"] not in (None, width // heads):
         raise ValueError(
@@ -124,34 +143,82 @@ def read_stack(found: dict | None, defaults: dict, where: str) -> dict:
             f" ({width // heads})"
         )
     stack["intermediate_size"] = stack["intermediate_size"] or int(8 * width / 3)
-    rope = dict(stack["rope_parameters"] or stack["rope_scaling"] or {})
-    stack["theta"] = float(rope.get("rope_theta", stack["rope_theta"]))
-    stack["scaling"] = read_scaling(rope, where)
+    stack["theta"], stack["scaling"] = read_rotary(found, defaults["rope_theta"], where)
     return stack
 
 
-def read_scaling(rope: dict, where: str) -> RopeScalingConfig | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
+def read_rotary(
+    found: dict, default_theta: float, where: str
+) -> tuple[float, RopeScalingConfig | None]:
+    """Theta and the scaling of a stack's settings, in the spelling of any transformers.
+
+    Raises:
+      ValueError: for a setting that is not known, or that is given twice with different values.
+    """
+    outer = {"rope_theta": found.get("rope_theta")}
+    outer["partial_rotary_factor"] = found.get("partial_rotary_factor")
+    rope: dict = {}
+    for group in (outer, *(found.get(name) or {} for name in ("rope_parameters", "rope_scaling"))):
+        if not isinstance(group, dict):
+            raise ValueError(f"{where}: rotary settings are {group!r}, not an object")
+        for name, value in group.items():
+            name = "rope_type" if name == "type" else name
+            if rope.setdefault(name, value) is None:
+                rope[name] = value
+            if value is not None and rope[name] is not value and rope[name] != value:
+                raise ValueError(
+                    f"{where} gives {name} twice, as {rope[name]!r} and as {value!r}; keep the one"
+                    " that the model was trained with"
+                )
+    kind = rope.get("rope_type") or "default"
+    if kind not in ("default", "llama3"):
         raise ValueError(f"{where}: rope_type is {kind!r}; supported: 'default', 'llama3'")
-    lacking = [name for name in LLAMA3 if name not in rope]
-    if lacking:
-        raise ValueError(f"{where}: rotary settings of type 'llama3' lack {lacking[0]}")
-    return RopeScalingConfig(
-        factor=float(rope["factor"]),
-        low_turns=float(rope["low_freq_factor"]),
-        high_turns=float(rope["high_freq_factor"]),
-        positions=rope["original_max_position_embeddings"],
-    )
+    known = {"rope_type", "rope_theta", *NEUTRAL, *(LLAMA3 if kind == "llama3" else ())}
+    for name, value in rope.items():
+        if name not in known and value is not None:
+            nested = ": it is for one kind of layer" if isinstance(value, dict) else ""
+            raise ValueError(
+                f"{where}: rotary settings of type {kind!r} have {name} ({value!r}), which is not"
+                f" supported{nested}"
+            )
+    check_values({name: rope[name] for name in NEUTRAL if name in rope}, NEUTRAL, where)
+    theta = rope["rope_theta"]
+    theta = default_theta if theta is None else theta
+    check_kind(theta, float, f"{where}: rope_theta")
+    if theta <= 0:
+        raise ValueError(f"{where}: rope_theta is {theta}, not > 0")
+    if kind == "default":
+        return float(theta), None
+    for name, type_ in LLAMA3.items():
+        if rope.get(name) is None:
+            raise ValueError(f"{where}: rotary settings of type 'llama3' lack {name}")
+        check_kind(rope[name], type_, f"{where}: {name}")
+    with naming(where):
+        scaling = RopeScalingConfig(
+            factor=float(rope["factor"]),
+            low_turns=float(rope["low_freq_factor"]),
+            high_turns=float(rope["high_freq_factor"]),
+            positions=rope["original_max_position_embeddings"],
+        )
+    return float(theta), scaling
 
 
 def read_settings(
     found: dict, where: str, as_port: bool
 ) -> tuple[RunConfig, RunConfig | None, list[str]]:
-    """The BLT's and the byte LM's configs of a config.json, and what was assumed."""
-    check_fields(found, TOP, REQUIRED.keys() | WITHOUT_EFFECT, where)
+    """The BLT's and the byte LM's configs of a config.json, and what was assumed.
+
+    Raises:
+      ValueError: with the file, the field and its value.
+    """
+    with naming(where):
+        return settings_of(found, where, as_port)
+
+
+def settings_of(
+    found: dict, where: str, as_port: bool
+) -> tuple[RunConfig, RunConfig | None, list[str]]:
+    check_fields(found, TOP, REQUIRED.keys() | WITHOUT_EFFECT, where, OPTIONAL)
     check_values(found, REQUIRED, where)
     top, notes = TOP | found, []
     encoder = read_stack(top["encoder_config"], ENCODER, f"{where}: encoder_config")
@@ -205,7 +272,7 @@ def read_settings(
             norm_eps=latent["rms_norm_eps"],
         ),
         hash=HashConfig(
-            sizes=tuple(top["encoder_hash_byte_group_size"] or (3, 4, 5, 6, 7, 8)),
+            sizes=hash_sizes(top["encoder_hash_byte_group_size"], where) or (3, 4, 5, 6, 7, 8),
             functions=top["encoder_hash_byte_group_nb_functions"],
             rows=top["encoder_hash_byte_group_vocab"],
         ),
@@ -249,10 +316,10 @@ def read_port(folder: epath.Path, *, as_port: bool = False) -> ModelFiles:
       ValueError: naming the file, the field or the tensor that is not as it must be.
     """
     path = folder / "config.json"
-    config, byte_lm, notes = read_settings(read_json(path), str(path), as_port)
+    config, byte_lm, notes = read_settings(read_object(path), str(path), as_port)
     names = ("config.json", "generation_config.json")
-    json_files = {name: read_json(folder / name) for name in names if (folder / name).exists()}
-    tensors = read_folder(folder)
+    json_files = {name: read_object(folder / name) for name in names if (folder / name).exists()}
+    tensors = without_wrappers(read_folder(folder, notes), notes)
     if not tensors:
         raise ValueError(f"{folder} has a config.json but no *.safetensors")
     layout, where = "transformers", str(folder)
@@ -260,13 +327,12 @@ def read_port(folder: epath.Path, *, as_port: bool = False) -> ModelFiles:
     own, theirs = {}, {}
     for name, tensor in tensors.items():
         (theirs if byte_lm and name.startswith(PORT.byte_lm) else own)[name] = tensor
-    pieces = blt_pieces(PORT, config.blt)
-    files = model_files(config, own, pieces, layout, origin, notes, where)
+    files = model_files(PORT, config, own, layout, origin, notes, where)
     if byte_lm is None:
         return files
-    pieces = byte_lm_pieces(PORT, byte_lm.byte_lm)
     origin = {"layout": layout, "json": {}}
-    return files._replace(byte_lm=model_files(byte_lm, theirs, pieces, layout, origin, [], where))
+    beside = model_files(PORT, byte_lm, theirs, layout, origin, [], where)
+    return files._replace(byte_lm=beside)
 
 
 def byte_lm_config(found: dict | None, where: str) -> RunConfig:

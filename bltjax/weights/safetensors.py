@@ -1,23 +1,31 @@
-"""Safetensors files, read and written in rows: a table of 12 GB passes through 64 MB.
+"""Safetensors files: read by the library of that name, written here; both in rows.
 
     8 bytes: length of the header | header: JSON, name -> dtype, shape, offsets | the tensors' bytes
 
-The library of the same name holds whole tensors, and reads no buckets; the format is this small.
+A table of 12 GB passes through 64 MB both ways. The library checks a file when it opens it, and
+reads rows of a tensor from a map of the file; it has no writer that is given rows. A file in a
+bucket is copied to this machine's disk first.
+
+Every read opens the file anew. So a file that was cut meanwhile is refused like any other damaged
+file, and pages that were read do not stay mapped. A file that is cut during a read, or a disk that
+fails under one, ends the process with SIGBUS: that is how the system reports an error in a map.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
 
 import ml_dtypes
 import numpy as np
 from etils import epath
+from safetensors import SafetensorError, safe_open
 
-from bltjax.storage import read_json
-from bltjax.weights.tensors import Tensor, write_rows
+from bltjax.storage import local_copy, refuse_pointer
+from bltjax.weights.tensors import Tensor, read_object, write_rows
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
-LONGEST_HEADER = 100 << 20
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
@@ -31,81 +39,120 @@ def read_file(path: epath.Path) -> dict[str, Tensor]:
     """The tensors of one file, none of them read yet.
 
     Raises:
-      ValueError: for a file that is no safetensors, or is shorter or longer than its header says.
+      ValueError: for a file that is not whole safetensors, names a tensor twice, or has a dtype
+        that is not read here.
     """
-    size = path.stat().length
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_bytes > min(LONGEST_HEADER, size - 8):
-            raise ValueError(
-                f"{path} is no safetensors file, or was cut: it has {size} bytes and says that its"
-                f" header has {header_bytes}"
-            )
-        try:
-            header = json.loads(file.read(header_bytes))
-        except ValueError:
-            raise ValueError(f"{path} is no safetensors file: its header is not JSON") from None
-    tensors, begins, expected = {}, 8 + header_bytes, 0
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} is no safetensors file: its header is a {type(header).__name__}")
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-            raise ValueError(f"{path}: the header's entry of tensor {name} is {entry!r}")
-        dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
-        if dtype is None:
-            raise ValueError(
-                f"{path}: tensor {name} has dtype {entry['dtype']}, which is not known"
-            )
-        begin, end = entry["data_offsets"]
-        wanted = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if end - begin != wanted:
-            raise ValueError(
-                f"{path}: tensor {name} of shape {shape} in {entry['dtype']} takes {wanted} bytes,"
-                f" its header gives it {end - begin}"
-            )
-        expected = max(expected, end)
-        tensors[name] = Tensor(
-            shape, dtype, row_reader(path, begins + begin, shape, dtype), str(path)
-        )
-    if begins + expected != size:
-        raise ValueError(
-            f"{path} has {size} bytes but its header asks for {begins + expected}:"
-            f" it was {'cut' if size < begins + expected else 'appended to'}"
-        )
+    refuse_pointer(path)
+    local = local_copy(path)
+    tensors = {}
+    with opened(local, path) as file:
+        refuse_repeated_names(local, path)
+        for name in file.keys():  # noqa: SIM118  (no dict)
+            found = file.get_slice(name)
+            shape, code = tuple(found.get_shape()), found.get_dtype()
+            if code not in DTYPES:
+                raise ValueError(
+                    f"{path}: tensor {name} has dtype {code}, which is not one of"
+                    f" {', '.join(DTYPES)}"
+                )
+            if 0 in shape:
+                check_empty(shape, f"{path}: tensor {name}")
+            read = row_reader(local, path, name, shape, DTYPES[code])
+            tensors[name] = Tensor(shape, DTYPES[code], read, str(path))
     return tensors
 
 
-def row_reader(path: epath.Path, at: int, shape: tuple[int, ...], dtype: np.dtype):
-    row_shape = shape[1:]
-    row_bytes = int(np.prod(row_shape, dtype=np.int64)) * dtype.itemsize
+@contextlib.contextmanager
+def opened(local: Path, path: epath.Path) -> Iterator:
+    """The library's view of a file; `path` is its name for messages.
 
+    Raises:
+      ValueError: naming the file and the rule that it breaks.
+    """
+    try:
+        with safe_open(local, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} {damage(local, error)}") from None
+
+
+def damage(local: Path, error: SafetensorError) -> str:
+    """The rule that a refused file breaks, with the numbers where its size is what is wrong."""
+    size = local.stat().st_size
+    with local.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_bytes > size - 8:
+            return (
+                f"is no safetensors file, or was cut: it has {size} bytes and says that its header"
+                f" has {header_bytes}"
+            )
+        with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError):
+            header = json.loads(file.read(header_bytes))
+            ends = (tensor["data_offsets"][1] for tensor in header.values() if "dtype" in tensor)
+            asked = 8 + header_bytes + max(ends)
+            if "not fully covered" in str(error) and asked != size:
+                how = "cut" if size < asked else "appended to"
+                return f"has {size} bytes but its header asks for {asked}: it was {how}"
+    reason = str(error).removeprefix("Error while deserializing header: ")
+    return f"is no whole safetensors file: {reason}"
+
+
+def refuse_repeated_names(local: Path, path: epath.Path) -> None:
+    """Raises ValueError for a header with a name twice: readers differ in which one they take."""
+    with local.open("rb") as file:
+        text = file.read(int.from_bytes(file.read(8), "little"))
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has a header that is not JSON: {error}") from None
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{path} has tensor {twice} twice in its header")
+
+
+def check_empty(shape: tuple[int, ...], what: str) -> None:
+    """Raises ValueError for a tensor of no numbers whose other axes no array can have."""
+    try:
+        np.empty(shape, np.float64)
+    except ValueError:
+        raise ValueError(f"{what} has shape {shape}, which no array can have") from None
+
+
+def row_reader(local: Path, path: epath.Path, name: str, shape: tuple[int, ...], dtype: np.dtype):
     def read(begin: int, end: int) -> np.ndarray:
-        with path.open("rb") as file:
-            file.seek(at + begin * row_bytes)
-            data = file.read((end - begin) * row_bytes)
-        if len(data) != (end - begin) * row_bytes:
-            raise ValueError(f"{path} has become shorter since it was opened")
-        return np.frombuffer(data, dtype).reshape(end - begin, *row_shape)
+        wanted = (end - begin, *shape[1:]) if shape else ()
+        if 0 in wanted:  # the library refuses an empty slice
+            return np.zeros(wanted, dtype)
+        with opened(local, path) as file:
+            found = file.get_slice(name)[begin:end] if shape else file.get_tensor(name)
+        if found.shape != wanted or found.dtype != dtype:
+            raise ValueError(f"{path} was replaced by another file while it was read")
+        return found
 
     return read
 
 
-def read_folder(folder: epath.Path) -> dict[str, Tensor]:
-    """All tensors of a folder: those of its index, or of its *.safetensors.
+def read_folder(folder: epath.Path, notes: list[str]) -> dict[str, Tensor]:
+    """All tensors of a folder: those of its index, or of its model*.safetensors, or of whatever
+    safetensors it has; `notes` gets a line where files are left out.
 
     Raises:
-      ValueError: for a tensor that stands in two files, or not where the index says.
+      ValueError: for a tensor that stands in two files, or not where the index says, and for an
+        index that names a file elsewhere.
     """
     index = folder / INDEX
     if index.exists():
-        placed = read_json(index).get("weight_map")
-        if not isinstance(placed, dict):
-            raise ValueError(f"{index} has no weight_map")
+        placed = read_index(index)
         files = sorted(set(placed.values()))
     else:
-        placed, files = None, sorted(path.name for path in folder.glob("*.safetensors"))
+        placed, files = {}, sorted(path.name for path in folder.glob("*.safetensors"))
+        # Adapters and copies in another layout lie beside a model under other names.
+        own = [name for name in files if name.startswith("model")]
+        if own and own != files:
+            others = ", ".join(name for name in files if name not in own)
+            notes.append(f"of the safetensors in {folder}, {', '.join(own)} are read, not {others}")
+            files = own
     tensors: dict[str, Tensor] = {}
     for name in files:
         if not (folder / name).exists():
@@ -113,12 +160,34 @@ def read_folder(folder: epath.Path) -> dict[str, Tensor]:
         found = read_file(folder / name)
         twice = sorted(tensors.keys() & found.keys())
         if twice:
-            raise ValueError(f"tensor {twice[0]} is in {tensors[twice[0]].where} and in {name}")
+            raise ValueError(
+                f"tensor {twice[0]} is in {tensors[twice[0]].where} and in {folder / name}"
+            )
         tensors |= found
-    for name in placed or ():
+    for name in placed:
         if name not in tensors:
             raise ValueError(f"{index} places tensor {name} in {placed[name]}, which lacks it")
     return tensors
+
+
+def read_index(index: epath.Path) -> dict[str, str]:
+    """File by tensor, of an index of shards.
+
+    Raises:
+      ValueError: for an index without a map, or that names a file outside its folder.
+    """
+    placed = read_object(index).get("weight_map")
+    if not isinstance(placed, dict):
+        raise ValueError(f"{index} has no weight_map")
+    for tensor, name in placed.items():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{index} places tensor {tensor} in {name!r}, which is no file's name")
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+            raise ValueError(
+                f"{index} places tensor {tensor} in {name!r}; files of a model lie in its folder"
+            )
+    return placed
 
 
 def write_file(

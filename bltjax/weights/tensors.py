@@ -6,6 +6,8 @@ its leading axis: a layer of L stacked ones, or rows of one of R hash tables.
     q_LDHC   places (0,), (1,), ... (L - 1,)       one layer each
     ngrams_RME   places (0,), ... (R - 1,)         one table each, cut further into runs of rows
     q_EGC    the only place ()                     whole
+
+Weights are finite: a read that meets NaN or infinity raises `NotFinite`, which names the place.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +15,10 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from bltjax.shapes import suffix_axes
+from bltjax.storage import read_json, refuse_pointer
 
 BLOCK_BYTES = 64 << 20  # what is read or written at once
 DTYPES = {  # by the names that people know them by
@@ -35,7 +39,7 @@ class Tensor(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def all(self) -> np.ndarray:
-        return self.read(0, self.shape[0])
+        return self.read(0, self.shape[0] if self.shape else 1)
 
 
 def write_rows(file, tensor: Tensor, written: Callable[[int], None]) -> None:
@@ -54,6 +58,45 @@ class Leaf(NamedTuple):
     @property
     def bytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class NotFinite(ValueError):
+    """A NaN or an infinity among weights."""
+
+
+def refuse_not_finite(
+    array: np.ndarray, name: str, begin: int = 0, place: tuple[int, ...] = ()
+) -> None:
+    """Raises NotFinite, with the first place and how many, unless all of an array is finite.
+
+    begin, place: where the array's rows lie in what `name` is.
+    """
+    if array.dtype.kind in "biu" or not array.size:
+        return
+    inf, bits = np.array(np.inf, array.dtype), array.dtype.itemsize
+    # As whole numbers, signed and not, NaN and infinity of either sign are larger than the rest.
+    positive, negative = (inf.view(f"i{bits}"), (-inf).view(f"u{bits}"))
+    if array.view(f"i{bits}").max() < positive and array.view(f"u{bits}").max() < negative:
+        return
+    bad = np.argwhere(~np.isfinite(array))
+    value, first = array[tuple(bad[0])], [int(index) for index in bad[0]]
+    if first:
+        first[0] += begin
+        name += f" holds numbers that are not finite: {value} at {[*place, *first]}"
+    else:
+        name += f" holds a number that is not finite: {value}"
+    raise NotFinite(f"{name}; {len(bad):,} of the {array.size:,} read with it")
+
+
+def finite(tensor: Tensor, name: str) -> Tensor:
+    """The tensor, whose reads raise NotFinite, with its file and name, for NaN and infinity."""
+
+    def read(begin: int, end: int) -> np.ndarray:
+        array = tensor.read(begin, end)
+        refuse_not_finite(array, f"{tensor.where}: tensor {name}", begin)
+        return array
+
+    return tensor._replace(read=read)
 
 
 class Block(NamedTuple):
@@ -93,11 +136,18 @@ def leaf_of(array: np.ndarray) -> Leaf:
     return Leaf(array.shape, array.dtype, lambda place, rows: array[(*place, rows)])
 
 
-def cast(leaf: Leaf, dtype: np.dtype | None) -> Leaf:
+def cast(leaf: Leaf, dtype: np.dtype | None, path: str) -> Leaf:
     """The leaf in another dtype; each piece is rounded to nearest as it is read."""
     if dtype is None or dtype == leaf.dtype:
         return leaf
-    return Leaf(leaf.shape, dtype, lambda place, rows: leaf.read(place, rows).astype(dtype))
+
+    def read(place: tuple[int, ...], rows: slice) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            array = leaf.read(place, rows).astype(dtype)
+        refuse_not_finite(array, f"{path}, rounded to {dtype.name},")
+        return array
+
+    return Leaf(leaf.shape, dtype, read)
 
 
 def tree_of(leaves: dict[str, Leaf]) -> dict:
@@ -122,3 +172,13 @@ def flattened(tree: dict, prefix: str = "") -> dict:
         path = f"{prefix}{name}"
         flat |= flattened(value, f"{path}/") if isinstance(value, dict) else {path: value}
     return flat
+
+
+def read_object(path: epath.Path) -> dict:
+    """A JSON object of somebody's file.
+
+    Raises:
+      ValueError: naming the file, if it holds none, or Git LFS has not fetched it.
+    """
+    refuse_pointer(path)
+    return read_json(path)

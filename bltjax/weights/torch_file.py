@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from bltjax.storage import refuse_pointer, size_of
 from bltjax.weights.tensors import Tensor, write_rows
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -41,9 +42,11 @@ def read_pth(path: epath.Path) -> dict[str, Tensor]:
     Raises:
       ValueError: for a file that torch can't read, or that holds anything but plain tensors.
     """
+    refuse_pointer(path)
     torch = import_torch()
     if "://" in str(path):
         raise ValueError(f"{path}: torch maps local files only; copy it to a disk first")
+    size = size_of(path)
     try:
         state = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many kinds
@@ -62,12 +65,24 @@ def read_pth(path: epath.Path) -> dict[str, Tensor]:
         value = value.detach()
         try:
             dtype = numpy_of(value.reshape(-1)[:0]).dtype
-        except TypeError:
+        except (TypeError, RuntimeError):
             raise ValueError(f"{path}: tensor {name} has dtype {value.dtype}") from None
-        tensors[name] = Tensor(
-            tuple(value.shape), dtype, lambda a, b, t=value: numpy_of(t[a:b]), str(path)
-        )
+        tensors[name] = Tensor(tuple(value.shape), dtype, row_reader(path, size, value), str(path))
     return tensors
+
+
+def row_reader(path: epath.Path, size: int | None, tensor):
+    """Reads rows of a mapped tensor of a file of `size` bytes.
+
+    A map of a file that has become shorter ends the process, so its size is looked at again.
+    """
+
+    def read(begin: int, end: int) -> np.ndarray:
+        if size_of(path) != size:
+            raise ValueError(f"{path} has {size_of(path)} bytes; it had {size} when it was opened")
+        return numpy_of(tensor[begin:end] if tensor.dim() else tensor)
+
+    return read
 
 
 def write_pth(path: Path, tensors: dict[str, Tensor], written: Callable[[int], None]) -> None:
