@@ -1,6 +1,7 @@
 """A Llama's layers as a latent transformer: the same hidden states, and training that begins so."""
 
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from bltjax.config import BLTConfig, CrossConfig, LatentInitConfig, LocalConfig,
 from bltjax.model.latent_transformer import LatentTransformer
 from bltjax.optimizer import make_optimizer
 from bltjax.patches import Ranges
+from bltjax.weights.leftovers import latent_rotary
 from bltjax.weights.llama import latent_config, llama_leaves
-from bltjax.weights.tensors import tree_of
+from bltjax.weights.tensors import Tensor, blocks, tree_of
 
 LATENT = latent_config(port.LLAMA_CONFIG, "case", remat="none")
 
@@ -74,6 +76,8 @@ def test_another_shape_is_refused(folder):
         llama_leaves(folder, dataclasses.replace(LATENT, rope_scaling=None))
     with pytest.raises(ValueError, match=r"model_type is None; supported: 'llama'"):
         latent_config({}, "x", "none")
+    with pytest.raises(ValueError, match=r"x: partial_rotary_factor is 0.5; supported: 1.0, None"):
+        latent_config(port.LLAMA_CONFIG | {"partial_rotary_factor": 0.5}, "x", "none")
 
 
 def test_a_tensor_that_has_no_place(folder, tmp_path):
@@ -83,6 +87,32 @@ def test_a_tensor_that_has_no_place(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(port.LLAMA_CONFIG))
     with pytest.raises(ValueError, match=r"has tensor model.layers.9.mlp.up_proj.weight"):
         llama_leaves(epath.Path(tmp_path), LATENT)
+
+
+def test_what_other_libraries_leave(folder, tmp_path, caplog):
+    """Torch's prefixes, rotary rates, the Hub's cache: the same leaves, and lines in the log."""
+    cache = tmp_path / "models--meta--llama"
+    snapshot = cache / "snapshots" / "abc"
+    tensors = port.tensors_by_rule(port.llama_shapes(LATENT))
+    rates = latent_rotary(LATENT).rates.astype(np.float32)
+    for name in ("model.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.inv_freq"):
+        tensors[name] = Tensor(rates.shape, rates.dtype, lambda a, b: rates[a:b], "")
+    port.write_tensors(snapshot, {f"module.{name}": tensor for name, tensor in tensors.items()})
+    (snapshot / "config.json").write_text(json.dumps(port.LLAMA_CONFIG))
+    logger = logging.getLogger("bltjax")
+    with caplog.at_level(logging.INFO), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logger, "propagate", True)
+        patch.setattr(logger, "level", logging.INFO)
+        found = [llama_leaves(epath.Path(cache), LATENT) for _ in range(2)]
+    assert len(caplog.messages) == 3 and "and 1 more left out: the rotary" in caplog.messages[2]
+    plain = llama_leaves(folder, LATENT)
+    for path, leaf in plain.items():
+        for place, rows in blocks(path, leaf):
+            assert (leaf.read(place, rows) == found[0][path].read(place, rows)).all()
+    rates[1] *= 1.01
+    port.write_tensors(snapshot, tensors)
+    with pytest.raises(ValueError, match=r"inv_freq is [\d.e-]+ at 1; .*\(theta 500000\) it is"):
+        llama_leaves(epath.Path(cache), LATENT)
 
 
 def test_learning_rates():

@@ -183,6 +183,27 @@ def test_bad_arguments(change, message, tmp_path):
         read_meta(folder)
 
 
+def test_a_pth_of_wrapped_names_that_is_cut(tmp_path):
+    torch = pytest.importorskip("torch")
+    whole = read_meta(pickled_folder(tmp_path / "in"))
+    path = tmp_path / "in" / "consolidated.pth"
+    state = {
+        f"_orig_mod.module.{name}": torch.from_numpy(tensor.all())
+        for name, tensor in tensors("blt_blocklocal").items()
+    }
+    torch.save({"model": state}, path)
+    found = read_meta(epath.Path(tmp_path / "in"))
+    assert found.notes[0].startswith("all tensors have the prefix _orig_mod.module. of torch's")
+    for name, leaf in whole.leaves.items():
+        assert (leaf.shape, leaf.dtype) == (found.leaves[name].shape, found.leaves[name].dtype)
+    leaf, size = found.leaves["decoder/norm_E"], path.stat().st_size
+    assert np.isfinite(leaf.read((), slice(None))).all()
+    with path.open("r+b") as file:
+        file.truncate(size // 2)
+    with pytest.raises(ValueError, match=rf"consolidated.pth has {size // 2} bytes; it had {size}"):
+        leaf.read((), slice(None))
+
+
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
     torch = pytest.importorskip("torch")
 

@@ -195,6 +195,13 @@ def test_bad_headers(name, tmp_path):
         safe_open(path, framework="numpy")
 
 
+def test_a_header_without_end(tmp_path):
+    path = epath.Path(tmp_path / "model.safetensors")
+    write_raw(path, b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}", bytes(40))
+    with pytest.raises(ValueError, match=r"model.safetensors is no whole .* recursion limit"):
+        ours.read_file(path)
+
+
 def test_a_name_twice(tmp_path):
     """The library takes the last one; another reader may take the first."""
     path = epath.Path(tmp_path / "model.safetensors")

@@ -11,6 +11,7 @@ file, and pages that were read do not stay mapped. A file that is cut during a r
 fails under one, ends the process with SIGBUS: that is how the system reports an error in a map.
 """
 
+import collections
 import contextlib
 import json
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from bltjax.weights.tensors import Tensor, read_object, write_rows
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30
+LONGEST_HEADER = 100 << 20  # the library's limit
 DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
@@ -86,8 +88,9 @@ def damage(local: Path, error: SafetensorError) -> str:
                 f"is no safetensors file, or was cut: it has {size} bytes and says that its header"
                 f" has {header_bytes}"
             )
-        with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError):
-            header = json.loads(file.read(header_bytes))
+        unreadable = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
+        with contextlib.suppress(*unreadable):
+            header = json.loads(file.read(min(header_bytes, LONGEST_HEADER)))
             ends = (tensor["data_offsets"][1] for tensor in header.values() if "dtype" in tensor)
             asked = 8 + header_bytes + max(ends)
             if "not fully covered" in str(error) and asked != size:
@@ -105,10 +108,9 @@ def refuse_repeated_names(local: Path, path: epath.Path) -> None:
         pairs = json.loads(text, object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} has a header that is not JSON: {error}") from None
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{path} has tensor {twice} twice in its header")
+    for name, count in collections.Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"{path} has tensor {name} twice in its header")
 
 
 def check_empty(shape: tuple[int, ...], what: str) -> None:

@@ -60,7 +60,7 @@ def read_pth(path: epath.Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} has no state dict under 'model'; it has {found}")
     tensors = {}
     for name, value in weights.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: {name} is {type(value).__name__}, not a tensor")
         value = value.detach()
         try:
