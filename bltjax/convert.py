@@ -45,7 +45,7 @@ from bltjax.serving import (
     serving_from,
     write_serving,
 )
-from bltjax.storage import check_arrays_path, check_writable, hidden_beside
+from bltjax.storage import check_arrays_path, check_writable, hidden_beside, sync_folder
 from bltjax.weights.hub import not_there, of_hub_cache
 from bltjax.weights.meta import is_meta, read_meta, write_meta
 from bltjax.weights.model_files import ModelFiles, model_shapes
@@ -192,6 +192,7 @@ def write_whole(
             write_serving(programs, partial)
         if local:
             os.replace(partial, destination)
+            sync_folder(destination.parent)
     except BaseException:
         partial.rmtree()
         raise

@@ -26,7 +26,14 @@ from etils import epath
 from bltjax import checkpoint as ckpt
 from bltjax.config import RunConfig, from_dict, to_dict
 from bltjax.saving import reading
-from bltjax.storage import check_arrays_path, is_remote, path_of, read_json, refuse_pointer
+from bltjax.storage import (
+    check_arrays_path,
+    is_remote,
+    path_of,
+    read_json,
+    refuse_pointer,
+    write_text,
+)
 from bltjax.weights.model_files import ModelFiles, check_layers, leaf_shapes
 from bltjax.weights.tensors import (
     BLOCK_BYTES,
@@ -334,4 +341,4 @@ def write_export(files: ModelFiles, folder: epath.Path, written: Callable[[int],
         "source": files.origin.get("layout", files.layout),
         "origin": files.origin,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")

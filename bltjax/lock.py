@@ -127,6 +127,17 @@ def this_process(doing: str) -> Holder:
                   since=since)  # fmt: skip
 
 
+def exists(pid: int) -> bool:
+    """Whether there is a process of this number, or what is left of one."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
 def runs(holder: Holder) -> bool | None:
     """Whether the process that holds a lock still does; None if that can't be known from here."""
     mine = here()
@@ -138,15 +149,11 @@ def runs(holder: Holder) -> bool | None:
         return None
     if holder.pid == os.getpid():
         return holder.token in ours
-    try:
-        os.kill(holder.pid, 0)
-    except (ProcessLookupError, OverflowError):
+    if not exists(holder.pid):
         return False
-    except PermissionError:
-        pass  # it is there, and another user's
     found = state_and_start(holder.pid)
     if found is None or not holder.start:
-        return None
+        return None if exists(holder.pid) else False  # it may have ended meanwhile
     state, start = found
     return state not in "ZX" and start == holder.start  # those have ended, and nobody asked yet
 
@@ -199,10 +206,16 @@ def look(path: Path) -> Seen | None:
         raise
 
 
+def beginning(path: Path) -> str:
+    """How the names of files begin that belong to a lock; a lock's own may be as long as any."""
+    name = re.sub(r"\.[0-9a-f]{32}$", "", path.name)  # where `path` is such a file itself
+    return os.fsencode(name)[:120].decode(errors="ignore")
+
+
 @contextlib.contextmanager
 def beside(path: Path, text: str) -> Iterator[Path]:
     """A file with this text in the lock's folder, for as long as it is needed."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    partial = path.with_name(f"{beginning(path)}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(text)
         yield partial
@@ -281,8 +294,7 @@ def replace(path: Path, seen: Seen, text: str, stale: float) -> bool:
     if is_remote(path):
         now = look(path)
         return now is not None and now.key == seen.key and settled(path, text)
-    own_name = re.sub(r"\.[0-9a-f]{32}$", "", path.name)  # where `path` is such a lock itself
-    right, holder = path.with_name(f"{own_name}.{seen.key}"), this_process("taking over")
+    right, holder = path.with_name(f"{beginning(path)}.{seen.key}"), this_process("taking over")
     try:
         take(right, holder, stale=stale, announced=False)
         now = look(path)
@@ -345,9 +357,10 @@ def clean(path: Path) -> None:
     seen = None if is_remote(path) else look(path)
     if seen is None:
         return
+    names = re.compile(re.escape(beginning(path)) + r"\.[0-9a-f]{32}(\.partial)?")
     with contextlib.suppress(OSError):
         for other in path.parent.iterdir():
-            mine = other.name.startswith(f"{path.name}.")
+            mine = names.fullmatch(other.name)
             if mine and seen.changed - other.stat().st_mtime > LITTER:
                 other.unlink(missing_ok=True)
 

@@ -4,9 +4,10 @@ Run by launch/plan_all.sh. Below the table: what a chip sends on 512 chips again
 status is 1 if a plan doesn't fit, or compiled to more than it should.
 """
 
-import json
 import sys
 from pathlib import Path
+
+from bltjax.storage import read_json
 
 COLUMNS = (
     "plan", "slice", "rows a chip", "HBM a chip", "compiled / exact", "sent a chip", "step >=",
@@ -51,7 +52,7 @@ def cells(name: str, plan: dict) -> list[str]:
 
 
 def main(paths: list[str]) -> int:
-    plans = {Path(path).stem: json.loads(Path(path).read_text()) for path in paths}
+    plans = {Path(path).stem: read_json(Path(path)) for path in paths}
     rows = [COLUMNS, ["---"] * len(COLUMNS), *(cells(*item) for item in plans.items())]
     print("\n".join("| " + " | ".join(row) + " |" for row in rows))
     faults = [f"{name} does not fit" for name, plan in plans.items() if not plan["fits"]]

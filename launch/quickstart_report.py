@@ -7,24 +7,26 @@ import json
 import sys
 from pathlib import Path
 
+from bltjax.metrics import read_reports
+from bltjax.storage import read_json
+
 
 def last_values(metrics: Path) -> dict[str, float]:
     """The newest value of everything that a run reported."""
     values: dict[str, float] = {}
-    for line in metrics.read_text().splitlines():
-        values |= json.loads(line)
+    for report in read_reports(metrics):
+        values |= report
     return values
 
 
 def means(metrics: Path, names: tuple[str, ...]) -> dict[str, float]:
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    lines = [line for line in lines if names[0] in line]
+    lines = [report for report in read_reports(metrics) if names[0] in report]
     return {name: sum(line[name] for line in lines) / len(lines) for name in names}
 
 
 def main(workdir: Path) -> None:
-    blt = json.loads((workdir / "evaluation_blt.json").read_text())
-    byte_lm = json.loads((workdir / "evaluation_byte_lm.json").read_text())
+    blt = read_json(workdir / "evaluation_blt.json")
+    byte_lm = read_json(workdir / "evaluation_byte_lm.json")
     runs = {name: last_values(workdir / name / "metrics.jsonl") for name in ("blt", "byte_lm")}
     fill = means(workdir / "blt" / "metrics.jsonl", ("byte_fill", "patch_fill"))
     seconds = {

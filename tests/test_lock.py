@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 from test_entropies import part
+from test_processes import pod
 from test_storage import Bucket, bucket  # noqa: F401 (a fixture)
 from test_train import command, losses
 
@@ -224,7 +225,7 @@ def until(condition, seconds: float = 20) -> None:
 
 def test_it_is_released_however_the_work_ends(tmp_path):
     path = tmp_path / ".lock"
-    old = tmp_path / ".lock.of-somebody.partial"
+    old = tmp_path / f".lock.{'a' * 32}.partial"
     old.write_text("")
     os.utime(old, (0, 0))
     for error in (ValueError("wrong"), KeyboardInterrupt()):
@@ -248,6 +249,30 @@ def test_file_systems_without_links(tmp_path, monkeypatch):
     with hold(path):
         assert len(list(tmp_path.iterdir())) == 1
     assert not path.exists()
+
+
+def test_names_as_long_as_any(tmp_path):
+    path = tmp_path / f".{'ż' * 124}.lock"
+    assert len(os.fsencode(path.name)) == 254
+    for _ in range(2):
+        with hold(path):
+            pass
+        leave_lock(path, pid=ended_process())
+    path.unlink()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_ends_while_it_is_asked_after_is_gone(tmp_path, monkeypatch):
+    """Not one of which nothing can be known, whose lock would be watched."""
+    process = subprocess.Popen(["sleep", "60"])
+    left = leave_lock(tmp_path / ".lock", pid=process.pid, start="1")
+
+    def ends(pid: int) -> None:
+        process.kill()
+        process.wait()
+
+    monkeypatch.setattr("bltjax.lock.state_and_start", ends)
+    assert lock.runs(left) is False
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -303,6 +328,13 @@ def test_commands_refuse_what_is_in_use(runs, tmp_path, capsys):
     assert not [
         path for root in (runs.byte_lm, runs.root / "records") for path in root.rglob(".l*")
     ]
+
+
+@pytest.mark.slow
+def test_all_processes_of_a_run_are_refused(runs, tmp_path):
+    with hold(tmp_path / ".lock"):
+        printed = pod(2, 1, command(runs, "byte_lm", tmp_path), code=1)
+    assert printed.count(f"{tmp_path} is in use by process {os.getpid()} on") == 2
 
 
 @pytest.mark.slow
