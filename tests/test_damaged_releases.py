@@ -172,8 +172,8 @@ def test_an_export_of_another_version(released, tmp_path):
 
 WRONG = {  # values of another type, or that no setting can have, by the type of what is there
     bool: ["x", [], {}, 3.5],
-    int: ["x", [], {}, 1.5, True, float("nan"), -7, 10**9, 10**30],
-    float: ["x", [], {}, True, float("nan"), float("inf"), float("-inf"), 10**400],
+    int: ["x", [], {}, 1.5, True, float("nan"), 0, -7, 10**9, 10**30],
+    float: ["x", [], {}, True, 0.0, -1.5, float("nan"), float("inf"), float("-inf"), 10**400],
     str: [3, [], {}, "\0 of no kind", True],
     list: ["x", 3, {}, [None], [[]], [float("nan")], [10**9]],
     dict: ["x", 3, [], [{}], True],

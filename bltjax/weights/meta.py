@@ -117,6 +117,8 @@ def is_meta(folder: epath.Path) -> bool:
 
 def hidden_width(width: int, multiplier: float | None, multiple_of: int) -> int:
     """Meta's feed-forward width of a stack (two thirds of 4 times its width, rounded up)."""
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of is {multiple_of}, not > 0")
     hidden = 2 * 4 * width // 3
     hidden = int(hidden if multiplier is None else multiplier * hidden)
     return -(-hidden // multiple_of) * multiple_of
