@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def save_records(folder: Path) -> None:
 
 
 DYING = """
-import os, sys, jax, numpy as np
+import json, os, sys, jax, numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 port, index = sys.argv[1], int(sys.argv[2])
 jax.distributed.initialize(f"localhost:{port}", 2, index, heartbeat_timeout_seconds=100)
@@ -106,7 +107,7 @@ try:
     for _ in range(100):
         total(rows).block_until_ready()
 except (ValueError, jax.errors.JaxRuntimeError) as error:
-    print(type(error).__name__, str(error), flush=True)
+    print(json.dumps([type(error).__name__, str(error)]), flush=True)
 os._exit(0)
 """
 
@@ -123,7 +124,7 @@ def broken_collective(_):
         first.kill()
         second.kill()
         second.communicate()
-    kind, _, text = printed.strip().partition(" ")
+    kind, text = json.loads(printed.splitlines()[-1])  # gloo prints too
     raise {"ValueError": ValueError, "JaxRuntimeError": jax.errors.JaxRuntimeError}[kind](text)
 
 
