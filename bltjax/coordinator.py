@@ -6,11 +6,18 @@ which works while no device does. A test searches the package for private names 
 """
 
 import jax
-from jax._src import (
-    distributed,
-)  # jax.distributed offers no store; jax.process_index starts devices
-from jax._src.clusters import ClusterEnv  # until jax tells a process' place without joining
-from jax._src.xla_bridge import backends_are_initialized  # until jax.extend.backend has it
+
+# The store, until jax.distributed has one; and this process' number, which jax.process_index tells
+# only by starting devices.
+from jax._src import distributed
+
+# A process' place in a cluster without joining it, until jax.distributed tells that.
+from jax._src.clusters import ClusterEnv
+
+# Whether devices have been started, until jax.extend.backend tells that.
+from jax._src.xla_bridge import backends_are_initialized
+
+joined = jax.distributed.is_initialized  # public; here beside the others
 
 
 def devices_started() -> bool:
@@ -57,6 +64,3 @@ def wait_for_all(name: str, seconds: float) -> None:
       JaxRuntimeError: if one doesn't in time.
     """
     distributed.global_state.client.wait_at_barrier(name, int(seconds * 1000))
-
-
-joined = jax.distributed.is_initialized

@@ -25,7 +25,7 @@ KNOWN_MESSAGES = {
     "broken collective": Known(
         r"(?s)\A.{0,54} Gloo ",
         "jaxlib (gloo)",
-        "ValueError or JaxRuntimeError of a collective: another process ended, restart",
+        "ValueError of a collective that was broken off: another process ended, restart",
     ),
     "out of memory": Known(
         r"\ARESOURCE_EXHAUSTED",

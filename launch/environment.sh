@@ -16,16 +16,22 @@ bltjax_runs_on() {  # bltjax_runs_on PYTHON: whether it starts and is new enough
     esac
 }
 
+bltjax_on_path() {  # bltjax_on_path NAME: the first of that name that will do
+    local path
+    # One that refuses, as a version manager's may, can stand before one that starts.
+    while read -r path; do
+        if bltjax_runs_on "$path"; then
+            echo "$path"
+            return 0
+        fi
+    done < <(type -aP "$1" || true)
+    return 1
+}
+
 bltjax_python() {  # the first Python on PATH that will do
-    local name path
+    local name
     for name in python3 python3.13 python3.12 python3.11; do
-        # One that refuses, as a version manager's may, can stand before one that starts.
-        while read -r path; do
-            if bltjax_runs_on "$path"; then
-                echo "$path"
-                return 0
-            fi
-        done < <(type -aP "$name" || true)
+        if bltjax_on_path "$name"; then return 0; fi
     done
     echo "bltjax needs Python 3.11, 3.12 or 3.13. On PATH, python3 is" \
         "$(bltjax_describe python3), and there is no python3.13, python3.12 or python3.11 that" \
@@ -54,8 +60,8 @@ bltjax_environment() {
         fi
         folder="$PWD/.venv"
         if [ -n "$python" ]; then
-            if ! bltjax_runs_on "$python"; then
-                echo "$python is $(bltjax_describe "$python"); bltjax needs Python 3.11 or newer" >&2
+            if ! python="$(bltjax_on_path "$2")"; then
+                echo "$2 is $(bltjax_describe "$2"); bltjax needs Python 3.11 or newer" >&2
                 return 2
             fi
             folder="$PWD/.venv-$(bltjax_version "$python")${oldest:+-oldest}"
@@ -66,10 +72,10 @@ bltjax_environment() {
             echo "making ${folder##*/} with $(bltjax_describe "$python")"
             "$python" -m venv --clear "$folder" || return
         fi
-        # Not by its script `activate`, which has the name of the folder in which it was made.
-        export VIRTUAL_ENV="$folder" PATH="$folder/bin:$PATH"
         unset PYTHONHOME
     fi
+    # Not by its script `activate`, which has the name of the folder in which it was made.
+    export VIRTUAL_ENV="$folder" PATH="$folder/bin:$PATH"
     # Installed again only when the requirements, or the repository's place, have changed since.
     stamp="$folder/.bltjax-$extras"
     if [ "$(cat "$stamp" 2> /dev/null)" != "$PWD" ] || [ pyproject.toml -nt "$stamp" ]; then

@@ -48,15 +48,11 @@ check "ruff format" ruff format --check .
 check "ruff" ruff check .
 # Two workers, for much of what the tests wait for is one thread: compilation. Tests of one file share
 # what they make, so they stay together.
-check "tests" python -m pytest -n 2 --dist loadfile "${selection[@]}"
+check "tests" python -m pytest -n 2 --dist loadfile ${selection[@]+"${selection[@]}"}
 if [ "$tier" = all ]; then
     for version in 3.11 3.12 3.13; do
         [ "$version" != "$(bltjax_version python)" ] || continue
-        found=""
-        while read -r candidate; do
-            if [ "$(bltjax_version "$candidate")" = "$version" ]; then found="$candidate"; break; fi
-        done < <(type -aP "python$version" || true)
-        if [ -z "$found" ]; then
+        if ! found="$(bltjax_on_path "python$version")"; then
             echo "== Python $version: none on PATH starts; left out"
             continue
         fi
