@@ -7,6 +7,7 @@ so N / P of a row should equal it.
 import argparse
 import dataclasses
 import math
+import sys
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,8 +16,11 @@ from bltjax.config import PatchingConfig
 from bltjax.config_file import local_path_argument, parse_scheme, path_argument
 from bltjax.data.packing import cut
 from bltjax.data.records import Document, RecordDocuments
+from bltjax.outputs import check_outputs
+from bltjax.storage import write_text
 
 SAMPLE_BYTES = 4 << 20
+NEAR, FAR = 1e-3, 0.05  # shares of the target: near enough to stop, too far to be of use
 
 
 def sample_documents(records: RecordDocuments, sample_bytes: int, seed: int) -> list[Document]:
@@ -42,11 +46,13 @@ def mean_patch_bytes(documents: Iterable[Document], patching: PatchingConfig) ->
 def calibrate(
     documents: list[Document], patching: PatchingConfig, target: float, *, rounds: int = 24
 ) -> tuple[float, list[tuple[float, float]]]:
-    """The threshold in nats, and the (threshold, mean) pairs tried.
+    """The threshold in nats that comes nearest, and the (threshold, mean) pairs tried.
 
     Raises:
-      ValueError: if no threshold reaches the target, with the means that can be had.
+      ValueError: if no threshold comes within FAR of the target, with the means that can be had.
     """
+    if not 0 < target < math.inf:
+        raise ValueError(f"the mean patch asked for is {target} bytes, not > 0")
     tried: list[tuple[float, float]] = []
 
     def mean_at(threshold: float) -> float:
@@ -64,10 +70,19 @@ def calibrate(
     for _ in range(rounds):
         middle = (low + high) / 2
         mean = mean_at(middle)
-        if abs(mean / target - 1) < 1e-3:
+        if abs(mean / target - 1) < NEAR:
             return middle, tried
         low, high = (middle, high) if mean < target else (low, middle)
-    return (low + high) / 2, tried
+    threshold, mean = min(tried, key=lambda pair: abs(pair[1] / target - 1))
+    if abs(mean / target - 1) > FAR:
+        below = max((pair for pair in tried if pair[1] <= target), key=lambda pair: pair[::-1])
+        above = min((pair for pair in tried if pair[1] >= target), key=lambda pair: pair[::-1])
+        raise ValueError(
+            f"no threshold gives a mean near {target} bytes on this sample: the nearest are"
+            f" {below[1]:.3f} bytes at {below[0]:.6f} nats and {above[1]:.3f} bytes at"
+            f" {above[0]:.6f}. Ask for one of these means, or sample more text (--sample_bytes)"
+        )
+    return threshold, tried
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +107,11 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError("calibrate takes no --config settings")
     if not 1 <= args.mean < math.inf:
         raise ValueError(f"--mean is {args.mean}, not a finite number of bytes >= 1")
+    if args.sample_bytes < 1:
+        raise ValueError(f"--sample_bytes is {args.sample_bytes}, not >= 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}, not >= 0")
+    check_outputs({"--out": args.out}, [("--records", args.records)])
     records, patching = RecordDocuments(args.records), parse_scheme(args.scheme)
     if patching.mode != "entropy":
         raise ValueError(f"scheme {args.scheme!r} has no threshold; calibrate is for entropy")
@@ -112,5 +132,12 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         f"train a BLT with --config.patching.threshold={threshold:.6f}"
         + resets * " --config.patching.newline_reset=True"
     )
+    reached = dict(tried)[threshold]
+    if abs(reached / args.mean - 1) >= NEAR:
+        print(
+            f"warning: the mean at that threshold is {reached:.3f} bytes, not {args.mean}; no"
+            " threshold comes nearer on this sample",
+            file=sys.stderr,
+        )
     if args.out:
-        args.out.write_text(f"{threshold:.6f}\n")
+        write_text(args.out, f"{threshold:.6f}\n")

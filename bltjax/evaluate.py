@@ -10,15 +10,20 @@ import argparse
 import dataclasses
 import gzip
 import json
+import logging
 import lzma
+import math
 import time
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from bltjax.alphabet import decode
 from bltjax.calibrate import mean_patch_bytes
+from bltjax.compiling import CompileTime
 from bltjax.config import MeshConfig, RunConfig, SourceConfig
 from bltjax.config_file import (
     add_mesh_argument,
@@ -28,19 +33,24 @@ from bltjax.config_file import (
     source_from,
 )
 from bltjax.data.pipeline import held_out_batches
-from bltjax.data.sources import open_source
+from bltjax.data.records import RecordDocuments
+from bltjax.data.sources import Documents, open_source
 from bltjax.export import TOKENIZER, load_params, read_config
-from bltjax.metrics import Progress, quantity
+from bltjax.finite import not_finite
+from bltjax.metrics import Progress, quantity, speed
 from bltjax.model import parameter_count
+from bltjax.objective import Sums
+from bltjax.outputs import check_outputs
 from bltjax.process_rows import own_part
 from bltjax.processes import add_arguments as add_process_arguments
 from bltjax.processes import is_writer, join, together
-from bltjax.scoring import load_entropy_model, scored_source
+from bltjax.scoring import PREVIEW, load_entropy_model, scored_source
 from bltjax.sharding import make_mesh, row_sharding, tree_shardings
 from bltjax.storage import write_text
 from bltjax.training_step import check_mesh, jitted_scores, resolved, run_model
 from bltjax.weights.model_files import model_shapes
 
+logger = logging.getLogger("bltjax")
 XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
 
 
@@ -65,34 +75,108 @@ def run_patching(config: RunConfig, workdir: epath.Path):
     return patching, load_entropy_model(workdir / "byte_lm", newline_reset=patching.newline_reset)
 
 
+def mesh_words(config: MeshConfig) -> str:
+    """A mesh as --mesh takes it: data=2,fsdp=4."""
+    sizes = dataclasses.asdict(config).items()
+    return ",".join(f"{axis}={size}" for axis, size in sizes if size != 1) or "data=1"
+
+
+def evaluation_mesh(
+    config: RunConfig, asked: MeshConfig | None = None, devices: Sequence | None = None
+) -> Mesh:
+    """The mesh that was asked for, or the one of all devices that splits the parameters most.
+
+    As many devices split the parameters as divide them; the rest share the rows (`data`).
+
+    Raises:
+      ValueError: if what was asked for doesn't fit the devices or the model, with what does.
+    """
+    devices = jax.devices() if devices is None else devices
+    shapes, count = model_shapes(config), len(devices)
+
+    def made(sizes: MeshConfig) -> Mesh:
+        mesh = make_mesh(sizes, devices)
+        check_mesh(config.model, None, mesh)
+        tree_shardings(shapes, mesh)
+        return mesh
+
+    refused = None
+    for fsdp in (size for size in range(count, 0, -1) if count % size == 0):
+        sizes = MeshConfig(count // fsdp, fsdp, 1)
+        try:
+            default = made(sizes)
+            break
+        except ValueError as error:
+            refused = refused or error
+    if asked is None:
+        if refused:
+            logger.info("evaluating on mesh %s, since %s", mesh_words(sizes), refused)
+        return default
+    way_out = f"--mesh={mesh_words(sizes)} works here, and is the default"
+    known = (asked.data, asked.fsdp, asked.tensor)
+    product = math.prod(known)
+    if product > 0 and product != count:
+        raise ValueError(
+            f"--mesh={mesh_words(asked)}: data x fsdp x tensor = {' x '.join(map(str, known))} ="
+            f" {product}, but there are {count} devices; {way_out}"
+        )
+    try:
+        return made(asked)
+    except ValueError as error:
+        raise ValueError(f"--mesh={mesh_words(asked)}: {error}; {way_out}") from None
+
+
 def evaluate(
-    workdir: epath.Path, source: SourceConfig, *, skip_bad: bool = False, mesh: Mesh | None = None
+    workdir: epath.Path,
+    source: SourceConfig,
+    *,
+    skip_bad: bool = False,
+    mesh: Mesh | None = None,
+    documents: Documents | None = None,
 ) -> dict:
     """Bits per byte on `source` of a run or an export, with counts of what was scored.
 
-    mesh: of all devices of all processes, which is the default.
+    mesh: of all devices of all processes; the default is `evaluation_mesh`. documents: the source,
+    where it is open already.
 
     Raises:
       ValueError: where the mesh doesn't divide what it should split, with both numbers.
+      FloatingPointError: for a figure that is not finite, naming the parameter or the text.
     """
     config = read_config(workdir)
-    mesh = mesh or make_mesh(MeshConfig())
+    if documents is None:  # what is wrong with a source is said before a model is loaded
+        documents = open_source(source, skip_bad=skip_bad)
+    mesh = mesh or evaluation_mesh(config)
     check_mesh(config.model, None, mesh)
     shardings = tree_shardings(model_shapes(config), mesh)
-    config, params, step = load_params(workdir, shardings)
     patching, byte_lm = run_patching(config, workdir)
-    documents = scored_source(source, patching, byte_lm, skip_bad=skip_bad)
+    if byte_lm and isinstance(documents, RecordDocuments):
+        documents = RecordDocuments(documents.folder, byte_lm.identity)
+    compiling = CompileTime()
+    config, params, step = load_params(workdir, shardings)
+    documents = scored_source(source, patching, byte_lm, skip_bad=skip_bad, documents=documents)
     # As many rows as the devices divide: the figure doesn't depend on it.
     data = dataclasses.replace(config.data, rows=-(-config.data.rows // mesh.size) * mesh.size)
     batches, cuts = held_out_batches(documents, data, patching)
     model = run_model(resolved(config, mesh.devices.flat[0]))
     scores = together(jitted_scores(model, shardings, mesh))
+
+    def sums_of(batch) -> Sums:
+        return jax.device_get(scores(params, own_part(batch, row_sharding(mesh))))
+
     nats = text_bytes = 0.0
     progress = Progress("evaluating", len(batches), " batches")
     for batch in batches:
-        sums = jax.device_get(scores(params, own_part(batch, row_sharding(mesh))))
+        before = compiling.seconds
+        sums = sums_of(batch)
+        if not np.isfinite(sums.nats):
+            raise not_finite(
+                f"{source.path}: the log-probabilities of {broken_row(batch, sums_of)} are",
+                {"": params},
+            )
         nats += float(sums.text_nats)
         text_bytes += float(sums.text_bytes)
+        progress.begun += compiling.seconds - before  # a rate is of what ran
         progress.advance(1)
     result = {
         "model": "blt" if config.blt else "byte_lm" if config.byte_lm else "byte_cnn",
@@ -102,11 +186,24 @@ def evaluate(
         "documents": len(documents),
         "parameters": parameter_count(params, config.model),
         "cuts": cuts,
+        "compile_seconds": compiling.seconds,
     }
     if patching is not None:
         every = (documents[index] for index in range(len(documents)))
         result["mean_patch_bytes"] = mean_patch_bytes(every, patching)
     return result
+
+
+def broken_row(batch: dict[str, np.ndarray], sums_of: Callable[[dict], Sums]) -> str:
+    """The first row of a batch whose sums are not finite, by the text that it begins with."""
+    for row in range(len(batch["bytes_BN"])):
+        alone = {name: np.zeros_like(array) for name, array in batch.items()}
+        for name, array in batch.items():
+            alone[name][row] = array[row]
+        if not np.isfinite(sums_of(alone).nats):
+            text = decode(batch["bytes_BN"][row])[:PREVIEW].decode("utf-8", errors="replace")
+            return f"the text that begins with {text!r}"
+    return "some texts together"
 
 
 def compressor_bits(text: bytes, training_text: bytes) -> dict[str, float]:
@@ -122,8 +219,7 @@ def compressor_bits(text: bytes, training_text: bytes) -> dict[str, float]:
     return bits
 
 
-def joined_text(source: SourceConfig, skip_bad: bool) -> bytes:
-    documents = open_source(source, skip_bad=skip_bad)
+def joined_text(documents: Documents) -> bytes:
     return b"".join(documents[i].text.tobytes() for i in range(len(documents)))
 
 
@@ -147,17 +243,27 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         sources = list(config.data.held_out.values())
     else:
         raise ValueError(f"{args.workdir} has no held-out source in its config; give --source")
-    mesh = make_mesh(args.mesh) if args.mesh else None
+    if is_writer():
+        read = [("the evaluation", source.path) for source in sources]
+        check_outputs({"--out": args.out}, read, model=args.workdir)
+    opened = [open_source(source, skip_bad=args.skip_bad) for source in sources]
+    training: list[Documents] = []
+    if args.compressors:
+        of_the_run = config.data.train.values()
+        training = [open_source(source, skip_bad=args.skip_bad) for source in of_the_run]
+    mesh = evaluation_mesh(config, args.mesh)
     results = []
-    for source in sources:
+    for source, documents in zip(sources, opened, strict=True):
         begun = time.monotonic()
-        found = evaluate(args.workdir, source, skip_bad=args.skip_bad, mesh=mesh)
+        found = evaluate(
+            args.workdir, source, skip_bad=args.skip_bad, mesh=mesh, documents=documents
+        )
         result = {"source": source.path, **found}
         result["seconds"] = time.monotonic() - begun
         if args.compressors:
-            text = joined_text(source, args.skip_bad)
-            training = b"".join(joined_text(s, args.skip_bad) for s in config.data.train.values())
-            result["compressors"] = compressor_bits(text, training)
+            result["compressors"] = compressor_bits(
+                joined_text(documents), b"".join(map(joined_text, training))
+            )
         results.append(result)
         print(
             f"{source.path}: {quantity(result['text_bytes'])}B in {result['documents']} documents"
@@ -169,5 +275,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         )
         for name, bits in result.get("compressors", {}).items():
             print(f"  {name.replace('_', ' '):28s}{bits:8.4f} bits per byte")
+        seconds, compiled = result["seconds"], result["compile_seconds"]
+        logger.info("  %s", speed(result["text_bytes"], seconds, compiled))
     if args.out and is_writer():
-        write_text(args.out, json.dumps(results if len(results) > 1 else results[0]) + "\n")
+        told = results if len(results) > 1 else results[0]
+        write_text(args.out, json.dumps(told, allow_nan=False) + "\n")

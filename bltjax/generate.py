@@ -4,79 +4,56 @@
     generate --workdir DIR --prompts FILE.jsonl --out RESULTS.jsonl    a line for each, in order
     generate --workdir DIR --prompt "A BLT has" --show patches         coloured as it forms
 
-A line of prompts is a JSON string or an object with `prompt`; a line of results has `prompt`,
+A line of prompts is a JSON string or an object with `prompt`; a line of results is that object with
 `text`, `why` it ended (eos, stop or max_bytes) and `log_probs`, one a byte, in nats under the model
 itself, whatever the sampling. Where the bytes of a text are not UTF-8, `hex` has them.
 """
 
 import argparse
-import contextlib
-import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TextIO
 
-from bltjax.alphabet import as_bytes, text_stream
+from bltjax.alphabet import text_stream
+from bltjax.compiling import CompileTime
 from bltjax.config_file import add_workdir_argument, local_path_argument
-from bltjax.decoding import CONTEXT, Decoder, Piece
+from bltjax.decoding import Decoder, Piece
 from bltjax.decoding.placing import load_onto, read_mesh
+from bltjax.decoding.request import CONTEXT, check_decodable, fitting_prompts
 from bltjax.decoding.sampling import Sampling
 from bltjax.evaluate import run_patching
-from bltjax.metrics import quantity
+from bltjax.export import params_folder, read_config
+from bltjax.metrics import speed
+from bltjax.outputs import check_outputs
 from bltjax.picture import TERMINAL_COLOURS, visible
+from bltjax.prompts import (
+    STDIN,
+    Prompt,
+    begin_results,
+    finish_results,
+    input_argument,
+    input_name,
+    read_input,
+    read_prompts,
+    result_line,
+)
 
 # Of the 256 terminal colours, black to red: how uncertain a byte was, nat by nat.
 ENTROPY_COLOURS = (16, 16, 52, 88, 124, 160)
+CONTROLS = re.compile("\r\n|[\0-\x1f\x7f-\x9f]")
 
 
-def read_prompts(path: Path) -> list[str | bytes]:
-    """The prompts of a JSONL file: strings, or objects with a "prompt" or a "prompt_hex".
+def harmless(text: str) -> str:
+    """A text for a terminal: controls, which it would obey, by what stands for them.
 
-    Raises:
-      ValueError: naming the line that is neither a string nor an object with a prompt.
+    Newlines and tabs stay; so does the carriage return before a newline.
     """
-    prompts = []
-    # Lines of JSON end with \n alone: other ends of lines may stand in strings.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        prompt = value.get("prompt") if isinstance(value, dict) else value
-        if isinstance(value, dict) and "prompt_hex" in value:
-            try:
-                prompt = bytes.fromhex(value["prompt_hex"])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: prompt_hex: {error}") from None
-        if not isinstance(prompt, str | bytes):
-            raise ValueError(f'{path}, line {number}: no string, and no object with a "prompt"')
-        prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f"{path} has no prompts")
-    return prompts
-
-
-def result_line(prompt: bytes, pieces: list[Piece]) -> str:
-    """One text as a JSON line."""
-    text = b"".join(piece.text for piece in pieces)
-    result = {
-        "prompt": prompt.decode(errors="replace"),
-        "text": text.decode(errors="replace"),
-        "why": pieces[-1].why,
-        "log_probs": [round(float(x), 5) for piece in pieces for x in piece.log_probs],
-    }
-    for name, data in (("hex", text), ("prompt_hex", prompt)):
-        try:
-            data.decode()
-        except UnicodeDecodeError:
-            result[name] = data.hex()
-    return json.dumps(result, ensure_ascii=False)
+    kept = ("\n", "\t", "\r\n")
+    return CONTROLS.sub(lambda x: x[0] if x[0] in kept else visible(x[0]), text)
 
 
 class Painter:
@@ -89,13 +66,25 @@ class Painter:
     def __init__(self, out: TextIO, patches: bool, colour: bool):
         self.out, self.patches, self.colour = out, patches, colour
         self.stream, self.patch, self.style, self.waiting = text_stream(), 0, "", False
+        self.terminal, self.held = out.isatty(), ""
 
     def prompt(self, text: bytes) -> None:
-        self.show(self.stream.decode(text))  # one stream: a prompt may end inside a character
+        self.plain(self.stream.decode(text))  # one stream: a prompt may end inside a character
+        if self.patches:
+            self.plain("", last=True)
+
+    def plain(self, text: str, last: bool = False) -> None:
+        """Shows a text as it is, but a terminal is sent no controls."""
+        if self.terminal:
+            text, self.held = self.held + text, ""
+            if text.endswith("\r") and not last:  # what it is depends on what comes next
+                text, self.held = text[:-1], "\r"
+            text = harmless(text)
+        self.show(text)
 
     def piece(self, piece: Piece) -> None:
         if not self.patches:
-            self.show(self.stream.decode(piece.text))
+            self.plain(self.stream.decode(piece.text))
             return
         for place, entropy, opens in zip(
             range(len(piece.text)), piece.entropies, piece.opens, strict=True
@@ -125,13 +114,17 @@ class Painter:
         print(text, end="", file=self.out, flush=True)
 
     def close(self) -> None:
-        self.show(self.stream.decode(b"", True) + "\x1b[0m" * bool(self.style) + "\n")
+        self.plain(self.stream.decode(b"", True), last=True)
+        self.show("\x1b[0m" * bool(self.style) + "\n")
 
 
-def summary(decoder: Decoder, seconds: float) -> str:
-    """[200 bytes in 1.2s, 167 B/s; 45 latent steps for 45 patches of 4.4 bytes]"""
+def summary(decoder: Decoder, seconds: float, compiled: float) -> str:
+    """[compiled in 12 s; 200 bytes in 1.2 s, 167B/s; 45 latent steps for 45 patches of 4.4 bytes]
+
+    seconds: in all; compiled: of them, for compiling.
+    """
     counts = decoder.counts
-    line = f"{counts.bytes} bytes in {seconds:.2g}s, {quantity(counts.bytes / seconds)}B/s"
+    line = speed(counts.bytes, seconds, compiled)
     if counts.patches:
         line += (
             f"; {counts.latent_runs} latent steps for {counts.patches} patches of"
@@ -146,9 +139,22 @@ def summary(decoder: Decoder, seconds: float) -> str:
     return f"[{line}]"
 
 
-def groups(prompts: list[bytes], size: int) -> Iterator[list[bytes]]:
-    for begin in range(0, len(prompts), size):
-        yield prompts[begin : begin + size]
+def print_results(
+    decoder: Decoder, write, prompts: list[Prompt], first: int, rows: int, out: TextIO
+) -> None:
+    """Prints the results from prompt `first` on, group by group as they end."""
+    for begin in range(first, len(prompts), rows):
+        group = prompts[begin : begin + rows]
+        begun, compiling = time.monotonic(), CompileTime()
+        pieces: list[list[Piece]] = [[] for _ in group]
+        for piece in write(group, begin):
+            pieces[piece.row].append(piece)
+        for prompt, mine in zip(group, pieces, strict=True):
+            line = result_line(prompt, mine)
+            if out.isatty():
+                line = CONTROLS.sub(lambda x: f"\\u{ord(x[0]):04x}", line)
+            print(line, file=out, flush=True)
+        print(summary(decoder, time.monotonic() - begun, compiling.seconds), file=sys.stderr)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,13 +164,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", default="", help="text to continue (default: nothing, BOS alone)"
     )
     given.add_argument(
-        "--prompt_file", type=local_path_argument, help="file whose bytes are the prompt"
+        "--prompt_file",
+        type=input_argument,
+        metavar="FILE",
+        help="file whose bytes are the prompt; -: standard input",
     )
     given.add_argument(
-        "--prompts", type=local_path_argument, help="JSONL of prompts; results are JSONL"
+        "--prompts",
+        type=input_argument,
+        metavar="FILE",
+        help="JSONL of prompts; results are JSONL; -: standard input",
     )
     parser.add_argument(
-        "--out", type=local_path_argument, help="with --prompts: write the results here"
+        "--out",
+        type=local_path_argument,
+        help="with --prompts: write the results here, after those that a killed command left",
     )
     parser.add_argument("--rows", type=int, default=8, help="prompts that are run side by side")
     parser.add_argument("--max_bytes", type=int, default=200)
@@ -224,18 +238,46 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
         args.valid_utf8,
     )  # fmt: skip
-    if args.prompts:
-        prompts = [as_bytes(prompt) for prompt in read_prompts(args.prompts)]
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts)
+    elif args.prompt_file is not None:
+        prompts = [Prompt(read_input(args.prompt_file), input_name(args.prompt_file))]
     else:
         # What is not UTF-8 on the command line came as surrogates.
-        given = os.fsencode(args.prompt)
-        prompts = [args.prompt_file.read_bytes() if args.prompt_file else given]
+        prompts = [Prompt(os.fsencode(args.prompt))]
+    reads = [(option, path) for option, path in (
+        ("--prompts", args.prompts), ("--prompt_file", args.prompt_file)
+    ) if path != STDIN]  # fmt: skip
+    check_outputs({"--out": args.out}, reads, model=args.workdir, streams=True)
+    request = {
+        "max_bytes": args.max_bytes,
+        "sampling": sampling,
+        "stop": [os.fsencode(text) for text in args.stop],
+        "truncate": args.truncate == "left",
+    }
+    fitting_prompts(
+        [prompt.text for prompt in prompts],
+        context=args.context,
+        draft=args.draft,
+        seed=args.seed,
+        names=[prompt.name for prompt in prompts],
+        **request,
+    )
+    config = read_config(args.workdir)
+    check_decodable(config, config.patching, True, args.draft)
+    _, step = params_folder(args.workdir)
+    first = begin_results(args.out, prompts, settings_of(args, step)) if args.out else 0
+    if first:
+        print(f"{args.out}: {first} of {len(prompts)} results are there; the rest follows",
+              file=sys.stderr)  # fmt: skip
     mesh = read_mesh(args.mesh) if args.mesh else None
+    patching, byte_lm = run_patching(config, args.workdir)  # whether it is there is known first
     config, params, _ = load_onto(mesh, args.workdir, args.dtype)
     decoder = Decoder(
         config,
         params,
-        *run_patching(config, args.workdir),
+        patching,
+        byte_lm,
         context=args.context,
         draft=args.draft,
         mesh=mesh,
@@ -243,39 +285,37 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     )
     del params  # the decoder has its own
 
-    def written(texts: list[bytes], first: int) -> Iterator[Piece]:
-        return decoder.generate(
-            texts,
-            max_bytes=args.max_bytes,
-            sampling=sampling,
-            seed=args.seed + first,
-            stop=[os.fsencode(text) for text in args.stop],
-            truncate=args.truncate == "left",
-        )
+    def write(group: list[Prompt], begin: int) -> Iterator[Piece]:
+        texts, names = [prompt.text for prompt in group], [prompt.name for prompt in group]
+        return decoder.generate(texts, seed=args.seed + begin, names=names, **request)
 
-    if args.prompts:
-        with (
-            args.out.open("w", encoding="utf-8")
-            if args.out
-            else contextlib.nullcontext(sys.stdout) as out
-        ):
-            for number, texts in enumerate(groups(prompts, args.rows)):
-                begun = time.monotonic()
-                pieces: list[list[Piece]] = [[] for _ in texts]
-                for piece in written(texts, number * args.rows):
-                    pieces[piece.row].append(piece)
-                for text, mine in zip(texts, pieces, strict=True):
-                    print(result_line(text, mine), file=out, flush=True)
-                print(summary(decoder, max(time.monotonic() - begun, 1e-9)), file=sys.stderr)
+    if args.prompts and args.out:
+        with args.out.open("a", encoding="utf-8") as out:
+            print_results(decoder, write, prompts, first, args.rows, out)
+        finish_results(args.out)
+        return
+    if args.prompts is not None:
+        print_results(decoder, write, prompts, 0, args.rows, sys.stdout)
         return
     colour = args.color == "always" or (
         args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     )
-    pieces = written(prompts, 0)
+    pieces = write(prompts, 0)
     painter = Painter(sys.stdout, args.show == "patches", colour)
-    begun = time.monotonic()
-    painter.prompt(prompts[0])
-    for piece in pieces:
-        painter.piece(piece)
-    painter.close()
-    print(summary(decoder, max(time.monotonic() - begun, 1e-9)), file=sys.stderr)
+    begun, compiling = time.monotonic(), CompileTime()
+    painter.prompt(prompts[0].text)
+    try:
+        for piece in pieces:
+            painter.piece(piece)
+    finally:
+        painter.close()  # also before an error is printed
+    print(summary(decoder, time.monotonic() - begun, compiling.seconds), file=sys.stderr)
+
+
+def settings_of(args: argparse.Namespace, step: int) -> dict:
+    """What results depend on besides their prompts, as JSON."""
+    names = (
+        "max_bytes", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "valid_utf8",
+        "seed", "stop", "draft", "context", "dtype", "truncate",
+    )  # fmt: skip
+    return {"workdir": str(args.workdir), "step": step} | {x: getattr(args, x) for x in names}

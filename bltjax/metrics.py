@@ -41,6 +41,17 @@ def quantity(value: float) -> str:
     return f"{value:.3g}"
 
 
+def speed(amount: float, seconds: float, compiled: float, unit: str = "bytes") -> str:
+    """'compiled in 12 s; 100 bytes in 0.3 s, 330B/s'.
+
+    seconds: in all; compiled: of them, for compiling, which no rate should have in it.
+    """
+    ran = max(seconds - compiled, 1e-9)
+    line = f"compiled in {compiled:.2g} s; " if compiled >= 0.05 else ""
+    line += f"{amount:,} {unit} in {ran:.2g} s"
+    return line + f", {quantity(amount / ran)}B/s" * (unit == "bytes")
+
+
 def is_number(value) -> bool:
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 

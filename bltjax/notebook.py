@@ -20,6 +20,7 @@ from bltjax.decoding.placing import load_onto, on_mesh, read_mesh
 from bltjax.decoding.sampling import Sampling
 from bltjax.decoding.whole import bucket
 from bltjax.evaluate import run_patching
+from bltjax.finite import first_not_finite, not_finite
 from bltjax.inside import CrossWeights, cross_weights
 from bltjax.model import batch_logits, make_model
 from bltjax.patching import force_starts, patch_starts
@@ -84,6 +85,7 @@ class LoadedModel:
 
         Raises:
           ValueError: for entropy patching without a byte LM.
+          FloatingPointError: for logits or entropies that are not finite.
         """
         ids = encode(text, eos=False)
         starts_N1 = self.starts(text) if self.config.blt is not None else None
@@ -93,7 +95,10 @@ class LoadedModel:
         """The same for ids that begin with BOS and, of a BLT, given patch starts [len + 1]."""
         batch, patches = row_of(ids, starts_N1)
         with on_mesh(self.mesh):
-            return np.asarray(self.all_logits(self.params, batch, patches=patches))[: len(ids)]
+            logits_NV = np.asarray(self.all_logits(self.params, batch, patches=patches))[: len(ids)]
+        if (place := first_not_finite(logits_NV)) is not None:
+            raise not_finite(f"logits after the text's first {place} bytes are", {"": self.params})
+        return logits_NV
 
     def cross_weights(self, text: str | bytes) -> CrossWeights:
         """What the cross-attentions look at in a text, by layer, slot, head and byte.
@@ -112,6 +117,7 @@ class LoadedModel:
 
         Raises:
           ValueError: if there is no byte LM.
+          FloatingPointError: for an entropy that is not finite.
         """
         model = self.entropy_model
         if model is None:
@@ -121,7 +127,11 @@ class LoadedModel:
             )
         texts = [np.frombuffer(as_bytes(text), np.uint8)]
         scored, _ = score_documents(
-            model.config, model.params, texts, newline_reset=model.newline_reset
+            model.config,
+            model.params,
+            texts,
+            newline_reset=model.newline_reset,
+            name=lambda _: "the text",
         )
         return scored[0]
 
@@ -178,6 +188,7 @@ class LoadedModel:
 
         Raises:
           ValueError: for a setting out of range, or patches that can't be placed while writing.
+          FloatingPointError: for logits or entropies that are not finite.
         """
         if self.decoder is None:
             patching, model = self.config.patching, self.entropy_model

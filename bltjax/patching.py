@@ -71,6 +71,7 @@ def document_starts(config: PatchingConfig, ids_N, entropies: np.ndarray | None)
                 f"a document of {len(ids_N) - 2} bytes has {len(entropies)} entropies, not"
                 f" {len(ids_N) - 1}: of every byte and of its end"
             )
+        check_finite(entropies)
         if config.above_threshold:
             # Most runs' rule, in the one pass that it needs: the general way's ten cost a sixth of
             # all that making rows does.
@@ -82,6 +83,19 @@ def document_starts(config: PatchingConfig, ids_N, entropies: np.ndarray | None)
     starts_N1 = force_starts(patch_starts(config, ids_N, padded_N))
     starts_N1[-1] = True
     return starts_N1
+
+
+def check_finite(entropies_N: np.ndarray) -> None:
+    """Raises ValueError, with the position, for an entropy that is not finite: no patch would begin
+    where it is NaN, and nothing would say so."""
+    finite_N = np.isfinite(entropies_N)
+    if not finite_N.all():
+        place = np.argwhere(~finite_N)[0]
+        raise ValueError(
+            f"the entropy after the first {place[-1]} bytes of a document is"
+            f" {entropies_N[tuple(place)]}, which places no patches: score the document again, with"
+            " a byte LM whose parameters are finite"
+        )
 
 
 def trace_starts(config: PatchingConfig, ids_N, entropies_N=None) -> Trace:
@@ -109,6 +123,8 @@ def trace_starts(config: PatchingConfig, ids_N, entropies_N=None) -> Trace:
                     f"entropy patching needs one entropy per position: ids are"
                     f" {tuple(ids_N.shape)}, entropies {found}"
                 )
+            if xp is np:
+                check_finite(entropies_N)
             entropies_N = entropies_N.astype(xp.float32, copy=False)
             now_N1 = shifted(xp, entropies_N, 1, 0.0)
             if config.monotonic or config.threshold_add is not None:

@@ -7,23 +7,31 @@ wide as its bytes, so a patch that begins inside one is seen to.
 
 import argparse
 import html
+import logging
 import os
 import sys
+import time
 import unicodedata
+import uuid
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from bltjax.alphabet import encode
+from bltjax.bpe import load_tokenizer
+from bltjax.compiling import CompileTime
 from bltjax.config import PatchingConfig
 from bltjax.config_file import add_workdir_argument, local_path_argument, parse_scheme
 from bltjax.evaluate import run_patching
 from bltjax.export import read_config
+from bltjax.metrics import speed
+from bltjax.outputs import check_outputs
 from bltjax.patching import force_starts, patch_starts
 from bltjax.scoring import EntropyModel, load_entropy_model, score_documents
-from bltjax.storage import write_text
+from bltjax.storage import hidden_beside, publish, write_text
 
+logger = logging.getLogger("bltjax")
 LIMIT, PNG_LIMIT = 4000, 1200  # bytes that are drawn
 LINE = 80  # bytes in a line of the PNG
 TITLE = 24  # characters in a line of a scheme's title, if it has commas to break at
@@ -358,18 +366,27 @@ def asked_schemes(
     Raises:
       ValueError: for a scheme by entropy without a run that has a byte LM.
     """
-    own, model = PatchingConfig(mode="space"), None
+    own, run = PatchingConfig(mode="space"), None
     if args.workdir:
         run = read_config(args.workdir)
-        if run.blt is None:
-            own, model = PatchingConfig(), load_entropy_model(args.workdir, newline_reset=False)
-        else:
-            own, model = run_patching(run, args.workdir)
+        own = PatchingConfig() if run.blt is None else run.patching
+        if own.mode == "bpe":
+            own, _ = run_patching(run, args.workdir)
     schemes = [(text, parse_scheme(text, own)) for text in args.scheme or []]
     schemes = schemes or [(own.mode, own)]
-    for title, patching in schemes:
-        if patching.mode == "entropy" and model is None:
-            raise ValueError(f"scheme {title!r} needs a byte LM: give --workdir of a run with one")
+    for _, patching in schemes:
+        if patching.mode == "bpe":
+            load_tokenizer(patching.tokenizer)  # what is wrong with it is found before a model runs
+    by_entropy = [title for title, patching in schemes if patching.mode == "entropy"]
+    model = None
+    if by_entropy and run is not None and run.blt is None:
+        model = load_entropy_model(args.workdir, newline_reset=False)
+    elif by_entropy and run is not None:
+        _, model = run_patching(run, args.workdir)
+    if by_entropy and model is None:
+        raise ValueError(
+            f"scheme {by_entropy[0]!r} needs a byte LM: give --workdir of a run with one"
+        )
     return schemes, model
 
 
@@ -383,18 +400,27 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             import matplotlib  # noqa: F401
         except ImportError:
             raise ValueError("a PNG needs matplotlib: pip install 'bltjax[pictures]'") from None
+    outputs = {"--html": args.html, "--png": args.png}
+    check_outputs(outputs, [("--file", args.file)], model=args.workdir)
     # The command line's own bytes, be they text or not.
     whole = args.file.read_bytes() if args.file else os.fsencode(args.text)
     if not whole:
         raise ValueError(f"{args.file or '--text'} is empty: there is nothing to cut")
     text = whole if args.table else whole_characters_up_to(whole, args.limit)
     schemes, model = asked_schemes(args)
-    entropies_by_reset = {}
+    entropies_by_reset, begun, compiling = {}, time.monotonic(), CompileTime()
     for reset in {patching.newline_reset for _, patching in schemes if patching.mode == "entropy"}:
         scored, _ = score_documents(
-            model.config, model.params, [np.frombuffer(text, np.uint8)], newline_reset=reset
+            model.config,
+            model.params,
+            [np.frombuffer(text, np.uint8)],
+            newline_reset=reset,
+            name=lambda _: str(args.file or "the text"),
         )
         entropies_by_reset[reset] = scored[0]
+    if entropies_by_reset:
+        scored_bytes = len(text) * len(entropies_by_reset)
+        logger.info("[%s]", speed(scored_bytes, time.monotonic() - begun, compiling.seconds))
     cuts = [cut_text(text, title, scheme, entropies_by_reset) for title, scheme in schemes]
     note = f"{len(text):,} bytes"
     if len(text) < len(whole):
@@ -424,7 +450,12 @@ def write_png(path: Path, text: bytes, cuts: list[Cut], whole: int) -> list[str]
     drawn = whole_characters_up_to(text, PNG_LIMIT)
     short = [cut._replace(begins=cut.begins[cut.begins < len(drawn)]) for cut in cuts]
     figure, missing = draw(drawn, short)
-    figure.savefig(path, format="png")
+    partial = hidden_beside(path, f"{uuid.uuid4().hex[:8]}.partial")
+    try:
+        figure.savefig(partial, format="png")
+        publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     said = f"picture: {path}"
     if len(drawn) < len(text):
         said += f" (the first {len(drawn):,} of {whole:,} bytes: a PNG shows no more)"

@@ -6,20 +6,28 @@ for that has a page all the same, without this part.
 
 import argparse
 import json
+import logging
+import time
 from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
 
-from bltjax.checkpoint import newest_checkpoint, read_config
+from bltjax.checkpoint import newest_checkpoint, read_config, saved_steps
+from bltjax.compiling import CompileTime
 from bltjax.config import RunConfig
 from bltjax.config_file import path_argument
 from bltjax.data.sources import open_source
+from bltjax.decoding.request import CONTEXT, fitting_prompts
+from bltjax.decoding.sampling import Sampling
+from bltjax.export import is_export
+from bltjax.metrics import speed
 from bltjax.notebook import LoadedModel, load
 from bltjax.page import SAMPLES, write_page
 from bltjax.picture import patch_strings, whole_characters_up_to
-from bltjax.storage import write_text
+from bltjax.storage import check_writable, write_text
 
+logger = logging.getLogger("bltjax")
 PROMPT_BYTES, CUT_BYTES = 60, 600
 
 
@@ -56,20 +64,33 @@ def write_samples(
 
     Raises:
       ValueError: for a folder without a whole checkpoint, or a setting out of range.
+      FloatingPointError: for logits that are not finite.
     """
-    config, model = read_config(workdir), load(workdir)
+    fitting_prompts(
+        [b"?" * PROMPT_BYTES] * count,
+        max_bytes=max_bytes,
+        context=CONTEXT,
+        sampling=Sampling(temperature),
+        seed=seed,
+    )
+    config = read_config(workdir)
     texts = list(held_out_texts(config, count))[:: 4 if count > 1 else 1][:count] or [b""]
+    model = load(workdir)
     incremental = model.config.patching is None or model.config.patching.incremental
     found = {"step": newest_checkpoint(workdir)[1], "temperature": temperature, "texts": []}
+    begun, compiling, size = time.monotonic(), CompileTime(), 0
     for number, text in enumerate(texts if incremental else ()):
         prompt = whole_characters_up_to(text, PROMPT_BYTES).decode("utf-8", errors="replace")
         written = model.generate(
             prompt, max_bytes=max_bytes, temperature=temperature, seed=seed + number
         )
         found["texts"].append({"prompt": prompt, "written": "".join(written)})
+        size += model.decoder.counts.bytes
+    if found["texts"]:
+        logger.info("[%s]", speed(size, time.monotonic() - begun, compiling.seconds))
     if config.blt and texts[0]:
         found["patches"] = cut_pieces(model, whole_characters_up_to(texts[0], CUT_BYTES))
-    write_text(workdir / SAMPLES, json.dumps(found) + "\n")
+    write_text(workdir / SAMPLES, json.dumps(found, allow_nan=False) + "\n")
     return found
 
 
@@ -86,8 +107,16 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError("page takes no --config settings")
     if args.samples < 0:
         raise ValueError(f"--samples ({args.samples}) must be >= 0")
+    if is_export(args.workdir):
+        raise ValueError(
+            f"{args.workdir} is an export, which keeps no reports of its training: give the work"
+            " directory of the run"
+        )
     read_config(args.workdir)  # a folder that is no run is refused before anything is loaded
-    if args.samples:
+    check_writable(args.workdir)
+    if args.samples and not saved_steps(args.workdir):
+        logger.warning("%s has no checkpoint yet: nothing is written anew", args.workdir)
+    elif args.samples:
         write_samples(
             args.workdir,
             count=args.samples,

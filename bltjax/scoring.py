@@ -24,8 +24,9 @@ from bltjax.attention import fastest
 from bltjax.checkpoint import identity
 from bltjax.config import ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig, SourceConfig
 from bltjax.data.records import NEWLINE_RESET, Document, RecordDocuments
-from bltjax.data.sources import open_source
+from bltjax.data.sources import Documents, open_source
 from bltjax.export import load_params
+from bltjax.finite import first_not_finite, not_finite
 from bltjax.metrics import Progress
 from bltjax.model.byte_cnn import entropy_table, table_entropies
 from bltjax.model.byte_lm import ByteLM, empty_carry, entropies_of
@@ -34,6 +35,7 @@ from bltjax.model.byte_lm import ByteLM, empty_carry, entropies_of
 CPU_BATCH, DEVICE_BATCH = (8, 512), (64, 1024)
 # Lanes and chunks shrink until padding, at most one chunk a lane, is at most 1 / 64 of the work.
 PADDING_SHARE = 64
+PREVIEW = 20  # bytes by which an error shows a text
 
 
 class EntropyModel(NamedTuple):
@@ -107,14 +109,45 @@ def score_documents(
     lanes: int | None = None,
     chunk: int | None = None,
     scored: Callable[[int], None] = lambda positions: None,
+    name: Callable[[int], str] | None = None,
 ) -> tuple[list[np.ndarray], int]:
     """float32 entropies [len + 1] in nats of each text, and the number of padding positions.
 
     Entry i of a document follows i of its bytes (entry 0 follows BOS). `scored` is called with the
-    number of positions done at each step.
+    number of positions done at each step. name: how errors call a text, by its number.
+
+    Raises:
+      FloatingPointError: for an entropy that is not finite, naming the text and the position.
     """
     if isinstance(config, ByteCNNConfig):
-        return look_up(config, params, texts, newline_reset, scored), 0
+        entropies, padding = look_up(config, params, texts, newline_reset, scored), 0
+    else:
+        entropies, padding = run_documents(
+            config, params, texts, newline_reset, lanes, chunk, scored
+        )
+    for index, entropies_N in enumerate(entropies):
+        # No patch would begin where an entropy is NaN.
+        if (place := first_not_finite(entropies_N)) is not None:
+            text = bytes(texts[index][:PREVIEW]).decode("utf-8", errors="replace")
+            called = name(index) if name else f"text {index + 1} of {len(texts)}"
+            raise not_finite(
+                f"{called} ({text!r}, {len(texts[index]):,} bytes): the entropy after its first"
+                f" {place} bytes is",
+                {"": params},
+            )
+    return entropies, padding
+
+
+def run_documents(
+    config: ByteLMConfig,
+    params,
+    texts: Sequence,
+    newline_reset: bool,
+    lanes: int | None,
+    chunk: int | None,
+    scored: Callable[[int], None],
+) -> tuple[list[np.ndarray], int]:
+    """What `score_documents` returns, of a byte LM."""
     lengths = [len(text) + 1 for text in texts]
     total = sum(lengths)
     device = device_of(params)
@@ -206,13 +239,20 @@ def scored_source(
     byte_lm: EntropyModel | None,
     *,
     skip_bad: bool = False,
+    documents: Documents | None = None,
 ) -> Sequence[Document]:
     """The documents of a source, with entropies if `patching` needs them.
 
     Records that `byte_lm` scored are used as they are; raw text is scored here, in memory.
+    documents: the source, where it is open already.
+
+    Raises:
+      ValueError: for raw text without a byte LM, and for records of another one.
+      FloatingPointError: for an entropy that is not finite.
     """
     identity = None if byte_lm is None else byte_lm.identity
-    documents = open_source(source, skip_bad=skip_bad, expected_identity=identity)
+    if documents is None or isinstance(documents, RecordDocuments):
+        documents = open_source(source, skip_bad=skip_bad, expected_identity=identity)
     if patching is None or patching.mode != "entropy" or isinstance(documents, RecordDocuments):
         return documents
     if byte_lm is None:
@@ -225,5 +265,6 @@ def scored_source(
         texts,
         newline_reset=byte_lm.newline_reset,
         scored=progress.advance,
+        name=documents.name,
     )
     return [Document(*pair) for pair in zip(texts, entropies, strict=True)]

@@ -59,6 +59,33 @@ def test_evaluation_does_not_depend_on_order(runs, tmp_path):
     assert bits[0] == pytest.approx(bits[1], abs=2e-5)
 
 
+def test_evaluation_errors_come_first(runs, tmp_path, monkeypatch, capsys):
+    """Before the model is loaded, with the option and the path that were typed."""
+    monkeypatch.setattr("bltjax.evaluate.load_params", None)
+    monkeypatch.setattr("bltjax.evaluate.run_patching", None)
+    source = tmp_path / "text.txt"
+    source.write_text("some text")
+    (tmp_path / "empty.txt").write_text("")
+    words = ["evaluate", f"--workdir={runs.byte_lm}", f"--source={source}"]
+    missing = tmp_path / "none" / "x.json"
+    error = error_of(capsys, *words, f"--out={missing}")
+    assert f"--out={missing}: its folder {missing.parent} does not exist" in error
+    assert "partial" not in error
+    assert f"--out={tmp_path} is a folder" in error_of(capsys, *words, f"--out={tmp_path}")
+    assert "would replace what the evaluation reads" in error_of(capsys, *words, f"--out={source}")
+    part = runs.byte_lm / "metrics.jsonl"
+    assert "would replace a part of" in error_of(capsys, *words, f"--out={part}")
+    assert "no such file" in error_of(capsys, *words[:2], f"--source={tmp_path / 'none'}")
+    assert "is empty" in error_of(capsys, *words[:2], f"--source={tmp_path / 'empty.txt'}")
+    assert source.read_text() == "some text"
+
+
+def test_one_byte_is_evaluated(runs, tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\xff")
+    result = evaluate(runs.blt, SourceConfig(str(tmp_path / "x.txt")))
+    assert result["text_bytes"] == 1 and result["bits_per_byte"] > 0
+
+
 def test_compressors_by_hand():
     text = b"tokens are out, bytes are in. " * 40
     bits = compressor_bits(text, text)
@@ -116,6 +143,35 @@ def test_calibration_reaches_its_target():
     assert found == pytest.approx(4.5, rel=0.01) and len(tried) > 3
     with pytest.raises(ValueError, match=r"no threshold gives a mean of 1000 bytes"):
         calibrate(documents, PatchingConfig(), 1000)
+    for target in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"not > 0"):
+            calibrate(documents, PatchingConfig(), target)
+
+
+def test_calibration_that_comes_nowhere_near():
+    """Documents of one byte have patches of one byte, or of one and a half."""
+    documents = [Document(np.zeros(1, np.uint8), np.full(2, 2.0, np.float32))] * 4
+    with pytest.raises(
+        ValueError, match=r"are 1\.000 bytes at (1\.9+|2\.0+) nats and 1\.500 bytes at 2"
+    ):
+        calibrate(documents, PatchingConfig(), 1.25)
+    threshold, tried = calibrate(documents, PatchingConfig(), 1.45)  # within 5 %, with a warning
+    assert dict(tried)[threshold] == 1.5
+
+
+def test_calibrate_warns_or_refuses(runs, tmp_path, monkeypatch, capsys):
+    words = ["calibrate", f"--records={runs.root / 'records' / 'train'}", f"--out={tmp_path / 'x'}"]
+    for mean in ("nan", "0", "-4"):
+        assert "not a finite number of bytes >= 1" in error_of(capsys, *words, f"--mean={mean}")
+    assert "its folder" in error_of(capsys, *words[:2], f"--out={tmp_path}/none/x")
+    assert not list(tmp_path.iterdir())
+    document = Document(np.zeros(1, np.uint8), np.full(2, 2.0, np.float32))
+    monkeypatch.setattr("bltjax.calibrate.sample_documents", lambda *_: [document])
+    runs.run(*words, "--mean=1.45")
+    assert "mean at that threshold is 1.500 bytes, not 1.45" in capsys.readouterr().err
+    (tmp_path / "x").unlink()
+    assert "no threshold gives a mean near" in error_of(capsys, *words, "--mean=1.25")
+    assert not list(tmp_path.iterdir())
 
 
 def test_generate_prints_text(runs, capsys):

@@ -1,5 +1,6 @@
 """Cached decoding is the full forward pass: logits, boundaries, text; for any prompt and batch."""
 
+import copy
 import dataclasses
 import functools
 import re
@@ -336,3 +337,67 @@ def test_drafts_are_refused_with_a_reason():
         Decoder(run, byte_lm.params, None, None, draft=2)
     with pytest.raises(ValueError, match="draft is -1"):
         made("newline", draft=-1)
+
+
+def poisoned(decoder: Decoder, part: str, name: str, place) -> Decoder:
+    """The decoder with one NaN, or a row of them, in a parameter."""
+
+    def change(path, x):
+        named = jax.tree_util.keystr(path, simple=True, separator="/")
+        return x.at[place].set(jnp.nan) if named == name else x
+
+    changed = copy.copy(decoder)
+    tree = jax.tree_util.tree_map_with_path(change, decoder.params[part])
+    changed.params = decoder.params | {part: tree}
+    return changed
+
+
+def written_until_error(decoder: Decoder, prompts, **settings) -> tuple[list[bytes], str]:
+    """What each row had written when an error ended them all, and the error."""
+    texts = [b""] * len(prompts)
+    with pytest.raises(FloatingPointError) as raised:
+        for piece in decoder.generate(prompts, **settings):
+            assert piece.why == ""
+            texts[piece.row] += piece.text
+    return texts, str(raised.value)
+
+
+@pytest.mark.parametrize("draft", [0, 4])
+def test_what_is_not_finite_is_an_error_and_no_end_of_a_text(draft):
+    """At once, or after the bytes that are sound: the error names prompt, place and parameter."""
+    decoder, *_ = made("newline", **({"draft": draft} if draft else {}))
+    prompts = [TEXT.encode(), b"", b"A BLT"]
+    names = ["first", "second", "third"]
+    settings = {"max_bytes": 90, "names": names}
+    whole = [row[0] for row in written(decoder, prompts, **settings)]
+    # One id's column of the head: an argmax over NaN would take it.
+    broken = poisoned(decoder, "model", "decoder/head_EV", (0, 70))
+    texts, error = written_until_error(broken, prompts, **settings)
+    assert texts == [b""] * 3
+    assert error == (
+        f"first: logits after its {len(prompts[0])} bytes are not finite; parameter decoder/head_EV"
+        " holds 1 value that is not finite"
+    )
+    # A byte that rows write, and no prompt has.
+    fresh = next(byte for byte in whole[0] if all(byte not in prompt for prompt in prompts))
+    broken = poisoned(decoder, "model", "encoder/bytes_VE", 4 + fresh)
+    texts, error = written_until_error(broken, prompts, **settings)
+    row = names.index(error.partition(":")[0])
+    at = whole[row].index(fresh) + 1
+    assert texts[row] == whole[row][:at]
+    assert f": logits after its {len(prompts[row])} bytes and {at} that were written" in error
+    assert "parameter encoder/bytes_VE holds 16 values" in error
+
+
+def test_entropies_that_are_not_finite_place_no_patches():
+    decoder, *_ = made("newline")
+    prompts = [b"", b"A BLT"]
+    broken = poisoned(decoder, "scorer", "bytes_VE", 4 + ord("L"))
+    texts, error = written_until_error(broken, prompts, max_bytes=8)
+    assert texts == [b"", b""]
+    # A value that is masked is multiplied by zero, so its NaN may reach a little before it.
+    assert re.fullmatch(
+        r"prompt 2: the entropy after its first [0-4] bytes is not finite; parameter"
+        r" byte_lm/bytes_VE holds 16 values that are not finite",
+        error,
+    )

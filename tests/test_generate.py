@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import logging
 import os
 
 import numpy as np
@@ -15,7 +16,8 @@ from bltjax.decoding import Decoder, Piece, Rest
 from bltjax.decoding.whole import Predictor
 from bltjax.evaluate import run_patching
 from bltjax.export import load_params
-from bltjax.generate import Painter, read_prompts, result_line
+from bltjax.generate import Painter
+from bltjax.prompts import Prompt, begin_results, finish_results, read_prompts, result_line
 from bltjax.scoring import score_documents
 
 
@@ -25,6 +27,13 @@ def trained(request, runs):
     config, params, _ = load_params(workdir)
     model = (config, params, *run_patching(config, workdir))
     return Decoder(*model), Predictor(*model)
+
+
+@pytest.fixture
+def warnings(caplog, monkeypatch):
+    """What is logged; a command before may have kept its messages to itself."""
+    monkeypatch.setattr(logging.getLogger("bltjax"), "propagate", True)
+    return caplog
 
 
 def text_of(pieces) -> bytes:
@@ -114,10 +123,36 @@ def test_painter():
 
     rest = "é".encode()[1:]
     assert painted(False, False, rest + b"ab", b"c") == "éabc\n"
+    assert painted(False, False, rest + b"\x1b]0;x\x07\r") == "é\x1b]0;x\x07\r\n"  # no terminal
     assert painted(True, False, rest + b"abc") == "|éa|bc\n"
     coloured = painted(True, True, rest + "a日\nb".encode())
     assert "\x1b[38;5;52;48;5;157m日" in coloured and "\x1b[0m\n\x1b[38" in coloured
     assert coloured.endswith("\x1b[0m\n")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_sent_no_controls():
+    """Neither of a prompt nor of what is written, wherever pieces are cut; lines and tabs stay."""
+
+    def painted(patches, prompt, *texts):
+        out = Terminal()
+        painter = Painter(out, patches, False)
+        painter.prompt(prompt)
+        for text in texts:
+            nothing = np.zeros(len(text))
+            painter.piece(Piece(0, text, nothing, nothing, nothing > 0, ""))
+        painter.close()
+        return out.getvalue()
+
+    shown = painted(False, b"\x1b]0;title\x07\b\x7f\n\tx\xc2", b"\x9b31m", b"\r", b"\na\r", b"b\r")
+    assert shown == "␛]0;title␇␈␡\n\tx\\u009b31m\r\na␍b␍\n".replace("␡", "␡")
+    assert painted(True, b"\x1b[31m\r", b"\x1b") == "␛[31m␍␛\n"
+    persian = "می\u200cخواهم"  # a format, which no terminal obeys
+    assert painted(False, persian.encode()) == f"{persian}\n"
 
 
 def test_prompts_from_jsonl(runs, tmp_path, capsys):
@@ -146,7 +181,7 @@ def test_drafts_are_accounted_for(runs, capsys):
 
 def test_results_that_are_not_utf8():
     none = np.zeros(0)
-    line = result_line(b"\xff", [Piece(0, b"a\xe6", np.zeros(2), none, none, "eos")])
+    line = result_line(Prompt(b"\xff"), [Piece(0, b"a\xe6", np.zeros(2), none, none, "eos")])
     assert json.loads(line) == {
         "prompt": "\ufffd", "text": "a\ufffd", "why": "eos", "log_probs": [0, 0], "hex": "61e6",
         "prompt_hex": "ff",
@@ -156,10 +191,112 @@ def test_results_that_are_not_utf8():
 def test_prompts_in_hex(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "?", "prompt_hex": "ff61"}\n')
-    assert read_prompts(path) == [b"\xffa"]
+    assert [prompt.text for prompt in read_prompts(str(path))] == [b"\xffa"]
     path.write_text('"x"\n{"prompt_hex": "6"}\n')
     with pytest.raises(ValueError, match=r"prompts.jsonl, line 2: prompt_hex: "):
-        read_prompts(path)
+        read_prompts(str(path))
+
+
+def test_results_keep_what_a_prompt_has(tmp_path, warnings):
+    """An id and other keys, in order; a key that results have too gives way, and is named."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"id": 7, "prompt": "é", "why": "?", "tags": ["\\ud800"], "hex": "00"}\n"x"\n')
+    keyed, plain = read_prompts(str(path))
+    assert "prompts.jsonl, line 1: results have a hex, why of their own" in warnings.text
+    none = np.zeros(0)
+    line = result_line(keyed, [Piece(0, b"a", np.zeros(1), none, none, "eos")])
+    assert line.encode()  # half a surrogate pair has no UTF-8
+    assert list(json.loads(line).items()) == [
+        ("id", 7), ("prompt", "é"), ("why", "eos"), ("tags", ["\ud800"]), ("text", "a"),
+        ("log_probs", [0]),
+    ]  # fmt: skip
+    line = result_line(plain, [Piece(0, b"", none, none, none, "eos")])
+    assert list(json.loads(line)) == ["prompt", "text", "why", "log_probs"]
+
+
+@pytest.mark.parametrize(
+    "data, why",
+    [
+        (b'"a"\n{"prompt": "b", "x": NaN}\n', "line 2: not JSON .NaN is no number"),
+        (b"[" * 100_000, "line 1: not JSON"),
+        ('"a"\n'.encode("utf-16"), "is UTF-16"),
+        (b"\xff\n", "line 1: not JSON"),
+        (b"\n \n", "has no prompts"),
+        (b"", "has no prompts"),
+    ],
+)
+def test_prompts_that_are_no_json_lines(data, why, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=why):
+        read_prompts(str(path))
+
+
+def test_prompts_of_standard_input(runs, monkeypatch, capsys):
+    words = ["generate", f"--workdir={runs.byte_lm}", "--max_bytes=2"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf"the"\n')))
+    runs.run(*words, "--prompts=-")
+    assert json.loads(capsys.readouterr().out)["prompt"] == "the"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the \xff")))
+    runs.run(*words, "--prompt_file=-")
+    assert capsys.readouterr().out.startswith("the \ufffd")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'"a"\n7\n')))
+    assert main([*words, "--prompts=-"]) == 1
+    assert "standard input, line 2: no string" in capsys.readouterr().err
+
+
+def test_results_are_continued(runs, tmp_path, monkeypatch, capsys):
+    """A command that was killed leaves whole lines; the same one writes the rest, and no other."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    prompts.write_text("".join(f'{{"id": {n}, "prompt": "the {n}"}}\n' for n in range(4)))
+    words = ["generate", f"--workdir={runs.byte_lm}", f"--prompts={prompts}", "--max_bytes=3"]
+    words += ["--rows=1", "--temperature=1"]
+    runs.run(*words, f"--out={tmp_path / 'straight'}")
+    straight = (tmp_path / "straight").read_text()
+    generate = Decoder.generate
+
+    def killed(decoder, texts, **settings):
+        if texts == [b"the 2"]:
+            raise KeyboardInterrupt
+        return generate(decoder, texts, **settings)
+
+    monkeypatch.setattr(Decoder, "generate", killed)
+    assert main([*words, f"--out={out}"]) == 130
+    monkeypatch.undo()
+    assert out.read_text() == "".join(straight.splitlines(keepends=True)[:2])
+    with out.open("a") as file:
+        file.write('{"prompt": "the 2", "te')  # what a full disk leaves
+    capsys.readouterr()
+
+    def error_of(*more):
+        assert main([*words, f"--out={out}", *more]) == 1
+        return capsys.readouterr().err
+
+    assert "temperature: 1.0 -> 0.5" in error_of("--temperature=0.5")
+    runs.run(*words, f"--out={out}")
+    assert f"{out}: 2 of 4 results are there" in capsys.readouterr().err
+    assert out.read_text() == straight and sorted(tmp_path.glob(".*")) == []
+    assert "has the results of all 4 prompts already" in error_of()
+    out.write_text(straight.replace("the 1", "the 9"))
+    assert "line 2 is no result of" in error_of()
+    out.write_text(straight + straight)
+    assert "line 5 is no result of these prompts" in error_of()
+    out.write_text("notes")
+    assert "holds no results" in error_of()
+    assert out.read_text() == "notes"
+
+
+def test_results_whose_settings_are_not_known_are_continued_with_a_warning(tmp_path, warnings):
+    prompts = [Prompt(b"a"), Prompt(b"\xff")]
+    none = np.zeros(0)
+    out = tmp_path / "results.jsonl"
+    lines = [result_line(p, [Piece(0, b"", none, none, none, "eos")]) + "\n" for p in prompts]
+    out.write_text(lines[0])
+    assert begin_results(out, prompts, {"seed": 0}) == 1
+    assert "is not known" in warnings.text
+    assert begin_results(out, prompts, {"seed": 0}) == 1  # now they are
+    finish_results(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
 def test_show_patches(runs, capsys):
@@ -196,6 +333,38 @@ def test_bad_input(runs, tmp_path, capsys):
     assert "bad.jsonl, line 2" in error_of(f"--prompts={tmp_path / 'bad.jsonl'}")
     (tmp_path / "none.jsonl").write_text("\n")
     assert "has no prompts" in error_of(f"--prompts={tmp_path / 'none.jsonl'}")
+
+
+def test_errors_come_before_the_model_is_loaded(runs, tmp_path, monkeypatch, capsys):
+    """Whatever can be known first is, and nothing is written."""
+    monkeypatch.setattr("bltjax.generate.load_onto", None)
+    monkeypatch.setattr("bltjax.generate.run_patching", None)
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
+    prompts.write_text("".join(json.dumps("a" * n) + "\n" for n in (1, 5, 9, 99, 2)))
+
+    def error_of(*words, workdir=runs.byte_lm):
+        given = [f"--workdir={workdir}", f"--prompts={prompts}", f"--out={out}", "--max_bytes=10"]
+        assert main(["generate", *given, *words]) == 1
+        error = capsys.readouterr().err
+        assert "partial" not in error and len(error.splitlines()) == 1
+        return error
+
+    error = error_of("--context=100")
+    assert f"{prompts}, line 4: 99 bytes and 10 to write exceed the context of 100" in error
+    assert "10 to write exceed the context of 5" in error_of("--context=5", "--truncate=left")
+    assert "context is 0" in error_of("--context=0")
+    assert "--rows is 0" in error_of("--rows=0")
+    assert "seed is 2147483644" in error_of(f"--seed={2**31 - 4}")
+    assert "a stop string is empty" in error_of("--stop=")
+    assert "verified greedily" in error_of("--draft=2", "--temperature=1", workdir=runs.blt)
+    assert "only a BLT drafts" in error_of("--draft=2")
+    assert "neither a training run nor an export" in error_of(workdir=tmp_path)
+    missing = tmp_path / "none" / "x"
+    assert f"--out={missing}: its folder {missing.parent} does not" in error_of(f"--out={missing}")
+    assert f"--out={tmp_path} is a folder" in error_of(f"--out={tmp_path}")
+    assert "would replace what --prompts reads" in error_of(f"--out={prompts}")
+    assert "would replace a part of" in error_of(f"--out={runs.byte_lm / 'config.json'}")
+    assert sorted(tmp_path.iterdir()) == [prompts]
 
 
 def test_bytes_of_any_kind_are_a_prompt(runs, tmp_path, monkeypatch, capsys):

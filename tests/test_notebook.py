@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 import bltjax
+from bltjax.__main__ import main
 from bltjax.attention.dense import dense
+from bltjax.checkpoint import save_params
+from bltjax.export import load_params
 from bltjax.model import batch_logits, cross_attention, make_model
 from bltjax.patching import patch_starts
 
@@ -97,6 +100,44 @@ def test_cross_weights_are_those_of_the_attention(blt, monkeypatch):
         v_PKGC = v_SGC.reshape(-1, slots, *v_SGC.shape[1:])
         read_NGC = np.einsum("KGN,NKGC->NGC", weights_KGN, v_PKGC[reads_N])
         np.testing.assert_allclose(read_NGC, out_NGC[:length], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def broken(runs, tmp_path_factory):
+    """A byte LM with one NaN among its parameters, as a work directory."""
+    config, params, step = load_params(runs.byte_lm)
+    block = params["block_0"]
+    block["down_FE"] = block["down_FE"].at[0, 0].set(jnp.nan)
+    folder = tmp_path_factory.mktemp("broken") / "lm"
+    save_params(folder, config, params, step)
+    return folder
+
+
+def test_what_is_not_finite_is_an_error(broken, runs, tmp_path, capsys):
+    """In Python and by every command: it names the parameter, and leaves no result."""
+    model, why = bltjax.load(broken), "parameter block_0/down_FE holds 1 value that is not finite"
+    for ask in (model.logits, model.bits_per_byte, model.entropies):
+        with pytest.raises(FloatingPointError, match=why):
+            ask(TEXT)
+    with pytest.raises(FloatingPointError, match=why):
+        list(model.generate("the"))
+    (tmp_path / "prompts.jsonl").write_text('"the"\n')
+    (tmp_path / "text.txt").write_text(TEXT)
+    here = f"--workdir={broken}"
+    for words in (
+        ["generate", here, "--prompt=the"],
+        ["generate", here, f"--prompts={tmp_path / 'prompts.jsonl'}", f"--out={tmp_path / 'out'}"],
+        ["evaluate", here, f"--source={tmp_path / 'text.txt'}", f"--out={tmp_path / 'json'}"],
+        ["patches", here, "--text=the", f"--html={tmp_path / 'html'}"],
+        ["entropies", f"--byte_lm={broken}", f"--source={tmp_path}", f"--out={tmp_path / 'r'}"],
+    ):
+        assert main(words) == 1, words
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert why in error and "finite" in error and "Traceback" not in error
+    assert not (tmp_path / "json").exists() and not (tmp_path / "html").exists()
+    assert (tmp_path / "out").read_text() == "" and not list(
+        (tmp_path / "r").glob("*.array_record")
+    )
 
 
 def test_what_a_byte_lm_lacks(byte_lm, tmp_path):

@@ -82,6 +82,29 @@ def test_what_a_run_wrote_is_no_markup_and_half_a_line_is_left_out(runs, tmp_pat
     checked(run_page(epath.Path(tmp_path / "run")))
 
 
+def test_a_run_without_a_checkpoint_has_a_page(runs, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    shutil.copy(runs.byte_lm / "config.json", tmp_path / "run")
+    assert main(["page", str(tmp_path / "run")]) == 0
+    assert "has no checkpoint yet: nothing is written anew" in capsys.readouterr().err
+    checked((tmp_path / "run" / "page.html").read_text())
+
+
+def test_page_refuses_settings_before_the_model_is_loaded(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bltjax.samples.load", None)
+    (tmp_path / "export.json").write_text("{}")
+    for words, message in (
+        (["--max_bytes=-1"], "max_bytes is -1"),
+        (["--temperature=-1"], "temperature is -1"),
+        (["--seed=-1"], "seed is -1"),
+        (["--samples=-1"], "must be >= 0"),
+    ):
+        assert main(["page", str(runs.byte_lm), *words]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["page", str(tmp_path)]) == 1
+    assert "is an export, which keeps no reports" in capsys.readouterr().err
+
+
 def test_no_run_no_page(tmp_path, capsys):
     assert main(["page", str(tmp_path)]) == 1
     assert "neither a training run nor an export" in capsys.readouterr().err

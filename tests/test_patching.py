@@ -34,6 +34,17 @@ MONOTONIC = PatchingConfig(threshold=1.0, monotonic=True)
 RELATIVE = PatchingConfig(threshold=1.0, threshold_add=0.5)
 
 
+@pytest.mark.parametrize("config", [GLOBAL, MONOTONIC, PatchingConfig(max_patch_bytes=3)])
+def test_entropies_that_are_not_finite_are_refused_with_their_place(config):
+    for value in (np.nan, np.inf):
+        entropies_N = np.array([*H, value, 1], np.float32)
+        ids_N = np.full(len(entropies_N), 100, np.int32)
+        with pytest.raises(ValueError, match=f"after the first 8 bytes of a document is {value}"):
+            patch_starts(config, ids_N, entropies_N)
+        with pytest.raises(ValueError, match="after the first 8 bytes"):
+            document_starts(config, np.append(ids_N, 2), entropies_N)
+
+
 def lengths(config, entropies, *, next_byte):
     entropies = np.array(entropies, np.float32)
     starts_N1 = patch_starts(config, np.full(len(entropies), 100, np.int32), entropies)

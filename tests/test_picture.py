@@ -177,6 +177,27 @@ def test_a_reader_that_stops_reading(tmp_path):
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_outputs_are_checked_before_the_model_is_loaded(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bltjax.picture.run_patching", None)
+    text = tmp_path / "text"
+    text.write_text("a text")
+    words = ["patches", f"--workdir={runs.blt}", f"--file={text}"]
+    for more, message in (
+        (
+            [f"--html={tmp_path}/none/x"],
+            f"--html={tmp_path}/none/x: its folder {tmp_path}/none does",
+        ),
+        ([f"--png={tmp_path}/none/x"], f"--png={tmp_path}/none/x: its folder"),
+        ([f"--png={tmp_path}/x", f"--html={tmp_path}/./x"], "are one file"),
+        ([f"--html={text}"], "would replace what --file reads"),
+        (["--scheme=entropy", "--scheme=spaces"], "not one of"),
+        (["--scheme=entropy", "--scheme=bpe:tokenizer=/nowhere.json"], "no such file"),
+    ):
+        assert main([*words, *more]) == 1
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [text]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,6 +1,7 @@
 """A document's entropies depend on the document alone."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,22 @@ def test_adding_documents_changes_nothing():
     some, _ = score_documents(CONFIG, params(), TEXTS[1:4])
     for ours, whole in zip(some, expected()[1:4], strict=True):
         np.testing.assert_allclose(ours, whole, atol=1e-5, rtol=0)
+
+
+def test_entropies_that_are_not_finite_are_refused_with_their_place():
+    odd = next(byte for byte in range(256) if not (TEXTS[4] == byte).any())
+    text = np.append(TEXTS[4], np.uint8(odd))
+    params_NaN = params() | {"bytes_VE": params()["bytes_VE"].at[4 + odd, 3].set(jnp.nan)}
+    place = int(np.argmax(text == odd)) + 1
+    with pytest.raises(FloatingPointError) as raised:
+        score_documents(CONFIG, params_NaN, [text], name=lambda index: f"a.txt:{index}")
+    named = re.fullmatch(
+        r"a.txt:0 \(.*, 65 bytes\): the entropy after its first (\d+) bytes is not finite;"
+        r" parameter bytes_VE holds 1 value that is not finite",
+        str(raised.value),
+    )
+    # A value that is masked is multiplied by zero, so its NaN may reach a little before it.
+    assert 0 <= place - int(named[1]) < CONFIG.window
 
 
 def test_entropy_of_known_distributions():

@@ -18,20 +18,30 @@ from jax.sharding import Mesh
 
 from bltjax.alphabet import EOS, OFFSET, VOCABULARY, as_bytes, encode
 from bltjax.attention import fastest
-from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
+from bltjax.config import ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
 from bltjax.decoding.blt import CachedBLT
 from bltjax.decoding.byte_models import CachedBytes
-from bltjax.decoding.loop import AT_LIMIT, AT_STOP, RUNNING, WHY, Asked, Costs, State, run
+from bltjax.decoding.loop import (
+    AT_LIMIT,
+    AT_STOP,
+    NOT_FINITE,
+    RUNNING,
+    WHY,
+    Asked,
+    Costs,
+    State,
+    run,
+)
 from bltjax.decoding.placing import held, in_groups, on_mesh, row_shardings, weight_shardings
+from bltjax.decoding.request import CONTEXT, check_decodable, fitting_prompts, prompt_names
 from bltjax.decoding.sampling import GREEDY, Sampling, utf8_state
 from bltjax.decoding.scorer import Scorer
 from bltjax.decoding.speculation import run_rounds
+from bltjax.finite import not_finite
 from bltjax.scoring import EntropyModel
 from bltjax.training_step import resolved
 
-CONTEXT = 32768  # bytes, prompt and text together
 SHORTEST = 64  # bytes and patches of the smallest buffers
-MOST_SEED = 2**31  # seeds of rows are int32
 CHUNK = 32  # bytes between two looks of the host
 ENDED = -1  # the row of a place in the batch that has none
 STOPS = (4, 16)  # stop strings, and their bytes, that the first program is compiled for
@@ -105,32 +115,15 @@ def cached_model(
     """The model that a config describes, as it decodes; `implementation` of attention.
 
     Raises:
-      ValueError: for patches that can't be placed while a text is being written, for entropy
-        patches without a byte LM, and for drafts of a model without patches.
+      ValueError: as `check_decodable`.
     """
-    if draft < 0:
-        raise ValueError(f"draft is {draft}, not >= 0")
-    if not isinstance(config.model, BLTConfig):
-        if draft:
-            raise ValueError("only a BLT drafts: a byte LM has no latent transformer to spare")
+    check_decodable(config, patching, scorer is not None, draft)
+    if config.blt is None:
         return CachedBytes(config.model, dtype, implementation)
-    if patching.mode == "bpe":
-        raise ValueError(
-            "bpe patching can't generate: where a token ends depends on text that is not written"
-            " yet (paper 2.4). It serves training, evaluation and pictures."
-        )
-    if not patching.incremental:
-        raise ValueError(
-            "patching.looks_past_end is False, as the transformers port has it: whether a patch"
-            " begins after a text's last byte would depend on there being no other byte. Take the"
-            " released way: `convert` again without --as_port"
-        )
     if patching.mode != "entropy":
         return CachedBLT(
             config.model, patching, Scorer(None, False, draft), dtype, draft, implementation
         )
-    if scorer is None:
-        raise ValueError("entropy patching needs a byte LM to generate: there is none")
     entropies = Scorer(scorer, patching.newline_reset, draft, implementation)
     return CachedBLT(config.model, patching, entropies, dtype, draft, implementation)
 
@@ -201,6 +194,7 @@ class Decoder:
         stop: Sequence[str | bytes] = (),
         truncate: bool = False,
         chunk: int = CHUNK,
+        names: Sequence[str] = (),
     ) -> Iterator[Piece]:
         """What the model writes after each prompt, piece by piece as it is written.
 
@@ -208,54 +202,36 @@ class Decoder:
         its last piece says why. Row i samples with the seed `seed + i` and does not depend on its
         neighbours, but for rounding: a matrix product may sum in another order for more rows.
 
-        truncate: drop the beginning of a prompt that is too long instead of refusing it.
+        truncate: drop the beginning of a prompt that is too long instead of refusing it. names: how
+        errors call the prompts (default: by number).
 
         Raises:
           ValueError: for a number out of range, or a prompt that is too long for the context.
+          FloatingPointError: from the iterator, where logits or entropies are not finite.
         """
-        if max_bytes < 0:
-            raise ValueError(f"max_bytes is {max_bytes}, not >= 0")
-        if self.draft and sampling != GREEDY:
-            raise ValueError(
-                "drafts are verified greedily: sampling, a penalty or a constraint would need the"
-                " draft's distribution at every byte. Take draft 0, or temperature 0 alone"
-            )
-        stops = [as_bytes(text) for text in stop]
-        if not all(stops):
-            raise ValueError(
-                "a stop string is empty: it would stop every text before its first byte"
-            )
-        if cut := [text for text in stops if sampling.valid_utf8 and text[0] & 0xC0 == 0x80]:
-            raise ValueError(
-                f"stop string {cut[0]!r} begins inside a character: stopping there would leave the"
-                " broken text that valid_utf8 is to prevent"
-            )
-        if not 0 <= seed <= MOST_SEED - len(prompts):
-            raise ValueError(
-                f"seed is {seed}, not between 0 and {MOST_SEED} less {len(prompts)} rows"
-            )
-        texts = [self.fitting(as_bytes(prompt), max_bytes, truncate) for prompt in prompts]
-        return self.pieces(texts, max_bytes, sampling, seed, stops, chunk)
-
-    def fitting(self, prompt: bytes, max_bytes: int, truncate: bool) -> bytes:
-        room = self.context - max_bytes
-        if len(prompt) <= room:
-            return prompt
-        if truncate and room >= 0:
-            return prompt[len(prompt) - room :]
-        raise ValueError(
-            f"a prompt of {len(prompt)} bytes and {max_bytes} to write exceed the context of"
-            f" {self.context} bytes: drop the prompt's beginning (truncate) or take a larger one"
+        texts = fitting_prompts(
+            prompts,
+            max_bytes=max_bytes,
+            context=self.context,
+            draft=self.draft,
+            sampling=sampling,
+            seed=seed,
+            stop=stop,
+            truncate=truncate,
+            names=names,
         )
+        stops = [as_bytes(text) for text in stop]
+        called = prompt_names(len(texts), names)
+        return self.pieces(texts, max_bytes, sampling, seed, stops, chunk, called)
 
-    def pieces(self, texts, max_bytes, sampling, seed, stops, chunk) -> Iterator[Piece]:
+    def pieces(self, texts, max_bytes, sampling, seed, stops, chunk, names) -> Iterator[Piece]:
         self.counts = Counts()
         if max_bytes == 0 or not texts:
             nothing = np.zeros(0, np.float32)
             for row in range(len(texts)):
                 yield Piece(row, b"", nothing, nothing, nothing.astype(bool), WHY[AT_LIMIT])
             return
-        state, asked = self.begun(texts, max_bytes, sampling, seed, stops)
+        state, asked = self.begun(texts, max_bytes, sampling, seed, stops, names)
         rest, written = [Rest(stops) for _ in texts], 0
         rows = np.array([*range(len(texts)), *[ENDED] * (len(state.why_B) - len(texts))])
         while rows.size:
@@ -267,12 +243,16 @@ class Decoder:
                     shape = (sampling.steps, chunk)
                     state, out, full_B2 = run(self.model, *shape, self.params, asked, state)
             out, why_B, full_B2, costs = jax.device_get((out, state.why_B, full_B2, state.costs))
+            broken = np.flatnonzero((why_B == NOT_FINITE) & (rows >= 0))
             written += int((out.ids_BN >= OFFSET).sum())
             self.counts = Counts(written, *(int(x.sum()) for x in costs))
             for place, row in enumerate(rows):
                 ids, *values = (x_BN[place, : out.count_B[place]] for x_BN in out[1:])
                 if row >= 0 and (ids.size or why_B[place]):
                     yield rest[row].piece(int(row), ids, values, WHY[why_B[place]])
+            if broken.size:
+                row = rows[broken[0]]
+                raise self.not_finite(state, int(broken[0]), names[row], len(texts[row]))
             rows = np.where(why_B == RUNNING, rows, ENDED)
             going = int((rows >= 0).sum())
             if going == 0:
@@ -289,11 +269,11 @@ class Decoder:
                     state, rows = rows_of(state, places), rows[places]
                 asked = asked._replace(limit_B=asked.limit_B[places])
 
-    def begun(self, texts, max_bytes, sampling, seed, stops) -> tuple[State, Asked]:
+    def begun(self, texts, max_bytes, sampling, seed, stops, names=()) -> tuple[State, Asked]:
         """The state after the prompts, and what the loop is asked for."""
         prompts = [encode(text, eos=False) for text in texts]
         prompts += [encode(b"", eos=False)] * (-len(texts) % self.groups)
-        memory = self.memory(prompts, max_bytes)
+        memory = self.memory(prompts, max_bytes, names)
         rows = len(prompts)
         why_B = np.where(np.arange(rows) < len(texts), RUNNING, AT_LIMIT)
         most = power_of_two(len(stops), STOPS[0])
@@ -317,8 +297,27 @@ class Decoder:
         limit_B = np.full(rows, max_bytes, np.int32)
         return self.placed(state, row_shardings), Asked(sampling.numbers, limit_B, stops_ZT)
 
-    def memory(self, prompts: list[np.ndarray], room: int = 0):
-        """The memory of texts, ids that begin with BOS, in one pass; room for more bytes."""
+    @property
+    def models(self) -> dict:
+        """The parameters, by the prefix of their names."""
+        return {"": self.params["model"], "byte_lm/": self.params.get("scorer", {})}
+
+    def not_finite(self, state: State, place: int, name: str, given: int) -> FloatingPointError:
+        """The error for a row whose next byte can't be chosen. given: bytes of its prompt."""
+        made, memory = int(jax.device_get(state.made_B)[place]), state.memory
+        found = "logits"
+        if not isinstance(self.model, CachedBytes):
+            entropy_B = jax.device_get(memory.cursor.entropy_B)
+            found = "logits" if np.isfinite(entropy_B[place]) else "entropies"
+        written = f" and {made} that were written" if made else ""
+        return not_finite(f"{name}: {found} after its {given} bytes{written} are", self.models)
+
+    def memory(self, prompts: list[np.ndarray], room: int = 0, names: Sequence[str] = ()):
+        """The memory of texts, ids that begin with BOS, in one pass; room for more bytes.
+
+        Raises:
+          FloatingPointError: where an entropy of a prompt is not finite.
+        """
         lengths = [len(ids) for ids in prompts]
         bytes_BN = np.zeros((len(prompts), padded_length(max(lengths))), np.int32)
         for row, ids in enumerate(prompts):
@@ -328,7 +327,13 @@ class Decoder:
             if isinstance(self.model, CachedBytes):
                 return prefill_bytes(self.model, *inputs)
             scored = score(self.model, *inputs)
-        closed_B, open_B = jax.device_get((scored.closed_B, scored.open_B))
+        sound_B, closed_B, open_B = jax.device_get((scored.sound_B, scored.closed_B, scored.open_B))
+        if (sound_B < lengths).any():
+            row = int(np.argmax(sound_B < lengths))
+            name = prompt_names(len(prompts), names)[row]
+            raise not_finite(
+                f"{name}: the entropy after its first {sound_B[row]} bytes is", self.models
+            )
         held = int((closed_B + (open_B > 0)).max())
         patches = min(power_of_two(held), bytes_BN.shape[1])
         open_slots = power_of_two(int(open_B.max()) + 1 + self.draft)

@@ -48,6 +48,7 @@ class Scored(NamedTuple):
     cursor: Cursor
     closed_B: jax.Array  # patches that are whole
     open_B: jax.Array  # bytes of the open patch
+    sound_B: jax.Array  # positions before the first entropy that is not finite: all, if none is
 
 
 class Memory(NamedTuple):
@@ -124,8 +125,12 @@ class CachedBLT:
         starts_BN1 &= index_BN1 <= length_B[:, None]
         begin_B = jnp.where(starts_BN1, index_BN1, 0).max(axis=1)
         closed_B = starts_BN1.sum(axis=1, dtype=jnp.int32) - 1
+        open_B = length_B - begin_B
+        index_BN = index_like(bytes_BN)
+        sound_B = jnp.where(jnp.isfinite(entropies_BN), length_B[:, None], index_BN).min(axis=1)
+        sound_B = jnp.minimum(sound_B, length_B)
         return Scored(
-            bytes_BN, length_B, starts_BN1, caches, context_B, cursor, closed_B, length_B - begin_B
+            bytes_BN, length_B, starts_BN1, caches, context_B, cursor, closed_B, open_B, sound_B
         )
 
     def prefill(self, params, scored: Scored, patches: int, open_slots: int) -> Memory:

@@ -35,8 +35,8 @@ from bltjax.decoding.sampling import (
 )
 from bltjax.model.byte_lm import entropies_of
 
-RUNNING, AT_EOS, AT_STOP, AT_LIMIT = range(4)
-WHY = ("", "eos", "stop", "max_bytes")
+RUNNING, AT_EOS, AT_STOP, AT_LIMIT, NOT_FINITE = range(5)
+WHY = ("", "eos", "stop", "max_bytes", "")  # what is not finite is an error, no end of a text
 
 
 class Asked(NamedTuple):
@@ -137,6 +137,11 @@ def close_waiting(model: CachedBLT, params, state: State) -> State:
     return when(enough, lambda state: close_patches(model, params, state), state)
 
 
+def sound(logits_V, entropy):
+    """Whether logits [..., V], and the entropy [...] before them, are finite."""
+    return jnp.isfinite(logits_V).all(axis=-1) & jnp.isfinite(entropy)
+
+
 def tick(model, steps: Steps, params, asked: Asked, state: State, out: Written):
     """One byte in each row that can write one, after a latent step if it is time for one."""
     if isinstance(model, CachedBLT):
@@ -151,12 +156,15 @@ def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Wr
     if patches:
         go_B &= ~state.memory.closes_B
     logits_BV, memory = model.predict(params, state.memory)
+    entropy_B = memory.cursor.entropy_B if patches else entropies_of(logits_BV)
+    # An argmax would take a NaN for the likeliest id, which may well be EOS.
+    sound_B = sound(logits_BV, entropy_B)
+    broken_B, go_B = go_B & ~sound_B, go_B & sound_B
     left_B = asked.limit_B - state.made_B
     drawn_BV = candidates(steps, asked.numbers, logits_BV, state.used_BV, state.utf8_B, left_B)
     id_B = chosen(steps, drawn_BV, state.keys_B, state.made_B)
 
     log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    entropy_B = memory.cursor.entropy_B if patches else entropies_of(logits_BV)
     values = (
         id_B,
         jnp.take_along_axis(log_probs_BV, id_B[:, None], axis=1)[:, 0],
@@ -174,7 +182,7 @@ def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Wr
     why_B = jnp.where(made_B >= asked.limit_B, AT_LIMIT, RUNNING)
     why_B = jnp.where(stopped_B, AT_STOP, why_B)
     why_B = jnp.where(id_B == EOS, AT_EOS, why_B)
-    why_B = jnp.where(go_B, why_B, state.why_B)
+    why_B = jnp.where(go_B, why_B, jnp.where(broken_B, NOT_FINITE, state.why_B))
     state = state._replace(
         memory=memory,
         made_B=made_B,

@@ -25,11 +25,13 @@ from bltjax.decoding.loop import (
     AT_EOS,
     AT_LIMIT,
     AT_STOP,
+    NOT_FINITE,
     RUNNING,
     Asked,
     State,
     Written,
     added,
+    sound,
     when,
     written_by,
 )
@@ -232,7 +234,17 @@ def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out
     before = state.memory
     ids_BQ, states, memory = drafted(model, params, before, pending_BV, queries)
     found = verified(model, params, memory, ids_BQ, states, go_B)
+
+    # What each id was chosen by is what was known before it.
+    def earlier(first_B, x_BQ):
+        return jnp.concatenate([first_B[:, None], x_BQ[:, :-1]], axis=1)
+
+    logits_BQV = earlier(pending_BV, found.logits_BQV)
+    entropies_BQ = earlier(before.cursor.entropy_B, found.entropies_BQ)
+    sound_BQ = sound(logits_BQV, entropies_BQ)
+    broken_B, go_B = go_B & ~sound_BQ[:, 0], go_B & sound_BQ[:, 0]
     right_BQ = ids_BQ[:, 1:] == jax.vmap(likeliest, 1, 1)(found.logits_BQV[:, :-1])
+    right_BQ &= sound_BQ[:, 1:]
     taken_B = 1 + jnp.cumprod(right_BQ, axis=1).sum(axis=1, dtype=jnp.int32)
 
     place_1Q = jnp.arange(queries)[None]
@@ -243,15 +255,11 @@ def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out
     why_B = jnp.where(ends_BQ.any(axis=1), picked(why_BQ, taken_B - 1), RUNNING)
     memory = committed(model, ids_BQ, states, found, taken_B, go_B)
 
-    # What each id was chosen by is what was known before it.
-    def earlier(first_B, x_BQ):
-        return jnp.concatenate([first_B[:, None], x_BQ[:, :-1]], axis=1)
-
-    log_probs_BQV = jax.nn.log_softmax(earlier(pending_BV, found.logits_BQV), axis=-1)
+    log_probs_BQV = jax.nn.log_softmax(logits_BQV, axis=-1)
     values = (
         ids_BQ,
         jnp.take_along_axis(log_probs_BQV, ids_BQ[..., None], axis=-1)[..., 0],
-        earlier(before.cursor.entropy_B, found.entropies_BQ),
+        entropies_BQ,
         earlier(before.opens_B, found.opens_BQ),
     )
     at_BQ = out.count_B[:, None] + place_1Q
@@ -264,7 +272,7 @@ def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out
     state = state._replace(
         memory=memory,
         made_B=state.made_B + taken_B,
-        why_B=jnp.where(go_B, why_B, state.why_B),
+        why_B=jnp.where(go_B, why_B, jnp.where(broken_B, NOT_FINITE, state.why_B)),
         tail_BT=jnp.take_along_axis(tail_BT, at_BT, axis=1),
         costs=state.costs.plus((found.opens_BQ & go_B[:, None]).any(), closed_B.sum(), go_B.sum()),
     )

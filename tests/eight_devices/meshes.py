@@ -13,8 +13,10 @@ import optax
 import pytest
 from random_batch import random_batch
 
+from bltjax.checkpoint import save_params
 from bltjax.config import (
     BLTConfig,
+    ByteLMConfig,
     CrossConfig,
     DataConfig,
     HashConfig,
@@ -23,9 +25,12 @@ from bltjax.config import (
     MeshConfig,
     OptimizerConfig,
     RunConfig,
+    SourceConfig,
 )
+from bltjax.evaluate import evaluate, evaluation_mesh
+from bltjax.model import initial_params
 from bltjax.sharding import make_mesh, row_sharding
-from bltjax.training_step import step_parts
+from bltjax.training_step import run_model, step_parts
 
 POWERS = [
     (data, fsdp, tensor)
@@ -102,6 +107,40 @@ def test_any_mesh_equals_one_device(shape):
 
     jax.tree_util.tree_map_with_path(close, on_one(rows), found)
     check_shardings(shape, lowered.as_text(), compiled.as_text())
+
+
+def test_evaluation_takes_any_number_of_devices(tmp_path, caplog):
+    """Those that don't divide the parameters share the rows; the figure stays what it was."""
+    config = RunConfig(
+        byte_lm=ByteLMConfig(layers=1, width=32, heads=4, hidden=48, window=8),
+        data=DataConfig(rows=2, row_bytes=32, row_patches=32),
+        compute_dtype="float32",
+    )
+    params = initial_params(run_model(config), jax.random.key(0))
+    save_params(tmp_path / "run", config, params, 1)
+    (tmp_path / "text.txt").write_text("a text of a few lines\n\n" * 9)
+    source = SourceConfig(str(tmp_path / "text.txt"), split_bytes=20)
+    caplog.set_level("INFO", "bltjax")
+    found = []
+    for count, shape in ((1, (1, 1, 1)), (3, (3, 1, 1)), (6, (3, 2, 1)), (8, (1, 8, 1))):
+        caplog.clear()
+        mesh = evaluation_mesh(config, devices=jax.devices()[:count])
+        assert tuple(mesh.shape.values()) == shape
+        assert ("must divide" in caplog.text) == (shape[0] > 1)
+        if count in (1, 3):
+            result = evaluate(tmp_path / "run", source, mesh=mesh)
+            found.append((result["bits_per_byte"], result["text_bytes"]))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    three = jax.devices()[:3]
+    for asked, why in (
+        (MeshConfig(1, 2, 1), "= 2, but there are 3 devices; --mesh=data=3 works here"),
+        (MeshConfig(1, 3, 1), "--mesh=fsdp=3: mesh fsdp .3. must divide .*; --mesh=data=3 works"),
+        (MeshConfig(1, -1, 2), "must divide the number of devices .3.*; --mesh=data=3 works"),
+    ):
+        with pytest.raises(ValueError, match=why) as raised:
+            evaluation_mesh(config, asked, three)
+        assert "--config" not in str(raised.value)
+    assert evaluation_mesh(config, MeshConfig(3, 1, 1), three).shape["data"] == 3
 
 
 def check_shardings(shape, lowered: str, compiled: str):

@@ -1,0 +1,50 @@
+"""Numbers that are not finite: refused where they are met, and traced to a parameter.
+
+A NaN hides. An argmax takes it for the likeliest id, a threshold for no boundary, and a mean passes
+it on without a word. So logits, entropies and sums are checked where they come to the host anyway;
+the parameters, which are many, are scanned only once something was found.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.jit
+def counts(params):
+    """For each parameter, how many of its values are not finite."""
+    return jax.tree.map(lambda x: (~jnp.isfinite(x)).sum(), params)
+
+
+def broken_parameters(params, prefix: str = "") -> list[str]:
+    """A line for each parameter that holds values that are not finite."""
+    lines = []
+    for path, count in jax.tree_util.tree_leaves_with_path(jax.device_get(counts(params))):
+        if count:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            values = "1 value that is" if count == 1 else f"{count:,} values that are"
+            lines.append(f"parameter {(prefix + name).rstrip('/')} holds {values} not finite")
+    return lines
+
+
+def not_finite(what: str, models: dict[str, Any]) -> FloatingPointError:
+    """The error for `what` is not finite, with the parameters that are to blame.
+
+    models: parameters by the prefix of their names.
+    """
+    lines = [
+        line for prefix, params in models.items() for line in broken_parameters(params, prefix)
+    ]
+    if not lines:
+        lines = ["all parameters are finite, so what is computed of them overflows"]
+    more = f" ({len(lines) - 1} more parameters do)" if len(lines) > 1 else ""
+    return FloatingPointError(f"{what} not finite; {lines[0]}{more}")
+
+
+def first_not_finite(values: np.ndarray) -> int | None:
+    """The first place on the first axis that holds a value that is not finite; None without one."""
+    if np.isfinite(values).all():
+        return None
+    return int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(axis=1)))
