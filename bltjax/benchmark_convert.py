@@ -39,7 +39,9 @@ def benchmark_convert(config: str, byte_lm: str, folder: Path) -> dict:
         source, out = Path(room) / "source", Path(room) / "out"
         source.mkdir()
         write_folder(epath.Path(source), tensors, lambda _: None)
-        (source / "config.json").write_text(json.dumps(port_settings(run, lm, dtype.name)))
+        (source / "config.json").write_text(
+            json.dumps(port_settings(run, lm, dtype.name)), encoding="utf-8"
+        )
         begun = time.perf_counter()
         command = [sys.executable, "-m", "bltjax", "convert", str(source), str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

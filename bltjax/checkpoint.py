@@ -111,7 +111,7 @@ def check_workdir(workdir: Path, config: RunConfig) -> RunConfig | None:
         if not mark.exists():
             problem = f"{workdir} is not the folder that process 0 sees: all must share one"
         own = mark.with_name(f".writable-{process_index()}")
-        own.write_text("")
+        own.write_text("", encoding="utf-8")
         own.unlink()
     except OSError as error:
         problem = str(error)
@@ -133,7 +133,7 @@ def check_place(workdir: Path) -> None:
 def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> dict | None:
     """Makes the directory and `mark` in it; the config of the run that is there, as JSON."""
     check_writable(mark.parent)  # found now, not at the first checkpoint
-    mark.write_text("")
+    mark.write_text("", encoding="utf-8")
     if not saved_steps(workdir):
         return None
     _, step = newest_checkpoint(workdir)

@@ -303,8 +303,8 @@ def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         type=mesh_config,
-        help="devices by axis, such as data=1,fsdp=4,tensor=2 (default: fsdp takes as many as divide"
-        " the parameters, data the rest)",
+        help="devices by axis, such as data=1,fsdp=4,tensor=2 (default: fsdp takes as many as"
+        " divide the parameters, data the rest)",
     )
 
 

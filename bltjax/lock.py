@@ -78,7 +78,7 @@ class Holder:
 
 def contents(path: str) -> str:
     try:
-        return Path(path).read_text().strip()
+        return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return ""
 
@@ -217,7 +217,7 @@ def beside(path: Path, text: str) -> Iterator[Path]:
     """A file with this text in the lock's folder, for as long as it is needed."""
     partial = path.with_name(f"{beginning(path)}.{uuid.uuid4().hex}.partial")
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         yield partial
     finally:
         partial.unlink(missing_ok=True)
@@ -225,7 +225,7 @@ def beside(path: Path, text: str) -> Iterator[Path]:
 
 def settled(path: epath.Path, text: str) -> bool:
     """Writes an object; whether it is still there some time later."""
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     time.sleep(SETTLE)
     seen = look(path)
     return seen is not None and seen.content == text.encode()
@@ -403,7 +403,9 @@ class Lock:
     def refresh(self) -> None:
         self.refreshed += 1
         if is_remote(self.path):  # where another time can't be given, or is of whole seconds
-            self.path.write_text(text_of_lock(self.holder, refreshed=self.refreshed))
+            self.path.write_text(
+                text_of_lock(self.holder, refreshed=self.refreshed), encoding="utf-8"
+            )
         else:
             os.utime(self.path)
 

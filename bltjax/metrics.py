@@ -104,7 +104,7 @@ class Reporter:
         if path.exists():
             lines = [line for line, report in whole_lines(path) if report["step"] <= first_step]
             write_text(path, "".join(line + "\n" for line in lines))
-        self.file = path.open("a")
+        self.file = path.open("a", encoding="utf-8")
         # It imports torch where there is one: two seconds, of which only training has to know.
         from tensorboardX import SummaryWriter
 

@@ -90,7 +90,7 @@ def join(args: argparse.Namespace) -> None:
     else:
         join_at(args.coordinator, args.processes, args.process, args.join_seconds)
     if not is_writer():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
 
 
 def placed(args: argparse.Namespace) -> tuple[int, int]:

@@ -163,7 +163,7 @@ def begin_results(out: Path, prompts: Sequence[Prompt], settings: dict) -> int:
 def read_settings(side: Path) -> dict | None:
     """The settings that unfinished results were written with; None where they aren't known."""
     try:
-        found = json.loads(side.read_text())
+        found = json.loads(side.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

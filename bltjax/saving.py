@@ -134,7 +134,7 @@ class StreamsHandler(ocp.AsyncCheckpointHandler):
 
     def save(self, directory, args: "StreamsSave") -> None:
         for number, state in args.states.items():
-            (directory / f"{number}.json").write_text(json.dumps(sealed(state)))
+            (directory / f"{number}.json").write_text(json.dumps(sealed(state)), encoding="utf-8")
 
     async def async_save(self, directory, args: "StreamsSave"):
         async def write() -> None:

@@ -287,4 +287,4 @@ def write_serving(programs: Programs, folder: epath.Path) -> None:
         "weights": [described(leaf) for leaf in programs.weights],
         "memory": [{"name": name, **described(leaf)} for name, leaf in programs.memory],
     }  # fmt: skip
-    (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

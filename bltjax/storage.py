@@ -204,11 +204,11 @@ def write_text(path: epath.Path | Path, text: str, *, durable: bool = True) -> N
       file may be empty then.
     """
     if is_remote(path):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return
     # Another process may be writing the same.
     partial = hidden_beside(Path(path), f"{uuid.uuid4().hex[:8]}.partial")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         if durable:
@@ -316,7 +316,7 @@ def check_writable(folder: epath.Path | Path) -> None:
     probe = epath.Path(folder) / f".writable-{uuid.uuid4().hex}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
+        probe.write_text("", encoding="utf-8")
         probe.unlink()
     except Exception as error:  # a bucket's library raises kinds of its own
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -37,7 +37,7 @@ def constraints(project: dict) -> list[str]:
 
 def main() -> int:
     try:
-        lines = constraints(tomllib.loads(PYPROJECT.read_text())["project"])
+        lines = constraints(tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"])
     except ValueError as error:
         print(f"{PYPROJECT}: {error}", file=sys.stderr)
         return 1

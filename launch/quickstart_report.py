@@ -30,7 +30,7 @@ def main(workdir: Path) -> None:
     runs = {name: last_values(workdir / name / "metrics.jsonl") for name in ("blt", "byte_lm")}
     fill = means(workdir / "blt" / "metrics.jsonl", ("byte_fill", "patch_fill"))
     seconds = {
-        path.name: int(path.read_text())
+        path.name: int(path.read_text(encoding="utf-8"))
         for path in sorted((workdir / "seconds").iterdir(), key=lambda path: path.stat().st_mtime)
     }
     compressors = blt["compressors"]
@@ -48,7 +48,7 @@ def main(workdir: Path) -> None:
         "parameters": {"blt": blt["parameters"], "byte_lm": byte_lm["parameters"]},
         "held_out_bytes": blt["text_bytes"],
     }
-    (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (workdir / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     width = max(map(len, report["bits_per_byte"]))
     print("\nbits per byte on the held-out works (lower is better)")
     for name, bits in sorted(report["bits_per_byte"].items(), key=lambda item: item[1]):

@@ -74,7 +74,7 @@ def seed(request) -> int:
 def write_text(path: Path, documents: int, seed: int) -> None:
     """JSONL of sentences of random words, some with characters outside ASCII."""
     choose = random.Random(seed)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for _ in range(documents):
             words = choose.choices([*WORDS.split(), "zażółć", "日本"], k=choose.randint(1, 30))
             file.write('{"text": "' + " ".join(words) + '."}\n')

@@ -73,7 +73,7 @@ class Pod:
         """Process numbers of those that still run."""
         number = self.process.pid
         try:
-            text = Path(f"/proc/{number}/task/{number}/children").read_text()
+            text = Path(f"/proc/{number}/task/{number}/children").read_text(encoding="utf-8")
         except FileNotFoundError:
             return []
         return list(map(int, text.split()))

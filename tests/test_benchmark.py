@@ -203,7 +203,7 @@ def test_a_worker_that_dies_is_an_error():
 
 
 def test_memory_is_kept_as_in_the_launch_scripts():
-    assert MALLOC in Path("launch/environment.sh").read_text()
+    assert MALLOC in Path("launch/environment.sh").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -181,7 +181,7 @@ def test_errors_of_overrides_do_not_name_the_file(tmp_path):
 def test_values_of_text_settings_are_never_literals(tmp_path):
     """A folder may be called 123 or None; a config file may have left the setting None."""
     (tmp_path / "odd.py").write_text(
-        Path("tests/tiny.py").read_text().replace('config.entropy_model = ""', "")
+        Path("tests/tiny.py").read_text(encoding="utf-8").replace('config.entropy_model = ""', "")
         + "\n\nof_model = get_config\n\n\ndef get_config():\n    config = of_model('byte_lm')\n"
         + "    config.entropy_model = None\n    return config\n"
     )
@@ -217,7 +217,7 @@ def test_configs_that_came_with_the_package(tmp_path, monkeypatch, caplog):
 
 
 def test_a_wheel_has_every_package_and_the_configs():
-    built = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["setuptools"]
+    built = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     packages = {".".join(path.parent.parts) for path in Path("bltjax").rglob("*.py")}
     assert sorted(built["packages"]) == sorted({*packages, "bltjax.configs"})
     assert built["package-dir"] == {"bltjax.configs": "configs"}
@@ -271,7 +271,7 @@ def test_overriding_one_source_leaves_the_other():
 
 
 def docstring(path: Path) -> str:
-    return ast.get_docstring(ast.parse(path.read_text()), clean=False)
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")), clean=False)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)

@@ -234,13 +234,15 @@ def test_prompts_that_are_no_json_lines(data, why, tmp_path):
 
 def test_prompts_of_standard_input(runs, monkeypatch, capsys):
     words = ["generate", f"--workdir={runs.byte_lm}", "--max_bytes=2"]
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf"the"\n')))
+    monkeypatch.setattr(
+        "sys.stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf"the"\n'), encoding="utf-8")
+    )
     runs.run(*words, "--prompts=-")
     assert json.loads(capsys.readouterr().out)["prompt"] == "the"
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the \xff")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the \xff"), encoding="utf-8"))
     runs.run(*words, "--prompt_file=-")
     assert capsys.readouterr().out.startswith("the \ufffd")
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'"a"\n7\n')))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'"a"\n7\n'), encoding="utf-8"))
     assert main([*words, "--prompts=-"]) == 1
     assert "standard input, line 2: no string" in capsys.readouterr().err
 

@@ -35,7 +35,7 @@ def hold(path, lost=lambda told: None, **options):
 def leave_lock(path: Path, age: float = 0.0, **changes) -> lock.Holder:
     """A lock as another process has left it, so many seconds ago."""
     holder = dataclasses.replace(lock.this_process("train"), **changes)
-    path.write_text(json.dumps(dataclasses.asdict(holder)))
+    path.write_text(json.dumps(dataclasses.asdict(holder)), encoding="utf-8")
     os.utime(path, (path.stat().st_mtime - age,) * 2)
     return holder
 

@@ -17,7 +17,7 @@ def file_map() -> list[str]:
 def imports(path: Path) -> set[str]:
     """Package files that a file imports, wherever in it the import stands."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bltjax"):
             names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]

@@ -180,7 +180,7 @@ def test_a_full_disk(library, tmp_path):
 
 
 def test_a_full_disk_by_its_number():
-    with pytest.raises(OSError) as raised, open("/dev/full", "w") as file:
+    with pytest.raises(OSError) as raised, open("/dev/full", "w", encoding="utf-8") as file:
         file.write("text")
     assert disk_is_full(raised.value)
     assert disk_is_full(OSError(errno.ENOSPC, "Auf dem Gerät ist kein Speicherplatz mehr frei"))

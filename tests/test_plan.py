@@ -243,7 +243,7 @@ def test_what_is_recomputed():
 @pytest.mark.slow
 def test_meshes_of_all_plans_go_with_their_topologies():
     """Whatever launch/plan_all.sh compiles can be begun."""
-    script = Path("launch/plan_all.sh").read_text()
+    script = Path("launch/plan_all.sh").read_text(encoding="utf-8")
     lines = re.findall(r'^    "(\S+ +configs/.*)"$', script, re.MULTILINE)
     assert len(lines) == 8
     for line in lines:

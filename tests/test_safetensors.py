@@ -97,7 +97,10 @@ def test_a_bucket_is_copied_first(file, tmp_path, monkeypatch):
 
 def resident_bytes() -> int:
     """Memory that the process holds now, mapped files included."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return (
+        int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+        * resource.getpagesize()
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's own figures")

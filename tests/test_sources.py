@@ -18,7 +18,7 @@ import zipfile
 import numpy as np
 import pyarrow as pa
 import pyarrow.feather
-import pyarrow.orc
+import pyarrow.orc  # noqa: F401 (pa.orc)
 import pyarrow.parquet as pq
 import pytest
 from array_record.python import array_record_module
@@ -420,7 +420,7 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
     os.close(reading)
     os.close(writing)
     (tmp_path / "a.txt").write_text("x")
-    with open(tmp_path / "a.txt") as file:
+    with open(tmp_path / "a.txt", encoding="utf-8") as file:
         assert texts_of(f"/dev/fd/{file.fileno()}") == [b"x"]
 
 

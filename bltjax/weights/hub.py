@@ -23,7 +23,7 @@ def of_hub_cache(folder: epath.Path) -> tuple[epath.Path, str]:
         return folder, ""
     main = folder / "refs" / "main"
     commits = sorted(path.name for path in (folder / "snapshots").iterdir() if path.is_dir())
-    commit = main.read_text().strip() if main.exists() else ""
+    commit = main.read_text(encoding="utf-8").strip() if main.exists() else ""
     if commit not in commits and len(commits) == 1:
         commit = commits[0]
     if commit not in commits:

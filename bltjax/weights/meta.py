@@ -392,7 +392,7 @@ def write_meta(files: ModelFiles, folder: Path, written) -> None:
     else:
         write_pth(folder / "consolidated.pth", tensors, written)
     for name, values in json_files.items():
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if files.byte_lm is not None:
         (folder / BYTE_LM).mkdir()
         write_meta(files.byte_lm, folder / BYTE_LM, written)

@@ -483,4 +483,4 @@ def write_port(files: ModelFiles, folder: Path, written) -> None:
         )
     write_folder(epath.Path(folder), tensors, written)
     for name, values in json_files.items():
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

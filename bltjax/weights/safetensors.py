@@ -234,4 +234,4 @@ def write_folder(
         placed |= dict.fromkeys(shard, name)
     total = sum(tensor.bytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": placed}
-    (folder / INDEX).write_text(json.dumps(index, indent=2))
+    (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
