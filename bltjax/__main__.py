@@ -8,6 +8,8 @@ import sys
 import traceback
 import typing
 
+from bltjax.environment import check_flags, keep_buffers, prepare, refused_platform
+
 # What each verb does; its program has add_arguments(parser) and main(args, overrides).
 VERBS = {
     "train": "train a byte LM or a BLT; the same command resumes it",
@@ -26,9 +28,12 @@ VERBS = {
 
 
 PROGRAMS = {"patches": "picture", "page": "samples"}  # where a program is not called as its verb
+# Those that compute little or once: they give memory back as soon as they can.
+FRUGAL = ("convert", "inspect", "plan")
 
 
 def main(argv: list[str] | None = None) -> int:
+    prepare()
     parser = argparse.ArgumentParser(
         prog="python -m bltjax",
         description="The Byte Latent Transformer in JAX.",
@@ -36,6 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         " overridden as --config.optimizer.lr=1e-3.",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.add_argument(
+        "--no_cache",
+        action="store_true",
+        help="compile anew: neither read nor keep compiled programs, which are kept for the next"
+        " start under $BLTJAX_CACHE (default: ~/.cache/bltjax)",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     argv = sys.argv[1:] if argv is None else argv
     chosen = next((word for word in argv if not word.startswith("-")), None)
@@ -43,10 +54,17 @@ def main(argv: list[str] | None = None) -> int:
         # No abbreviations: --config.x must never be read as some longer option's beginning.
         sub = verbs.add_parser(verb, help=purpose, description=purpose, allow_abbrev=False)
         if verb == chosen:
-            program = importlib.import_module(f"bltjax.{PROGRAMS.get(verb, verb)}")
+            try:
+                program = importlib.import_module(f"bltjax.{PROGRAMS.get(verb, verb)}")
+            except (ValueError, ImportError) as error:  # of a variable that jax reads, usually
+                if "--debug" in argv:
+                    raise
+                print(f"bltjax {verb}: {error}", file=sys.stderr)
+                return 1
             program.add_arguments(sub)
     args, rest = parser.parse_known_args(argv)
-    # Here, because it imports jax, which --help needn't wait for.
+    # Here, because they import jax, which --help needn't wait for.
+    from bltjax.compiling import keep_programs, skip_cache
     from bltjax.processes import (
         CTRL_C,
         RESTART,
@@ -67,6 +85,13 @@ def main(argv: list[str] | None = None) -> int:
     logger.handlers = [logging.StreamHandler(sys.stderr)]
     warn_outside_bounds()
     try:
+        check_flags()
+        if args.verb not in FRUGAL:
+            keep_buffers()
+        if args.no_cache:
+            skip_cache()
+        elif reason := keep_programs():
+            logger.warning("compiled programs are not kept for the next start: %s", reason)
         program.main(args, overrides)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -76,11 +101,14 @@ def main(argv: list[str] | None = None) -> int:
     except Restart as error:
         print(f"bltjax {args.verb}: {error}", file=sys.stderr)
         return RESTART
-    except (ValueError, OSError, FloatingPointError, ImportError, RuntimeError) as error:
-        lost = lost_another(error)
-        if args.debug or (isinstance(error, RuntimeError) and not lost):
+    except (
+        ValueError, OSError, FloatingPointError, ImportError, RuntimeError, AssertionError,
+    ) as error:  # fmt: skip
+        lost, platform = lost_another(error), refused_platform(error)
+        unforeseen = isinstance(error, RuntimeError | AssertionError) and not (lost or platform)
+        if args.debug or unforeseen:
             raise
-        told = describe(error)
+        told = platform or describe(error)
         if lost:
             told = (
                 f"process {process_index()} can't go on, most likely because another one ended:"
@@ -104,11 +132,10 @@ def run() -> typing.NoReturn:
     except Exception:
         traceback.print_exc()
         code = 1
-    from bltjax.processes import CTRL_C, joined, leave
-
+    processes = sys.modules.get("bltjax.processes")  # not before jax could be imported
     # A second Ctrl-C waits for no thread either.
-    if code == CTRL_C or (code and joined()):
-        leave(code)
+    if code and processes and (code == processes.CTRL_C or processes.joined()):
+        processes.leave(code)
     sys.exit(code)
 
 

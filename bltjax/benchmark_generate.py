@@ -20,6 +20,7 @@ import numpy as np
 
 from bltjax.alphabet import OFFSET, VOCABULARY, encode
 from bltjax.config import BLTConfig, ByteLMConfig, DataConfig, PatchingConfig, RunConfig
+from bltjax.environment import random_key
 from bltjax.metrics import quantity
 
 BYTE_LM = ByteLMConfig(layers=4, width=256, heads=4, hidden=768)
@@ -62,7 +63,7 @@ def random_params(run: RunConfig, seed: int) -> dict:
     def drawn(key):
         return narrowed(without_specials(initial_params(model, key)), dtype)
 
-    return drawn(jax.random.key(seed))
+    return drawn(random_key(seed))
 
 
 def random_byte_lm(config: ByteLMConfig):
@@ -139,7 +140,8 @@ def context_side(model: BLTConfig | str, context_bytes: int):
                 before, begun = int(state.costs.latent_runs.sum()), time.perf_counter()
             shape = (decoder.model, sampling.steps, CHUNK)
             state, out, full_B2 = run(*shape, decoder.params, asked, state)
-            assert not full_B2.any()  # there is room for all patches, and for an open one
+            if full_B2.any():
+                raise RuntimeError("there is no room for all patches, or for an open one")
             if int(out.count_B[0]) < CHUNK:
                 return None
         seconds, written = time.perf_counter() - begun, CHUNK * (CHUNKS - 1)

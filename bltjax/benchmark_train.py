@@ -18,6 +18,7 @@ from bltjax.config import (
     OptimizerConfig,
     RunConfig,
 )
+from bltjax.environment import random_key
 from bltjax.weights.port import port_settings
 
 MEAN_PATCH = 4.49  # bytes
@@ -69,7 +70,7 @@ def our_step(config: RunConfig):
 
     config = resolved(config, jax.devices()[0])
     model, optimizer = run_model(config), run_optimizer(config)
-    params = jax.jit(lambda key: initial_params(model, key))(jax.random.key(0))
+    params = jax.jit(lambda key: initial_params(model, key))(random_key(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
     batch = jax.device_put(sample_batch(config.data))

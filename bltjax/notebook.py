@@ -19,6 +19,7 @@ from bltjax.decoding import Decoder
 from bltjax.decoding.placing import load_onto, on_mesh, read_mesh
 from bltjax.decoding.sampling import Sampling
 from bltjax.decoding.whole import bucket
+from bltjax.environment import check_numbers, check_platform
 from bltjax.evaluate import run_patching
 from bltjax.finite import first_not_finite, not_finite
 from bltjax.inside import CrossWeights, cross_weights
@@ -232,6 +233,8 @@ def row_of(ids: np.ndarray, starts_N1: np.ndarray | None) -> tuple[dict, int]:
 
 def load(path, *, mesh: str | None = None, dtype: str | None = None) -> LoadedModel:
     """As `bltjax.load`."""
+    check_numbers("bltjax.load")
+    check_platform()
     path, on = path_of(path), read_mesh(mesh) if mesh else None
     run, params, _ = load_onto(on, path, dtype)
     return LoadedModel(run, params, *run_patching(run, path), on, dtype)

@@ -31,6 +31,7 @@ import jax
 import jaxlib
 
 from bltjax import coordinator
+from bltjax.compiling import forget_programs
 from bltjax.config import differences
 from bltjax.coordinator import joined, process_count, process_index
 from bltjax.messages import OWN_FAULTS, disk_is_full, says
@@ -89,6 +90,8 @@ def join(args: argparse.Namespace) -> None:
         )
     else:
         join_at(args.coordinator, args.processes, args.process, args.join_seconds)
+    if process_count() > 1:
+        forget_programs()
     if not is_writer():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
 

@@ -3,7 +3,8 @@
 A path is a folder's or `gs://BUCKET/...`. An object in a bucket appears whole; a file on a disk is
 written beside its place and moved there. What must be read in any order (text, shards of records)
 is copied from a bucket to this machine's disk when it is first asked for, and kept there under
-$BLTJAX_CACHE (default: ~/.cache/bltjax) for as long as the object has the same size and time.
+$BLTJAX_CACHE (default: bltjax in $XDG_CACHE_HOME or in ~/.cache) for as long as the object has the
+same size and time.
 
 A path that a person names goes through `path_of`, or `expanded` where it may be a pattern. Any name
 works (brackets, stars, percent signs, colons, quotes, spaces, newlines) but for those that the
@@ -34,6 +35,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from etils import epath
+
+from bltjax.environment import cache_folders
 
 BLOCK_BYTES = 1 << 20
 LOGGER = logging.getLogger(__name__)
@@ -337,9 +340,8 @@ def obstacle(folder: Path) -> str:
 
 def scratch() -> Path:
     """The folder of what is copied from buckets, or on its way there."""
-    given = os.environ.get("BLTJAX_CACHE")
     try:
-        folder = Path(path_of(given or "~/.cache/bltjax"))
+        folder = Path(path_of(cache_folders()[0]))
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise OSError(f"$BLTJAX_CACHE, a folder on this machine's disk: {error}") from error

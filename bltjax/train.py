@@ -23,6 +23,7 @@ from bltjax import checkpoint as ckpt
 from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, RunConfig, divides, to_dict
 from bltjax.config_file import load_config, path_argument
 from bltjax.data.pipeline import held_out_batches, training_batches, training_sources
+from bltjax.environment import check_numbers, random_key
 from bltjax.export import TOKENIZER
 from bltjax.flops import training_flops
 from bltjax.goodput import Goodput
@@ -96,6 +97,7 @@ def train(
         at a second one.
     """
     begun = time.monotonic()
+    check_numbers("train")
     workdir = path_of(workdir)
     profile = Profile(profiled, workdir)
     settings = {"workdir": str(workdir), "stop_at": stop_at, "config": to_dict(config)}
@@ -192,7 +194,7 @@ def train_alone(
     barrier("beginning the work directory")
     goodput = Goodput(workdir, begun)
     if not resumes:
-        key = jax.random.key(config.seed)
+        key = random_key(config.seed)
         initial_state = jax.jit(parts.initial_state, out_shardings=parts.shardings)
         state = together(initial_state)(key)
         state = state._replace(params=started(config, state.params, parts.shardings.params))

@@ -19,6 +19,7 @@ from bltjax.bad_batches import guarded, told
 from bltjax.checkpoint import TrainState
 from bltjax.config import BLTConfig, RunConfig, divides
 from bltjax.data.packing import fills
+from bltjax.environment import random_key
 from bltjax.model import Model, batch_logits, initial_params, make_model, part_of
 from bltjax.objective import Sums, target_sums
 from bltjax.optimizer import make_optimizer
@@ -217,7 +218,7 @@ def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
         params = initial_params(model, key)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    shapes = jax.eval_shape(initial_state, jax.random.key(config.seed))
+    shapes = jax.eval_shape(initial_state, random_key(config.seed))
     shardings = TrainState(
         replicated(mesh), tree_shardings(shapes.params, mesh), tree_shardings(shapes.opt, mesh)
     )

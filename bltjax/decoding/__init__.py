@@ -37,6 +37,7 @@ from bltjax.decoding.request import CONTEXT, check_decodable, fitting_prompts, p
 from bltjax.decoding.sampling import GREEDY, Sampling, utf8_state
 from bltjax.decoding.scorer import Scorer
 from bltjax.decoding.speculation import run_rounds
+from bltjax.environment import random_key
 from bltjax.finite import not_finite
 from bltjax.scoring import EntropyModel
 from bltjax.training_step import resolved
@@ -284,13 +285,15 @@ class Decoder:
         used_BV = np.zeros((rows, VOCABULARY), bool)
         for row, ids in enumerate(prompts):
             used_BV[row, ids] = True
+        utf8_B = np.zeros(rows, np.int32)
+        utf8_B[: len(texts)] = [utf8_state(text) for text in texts]
         state = State(
             memory,
-            jax.vmap(jax.random.key)(seed + jnp.arange(rows)),
+            jax.vmap(random_key)(seed + jnp.arange(rows, dtype=jnp.int32)),
             jnp.zeros(rows, jnp.int32),
             jnp.asarray(why_B, jnp.int32),
             jnp.asarray(used_BV),
-            jnp.zeros(rows, jnp.int32).at[: len(texts)].set([utf8_state(text) for text in texts]),
+            jnp.asarray(utf8_B),
             jnp.full((rows, longest), -2, jnp.int32),
             Costs(*(jnp.zeros(self.groups, jnp.int32) for _ in range(3))),
         )

@@ -33,6 +33,7 @@ from bltjax.decoding.loop import (
 from bltjax.decoding.placing import in_groups, row_shardings, weight_shardings
 from bltjax.decoding.sampling import GREEDY
 from bltjax.decoding.scorer import Scorer
+from bltjax.environment import random_key
 from bltjax.model import initial_params, make_model
 
 CHUNK = 32  # bytes between two looks of the host
@@ -60,7 +61,7 @@ def lying(shapes, shardings):
 
 def weight_shapes(config: BLTConfig | ByteLMConfig):
     model = make_model(config, 2, jnp.float32, "dense")  # no attention is part of a shape
-    return jax.eval_shape(lambda key: initial_params(model, key), jax.random.key(0))
+    return jax.eval_shape(lambda key: initial_params(model, key), random_key(0))
 
 
 def decoder_programs(
@@ -118,7 +119,7 @@ def decoder_programs(
         integers_B = jnp.zeros(rows, jnp.int32)
         return State(
             model.grown(memory, patches, OPEN_SLOTS),
-            jax.vmap(jax.random.key)(integers_B),
+            jax.vmap(random_key)(integers_B),
             integers_B,
             integers_B + RUNNING,
             jnp.zeros((rows, VOCABULARY), bool),

@@ -171,7 +171,7 @@ def committed(model: CachedBLT, ids_BQ, states, found: Verified, taken_B, go_B) 
     """The memory after the first `taken` of the drafted bytes, in the rows that go."""
     memory, last_B = found.memory, taken_B - 1
     queries, K = ids_BQ.shape[1], model.config.cross.slots
-    place_1Q = jnp.arange(queries)[None]
+    place_1Q = jnp.arange(queries, dtype=jnp.int32)[None]
     closed_BQ = found.opens_BQ & (place_1Q < taken_B[:, None])
     closed_B = closed_BQ.sum(axis=1, dtype=jnp.int32)
     # Where, among the bytes, the patch begins that is open now; 0 if none closed.

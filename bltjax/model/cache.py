@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bltjax.attention.dense import masked_softmax
 from bltjax.rotary import endless_angles, rotate
@@ -55,7 +56,10 @@ def ring_places(count_B, begin_BQ, slots: int, window: int, channels: int, theta
     overwritten what the first one still sees when it comes again.
     """
     queries = begin_BQ.shape[1]
-    assert slots >= window + queries - 1, (slots, window, queries)
+    if slots < window + queries - 1:
+        raise ValueError(
+            f"a ring of {slots} slots is too small for {queries} positions that see {window} each"
+        )
     position_BQ = count_B[:, None] + jnp.arange(queries)[None]
     held_BT = jnp.concatenate([ring_positions(count_B - 1, slots), position_BQ], axis=1)
     oldest_BQ1 = jnp.maximum(position_BQ - window + 1, begin_BQ)[..., None]
@@ -68,9 +72,8 @@ def written(caches, fresh, slot_BQ) -> tuple[Cache, ...]:
 
     def write(old_JTC, new_QJC, slot_Q):
         if slot_Q.shape[0] == 1:  # in place, where a scatter would be a loop
-            return jax.lax.dynamic_update_slice(
-                old_JTC, new_QJC.transpose(1, 0, 2), (0, slot_Q[0], 0)
-            )
+            new_JQC, slot = new_QJC.transpose(1, 0, 2), slot_Q[0].astype(jnp.int32)
+            return jax.lax.dynamic_update_slice(old_JTC, new_JQC, (np.int32(0), slot, np.int32(0)))
         return old_JTC.at[:, slot_Q].set(new_QJC.transpose(1, 0, 2), unique_indices=True)
 
     def each_row(old_BJTC, new_BQJC):

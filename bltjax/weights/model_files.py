@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig, RunConfig, nearest
+from bltjax.environment import random_key
 from bltjax.model import initial_params, make_model
 from bltjax.weights.leftovers import rotary_stacks, without_leftovers
 from bltjax.weights.pieces import (
@@ -53,7 +54,7 @@ def model_shapes(config: RunConfig) -> dict:
 @functools.lru_cache(maxsize=16)  # a folder's config is read by one check after another
 def traced_shapes(config: ByteLMConfig | ByteCNNConfig | BLTConfig) -> dict:
     model = make_model(config, 2, jnp.float32, "dense")  # no attention is part of a shape
-    return jax.eval_shape(lambda key: initial_params(model, key), jax.random.key(0))
+    return jax.eval_shape(lambda key: initial_params(model, key), random_key(0))
 
 
 def leaf_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:

@@ -328,5 +328,6 @@ def check_stacked(paths: Iterable[str], pieces: list[Piece]) -> None:
     """Every one of our leaves has its pieces: a mistake of ours if not, found before any copy."""
     covered = {piece.path for piece in pieces}
     lost = sorted(set(paths) - covered)
-    assert not lost, f"parameters without a tensor: {lost}"
-    assert all(stacked(piece.path) == bool(piece.place) for piece in pieces)
+    odd = sorted(piece.path for piece in pieces if stacked(piece.path) != bool(piece.place))
+    if lost or odd:
+        raise RuntimeError(f"parameters without a tensor: {lost}; of another rank: {odd}")
