@@ -41,17 +41,12 @@ from bltjax.benchmark_input import DOCUMENT_BYTES, benchmark_input, benchmark_sl
 from bltjax.benchmark_tables import benchmark_tables, table_words
 from bltjax.benchmark_train import MODEL, our_step, run_config, transformers_step
 from bltjax.config_file import local_path_argument
+from bltjax.environment import keep_buffers
 from bltjax.flops import training_flops
 from bltjax.metrics import duration, quantity
 
 WHAT = ("train", "rows", "tables", "attention", "slots", "input", "convert", "generate")
 PEERS = ("transformers", "transformers_tuned")
-# All but the side `transformers`, which is as it comes, keep their large buffers, as the launch
-# scripts have it (launch/environment.sh).
-MALLOC = (
-    "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592"
-    ":glibc.malloc.trim_threshold=8589934592"
-)
 ROW_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 
 
@@ -73,15 +68,16 @@ class Worker:
 
     def __init__(self, side: str, threads: int, *given: int | str):
         self.side = side
-        variables = {"GLIBC_TUNABLES": MALLOC} | os.environ
+        variables = dict(os.environ)
         if side == "transformers":
-            del variables["GLIBC_TUNABLES"]
+            variables.pop("GLIBC_TUNABLES", None)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bltjax.benchmark", json.dumps([side, threads, *given])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=variables,
+            encoding="utf-8",
         )
         self.ready = self.answer()  # built, compiled and warm
 
@@ -109,6 +105,8 @@ class Worker:
 def serve(side: str, threads: int, *given: int | str) -> None:
     """The worker's side of the pipe: one JSON line when ready, and one for each step."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    if side != "transformers":  # which is as it comes
+        keep_buffers()
     try:
         make, warm_up = SIDES[side]
         run, said = make(*given), {}

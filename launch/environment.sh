@@ -88,9 +88,6 @@ bltjax_environment() {
             ${constraints[@]+"${constraints[@]}"} --editable ".[$extras]" || return
         echo "$PWD" > "$stamp" || return
     fi
-    # On a CPU every step needs the same large temporaries. Kept in one heap and on huge pages, they
-    # are not given back to the system and faulted in again at every step.
-    export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592}"
     # libtpu, with which the tests compile, searches long and loudly for a TPU where there is none.
     if ! ls /dev/accel* /dev/vfio/* /dev/nvidia* > /dev/null 2>&1; then
         export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"

@@ -19,9 +19,11 @@ from bltjax.__main__ import main
 from bltjax.config import SourceConfig
 from bltjax.config_file import load_config
 from bltjax.entropies import write_entropies
+from bltjax.environment import keep_buffers
 from bltjax.train import train
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+keep_buffers()  # as every program does
 # Runs of one shape are compiled once, however many commands train them, in whichever process.
 SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
 CACHE = {
