@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
     unknown = [word for word in rest if not word.startswith("--config.")]
     if unknown:
+        if unknown[0] in ("--debug", "--no_cache"):
+            parser.error(f"{unknown[0]} stands before the verb: {unknown[0]} {args.verb} ...")
         parser.error(f"{args.verb} has no option {unknown[0]!r}; see {args.verb} --help")
     logger = logging.getLogger("bltjax")
     logger.setLevel(logging.INFO)
