@@ -29,7 +29,7 @@ cd "$(dirname "$0")/.."
 case "$tier" in
     smoke) selection=(-m smoke) extras=test ;;
     default) selection=(-m "not slow") extras=test ;;
-    all) selection=() extras=test,parity,notebook ;;
+    all) selection=(--seed random) extras=test,parity,notebook ;;
 esac
 # shellcheck disable=SC1091 # checked by itself
 source launch/environment.sh "$extras" "$python" "$oldest"
