@@ -255,6 +255,7 @@ def test_how_a_file_is_named():
 def test_a_run_resumes_without_its_statistics(runs, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(runs.byte_lm, copy)
+    (copy / "page.html").unlink(missing_ok=True)
     shutil.rmtree(copy / "checkpoints" / "12")
     (copy / "goodput.json").write_text("")
     (copy / "samples.json").write_text('{"texts": [{"prompt"')
@@ -267,6 +268,7 @@ def test_a_run_resumes_without_its_statistics(runs, tmp_path, capsys):
     assert f"{copy / 'metrics.jsonl'}: 3 damaged lines are left out" in told.err
     assert f"{copy / 'samples.json'} is truncated at byte 20" in told.out
     assert losses(copy) == losses(runs.byte_lm) and read_sums(copy / "goodput.json")["ended"]
+    assert "Bits per byte" in (copy / "page.html").read_text(encoding="utf-8")
 
 
 def test_scoring_goes_on(runs, tmp_path, capsys):

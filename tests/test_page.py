@@ -44,8 +44,8 @@ def checked(page: str) -> Checker:
     return checker
 
 
-def test_training_leaves_a_page(runs):
-    page = (runs.blt / "page.html").read_text()
+def test_the_page_of_a_run(runs):
+    page = run_page(epath.Path(runs.blt))
     checker = checked(page)
     assert len([tag for tag, _ in checker.seen if tag == "svg"]) >= 7
     for words in ("Bits per byte", "Update norm", "hash tables", "12 of 12", "held out"):
