@@ -203,7 +203,7 @@ def test_all_runs_on_each_python_once(copy, tmp_path):
     lines = [line for line in done.stdout.splitlines() if re.match("==|pytest|python 3", line)]
     assert lines == [
         "python 3.12 -",
-        "pytest -m pytest -n 2 --dist loadfile",
+        "pytest -m pytest -n 2 --dist loadfile --seed random",
         f"== Python 3.11: {tmp_path}/first/python3.11",
         "python 3.11 -",
         "pytest -m pytest -n 2 --dist loadfile -m not slow",
