@@ -28,9 +28,9 @@ from bltjax.config import (
     SourceConfig,
 )
 from bltjax.evaluate import evaluate, evaluation_mesh
-from bltjax.model import initial_params
+from bltjax.model import initial_params, make_model
 from bltjax.sharding import make_mesh, row_sharding
-from bltjax.training_step import run_model, step_parts
+from bltjax.training_step import step_parts
 
 POWERS = [
     (data, fsdp, tensor)
@@ -116,7 +116,7 @@ def test_evaluation_takes_any_number_of_devices(tmp_path, caplog):
         data=DataConfig(rows=2, row_bytes=32, row_patches=32),
         compute_dtype="float32",
     )
-    params = initial_params(run_model(config), jax.random.key(0))
+    params = initial_params(make_model(config.model, 2, "float32", "dense"), jax.random.key(0))
     save_params(tmp_path / "run", config, params, 1)
     (tmp_path / "text.txt").write_text("a text of a few lines\n\n" * 9)
     source = SourceConfig(str(tmp_path / "text.txt"), split_bytes=20)
