@@ -111,7 +111,10 @@ def told_by_ps(pid: int) -> tuple[str, str] | None:
     command = ["ps", "-o", "state=", "-o", "lstart=", "-p", str(pid)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C", "TZ": "UTC"}
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            env=os.environ | {"LC_ALL": "C", "TZ": "UTC"},
         )
     except OSError:
         return None

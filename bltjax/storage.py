@@ -9,7 +9,8 @@ same size and time.
 A path that a person names goes through `path_of`, or `expanded` where it may be a pattern. Any name
 works (brackets, stars, percent signs, colons, quotes, spaces, newlines) but for those that the
 libraries below take for another place; those are refused before anything is written:
-    not UTF-8            array_record and tensorstore take paths as text
+    not UTF-8            array_record and tensorstore take paths as text (and in a locale of
+                         another encoding, all but ASCII)
     a backslash          tensorstore takes it for a slash, so for another folder: runs, exports
     a name ending gs:    Orbax takes what follows for a bucket: runs, exports
     /gs/, /s3/ ...       etils takes them for gs://, s3:// ...
@@ -29,6 +30,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -127,6 +129,12 @@ def check_name(text: str) -> None:
         raise ValueError("an empty path; give a file or a folder, . for the working directory")
     if "\0" in text:
         raise ValueError(f"{text!r} has a zero byte, which no name can have")
+    system = sys.getfilesystemencoding()
+    if system != "utf-8" and not text.isascii():
+        raise ValueError(
+            f"{text!a}: names are {system} in this locale, but UTF-8 in what stores arrays there:"
+            " set PYTHONUTF8=1"
+        )
     check_utf8(text)
     scheme = None if os.path.lexists(text) else SCHEME.match(text)
     if scheme and scheme[1] not in SCHEMES and scheme[2] != "/":
