@@ -161,10 +161,17 @@ def mend(folder: Path) -> None:
             for name, size in names.items():
                 key, _, kind = name.rpartition("-")
                 lacks = {"cache": f"{key}-atime", "atime": f"{key}-cache"}.get(kind)
-                if lacks and (not size or not names.get(lacks)):
+                if lacks and (not size or not names.get(lacks) or zeroed(folder / name, kind)):
                     (folder / name).unlink()
     except filelock.Timeout:
         pass  # others are at work there, and jax waits for them longer
+
+
+def zeroed(path: Path, kind: str) -> bool:
+    """Whether an entry has zeros where its compression's mark should be: the disk went down before
+    it was written."""
+    with path.open("rb") as file:
+        return kind == "cache" and file.read(1) == b"\0"
 
 
 def discard_unused(folder: Path) -> None:
