@@ -361,7 +361,8 @@ def test_every_verb_in_ascii(runs, tmp_path):
     (tmp_path / "text.txt").write_text("żółć, 日本\n\na tower", encoding="utf-8")
     commands = [
         ["generate", f"--workdir={runs.blt}", "--prompt=żółć", "--max_bytes=2"],
-        ["patches", f"--workdir={runs.blt}", f"--file={tmp_path}/text.txt", f"--html={page}"],
+        ["patches", f"--workdir={runs.blt}", f"--file={tmp_path}/text.txt", "--scheme=space",
+         f"--html={page}"],
         ["page", runs.byte_lm],
         ["corpus", f"--records={runs.root}/records/train", f"--out={tmp_path}/report"],
         ["entropies", f"--byte_lm={runs.byte_lm}", f"--source={tmp_path}/text.txt",
