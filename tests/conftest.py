@@ -58,11 +58,16 @@ def pytest_report_header(config):
 
 @pytest.fixture(autouse=True)
 def log():
-    """The package's logger, as it was before a test that ran a command."""
+    """The package's logger as it is imported, whatever commands ran before in this process.
+
+    pytest adds its handlers to loggers that don't propagate, so such a one would log twice.
+    """
     logger = logging.getLogger("bltjax")
-    before = logger.level, logger.propagate, logger.handlers
+    logger.setLevel(logging.NOTSET)
+    logger.propagate, logger.handlers = True, []
     yield logger
-    logger.level, logger.propagate, logger.handlers = before
+    logger.setLevel(logging.NOTSET)
+    logger.propagate, logger.handlers = True, []
 
 
 @pytest.fixture
