@@ -67,7 +67,7 @@ def make_plan(
 ) -> tuple[dict, list[tuple[range, int]]]:
     """What is to be scored, the same for every process; and each shard's documents and bytes."""
     lengths, checksum = [], 0
-    progress = Progress("reading", len(documents), " documents")
+    progress = Progress("reading", len(documents), " documents", quiet=not processes.is_writer())
     for index in range(len(documents)):
         text = documents[index].text
         lengths.append(len(text))
@@ -260,7 +260,8 @@ def score(
     agree_on(plan, out)
     checksum, total = checksum_of(plan), len(shards)
     mine = range(process, total, count)
-    progress = Progress("entropies", sum(len(shards[n][0]) + shards[n][1] for n in mine))
+    scored_bytes = sum(len(shards[n][0]) + shards[n][1] for n in mine)
+    progress = Progress("entropies", scored_bytes, quiet=not processes.is_writer())
     lock, devices = threading.Lock(), queue.SimpleQueue()
     for device in jax.local_devices():
         devices.put((device, model._replace(params=jax.device_put(model.params, device))))

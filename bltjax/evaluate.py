@@ -165,7 +165,7 @@ def evaluate(
         return jax.device_get(scores(params, own_part(batch, row_sharding(mesh))))
 
     nats = text_bytes = 0.0
-    progress = Progress("evaluating", len(batches), " batches")
+    progress = Progress("evaluating", len(batches), " batches", quiet=not is_writer())
     for batch in batches:
         before = compiling.seconds
         sums = sums_of(batch)

@@ -143,10 +143,13 @@ class Reporter:
 
 
 class Progress:
-    """Rate and time left of long work: every second on a terminal, every ten in a log."""
+    """Rate and time left of long work: every second on a terminal, every ten in a log.
 
-    def __init__(self, what: str, total: float, unit: str = "B"):
-        self.what, self.total, self.unit = what, total, unit
+    quiet: of many processes, all but one.
+    """
+
+    def __init__(self, what: str, total: float, unit: str = "B", quiet: bool = False):
+        self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
         self.begun = self.said = time.monotonic()
         self.interval = 1.0 if sys.stderr.isatty() else 10.0
         self.done = 0.0
@@ -154,7 +157,7 @@ class Progress:
     def advance(self, amount: float) -> None:
         self.done += amount
         now = time.monotonic()
-        if now - self.said >= self.interval and is_writer():
+        if now - self.said >= self.interval and not self.quiet:
             self.said = now
             self.print()
 

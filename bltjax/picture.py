@@ -32,7 +32,8 @@ from bltjax.scoring import EntropyModel, load_entropy_model, score_documents
 from bltjax.storage import hidden_beside, publish, write_text
 
 logger = logging.getLogger("bltjax")
-LIMIT, PNG_LIMIT = 4000, 1200  # bytes that are drawn
+LIMIT = 4000  # bytes that are drawn
+PNG_LIMIT = 1200
 LINE = 80  # bytes in a line of the PNG
 TITLE = 24  # characters in a line of a scheme's title, if it has commas to break at
 TERMINAL_COLOURS = (153, 223, 157, 218, 189, 229)  # of the 256: pastel, black is legible on all

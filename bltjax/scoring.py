@@ -30,6 +30,7 @@ from bltjax.finite import first_not_finite, not_finite
 from bltjax.metrics import Progress
 from bltjax.model.byte_cnn import entropy_table, table_entropies
 from bltjax.model.byte_lm import ByteLM, empty_carry, entropies_of
+from bltjax.processes import is_writer
 
 # Lanes and chunk: an accelerator wants work, a CPU wants it to stay in its cache.
 CPU_BATCH, DEVICE_BATCH = (8, 512), (64, 1024)
@@ -258,7 +259,8 @@ def scored_source(
     if byte_lm is None:
         raise ValueError(f"{source.path} is raw text: entropy patching needs a byte LM to score it")
     texts = [documents[i].text for i in range(len(documents))]
-    progress = Progress(f"scoring {source.path}", sum(len(text) + 1 for text in texts))
+    total = sum(len(text) + 1 for text in texts)
+    progress = Progress(f"scoring {source.path}", total, quiet=not is_writer())
     entropies, _ = score_documents(
         byte_lm.config,
         byte_lm.params,
