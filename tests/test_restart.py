@@ -31,6 +31,14 @@ sys.exit(int(action))
 """
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """SIGINT as on a terminal; what is started in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def restarted(folder: Path, *actions: str, pause: str = "0.01", **options) -> subprocess.Popen:
     return subprocess.Popen(
         ["bash", ROOT / "launch/restart.sh", "python3", "-c", PROGRAM, *actions], cwd=folder,
