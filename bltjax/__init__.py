@@ -32,7 +32,8 @@ def load(path, *, mesh: str | None = None, dtype: str | None = None):
       ValueError: naming the folder, if it holds neither or is damaged; for a mesh of more devices
         than there are.
     """
-    from bltjax import notebook, versions  # jax starts only when a model is asked for
+    from bltjax.inference import loaded  # jax starts only when a model is asked for
+    from bltjax.system import versions
 
     versions.warn_outside_bounds()
-    return notebook.load(path, mesh=mesh, dtype=dtype)
+    return loaded.load(path, mesh=mesh, dtype=dtype)

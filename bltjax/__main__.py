@@ -1,14 +1,13 @@
 """python -m bltjax VERB: the verbs and their help; a program is imported only when asked for."""
 
 import argparse
-import importlib
 import logging
 import os
 import sys
 import traceback
 import typing
 
-from bltjax.environment import check_flags, keep_buffers, prepare, refused_platform
+from bltjax.system.environment import check_flags, keep_buffers, prepare, refused_platform
 
 # What each verb does; its program has add_arguments(parser) and main(args, overrides).
 VERBS = {
@@ -27,9 +26,38 @@ VERBS = {
 }
 
 
-PROGRAMS = {"patches": "picture", "page": "samples"}  # where a program is not called as its verb
 # Those that compute little or once: they give memory back as soon as they can.
 FRUGAL = ("convert", "inspect", "plan")
+
+
+def program_of(verb: str):
+    """The module of a verb; imported only when it is asked for, since most import jax."""
+    match verb:
+        case "train":
+            from bltjax.training import train as program
+        case "entropies":
+            from bltjax.inference import entropies as program
+        case "corpus":
+            from bltjax.inference import corpus as program
+        case "calibrate":
+            from bltjax.data import calibrate as program
+        case "evaluate":
+            from bltjax.evaluation import evaluate as program
+        case "generate":
+            from bltjax.inference import generate as program
+        case "patches":
+            from bltjax.viz import patches as program
+        case "convert":
+            from bltjax.convert import convert as program
+        case "plan":
+            from bltjax.planning import plan as program
+        case "page":
+            from bltjax.viz import samples as program
+        case "inspect":
+            from bltjax.convert import inspect as program
+        case "benchmark":
+            from bltjax.benchmark import command as program
+    return program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         sub = verbs.add_parser(verb, help=purpose, description=purpose, allow_abbrev=False)
         if verb == chosen:
             try:
-                program = importlib.import_module(f"bltjax.{PROGRAMS.get(verb, verb)}")
+                program = program_of(verb)
             except (ValueError, ImportError) as error:  # of a variable that jax reads, usually
                 if "--debug" in argv:
                     raise
@@ -64,16 +92,10 @@ def main(argv: list[str] | None = None) -> int:
             program.add_arguments(sub)
     args, rest = parser.parse_known_args(argv)
     # Here, because they import jax, which --help needn't wait for.
-    from bltjax.compiling import keep_programs, skip_cache
-    from bltjax.processes import (
-        CTRL_C,
-        RESTART,
-        Restart,
-        describe,
-        lost_another,
-        process_index,
-    )
-    from bltjax.versions import warn_outside_bounds
+    from bltjax.distributed.coordinator import process_index
+    from bltjax.distributed.processes import CTRL_C, RESTART, Restart, describe, lost_another
+    from bltjax.system.compiling import keep_programs, skip_cache
+    from bltjax.system.versions import warn_outside_bounds
 
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
     unknown = [word for word in rest if not word.startswith("--config.")]
@@ -134,7 +156,7 @@ def run() -> typing.NoReturn:
     except Exception:
         traceback.print_exc()
         code = 1
-    processes = sys.modules.get("bltjax.processes")  # not before jax could be imported
+    processes = sys.modules.get("bltjax.distributed.processes")  # not before jax could be imported
     # A second Ctrl-C waits for no thread either.
     if code and processes and (code == processes.CTRL_C or processes.joined()):
         processes.leave(code)

@@ -11,9 +11,9 @@ that calibrate finds on them: the config's own is right for the released byte LM
 Hardware: 64 chips (v5p:4x4x4, 95 GB each). Parameters, Adam's two moments and gradients in fp32 are
 16 bytes a parameter, 72.5 GB in all and 1.13 GB a chip, for all of it is sharded; what is left is
 for the activations of 4 rows of 16 KiB at a time. So time decides, not memory: a step is 54.9 PFLOP
-(`bltjax/flops.py`), 4.7 s if the chips reach 40 % of their 459 TFLOP/s in bf16, and 240,000 steps,
-4 TB of text, take 13 days. It was never run: its shapes and its parameter count are tested, the
-rest is arithmetic.
+(`bltjax/model/flops.py`), 4.7 s if the chips reach 40 % of their 459 TFLOP/s in bf16, and 240,000
+steps, 4 TB of text, take 13 days. It was never run: its shapes and its parameter count are tested,
+the rest is arithmetic.
 
 The recipe is the paper's: rows of 16 KiB, 16M bytes a step, lr 4e-4, cosine to zero.
 Expect patches of 4.14 to 4.17 bytes on DCLM at the released threshold with the released byte LM, as

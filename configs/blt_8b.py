@@ -11,9 +11,9 @@ that calibrate finds on them: the config's own is right for the released byte LM
 Hardware: 256 chips (v5p:4x8x8, 95 GB each). Parameters, Adam's two moments and gradients in fp32
 are 16 bytes a parameter, 168.9 GB in all and 0.66 GB a chip, for all of it is sharded; what is left
 is for the activations of 1 row of 16 KiB at a time. So time decides, not memory: a step is 197.6
-PFLOP (`bltjax/flops.py`), 4.2 s if the chips reach 40 % of their 459 TFLOP/s in bf16, and 240,000
-steps, 4 TB of text, take 12 days. It was never run: its shapes and its parameter count are tested,
-the rest is arithmetic.
+PFLOP (`bltjax/model/flops.py`), 4.2 s if the chips reach 40 % of their 459 TFLOP/s in bf16, and
+240,000 steps, 4 TB of text, take 12 days. It was never run: its shapes and its parameter count are
+tested, the rest is arithmetic.
 
 The recipe is the paper's: rows of 16 KiB, 16M bytes a step, lr 4e-4, cosine to zero.
 The paper's 8B, trained on 1T tokens, averages 61.1 on seven tasks (table 1).

@@ -16,8 +16,8 @@ others' rate (`latent_init`).
 
 Hardware: 64 chips (v5p:4x4x4, 95 GB each). 11,056,887,040 parameters, 3.84 billion of them in hash
 tables; with Adam's two moments and gradients in fp32, 16 bytes a parameter, 176.9 GB in all and
-2.76 GB a chip. A step of 4M bytes is 52.6 PFLOP (`bltjax/flops.py`), 4.5 s if the chips reach 40 %
-of their 459 TFLOP/s in bf16, and 50,000 steps, 210 GB of text, take 3 days. It was never run:
+2.76 GB a chip. A step of 4M bytes is 52.6 PFLOP (`bltjax/model/flops.py`), 4.5 s if the chips reach
+40 % of their 459 TFLOP/s in bf16, and 50,000 steps, 210 GB of text, take 3 days. It was never run:
 its shapes and its parameter count are tested, and a small Llama's hidden states; the rest is
 arithmetic. The paper's table 5 has the benchmark figures of such a start.
 """

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESTART = 75  # bltjax.processes.RESTART; not imported, because this script needs no jax
+RESTART = 75  # bltjax.distributed.processes.RESTART; not imported, because this script needs no jax
 ENDS_SECONDS = 15.0  # for processes that lost another one to say so, before they are killed
 
 

@@ -7,7 +7,7 @@ status is 1 if a plan doesn't fit, or compiled to more than it should.
 import sys
 from pathlib import Path
 
-from bltjax.storage import read_json
+from bltjax.system.storage import read_json
 
 COLUMNS = (
     "plan", "slice", "rows a chip", "HBM a chip", "compiled / exact", "sent a chip", "step >=",

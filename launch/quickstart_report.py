@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from bltjax.metrics import read_reports
-from bltjax.storage import read_json
+from bltjax.system.storage import read_json
+from bltjax.training.metrics import read_reports
 
 
 def last_values(metrics: Path) -> dict[str, float]:

@@ -16,11 +16,11 @@ from etils import epath
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bltjax.__main__ import main
-from bltjax.config import SourceConfig
-from bltjax.config_file import load_config
-from bltjax.entropies import write_entropies
-from bltjax.environment import keep_buffers
-from bltjax.train import train
+from bltjax.config.load import load_config
+from bltjax.config.run import SourceConfig
+from bltjax.inference.entropies import write_entropies
+from bltjax.system.environment import keep_buffers
+from bltjax.training.train import train
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 keep_buffers()  # as every program does

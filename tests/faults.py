@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bltjax.data import records
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY = 24, 5
 PROCESSES = 2
@@ -100,8 +102,6 @@ class Work:
     def make(self) -> None:
         sys.path.insert(0, str(ROOT))
         import numpy as np
-
-        from bltjax.data import records
 
         choose = random.Random(0)
         words = "the patch begins where the next byte is hard to guess".split()

@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bltjax.system import lock
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bltjax import lock
 
 DONE, TWO_AT_ONCE, KILLED = 0, 3, 9
 make, remove = os.open, os.unlink

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from bltjax.alphabet import encode
-from bltjax.weights.llama import block_shapes, latent_config
-from bltjax.weights.model_files import leaf_shapes
-from bltjax.weights.pieces import (
+from bltjax.text.alphabet import encode
+from bltjax.weights.lazy import Tensor
+from bltjax.weights.released.hf import read_settings
+from bltjax.weights.released.llama import block_shapes, latent_config
+from bltjax.weights.released.mapping import (
     LLAMA,
     PORT,
     blt_pieces,
@@ -20,9 +21,8 @@ from bltjax.weights.pieces import (
     latent_pieces,
     tensor_shapes,
 )
-from bltjax.weights.port import read_settings
 from bltjax.weights.safetensors import write_file
-from bltjax.weights.tensors import Tensor
+from bltjax.weights.stored import leaf_shapes
 
 RECORDED = Path(__file__).parent / "golden" / "port.npz"
 TEXT = "A byte. 补丁从难猜的字节开始。 🚀 def f(x):\n    return x + 1\n" * 2

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bltjax.alphabet import decode, encode, text_stream
+from bltjax.text.alphabet import decode, encode, text_stream
 
 pytestmark = pytest.mark.smoke
 

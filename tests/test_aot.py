@@ -18,10 +18,11 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from test_serving import files_of
 
-from bltjax import ahead
-from bltjax.attention import Pooling, Reading, Sliding, range_attention
-from bltjax.chips import read_topology
-from bltjax.serving import Programs, ServingConfig
+from bltjax.attention import range_attention
+from bltjax.attention.pattern import Pooling, Reading, Sliding
+from bltjax.distributed.topology import read_topology
+from bltjax.inference.serving import Programs, ServingConfig
+from bltjax.planning import aot
 
 N, P, K = 16384, 4096, 4
 CASES = {
@@ -84,7 +85,7 @@ def test_exact_products_are_three_of_tf32_on_cuda():
 
 @pytest.fixture(scope="module")
 def no_cache():
-    with ahead.no_cache():
+    with aot.no_cache():
         yield
 
 
@@ -134,7 +135,7 @@ def devices(no_cache):
         pytest.skip("libtpu is not installed: pip install 'jax[tpu]' (Linux, x86-64)")
 
     def device(chip: str):
-        return ahead.described_devices(read_topology(TOPOLOGIES[chip]))[0]
+        return aot.described_devices(read_topology(TOPOLOGIES[chip]))[0]
 
     return device
 

@@ -19,19 +19,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import bltjax.attention.tiled as tiled
-from bltjax.attention import (
-    IMPLEMENTATIONS,
-    KERNELS,
-    Pooling,
-    Reading,
-    Sliding,
-    fastest,
-    range_attention,
-)
+from bltjax.attention import IMPLEMENTATIONS, KERNELS, fastest, range_attention
 from bltjax.attention.dense import dense
 from bltjax.attention.pallas_tpu import Plan
+from bltjax.attention.pattern import Pooling, Reading, Sliding
 from bltjax.attention.staircase import Tiles, whole_patches
-from bltjax.config import ATTENTION
+from bltjax.config.run import ATTENTION
 
 N = 150
 HERE = fastest(jax.devices()[0])
@@ -296,8 +289,8 @@ def test_mesh():
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from bltjax.attention import Pooling, Sliding, range_attention
-from bltjax.config import MeshConfig
-from bltjax.sharding import make_mesh
+from bltjax.config.run import MeshConfig
+from bltjax.distributed.sharding import make_mesh
 
 random = np.random.default_rng(0)
 place = np.tile(np.arange(48), (4, 1))

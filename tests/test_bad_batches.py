@@ -7,9 +7,9 @@ import pytest
 from test_train import command, losses
 
 from bltjax.__main__ import main
-from bltjax.bad_batches import SETTLED, guarded
-from bltjax.config import FaultsConfig, OptimizerConfig
-from bltjax.optimizer import make_optimizer
+from bltjax.config.run import FaultsConfig, OptimizerConfig
+from bltjax.training.bad_batches import SETTLED, guarded
+from bltjax.training.optimizer import make_optimizer
 
 SKIP = FaultsConfig(bad_batch="skip", spike=2.0)
 

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 from bltjax.__main__ import main
-from bltjax.alphabet import encode
-from bltjax.benchmark import SIDES, Worker, serve
-from bltjax.benchmark_generate import context_side, context_words, speed_words
-from bltjax.benchmark_input import MEAN_PATCH, benchmark_slots, made_records
-from bltjax.benchmark_tables import UPDATES, random_case
-from bltjax.benchmark_train import MODEL, run_config, sample_batch
-from bltjax.calibrate import mean_patch_bytes
-from bltjax.config import OptimizerConfig, PatchingConfig
+from bltjax.benchmark.command import SIDES, Worker, serve
+from bltjax.benchmark.generate import context_side, context_words, speed_words
+from bltjax.benchmark.input import MEAN_PATCH, benchmark_slots, made_records
+from bltjax.benchmark.tables import UPDATES, random_case
+from bltjax.benchmark.train import MODEL, run_config, sample_batch
+from bltjax.config.run import OptimizerConfig, PatchingConfig
+from bltjax.data.calibrate import mean_patch_bytes
 from bltjax.data.records import (
     Manifest,
     RecordDocuments,
@@ -28,6 +27,7 @@ from bltjax.data.records import (
     write_manifest,
     write_shard,
 )
+from bltjax.text.alphabet import encode
 
 
 def test_batch():
@@ -46,10 +46,10 @@ def test_a_peer_as_it_comes_and_tuned(monkeypatch):
         own[json.loads(words[-1])[0]] = "GLIBC_TUNABLES" in env
 
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    monkeypatch.setattr("bltjax.benchmark.subprocess.Popen", started)
+    monkeypatch.setattr("bltjax.benchmark.command.subprocess.Popen", started)
     monkeypatch.setattr(Worker, "answer", lambda self: {})
-    monkeypatch.setattr("bltjax.benchmark.os.sched_setaffinity", lambda *_: None)
-    monkeypatch.setattr("bltjax.benchmark.keep_buffers", lambda: kept.append(side))
+    monkeypatch.setattr("bltjax.benchmark.command.os.sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr("bltjax.benchmark.command.keep_buffers", lambda: kept.append(side))
     sides = ("ours", "transformers", "transformers_tuned")
     for side in sides:
         Worker(side, 1)
@@ -59,7 +59,7 @@ def test_a_peer_as_it_comes_and_tuned(monkeypatch):
             serve(side, 1)
     assert own == {"ours": True, "transformers": False, "transformers_tuned": True}
     assert kept == ["ours", "transformers_tuned"]
-    monkeypatch.setattr("bltjax.benchmark.transformers_step", lambda _, *, fused: fused)
+    monkeypatch.setattr("bltjax.benchmark.command.transformers_step", lambda _, *, fused: fused)
     assert not SIDES["transformers"][0](1, 64) and SIDES["transformers_tuned"][0](1, 64)
 
 
@@ -85,7 +85,7 @@ def test_benchmark_train(capsys):
 
 @pytest.mark.slow
 def test_benchmark_rows(capsys, monkeypatch):
-    monkeypatch.setattr("bltjax.benchmark.ROW_LENGTHS", (64, 128, 256))
+    monkeypatch.setattr("bltjax.benchmark.command.ROW_LENGTHS", (64, 128, 256))
     assert main(["benchmark", "rows", "--json", "--repeats=1", "--threads=1", "--longest=128"]) == 0
     printed = capsys.readouterr()
     lines = json.loads(printed.out)["rows"]
@@ -175,7 +175,7 @@ def test_tables(capsys, monkeypatch):
     assert 0 < touched.sum() < touched.size
     np.testing.assert_allclose(used[2], np.where(touched, dense[2], state[2]), rtol=1e-5)
 
-    monkeypatch.setattr("bltjax.benchmark_tables.SIZES", {"small": (3, 40, 8, 50)})
+    monkeypatch.setattr("bltjax.benchmark.tables.SIZES", {"small": (3, 40, 8, 50)})
     assert main(["benchmark", "tables", "--repeats=1"]) == 0
     assert "small: 3 tables of 40 x 8, 50 bytes use" in capsys.readouterr().out
 
@@ -183,9 +183,9 @@ def test_tables(capsys, monkeypatch):
 def test_attention(capsys, monkeypatch):
     """Every attention of a BLT, the library's where it has one; all agree."""
     for name in ("LOCAL_HEADS", "LATENT_HEADS", "LATENT_KEY_VALUE_HEADS"):
-        monkeypatch.setattr(f"bltjax.benchmark_attention.{name}", 1)
-    monkeypatch.setattr("bltjax.benchmark_attention.IMPLEMENTATIONS", ("ours", "library"))
-    monkeypatch.setattr("bltjax.benchmark_attention.WINDOW", 20)
+        monkeypatch.setattr(f"bltjax.benchmark.attention.{name}", 1)
+    monkeypatch.setattr("bltjax.benchmark.attention.IMPLEMENTATIONS", ("ours", "library"))
+    monkeypatch.setattr("bltjax.benchmark.attention.WINDOW", 20)
     words = ["benchmark", "attention", "--repeats=1", "--row_bytes=64", "--json"]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)["attentions"]
@@ -269,8 +269,8 @@ def test_slots_of_a_mixed_corpus(tmp_path):
 
 def test_input(capsys, monkeypatch):
     """All sizes and both kinds are measured, and the patches are as long as they say."""
-    monkeypatch.setattr("bltjax.benchmark_input.CORPUS_BYTES", 1 << 17)
-    monkeypatch.setattr("bltjax.benchmark_input.BATCHES", 2)
+    monkeypatch.setattr("bltjax.benchmark.input.CORPUS_BYTES", 1 << 17)
+    monkeypatch.setattr("bltjax.benchmark.input.BATCHES", 2)
     assert main(["benchmark", "input", "--json", "--repeats=1"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["bytes_per_second_per_core"] > 1e5
@@ -280,7 +280,7 @@ def test_input(capsys, monkeypatch):
 
 
 def test_made_records_have_the_patches_that_their_threshold_gives(tmp_path, monkeypatch):
-    monkeypatch.setattr("bltjax.benchmark_input.CORPUS_BYTES", 1 << 16)
+    monkeypatch.setattr("bltjax.benchmark.input.CORPUS_BYTES", 1 << 16)
     made_records(tmp_path, 4096)
     documents = RecordDocuments(tmp_path)
     assert len(documents) == 16

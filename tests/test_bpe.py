@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from bltjax.alphabet import encode
-from bltjax.bpe import load_tokenizer, token_lengths, token_starts
+from bltjax.text.alphabet import encode
+from bltjax.text.bpe import load_tokenizer, token_lengths, token_starts
 
 TEXT = "the patch begins where the next byte is hard to guess: 日本, 你好 and emoji 😀😀. " * 3
 

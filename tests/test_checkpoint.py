@@ -6,7 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from bltjax.checkpoint import (
+from bltjax.config.run import ByteLMConfig, RunConfig
+from bltjax.model import initial_params, make_model
+from bltjax.training.checkpoint import make_manager, save
+from bltjax.weights.export import load_params
+from bltjax.weights.workdir import (
     TrainState,
     check_workdir,
     identity,
@@ -14,10 +18,6 @@ from bltjax.checkpoint import (
     saved_steps,
     stored_shapes,
 )
-from bltjax.config import ByteLMConfig, RunConfig
-from bltjax.export import load_params
-from bltjax.model import initial_params, make_model
-from bltjax.saving import make_manager, save
 
 CONFIG = RunConfig(byte_lm=ByteLMConfig(layers=1, width=8, heads=1, hidden=8, window=4))
 
@@ -62,7 +62,7 @@ def test_damaged_checkpoints_are_named(runs, tmp_path):
 
 def test_parameters_lie_in_chunks(tmp_path, monkeypatch):
     """So that a converter can read a table of many gigabytes in pieces, whatever a device held."""
-    monkeypatch.setattr("bltjax.checkpoint.CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr("bltjax.weights.workdir.CHUNK_BYTES", 1 << 16)
     manager = make_manager(tmp_path, CONFIG)
     params = {"ngrams_RME": jax.numpy.ones((3, 512, 64))}
     save(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bltjax.chips import CHIPS, chip_of, read_topology
+from bltjax.distributed.topology import CHIPS, chip_of, read_topology
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_chips_by_the_name_that_jax_has_for_them():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("kind", CHIPS)
 def test_libtpu_knows_the_chips(kind, monkeypatch):
-    from bltjax.ahead import described_devices, places
+    from bltjax.planning.aot import described_devices, places
 
     marks = {"TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"}
     for name in marks:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from bltjax.__main__ import VERBS, main
-from bltjax.calibrate import calibrate, mean_patch_bytes
-from bltjax.config import PatchingConfig, SourceConfig
+from bltjax.config.run import PatchingConfig, SourceConfig
+from bltjax.data.calibrate import calibrate, mean_patch_bytes
 from bltjax.data.records import Document, RecordDocuments
-from bltjax.evaluate import compressor_bits, evaluate
+from bltjax.evaluation.evaluate import compressor_bits, evaluate
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -61,8 +61,8 @@ def test_evaluation_does_not_depend_on_order(runs, tmp_path):
 
 def test_evaluation_errors_come_first(runs, tmp_path, monkeypatch, capsys):
     """Before the model is loaded, with the option and the path that were typed."""
-    monkeypatch.setattr("bltjax.evaluate.load_params", None)
-    monkeypatch.setattr("bltjax.evaluate.run_patching", None)
+    monkeypatch.setattr("bltjax.evaluation.evaluate.load_params", None)
+    monkeypatch.setattr("bltjax.evaluation.evaluate.run_patching", None)
     source = tmp_path / "text.txt"
     source.write_text("some text")
     (tmp_path / "empty.txt").write_text("")
@@ -166,7 +166,7 @@ def test_calibrate_warns_or_refuses(runs, tmp_path, monkeypatch, capsys):
     assert "its folder" in error_of(capsys, *words[:2], f"--out={tmp_path}/none/x")
     assert not list(tmp_path.iterdir())
     document = Document(np.zeros(1, np.uint8), np.full(2, 2.0, np.float32))
-    monkeypatch.setattr("bltjax.calibrate.sample_documents", lambda *_: [document])
+    monkeypatch.setattr("bltjax.data.calibrate.sample_documents", lambda *_: [document])
     runs.run(*words, "--mean=1.45")
     assert "mean at that threshold is 1.500 bytes, not 1.45" in capsys.readouterr().err
     (tmp_path / "x").unlink()

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from bltjax import compiling
-from bltjax.compiling import (
+from bltjax.system import compiling
+from bltjax.system.compiling import (
     CompileTime,
     add_span,
     discard_unused,
@@ -283,7 +283,7 @@ def test_folders_that_nobody_uses_any_more(tmp_path):
 AT_ONCE = """
 import sys
 import jax
-from bltjax.compiling import keep_programs
+from bltjax.system.compiling import keep_programs
 assert not keep_programs()
 for factor in range(12):
     assert jax.jit(lambda x: x * (factor + 0.75) + 1)(2.0) == 2 * factor + 2.5

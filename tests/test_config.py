@@ -2,7 +2,6 @@ import argparse
 import ast
 import copy
 import dataclasses
-import importlib
 import json
 import math
 import re
@@ -15,11 +14,11 @@ from pathlib import Path
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from bltjax import config as settings
-from bltjax import config_file
-from bltjax.__main__ import main
-from bltjax.checkpoint import read_config
-from bltjax.config import (
+from bltjax.__main__ import main, program_of
+from bltjax.config import load
+from bltjax.config import run as settings
+from bltjax.config.load import load_config, parse_scheme
+from bltjax.config.run import (
     BLTConfig,
     ByteCNNConfig,
     ByteLMConfig,
@@ -38,11 +37,11 @@ from bltjax.config import (
     from_dict,
     to_dict,
 )
-from bltjax.config_file import load_config, parse_scheme
-from bltjax.flops import training_flops
-from bltjax.sharding import AXES, tree_shardings
-from bltjax.training_step import check_mesh
-from bltjax.weights.model_files import model_shapes
+from bltjax.distributed.sharding import AXES, tree_shardings
+from bltjax.model.flops import training_flops
+from bltjax.training.step import check_mesh
+from bltjax.weights.stored import model_shapes
+from bltjax.weights.workdir import read_config
 
 CONFIGS = sorted(Path("configs").glob("*.py"))
 
@@ -203,7 +202,7 @@ def test_a_config_file_s_path_may_have_colons(folder, tmp_path):
 def test_configs_that_came_with_the_package(tmp_path, monkeypatch, caplog):
     """A wheel's are found from any folder; a file of the working directory comes first."""
     shutil.copytree("configs", tmp_path / "installed")
-    monkeypatch.setattr(config_file, "SHIPPED", (tmp_path / "none", tmp_path / "installed"))
+    monkeypatch.setattr(load, "SHIPPED", (tmp_path / "none", tmp_path / "installed"))
     (tmp_path / "here" / "configs").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     with caplog.at_level("INFO"):
@@ -282,7 +281,7 @@ def test_the_commands_in_docstrings_are_valid(path):
     told = set()
     for words in commands:
         parser = argparse.ArgumentParser(allow_abbrev=False)
-        importlib.import_module(f"bltjax.{words[3]}").add_arguments(parser)
+        program_of(words[3]).add_arguments(parser)
         args, rest = parser.parse_known_args(words[4:])
         if words[3] != "train":
             assert not rest

@@ -12,9 +12,11 @@ from test_meta import hub_folder, same_files
 from test_port import written
 
 import bltjax
-from bltjax import convert as program
 from bltjax.__main__ import main
-from bltjax.export import open_stored
+from bltjax.convert import convert as program
+from bltjax.weights import export
+from bltjax.weights.export import open_stored
+from bltjax.weights.released import hf
 
 
 def run(*words) -> None:
@@ -112,7 +114,7 @@ def test_a_byte_lm_from_elsewhere(runs, tmp_path, capsys):
 
 def test_tables_pass_through_in_pieces(tmp_path, monkeypatch):
     """No read, of a table or of anything else, is larger than a block or one small matrix."""
-    monkeypatch.setattr("bltjax.weights.tensors.BLOCK_BYTES", 4096)
+    monkeypatch.setattr("bltjax.weights.lazy.BLOCK_BYTES", 4096)
     written(tmp_path / "in", "projected")
     files = program.open_model(epath.Path(tmp_path / "in"))
     sizes = []
@@ -123,7 +125,7 @@ def test_tables_pass_through_in_pieces(tmp_path, monkeypatch):
         return read(place, rows)
 
     files.leaves["encoder/ngrams_RME"] = files.leaves["encoder/ngrams_RME"]._replace(read=counted)
-    for write in (program.write_export, program.write_port):
+    for write in (export.write_export, hf.write_port):
         out = epath.Path(tmp_path / write.__name__)
         out.mkdir()
         write(files, out, lambda _: None)

@@ -13,8 +13,7 @@ from test_saving import CONFIG, small_state
 from test_train import command, losses
 
 from bltjax.__main__ import main
-from bltjax.checkpoint import read_config
-from bltjax.corpus import scoring_rate
+from bltjax.convert.inspect import last_report
 from bltjax.data.records import (
     Manifest,
     RecordDocuments,
@@ -23,13 +22,10 @@ from bltjax.data.records import (
     write_manifest,
     write_shard,
 )
-from bltjax.entropies import agree_on, checksum_of, info_of, side_path
-from bltjax.export import read_manifest as read_export
-from bltjax.goodput import Goodput, read_sums
-from bltjax.inspect import last_report
-from bltjax.metrics import Reporter, read_reports
-from bltjax.page import curves, read_samples, samples_part
-from bltjax.saving import (
+from bltjax.inference.corpus import scoring_rate
+from bltjax.inference.entropies import agree_on, checksum_of, info_of, side_path
+from bltjax.system.storage import parse_json, read_json
+from bltjax.training.checkpoint import (
     Damaged,
     Misfit,
     StreamsHandler,
@@ -38,7 +34,11 @@ from bltjax.saving import (
     read_progress,
     save,
 )
-from bltjax.storage import parse_json, read_json
+from bltjax.training.goodput import Goodput, read_sums
+from bltjax.training.metrics import Reporter, read_reports
+from bltjax.viz.page import curves, read_samples, samples_part
+from bltjax.weights.export import read_manifest as read_export
+from bltjax.weights.workdir import read_config
 
 OTHERS = (None, True, -1, 0, 3.5, float("nan"), 10**400, "", "x", [], [1], {}, {"a": 1})
 

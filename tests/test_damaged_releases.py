@@ -18,11 +18,11 @@ from test_meta import hub_folder
 from test_port import written
 
 from bltjax.__main__ import main
-from bltjax.bpe import load_tokenizer
-from bltjax.convert import convert, open_model
-from bltjax.export import read_config, write_export
-from bltjax.inspect import inspect
-from bltjax.storage import POINTER
+from bltjax.convert.convert import convert, open_model
+from bltjax.convert.inspect import inspect
+from bltjax.system.storage import POINTER
+from bltjax.text.bpe import load_tokenizer
+from bltjax.weights.export import read_config, write_export
 from bltjax.weights.safetensors import INDEX, read_file, write_folder
 
 LFS = POINTER + b"v1\noid sha256:4d7a214614ab2935\nsize 9\n"

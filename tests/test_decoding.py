@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.alphabet import encode
-from bltjax.config import (
+from bltjax.config.run import (
     BLTConfig,
     ByteCNNConfig,
     ByteLMConfig,
@@ -23,15 +22,16 @@ from bltjax.config import (
     PatchingConfig,
     RunConfig,
 )
-from bltjax.decoding import Decoder, grow, padded_length, prefill, run, score
-from bltjax.decoding.loop import kept_places
-from bltjax.decoding.sampling import GREEDY, Sampling
-from bltjax.decoding.speculation import run_rounds
+from bltjax.inference.decoding.decoder import Decoder, grow, padded_length, prefill, score
+from bltjax.inference.decoding.loop import kept_places, run
+from bltjax.inference.decoding.sampling import GREEDY, Sampling
+from bltjax.inference.decoding.speculation import run_rounds
+from bltjax.inference.entropy import EntropyModel, contexts
 from bltjax.model import batch_logits, initial_params, make_model
 from bltjax.model.byte_cnn import entropy_table, table_entropies
 from bltjax.model.byte_lm import ByteLM, entropies_of
-from bltjax.patching import force_starts, patch_starts
-from bltjax.scoring import EntropyModel, contexts
+from bltjax.text.alphabet import encode
+from bltjax.text.patching import force_starts, patch_starts
 
 WINDOW = 8
 BYTE_LM = ByteLMConfig(layers=2, width=16, heads=2, hidden=24, window=WINDOW)

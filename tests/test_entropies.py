@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from bltjax.config import SourceConfig
-from bltjax.corpus import bars, write_report
+from bltjax.config.run import SourceConfig
 from bltjax.data.records import RecordDocuments
-from bltjax.entropies import write_entropies
+from bltjax.inference.corpus import bars, write_report
+from bltjax.inference.entropies import write_entropies
 
 ROOT = Path(__file__).parents[1]
 

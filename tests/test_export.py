@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bltjax.__main__ import main
-from bltjax.export import load_params
-from bltjax.weights.tensors import flattened
+from bltjax.weights.export import load_params
+from bltjax.weights.lazy import flattened
 
 READER = """
 import sys
@@ -19,11 +19,11 @@ import jax, numpy as np
 rank, port, export, expected = int(sys.argv[1]), *sys.argv[2:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, rank)
-from bltjax.config import MeshConfig
-from bltjax.export import load_params, read_config
-from bltjax.sharding import make_mesh, tree_shardings
-from bltjax.weights.model_files import model_shapes
-from bltjax.weights.tensors import flattened
+from bltjax.config.run import MeshConfig
+from bltjax.weights.export import load_params, read_config
+from bltjax.distributed.sharding import make_mesh, tree_shardings
+from bltjax.weights.stored import model_shapes
+from bltjax.weights.lazy import flattened
 mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
 shardings = tree_shardings(model_shapes(read_config(export)), mesh)
 found = flattened(load_params(export, shardings).params)

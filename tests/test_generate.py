@@ -11,14 +11,20 @@ import pytest
 from test_decoding import followed
 
 from bltjax.__main__ import main
-from bltjax.alphabet import EOS, OFFSET, encode
-from bltjax.decoding import Decoder, Piece, Rest
-from bltjax.decoding.whole import Predictor
-from bltjax.evaluate import run_patching
-from bltjax.export import load_params
-from bltjax.generate import Painter
-from bltjax.prompts import Prompt, begin_results, finish_results, read_prompts, result_line
-from bltjax.scoring import score_documents
+from bltjax.evaluation.evaluate import run_patching
+from bltjax.inference.decoding.decoder import Decoder, Piece, Rest
+from bltjax.inference.decoding.uncached import Predictor
+from bltjax.inference.entropy import score_documents
+from bltjax.inference.generate import Painter
+from bltjax.inference.prompts import (
+    Prompt,
+    begin_results,
+    finish_results,
+    read_prompts,
+    result_line,
+)
+from bltjax.text.alphabet import EOS, OFFSET, encode
+from bltjax.weights.export import load_params
 
 
 @pytest.fixture(scope="module", params=["byte_lm", "blt"])
@@ -339,8 +345,8 @@ def test_bad_input(runs, tmp_path, capsys):
 
 def test_errors_come_before_the_model_is_loaded(runs, tmp_path, monkeypatch, capsys):
     """Whatever can be known first is, and nothing is written."""
-    monkeypatch.setattr("bltjax.generate.load_onto", None)
-    monkeypatch.setattr("bltjax.generate.run_patching", None)
+    monkeypatch.setattr("bltjax.inference.generate.load_onto", None)
+    monkeypatch.setattr("bltjax.inference.generate.run_patching", None)
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     prompts.write_text("".join(json.dumps("a" * n) + "\n" for n in (1, 5, 9, 99, 2)))
 

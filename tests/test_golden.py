@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.alphabet import EOS
-from bltjax.config import (
+from bltjax.config.run import (
     BLTConfig,
     ByteLMConfig,
     CrossConfig,
@@ -19,7 +18,8 @@ from bltjax.config import (
 )
 from bltjax.model.blt import BLT
 from bltjax.model.byte_lm import ByteLM, entropies_of
-from bltjax.ngram_hash import hash_ids
+from bltjax.text.alphabet import EOS
+from bltjax.text.ngram_hash import hash_ids
 
 pytestmark = pytest.mark.smoke
 

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from test_golden import META, arrays, blt_weights, eos_documents, starts_from_lengths, weights_of
 
-from bltjax.alphabet import BOS, EOS
-from bltjax.config import (
+from bltjax.config.run import (
     BLTConfig,
     CrossConfig,
     DataConfig,
@@ -25,8 +24,10 @@ from bltjax.config import (
     OptimizerConfig,
     RunConfig,
 )
-from bltjax.objective import Sums
-from bltjax.training_step import TrainState, make_train_step, run_model, run_optimizer
+from bltjax.model.loss import Sums
+from bltjax.text.alphabet import BOS, EOS
+from bltjax.training.step import make_train_step, run_model, run_optimizer
+from bltjax.weights.workdir import TrainState
 
 pytestmark = pytest.mark.smoke
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from bltjax.goodput import KINDS, Goodput
-from bltjax.watchdog import silent_or_behind
+from bltjax.distributed.watchdog import silent_or_behind
+from bltjax.training.goodput import KINDS, Goodput
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def clock(monkeypatch):
         time = monotonic
 
     clock = Clock()
-    monkeypatch.setattr("bltjax.goodput.time", clock)
+    monkeypatch.setattr("bltjax.training.goodput.time", clock)
     return clock
 
 
@@ -78,7 +78,7 @@ def test_who_keeps_the_others_waiting():
 
 def test_silence_ends_a_program_with_the_code_for_a_restart():
     code = (
-        "import time; from bltjax.watchdog import Watchdog\n"
+        "import time; from bltjax.distributed.watchdog import Watchdog\n"
         "with Watchdog(0.2) as dog: dog.mark(3, 'waits for data'); time.sleep(60)"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.attention import Pooling, Reading, Sliding
+from bltjax.attention.pattern import Pooling, Reading, Sliding
 from bltjax.attention.staircase import Tiles
-from bltjax.hlo import Array, read_program
-from bltjax.hlo_collectives import read_collectives, read_group
-from bltjax.hlo_work import met_positions, read_work, visited_share
+from bltjax.planning.hlo import Array, read_program
+from bltjax.planning.hlo_collectives import read_collectives, read_group
+from bltjax.planning.hlo_cost import met_positions, read_work, visited_share
 
 
 def compiled_text(function, *shapes) -> str:
@@ -189,8 +189,8 @@ def test_replica_groups_of_another_kind_are_refused():
 COLLECTIVES = """
 import functools, json, jax, jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
-from bltjax.hlo import read_program
-from bltjax.hlo_collectives import by_kind_and_axis, read_collectives
+from bltjax.planning.hlo import read_program
+from bltjax.planning.hlo_collectives import by_kind_and_axis, read_collectives
 
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), (AxisType.Auto,) * 2)
 ways = {

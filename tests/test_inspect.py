@@ -9,9 +9,9 @@ import pytest
 from etils import epath
 
 from bltjax.__main__ import main
-from bltjax.convert import convert
-from bltjax.inspect import arrays_in, checksum_of, inspect, read_through
-from bltjax.saving import checksums, stored_name
+from bltjax.convert.convert import convert
+from bltjax.convert.inspect import arrays_in, checksum_of, inspect, read_through
+from bltjax.training.checkpoint import checksums, stored_name
 
 
 def largest(folder):

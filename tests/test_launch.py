@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from bltjax.chips import CHIPS
+from bltjax.distributed.topology import CHIPS
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = ("tpu_vm", "gke", "slurm")

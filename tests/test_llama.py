@@ -10,13 +10,13 @@ import port
 import pytest
 from etils import epath
 
-from bltjax.config import BLTConfig, CrossConfig, LatentInitConfig, LocalConfig, OptimizerConfig
+from bltjax.config.run import BLTConfig, CrossConfig, LatentInitConfig, LocalConfig, OptimizerConfig
 from bltjax.model.latent_transformer import LatentTransformer
-from bltjax.optimizer import make_optimizer
-from bltjax.patches import Ranges
-from bltjax.weights.leftovers import latent_rotary
-from bltjax.weights.llama import latent_config, llama_leaves
-from bltjax.weights.tensors import Tensor, blocks, tree_of
+from bltjax.text.segments import Ranges
+from bltjax.training.optimizer import make_optimizer
+from bltjax.weights.lazy import Tensor, blocks, tree_of
+from bltjax.weights.released.leftovers import latent_rotary
+from bltjax.weights.released.llama import latent_config, llama_leaves
 
 LATENT = latent_config(port.LLAMA_CONFIG, "case", remat="none")
 
@@ -135,7 +135,7 @@ def test_learning_rates():
 
 @pytest.mark.slow
 def test_training_begins_as_a_llama(runs, folder, tmp_path):
-    from bltjax.export import load_params
+    from bltjax.weights.export import load_params
 
     latent = (
         "layers=3", "width=48", "heads=6", "key_value_heads=2", "hidden=80",

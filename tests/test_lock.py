@@ -18,9 +18,9 @@ from test_processes import pod
 from test_storage import Bucket, bucket  # noqa: F401 (a fixture)
 from test_train import command, losses
 
-from bltjax import lock
 from bltjax.__main__ import main
-from bltjax.convert import convert
+from bltjax.convert.convert import convert
+from bltjax.system import lock
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"host": "tpu-vm-3", "boot": "another", "machine": "another"}
@@ -239,7 +239,7 @@ def test_file_systems_without_links(tmp_path, monkeypatch):
     def refuses(*_):
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr("bltjax.lock.os.link", refuses)
+    monkeypatch.setattr("bltjax.system.lock.os.link", refuses)
     path = tmp_path / ".lock"
     with hold(path) as held:
         assert lock.look(path).holder == held.holder
@@ -271,7 +271,7 @@ def test_a_process_that_ends_while_it_is_asked_after_is_gone(tmp_path, monkeypat
         process.kill()
         process.wait()
 
-    monkeypatch.setattr("bltjax.lock.state_and_start", ends)
+    monkeypatch.setattr("bltjax.system.lock.state_and_start", ends)
     assert lock.runs(left) is False
 
 

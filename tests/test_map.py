@@ -60,7 +60,7 @@ def test_no_program_asks_which_platform_this_process_has():
 
 def test_data_starts_no_device():
     code = (
-        "import bltjax.data.pipeline, bltjax.coordinator as coordinator;"
+        "import bltjax.data.pipeline, bltjax.distributed.coordinator as coordinator;"
         " assert not coordinator.devices_started()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -79,4 +79,4 @@ def test_private_names_of_libraries_stand_in_two_files():
         for path in (ROOT / folder).rglob("*.py")
         if PRIVATE.search(path.read_text())
     }
-    assert named == {"bltjax/coordinator.py", "tests/private_names.py"}
+    assert named == {"bltjax/distributed/coordinator.py", "tests/private_names.py"}

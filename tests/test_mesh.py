@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bltjax.__main__ import main
-from bltjax.config import SourceConfig
-from bltjax.data.sources import open_source
+from bltjax.config.run import SourceConfig
+from bltjax.data.sources.by_path import open_source
 
 EIGHT = os.environ | {
     "JAX_PLATFORMS": "cpu",

@@ -18,11 +18,11 @@ from faults import can_mount
 from jax.sharding import SingleDeviceSharding
 from private_names import forget_devices
 
-from bltjax import ahead
-from bltjax.chips import read_topology
 from bltjax.data.records import encode_record, write_shard
-from bltjax.messages import KNOWN_MESSAGES, OWN_FAULTS, disk_is_full, says
-from bltjax.processes import describe, lost_another
+from bltjax.distributed.messages import KNOWN_MESSAGES, OWN_FAULTS, disk_is_full, says
+from bltjax.distributed.processes import describe, lost_another
+from bltjax.distributed.topology import read_topology
+from bltjax.planning import aot
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "launch"))
@@ -54,9 +54,9 @@ def not_found(_):
 
 def on_v5e(function, *shape: int) -> None:
     """Compiles a function of one array for a TPU that isn't here."""
-    sharding = SingleDeviceSharding(ahead.described_devices(read_topology("v5e:1x1"))[0])
+    sharding = SingleDeviceSharding(aot.described_devices(read_topology("v5e:1x1"))[0])
     argument = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-    with ahead.no_cache():
+    with aot.no_cache():
         jax.jit(function).lower(argument).compile()
 
 
@@ -164,7 +164,7 @@ def test_a_library_says_so(name, monkeypatch):
         provoke(monkeypatch)
     assert says(raised.value, name), raised.value
     # In a run of several processes it is this one's fault, or another's that was lost.
-    monkeypatch.setattr("bltjax.processes.joined", lambda: True)
+    monkeypatch.setattr("bltjax.distributed.processes.joined", lambda: True)
     assert lost_another(raised.value) == (name == "broken collective")
     own = name in OWN_FAULTS or name == "larger than a chip"
     assert bool(says(raised.value, *OWN_FAULTS)) == own
@@ -189,8 +189,8 @@ def test_a_full_disk_by_its_number():
 
 @needs_libtpu
 def test_how_much_too_large_a_program_is():
-    with pytest.raises(ahead.TooLarge) as raised:
-        sharding = SingleDeviceSharding(ahead.described_devices(read_topology("v5e:1x1"))[0])
+    with pytest.raises(aot.TooLarge) as raised:
+        sharding = SingleDeviceSharding(aot.described_devices(read_topology("v5e:1x1"))[0])
         argument = jax.ShapeDtypeStruct((2**17, 2**17), jnp.float32, sharding=sharding)
-        ahead.compile_ahead(jax.jit(lambda x: x + 1).lower(argument))
+        aot.compile_ahead(jax.jit(lambda x: x + 1).lower(argument))
     assert 64 * 2**30 <= raised.value.needed <= 128 * 2**30

@@ -8,8 +8,9 @@ from etils import epath
 from port import write_tensors
 from test_golden import META, arrays, weights_of
 
-from bltjax.convert import as_dtype, convert, open_model
-from bltjax.weights.meta import (
+from bltjax.convert.convert import as_dtype, convert, open_model
+from bltjax.weights.lazy import Tensor, blocks
+from bltjax.weights.released.meta import (
     blt_settings,
     feed_forward_rule,
     hidden_width,
@@ -17,7 +18,6 @@ from bltjax.weights.meta import (
     read_patching,
     write_meta,
 )
-from bltjax.weights.tensors import Tensor, blocks
 
 ARGS = META["blocklocal"]["args"]
 PATCHER = {"patching_mode": "entropy", "threshold": 1.5, "monotonicity": False, "device": "cuda"}
@@ -104,8 +104,8 @@ def test_a_byte_lm_with_its_whole_training_file(tmp_path):
 
 def same_files(one: epath.Path, other: epath.Path) -> None:
     """Every tensor bit for bit, and every JSON file."""
+    from bltjax.weights.released.torch_file import read_pth
     from bltjax.weights.safetensors import read_folder
-    from bltjax.weights.torch_file import read_pth
 
     read = read_pth if (one / "consolidated.pth").exists() else None
     first, second = (

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.alphabet import encode
-from bltjax.attention import Sliding
-from bltjax.config import (
+from bltjax.attention.pattern import Sliding
+from bltjax.config.load import load_config
+from bltjax.config.run import (
     BLTConfig,
     ByteLMConfig,
     CrossConfig,
@@ -19,14 +19,14 @@ from bltjax.config import (
     LocalConfig,
     PatchingConfig,
 )
-from bltjax.config_file import load_config
 from bltjax.model import initial_params, make_model, parameter_count
 from bltjax.model.blt import BLT
 from bltjax.model.byte_lm import ByteLM
 from bltjax.model.latent_transformer import block_size
 from bltjax.model.layers import Block
-from bltjax.patches import row_patches
-from bltjax.patching import force_starts, patch_starts
+from bltjax.text.alphabet import encode
+from bltjax.text.patching import force_starts, patch_starts
+from bltjax.text.segments import row_patches
 
 CONFIG = BLTConfig(
     LocalConfig(encoder_layers=2, decoder_layers=2, width=32, heads=4, hidden=48, window=9),

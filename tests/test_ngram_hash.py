@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config import HASH_PRIMES, HashConfig
-from bltjax.ngram_hash import hash_ids
+from bltjax.config.run import HASH_PRIMES, HashConfig
+from bltjax.text.ngram_hash import hash_ids
 
 pytestmark = pytest.mark.smoke
 

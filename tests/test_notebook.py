@@ -7,10 +7,10 @@ import pytest
 import bltjax
 from bltjax.__main__ import main
 from bltjax.attention.dense import dense
-from bltjax.checkpoint import save_params
-from bltjax.export import load_params
 from bltjax.model import batch_logits, cross_attention, make_model
-from bltjax.patching import patch_starts
+from bltjax.text.patching import patch_starts
+from bltjax.weights.export import load_params
+from bltjax.weights.workdir import save_params
 
 TEXT = "the patch begins where the next byte is hard to guess; 日本 żółć"
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config import BLTConfig, OptimizerConfig
+from bltjax.config.run import BLTConfig, OptimizerConfig
 from bltjax.model import initial_params, make_model
-from bltjax.objective import target_sums
-from bltjax.optimizer import decays, learning_rate, make_optimizer
+from bltjax.model.loss import target_sums
+from bltjax.training.optimizer import decays, learning_rate, make_optimizer
 
 
 def test_first_and_last_learning_rates():

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from bltjax.outputs import check_outputs
+from bltjax.system.outputs import check_outputs
 
 
 def test_good_outputs_leave_no_trace(tmp_path):

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bltjax.alphabet import BOS, EOS, encode
-from bltjax.config import DataConfig, PatchingConfig, SourceConfig
+from bltjax.config.run import DataConfig, PatchingConfig, SourceConfig
 from bltjax.data.packing import Packer, batch_of, cut, fills, pack_exact
 from bltjax.data.pipeline import training_batches
 from bltjax.data.records import Document
+from bltjax.text.alphabet import BOS, EOS, encode
 
 pytestmark = pytest.mark.smoke
 

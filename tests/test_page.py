@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from bltjax.__main__ import main
-from bltjax.page import Line, chart, label, run_page, thinned, ticks
+from bltjax.viz.page import Line, chart, label, run_page, thinned, ticks
 
 
 class Checker(html.parser.HTMLParser):
@@ -91,7 +91,7 @@ def test_a_run_without_a_checkpoint_has_a_page(runs, tmp_path, capsys):
 
 
 def test_page_refuses_settings_before_the_model_is_loaded(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bltjax.samples.load", None)
+    monkeypatch.setattr("bltjax.viz.samples.load", None)
     (tmp_path / "export.json").write_text("{}")
     for words, message in (
         (["--max_bytes=-1"], "max_bytes is -1"),

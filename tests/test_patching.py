@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bltjax.alphabet import OFFSET, encode
-from bltjax.config import PatchingConfig
+from bltjax.config.run import PatchingConfig
 from bltjax.data.packing import Packer, batch_of, cut, pack_exact
 from bltjax.data.records import Document
-from bltjax.patching import (
+from bltjax.text.alphabet import OFFSET, encode
+from bltjax.text.patching import (
     cursor_at,
     document_starts,
     force_starts,

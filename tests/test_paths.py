@@ -18,12 +18,10 @@ from hypothesis import strategies as st
 from test_storage import bucket  # noqa: F401
 
 from bltjax.__main__ import main
-from bltjax.config import PatchingConfig, RunConfig, SourceConfig, from_dict, to_dict
-from bltjax.config_file import load_config
-from bltjax.data.sources import open_source
-from bltjax.export import open_array, place_of, write_leaves
-from bltjax.saving import make_manager
-from bltjax.storage import (
+from bltjax.config.load import load_config
+from bltjax.config.run import PatchingConfig, RunConfig, SourceConfig, from_dict, to_dict
+from bltjax.data.sources.by_path import open_source
+from bltjax.system.storage import (
     NAME_BYTES,
     cache_place,
     check_arrays_path,
@@ -36,7 +34,9 @@ from bltjax.storage import (
     path_of,
     write_text,
 )
-from bltjax.weights.tensors import Leaf
+from bltjax.training.checkpoint import make_manager
+from bltjax.weights.export import open_array, place_of, write_leaves
+from bltjax.weights.lazy import Leaf
 
 slow = pytest.mark.slow
 TINY = Path(__file__).parent / "tiny.py"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bltjax.__main__ import main
-from bltjax.config import PatchingConfig
-from bltjax.picture import (
+from bltjax.config.run import PatchingConfig
+from bltjax.viz.patches import (
     cut_text,
     draw,
     glyph,
@@ -178,7 +178,7 @@ def test_a_reader_that_stops_reading(tmp_path):
 
 
 def test_outputs_are_checked_before_the_model_is_loaded(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bltjax.picture.run_patching", None)
+    monkeypatch.setattr("bltjax.viz.patches.run_patching", None)
     text = tmp_path / "text"
     text.write_text("a text")
     words = ["patches", f"--workdir={runs.blt}", f"--file={text}"]

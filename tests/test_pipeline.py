@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from bltjax.config import DataConfig, PatchingConfig, SourceConfig
+from bltjax.config.run import DataConfig, PatchingConfig, SourceConfig
 from bltjax.data.pipeline import training_batches
 
 SPACE = PatchingConfig(mode="space")

@@ -12,16 +12,22 @@ import jax
 import numpy as np
 import pytest
 
-import bltjax.plan as plans
-import bltjax.roofline as roofline
+import bltjax.planning.plan as plans
+import bltjax.planning.roofline as roofline
 from bltjax.__main__ import main
-from bltjax.ahead import Memory, described_devices, shard_bytes
-from bltjax.chips import read_topology
-from bltjax.config_file import load_config
-from bltjax.flops import cross_layers, paper_flops, recomputed_flops, row_forward_flops, utilisation
-from bltjax.plan_changes import changed, nearest_changes
-from bltjax.sharding import make_mesh
-from bltjax.training_step import step_parts
+from bltjax.config.load import load_config
+from bltjax.distributed.sharding import make_mesh
+from bltjax.distributed.topology import read_topology
+from bltjax.model.flops import (
+    cross_layers,
+    paper_flops,
+    recomputed_flops,
+    row_forward_flops,
+    utilisation,
+)
+from bltjax.planning.aot import Memory, described_devices, shard_bytes
+from bltjax.planning.suggest import changed, nearest_changes
+from bltjax.training.step import step_parts
 
 TINY = "tests/tiny.py:blt"
 PATHS = ["data.train.text.path=a", "data.held_out.text.path=a"]

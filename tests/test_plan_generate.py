@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from bltjax.chips import read_topology
-from bltjax.config_file import load_config
-from bltjax.plan_generate import plan_generate, text
+from bltjax.config.load import load_config
+from bltjax.distributed.topology import read_topology
+from bltjax.planning.plan_decoder import plan_generate, text
 
 SIZES = {"groups": 1, "rows": 1, "prompt_bytes": 2048, "context": 32768}
 

@@ -8,19 +8,19 @@ import port
 import pytest
 from etils import epath
 
-from bltjax.alphabet import encode
-from bltjax.config import PatchingConfig
-from bltjax.convert import our_model
-from bltjax.patching import patch_lengths
-from bltjax.weights.leftovers import (
+from bltjax.config.run import PatchingConfig
+from bltjax.convert.convert import our_model
+from bltjax.text.alphabet import encode
+from bltjax.text.patching import patch_lengths
+from bltjax.weights.lazy import DTYPES, NotFinite, Tensor, blocks
+from bltjax.weights.released.hf import port_settings, read_port, read_settings
+from bltjax.weights.released.leftovers import (
     latent_rotary,
     rotary_stacks,
     without_leftovers,
     without_wrappers,
 )
-from bltjax.weights.pieces import PORT, blt_pieces, byte_lm_pieces, tensors_of
-from bltjax.weights.port import port_settings, read_port, read_settings
-from bltjax.weights.tensors import DTYPES, NotFinite, Tensor, blocks
+from bltjax.weights.released.mapping import PORT, blt_pieces, byte_lm_pieces, tensors_of
 
 BFLOAT16 = DTYPES["bfloat16"]
 
@@ -387,7 +387,7 @@ def test_the_port_itself(tmp_path):
     """Where torch and transformers are: what was recorded is what they say, and `verify` agrees."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from bltjax.convert import convert, open_model, verify
+    from bltjax.convert.convert import convert, open_model, verify
 
     for name, config in port.CASES.items():
         threshold = float(RECORDED[f"{name}/threshold"])
@@ -411,7 +411,7 @@ def test_transformers_loads_what_we_write(runs, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     import bltjax
-    from bltjax.convert import convert
+    from bltjax.convert.convert import convert
 
     convert(epath.Path(runs.blt), epath.Path(tmp_path / "out"), "transformers")
     peer, said = transformers.BltForCausalLM.from_pretrained(

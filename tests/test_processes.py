@@ -13,7 +13,7 @@ import pytest
 from test_train import command, losses
 
 from bltjax.__main__ import main
-from bltjax.processes import RESTART, lost_another, together
+from bltjax.distributed.processes import RESTART, lost_another, together
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "launch"))
@@ -69,13 +69,13 @@ def test_processes_that_differ_are_named(runs, tmp_path):
     for process in processes:
         error = process.communicate()[1]
         assert process.returncode == 1, error
-        assert "process 1 (" in error and "bltjax.config.optimizer.lr: 0.003 -> 0.5" in error
+        assert "process 1 (" in error and "bltjax.config.run.optimizer.lr: 0.003 -> 0.5" in error
         assert "versions.sources: " in error
     assert not (tmp_path / "run").exists()
 
 
 def test_a_process_count_that_does_not_divide_the_batch(runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("bltjax.train.process_count", lambda: 3)
+    monkeypatch.setattr("bltjax.training.train.process_count", lambda: 3)
     assert main(command(runs, "byte_lm", tmp_path)) == 1
     error = capsys.readouterr().err
     assert "the number of processes (3) must divide data.rows (4)" in error
@@ -163,8 +163,8 @@ def test_a_process_compiles_much_later_than_the_others(runs, tmp_path, monkeypat
 def test_a_process_of_a_cluster_runs_one_model_after_another(monkeypatch):
     """As the quickstart does: each has programs of its own, and none is compiled twice."""
     met = []
-    monkeypatch.setattr("bltjax.processes.joined", lambda: True)
-    monkeypatch.setattr("bltjax.processes.barrier", lambda *_: met.append("compiled"))
+    monkeypatch.setattr("bltjax.distributed.processes.joined", lambda: True)
+    monkeypatch.setattr("bltjax.distributed.processes.barrier", lambda *_: met.append("compiled"))
     double = together(jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree)))
     for size, programs in ((2, 1), (3, 2), (2, 2)):
         assert double({"x": jax.numpy.arange(size)})["x"].tolist() == [*range(0, 2 * size, 2)]
@@ -173,16 +173,16 @@ def test_a_process_of_a_cluster_runs_one_model_after_another(monkeypatch):
 
 FULL_DISK = """
 import errno, sys, threading
-import bltjax.checkpoint
+import bltjax.weights.workdir
 
-sealed = bltjax.checkpoint.sealed
+sealed = bltjax.weights.workdir.sealed
 
 def sealed_or_not(values):
     if "--process={process}" in sys.orig_argv and threading.current_thread().name != "MainThread":
         raise OSError(errno.ENOSPC, "No space left on device")
     return sealed(values)
 
-bltjax.checkpoint.sealed = sealed_or_not
+bltjax.weights.workdir.sealed = sealed_or_not
 """
 
 
@@ -203,7 +203,7 @@ def test_a_broken_collective_is_a_lost_process(monkeypatch):
     for error in (ValueError(told), jax.errors.JaxRuntimeError(told)):
         assert not lost_another(error)
         with monkeypatch.context() as patch:
-            patch.setattr("bltjax.processes.joined", lambda: True)
+            patch.setattr("bltjax.distributed.processes.joined", lambda: True)
             assert lost_another(error)
             assert not lost_another(ValueError("the number of processes (3) must divide it (4)"))
 

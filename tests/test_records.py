@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bltjax.config import SourceConfig
+from bltjax.config.run import SourceConfig
 from bltjax.data.records import (
     Manifest,
     RecordDocuments,
@@ -20,8 +20,8 @@ from bltjax.data.records import (
     write_manifest,
     write_shard,
 )
-from bltjax.data.sources import open_source
-from bltjax.data.text import blank_line_cuts
+from bltjax.data.sources.by_path import open_source
+from bltjax.data.sources.text import blank_line_cuts
 
 
 @given(st.binary(max_size=50))

@@ -14,14 +14,14 @@ import pytest
 from test_train import command, losses
 
 from bltjax.__main__ import main
-from bltjax.checkpoint import CONFIG, newest_progress, read_config, sealed
-from bltjax.config import Change, FaultsConfig, OptimizerConfig, changes
-from bltjax.preemption import INTERRUPTED, TERMINATED, Notice
-from bltjax.resume import change_lines, check_settings, check_sources, refusal
-from bltjax.saving import last_good
-from bltjax.sharding import make_mesh
-from bltjax.start import check_copies, check_start, entropy_model, mesh_advice
-from bltjax.train import train
+from bltjax.config.run import Change, FaultsConfig, OptimizerConfig, changes
+from bltjax.distributed.preemption import INTERRUPTED, TERMINATED, Notice
+from bltjax.distributed.sharding import make_mesh
+from bltjax.training.checkpoint import last_good
+from bltjax.training.init import check_copies, check_start, entropy_model, mesh_advice
+from bltjax.training.resume import change_lines, check_settings, check_sources, refusal
+from bltjax.training.train import train
+from bltjax.weights.workdir import CONFIG, newest_progress, read_config, sealed
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +140,7 @@ def test_ctrl_c_before_the_first_step_says_what_there_is(runs, tmp_path, capsys,
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bltjax.train.training_sources", interrupted)
+    monkeypatch.setattr("bltjax.training.train.training_sources", interrupted)
     assert main(command(runs, "byte_lm", tmp_path)) == 130
     assert "nothing is saved yet; the same command starts again" in capsys.readouterr().err
     assert main(command(runs, "byte_lm", runs.byte_lm)) == 130

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from bltjax.chips import read_topology
-from bltjax.hlo_collectives import Collective
-from bltjax.hlo_work import Work
-from bltjax.roofline import bound, collective_seconds
+from bltjax.distributed.topology import read_topology
+from bltjax.planning.hlo_collectives import Collective
+from bltjax.planning.hlo_cost import Work
+from bltjax.planning.roofline import bound, collective_seconds
 
 
 def places_of(name: str, slices: int = 1) -> np.ndarray:

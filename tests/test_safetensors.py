@@ -12,9 +12,9 @@ import safetensors.numpy as library
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from bltjax.storage import POINTER
+from bltjax.system.storage import POINTER
 from bltjax.weights import safetensors as ours
-from bltjax.weights.tensors import Tensor
+from bltjax.weights.lazy import Tensor
 
 ARRAYS = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(4, 3),
@@ -42,7 +42,7 @@ def file(tmp_path):
 
 
 def test_reads_what_it_writes_in_rows(file, monkeypatch):
-    monkeypatch.setattr("bltjax.weights.tensors.BLOCK_BYTES", 8)  # a row at a time
+    monkeypatch.setattr("bltjax.weights.lazy.BLOCK_BYTES", 8)  # a row at a time
     pieces = []
     ours.write_file(file, tensors(), pieces.append)
     assert sum(pieces) == sum(x.nbytes for x in ARRAYS.values()) and len(pieces) > len(ARRAYS)

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bltjax.alphabet import EOS, OFFSET, VOCABULARY
-from bltjax.decoding.sampling import (
+from bltjax.inference.decoding.sampling import (
     UTF8_LACKS,
     UTF8_NEXT,
     Sampling,
@@ -19,6 +18,7 @@ from bltjax.decoding.sampling import (
     permitted,
     utf8_state,
 )
+from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY
 
 LOGITS = np.log(np.array([1e-9] * OFFSET + [0.5, 0.3, 0.15, 0.05] + [1e-12] * 252, np.float32))
 

@@ -21,11 +21,9 @@ import tensorstore
 from test_train import command, losses
 
 from bltjax.__main__ import main
-from bltjax.checkpoint import TrainState, saved_steps
-from bltjax.config import ByteLMConfig, CheckpointConfig, RunConfig
-from bltjax.export import load_params
-from bltjax.processes import Restart
-from bltjax.saving import (
+from bltjax.config.run import ByteLMConfig, CheckpointConfig, RunConfig
+from bltjax.distributed.processes import Restart
+from bltjax.training.checkpoint import (
     Misfit,
     StreamsHandler,
     Writing,
@@ -38,6 +36,8 @@ from bltjax.saving import (
     save,
     why_not,
 )
+from bltjax.weights.export import load_params
+from bltjax.weights.workdir import TrainState, saved_steps
 
 # Orbax leaves other readings unfinished when one fails, which then find no event loop.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -177,7 +177,7 @@ def test_other_arrays_than_the_settings_ask_for(saved, monkeypatch):
     for remembered in (True, False):
         if not remembered:
             monkeypatch.setattr(
-                "bltjax.saving.unsealed_file",
+                "bltjax.training.checkpoint.unsealed_file",
                 lambda path, name: {k: v for k, v in progress.items() if k != "shapes"},
             )
         for told, other in others.items():
@@ -295,7 +295,7 @@ def test_a_storage_that_is_away_is_no_damage(monkeypatch, tmp_path):
         read()
     assert reason(error.value).kind == "away", error.value
     save_steps(tmp_path, [1])
-    monkeypatch.setattr("bltjax.saving.restore", read)
+    monkeypatch.setattr("bltjax.training.checkpoint.restore", read)
     with pytest.raises(Restart, match="1 can't be read now: "):
         restore_newest(tmp_path, target_like(small_state(0)), [0])
     server.shutdown()
@@ -338,7 +338,9 @@ def test_an_error_of_one_process_ends_all(saved, monkeypatch, capsys):
     theirs = ["refused", "PERMISSION_DENIED: Error reading"]
     target = target_like(small_state(0))
     for mine in (None, ["damaged", "a checksum"]):
-        monkeypatch.setattr("bltjax.saving.gathered", lambda what, value, mine=mine: [mine, theirs])
+        monkeypatch.setattr(
+            "bltjax.training.checkpoint.gathered", lambda what, value, mine=mine: [mine, theirs]
+        )
         with pytest.raises(ValueError, match="5 can't be restored: PERMISSION_DENIED"):
             restore_newest(saved, target, [0])
     others = {("unknown", "who knows"): ValueError, ("away", "UNAVAILABLE: later"): Restart}
@@ -366,8 +368,10 @@ def test_parameters_that_may_not_be_read(runs):
 def left(monkeypatch):
     """Codes and messages with which one of two processes would have ended."""
     left = []
-    monkeypatch.setattr("bltjax.saving.leave", lambda code, message: left.append((code, message)))
-    monkeypatch.setattr("bltjax.saving.process_count", lambda: 2)
+    monkeypatch.setattr(
+        "bltjax.training.checkpoint.leave", lambda code, message: left.append((code, message))
+    )
+    monkeypatch.setattr("bltjax.training.checkpoint.process_count", lambda: 2)
     return left
 
 
@@ -413,7 +417,7 @@ def test_a_part_that_cannot_be_written_ends_the_process(
 
 
 def test_another_process_that_was_lost_is_not_this_ones_fault(left, monkeypatch):
-    monkeypatch.setattr("bltjax.processes.joined", lambda: True)
+    monkeypatch.setattr("bltjax.distributed.processes.joined", lambda: True)
 
     def fails(error: Exception, cause: Exception | None = None) -> None:
         error.__cause__ = cause

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from bltjax.__main__ import main
-from bltjax.bpe import load_tokenizer
+from bltjax.text.bpe import load_tokenizer
 
 ENTROPY = {
     "cnn": (),
@@ -137,8 +137,8 @@ def test_calibration_says_which_context_the_records_have(runs, scorers, capsys):
 
 def test_raw_text_scored_while_evaluating_is_the_same(runs, scorers, tmp_path):
     """newline_reset holds for records and for text that is scored in memory."""
-    from bltjax.config import PatchingConfig, SourceConfig
-    from bltjax.scoring import load_entropy_model, scored_source
+    from bltjax.config.run import PatchingConfig, SourceConfig
+    from bltjax.inference.entropy import load_entropy_model, scored_source
 
     byte_lm, records = scorers["newline_reset"]
     model = load_entropy_model(byte_lm, newline_reset=True)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.alphabet import encode
-from bltjax.config import ByteLMConfig
+from bltjax.config.run import ByteLMConfig
+from bltjax.inference.entropy import score_documents
 from bltjax.model import initial_params
 from bltjax.model.byte_lm import ByteLM, entropies_of
-from bltjax.scoring import score_documents
+from bltjax.text.alphabet import encode
 
 CONFIG = ByteLMConfig(layers=3, width=16, heads=2, hidden=32, window=16)
 RANDOM = np.random.default_rng(3)

@@ -15,15 +15,15 @@ from jax import export
 from test_commands import error_of
 from test_decoding import BYTE_LM, TEXT, made, random_params
 
-from bltjax.alphabet import OFFSET, encode
-from bltjax.benchmark_generate import without_specials
-from bltjax.config import PatchingConfig, RunConfig
-from bltjax.decoding import Decoder
-from bltjax.evaluate import run_patching
-from bltjax.export import load_params
-from bltjax.serving import Programs, ServingConfig
-from bltjax.weights.model_files import ModelFiles
-from bltjax.weights.tensors import flattened, leaf_of
+from bltjax.benchmark.generate import without_specials
+from bltjax.config.run import PatchingConfig, RunConfig
+from bltjax.evaluation.evaluate import run_patching
+from bltjax.inference.decoding.decoder import Decoder
+from bltjax.inference.serving import Programs, ServingConfig
+from bltjax.text.alphabet import OFFSET, encode
+from bltjax.weights.export import load_params
+from bltjax.weights.lazy import flattened, leaf_of
+from bltjax.weights.stored import ModelFiles
 
 ROOT = Path(__file__).parents[1]
 # What the README shows is run in a process that can't import ours, nor what ours is built on.

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bltjax.shapes import check_shapes, suffix_axes
+from bltjax.config.letters import check_shapes, suffix_axes
 
 
 def test_letters_of_a_name():

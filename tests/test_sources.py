@@ -25,13 +25,13 @@ from array_record.python import array_record_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bltjax.config import DataConfig, SourceConfig, from_dict, to_dict
-from bltjax.config_file import add_source_arguments, source_from
-from bltjax.data.kinds import crc32c, recognised
+from bltjax.config.load import add_source_arguments, source_from
+from bltjax.config.run import DataConfig, SourceConfig, from_dict, to_dict
 from bltjax.data.pipeline import training_batches
 from bltjax.data.records import Manifest, encode_record, shard_info, write_manifest, write_shard
-from bltjax.data.sources import open_source
-from bltjax.data.text import blank_line_cuts, cuts
+from bltjax.data.sources.by_path import open_source
+from bltjax.data.sources.kinds import crc32c, recognised
+from bltjax.data.sources.text import blank_line_cuts, cuts
 
 
 def texts_of(path, **source) -> list[bytes]:
@@ -116,7 +116,7 @@ def test_a_text_that_begins_as_json_is_text_and_the_log_says_why(tmp_path, caplo
 
 
 def test_an_endless_first_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("bltjax.data.kinds.LINE_BYTES", 1000)
+    monkeypatch.setattr("bltjax.data.sources.kinds.LINE_BYTES", 1000)
     line = b'{"text": "' + b"x" * 2000 + b'"}'
     for name in ("a.jsonl", "a.txt"):
         (tmp_path / name).write_bytes(line)

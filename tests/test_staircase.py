@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.attention import Pooling, Reading, Sliding
 from bltjax.attention.pallas_tpu import make_plan
+from bltjax.attention.pattern import Pooling, Reading, Sliding
 from bltjax.attention.staircase import (
     CLOSES,
     OPENS,

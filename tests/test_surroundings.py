@@ -17,11 +17,12 @@ import jax
 import pytest
 
 import bltjax
-from bltjax import environment
 from bltjax.__main__ import main
-from bltjax.decoding import Decoder
-from bltjax.decoding.placing import load_onto
-from bltjax.environment import (
+from bltjax.evaluation.evaluate import run_patching
+from bltjax.inference.decoding.decoder import Decoder
+from bltjax.inference.decoding.placement import load_onto
+from bltjax.system import environment
+from bltjax.system.environment import (
     OVERRULED,
     cache_folders,
     check_flags,
@@ -30,10 +31,9 @@ from bltjax.environment import (
     prepare,
     refused_platform,
 )
-from bltjax.evaluate import run_patching
-from bltjax.export import read_config
-from bltjax.storage import check_name
-from bltjax.train import train
+from bltjax.system.storage import check_name
+from bltjax.training.train import train
+from bltjax.weights.export import read_config
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*(ROOT / "bltjax").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
@@ -397,7 +397,7 @@ def test_every_key_is_of_one_kind():
 
 FAULTS = """
 import resource, sys
-from bltjax.environment import keep_buffers
+from bltjax.system.environment import keep_buffers
 assert keep_buffers() == (sys.argv[1] == "kept")
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

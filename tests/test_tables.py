@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from bltjax.config import DataConfig, PatchingConfig, SourceConfig
+from bltjax.config.run import DataConfig, PatchingConfig, SourceConfig
 from bltjax.data.pipeline import training_batches
-from bltjax.data.sources import open_source
+from bltjax.data.sources.by_path import open_source
 
 TEXTS = ["first text", "第二", "", None, "the fifth", "x"]
 
@@ -163,8 +163,8 @@ def test_tfds_that_is_not_there(data_dir, name, settings, message):
 def test_tfds_prepared_elsewhere(data_dir):
     """Where a dataset's code is not, its folder tells what there is."""
     code = (
-        "import sys; from bltjax.config import SourceConfig as S;"
-        " from bltjax.data.sources import open_source as o\n"
+        "import sys; from bltjax.config.run import SourceConfig as S;"
+        " from bltjax.data.sources.by_path import open_source as o\n"
         "for name in sys.argv[2:]:\n"
         "    try: print(len(o(S(name, data_dir=sys.argv[1]))))\n"
         "    except ValueError as error: print(error)\n"

@@ -15,12 +15,12 @@ import pytest
 from random_batch import random_batch
 
 from bltjax.__main__ import main
-from bltjax.checkpoint import TrainState
-from bltjax.config_file import load_config
-from bltjax.export import load_params
+from bltjax.config.load import load_config
 from bltjax.model import initial_params
-from bltjax.profiling import Profile
-from bltjax.training_step import make_train_step, resolved, run_model, run_optimizer
+from bltjax.training.profiling import Profile
+from bltjax.training.step import make_train_step, resolved, run_model, run_optimizer
+from bltjax.weights.export import load_params
+from bltjax.weights.workdir import TrainState
 
 ROOT = Path(__file__).parents[1]
 TINY = "tests/tiny.py"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from bltjax import versions
 from bltjax.__main__ import main
+from bltjax.system import versions
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "launch"))
@@ -114,7 +114,7 @@ def test_silent_where_all_is_well_or_nothing_is_known(forgotten, monkeypatch, ca
 def test_it_costs_a_few_milliseconds():
     """In a Python of its own, for packaging is imported."""
     code = (
-        "import sys, time; from bltjax import versions; begun = time.perf_counter();"
+        "import sys, time; from bltjax.system import versions; begun = time.perf_counter();"
         " versions.warn_outside_bounds(); took = time.perf_counter() - begun;"
         " assert 'jax' not in sys.modules; print(took)"
     )

@@ -22,7 +22,7 @@ from bltjax.attention.pattern import Pattern, Pooling, Reading, Sliding
 from bltjax.attention.shards import by_rows_and_heads
 from bltjax.attention.tiled import OUTCOME
 from bltjax.attention.xla import xla
-from bltjax.shapes import check_shapes
+from bltjax.config.letters import check_shapes
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -34,7 +34,6 @@ __all__ = [
     "fastest",
     "range_attention",
 ]
-
 IMPLEMENTATIONS = ("dense", "xla", "pallas_tpu", "pallas_gpu")
 KERNELS = {
     "pallas_tpu": pallas_tpu,

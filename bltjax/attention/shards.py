@@ -8,7 +8,7 @@ should split (12 heads over 8) is left out, and its devices all compute the same
 
 from jax.sharding import PartitionSpec
 
-from bltjax.sharding import LETTER_AXES, dividing, on_devices, set_mesh_or_none
+from bltjax.distributed.sharding import LETTER_AXES, dividing, on_devices, set_mesh_or_none
 
 
 def by_rows_and_heads(kernel, q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ):

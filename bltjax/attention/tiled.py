@@ -20,8 +20,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 HIDDEN = -1e30  # the score of a key that is not seen
 FLOOR = -1e20  # below every score that is seen, above HIDDEN
-
-
 OUTCOME = "attention"  # by which rematerialisation knows what attention gave
 
 

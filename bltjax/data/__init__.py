@@ -1,1 +1,1 @@
-"""From text to batches, in numpy and grain; starts no device and knows no model."""
+"""Text to batches: sources, scored records, packing, pipeline. Starts no device."""

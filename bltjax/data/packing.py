@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bltjax.alphabet import BOE, encode
-from bltjax.config import PatchingConfig
+from bltjax.config.run import PatchingConfig
 from bltjax.data.records import Document
-from bltjax.patching import document_starts
+from bltjax.text.alphabet import BOE, encode
+from bltjax.text.patching import document_starts
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)

@@ -12,12 +12,12 @@ from weakref import WeakValueDictionary
 import grain
 import numpy as np
 
-from bltjax.bpe import load_tokenizer
-from bltjax.config import DataConfig, PatchingConfig
+from bltjax.config.run import DataConfig, PatchingConfig
 from bltjax.data.packing import CutDocument, Packer, batch_of, cut, pack_exact
 from bltjax.data.records import RecordDocuments
 from bltjax.data.shuffle import Order
-from bltjax.data.sources import Documents, open_source
+from bltjax.data.sources.by_path import Documents, open_source
+from bltjax.text.bpe import load_tokenizer
 
 
 class Stream:

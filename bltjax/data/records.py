@@ -22,7 +22,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from bltjax.data.fingerprint import fingerprint_of
-from bltjax.storage import (
+from bltjax.system.storage import (
     is_remote,
     local_copy,
     parse_json,

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from bltjax.config import BLTConfig, ByteCNNConfig, ByteLMConfig
+from bltjax.config.run import BLTConfig, ByteCNNConfig, ByteLMConfig
 from bltjax.model.blt import BLT
 from bltjax.model.byte_cnn import ByteCNN
 from bltjax.model.byte_lm import ByteLM

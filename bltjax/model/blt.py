@@ -9,12 +9,12 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.config import BLTConfig
+from bltjax.config.run import BLTConfig
+from bltjax.distributed.sharding import by_rows
 from bltjax.model.latent_transformer import LatentTransformer
 from bltjax.model.local_decoder import LocalDecoder
 from bltjax.model.local_encoder import LocalEncoder
-from bltjax.patches import row_patches
-from bltjax.sharding import by_rows
+from bltjax.text.segments import row_patches
 
 
 class BLT(nn.Module):

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bltjax.alphabet import BOE, VOCABULARY
-from bltjax.config import ByteCNNConfig
+from bltjax.config.run import ByteCNNConfig
+from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.byte_lm import entropies_of
 from bltjax.model.layers import embedded, project, rms_norm, truncated_normal
-from bltjax.patches import document_begins, index_like
-from bltjax.sharding import constrained, gathered
+from bltjax.text.alphabet import BOE, VOCABULARY
+from bltjax.text.segments import document_begins, index_like
 
 
 class ByteCNN(nn.Module):

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.alphabet import VOCABULARY
-from bltjax.attention import Sliding
-from bltjax.config import ByteLMConfig
-from bltjax.model.cache import Places, stored
+from bltjax.attention.kv_cache import Places, stored
+from bltjax.attention.pattern import Sliding
+from bltjax.config.run import ByteLMConfig
+from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.layers import (
     BlockSize,
     embedded,
@@ -23,8 +23,8 @@ from bltjax.model.layers import (
     rms_norm,
     truncated_normal,
 )
-from bltjax.patches import Ranges, document_begins, index_like, window_ranges
-from bltjax.sharding import constrained, gathered
+from bltjax.text.alphabet import VOCABULARY
+from bltjax.text.segments import Ranges, document_begins, index_like, window_ranges
 
 
 class Carry(NamedTuple):

@@ -7,11 +7,12 @@ application maps x to 2x + O. It is kept: their weights were trained with it.
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention import Pattern, range_attention
-from bltjax.model.cache import Cache, cached_attention
+from bltjax.attention import range_attention
+from bltjax.attention.kv_cache import Cache, cached_attention
+from bltjax.attention.pattern import Pattern
+from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.layers import project, rms_norm, truncated_normal
-from bltjax.patches import Ranges
-from bltjax.sharding import constrained, gathered
+from bltjax.text.segments import Ranges
 
 
 def attending_layers(which: str, layers: int) -> tuple[int, ...]:
@@ -58,7 +59,7 @@ class CrossAttention(nn.Module):
     def __call__(self, x_BQE, source_BTE, ranges: Ranges):
         q_BQGC = self.queries(x_BQE)
         k_BTGC, v_BTGC = self.source(source_BTE)
-        # Kept only where someone asks for them, to look at (bltjax/inside.py).
+        # Kept only where someone asks for them, to look at (bltjax/inference/attention_maps.py).
         self.sow("cross", "queries_keys", (q_BQGC, k_BTGC))
         out_BQGC = range_attention(
             q_BQGC,

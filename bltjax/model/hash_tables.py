@@ -27,9 +27,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from bltjax.config import HashConfig, divides
+from bltjax.config.run import HashConfig, divides
+from bltjax.distributed.sharding import (
+    LETTER_AXES,
+    dividing,
+    free_axes,
+    on_devices,
+    set_mesh_or_none,
+)
 from bltjax.model.layers import truncated_normal
-from bltjax.sharding import LETTER_AXES, dividing, free_axes, on_devices, set_mesh_or_none
 
 OWNERS = LETTER_AXES["M"]
 

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention import Sliding
-from bltjax.config import BLTConfig
-from bltjax.model.cache import Places, stored
+from bltjax.attention.kv_cache import Places, stored
+from bltjax.attention.pattern import Sliding
+from bltjax.attention.rope import rotary_angles
+from bltjax.config.run import BLTConfig
+from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.layers import Block, BlockSize, project, rematerialised, truncated_normal
-from bltjax.patches import Ranges
-from bltjax.rotary import rotary_angles
-from bltjax.sharding import constrained, gathered
+from bltjax.text.segments import Ranges
 
 
 def block_size(latent) -> BlockSize:

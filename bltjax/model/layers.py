@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention import OUTCOME, Pattern, range_attention
-from bltjax.config import RopeScalingConfig
-from bltjax.model.cache import Cache, Places, cached_attention
-from bltjax.patches import Ranges
-from bltjax.rotary import rotary_angles, rotate
-from bltjax.sharding import constrained, gathered, gathers, summed_by_rows
+from bltjax.attention import range_attention
+from bltjax.attention.kv_cache import Cache, Places, cached_attention
+from bltjax.attention.pattern import Pattern
+from bltjax.attention.rope import rotary_angles, rotate
+from bltjax.attention.tiled import OUTCOME
+from bltjax.config.run import RopeScalingConfig
+from bltjax.distributed.sharding import constrained, gathered, gathers, summed_by_rows
+from bltjax.text.segments import Ranges
 
 
 def truncated_normal(fan_in: int):

@@ -7,15 +7,15 @@ to the K slots of the patch that it reads, then to the bytes in its window.
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.alphabet import VOCABULARY
-from bltjax.attention import Reading, Sliding
-from bltjax.config import BLTConfig
-from bltjax.model.cache import Cache, Places, stored
+from bltjax.attention.kv_cache import Cache, Places, stored
+from bltjax.attention.pattern import Reading, Sliding
+from bltjax.config.run import BLTConfig
+from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.cross_attention import CrossAttention, attending_layers
 from bltjax.model.layers import project, rematerialised, rms_norm, truncated_normal
 from bltjax.model.local_encoder import block_size
-from bltjax.patches import Patches, slot_ranges
-from bltjax.sharding import constrained, gathered
+from bltjax.text.alphabet import VOCABULARY
+from bltjax.text.segments import Patches, slot_ranges
 
 
 class LocalDecoder(nn.Module):

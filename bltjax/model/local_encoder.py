@@ -13,16 +13,16 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.alphabet import VOCABULARY
-from bltjax.attention import Pooling, Sliding
-from bltjax.config import BLTConfig, LocalConfig
-from bltjax.model.cache import Places, stored
+from bltjax.attention.kv_cache import Places, stored
+from bltjax.attention.pattern import Pooling, Sliding
+from bltjax.config.run import BLTConfig, LocalConfig
+from bltjax.distributed.sharding import by_rows, constrained, gathered
 from bltjax.model.cross_attention import CrossAttention, attending_layers
 from bltjax.model.hash_tables import hash_tables, looked_up
 from bltjax.model.layers import BlockSize, embedded, project, rematerialised, truncated_normal
-from bltjax.ngram_hash import hash_ids
-from bltjax.patches import Patches, document_begins, pool_max, slot_ranges
-from bltjax.sharding import by_rows, constrained, gathered
+from bltjax.text.alphabet import VOCABULARY
+from bltjax.text.ngram_hash import hash_ids
+from bltjax.text.segments import Patches, document_begins, pool_max, slot_ranges
 
 
 def block_size(local: LocalConfig, hidden: int) -> BlockSize:

@@ -1,1 +1,1 @@
-"""Weights wherever they are stored, read and written in pieces: no model is ever held whole."""
+"""Stored models: work directories, exports, and other people's layouts."""

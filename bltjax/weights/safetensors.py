@@ -22,8 +22,8 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from bltjax.storage import local_copy, refuse_pointer
-from bltjax.weights.tensors import Tensor, read_object, write_rows
+from bltjax.system.storage import local_copy, refuse_pointer
+from bltjax.weights.lazy import Tensor, read_object, write_rows
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 << 30

@@ -10,8 +10,7 @@ import pytest
 
 import bltjax
 from bltjax.__main__ import main
-from bltjax.checkpoint import save_params
-from bltjax.config import (
+from bltjax.config.run import (
     BLTConfig,
     ByteLMConfig,
     CrossConfig,
@@ -22,13 +21,14 @@ from bltjax.config import (
     PatchingConfig,
     RunConfig,
 )
-from bltjax.decoding import Decoder
-from bltjax.decoding.loop import run
-from bltjax.decoding.placing import decoding_mesh, on_mesh, read_mesh
-from bltjax.decoding.sampling import GREEDY
+from bltjax.distributed.sharding import make_mesh
+from bltjax.inference.decoding.decoder import Decoder
+from bltjax.inference.decoding.loop import run
+from bltjax.inference.decoding.placement import decoding_mesh, on_mesh, read_mesh
+from bltjax.inference.decoding.sampling import GREEDY
+from bltjax.inference.entropy import EntropyModel
 from bltjax.model import initial_params, make_model
-from bltjax.scoring import EntropyModel
-from bltjax.sharding import make_mesh
+from bltjax.weights.workdir import save_params
 
 # Byte heads (6) that 4 does not divide, grouped latent heads, tables of 512 rows.
 BYTE_LM = ByteLMConfig(layers=1, width=24, heads=6, hidden=40, window=8)

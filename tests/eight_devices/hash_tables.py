@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bltjax.config import MeshConfig
+from bltjax.config.run import MeshConfig
+from bltjax.distributed.sharding import make_mesh, tree_shardings
 from bltjax.model.hash_tables import capacity_of, looked_up
-from bltjax.sharding import make_mesh, tree_shardings
 
 R, M, E, B, N = 2, 4096, 8, 8, 48
 SHAPES = [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1)]

@@ -13,8 +13,7 @@ import optax
 import pytest
 from random_batch import random_batch
 
-from bltjax.checkpoint import save_params
-from bltjax.config import (
+from bltjax.config.run import (
     BLTConfig,
     ByteLMConfig,
     CrossConfig,
@@ -27,10 +26,11 @@ from bltjax.config import (
     RunConfig,
     SourceConfig,
 )
-from bltjax.evaluate import evaluate, evaluation_mesh
+from bltjax.distributed.sharding import make_mesh, row_sharding
+from bltjax.evaluation.evaluate import evaluate, evaluation_mesh
 from bltjax.model import initial_params, make_model
-from bltjax.sharding import make_mesh, row_sharding
-from bltjax.training_step import step_parts
+from bltjax.training.step import step_parts
+from bltjax.weights.workdir import save_params
 
 POWERS = [
     (data, fsdp, tensor)

@@ -1,0 +1,134 @@
+"""Keys and values that a decoder keeps, so that a new position costs one position.
+
+Bytes see a window, so their cache is a ring: position n lies in slot n % T, and the slots of a text
+of any length are enough. Patches see all patches before them: patch p lies in slot p.
+
+    ring, T = 8, W = 6      slot      0   1   2   3   4   5   6   7
+    after position 10       position  8   9  10   3   4   5   6   7
+    position 11 sees itself and       x   x   x               x   x
+
+New positions see the cache as it was, and themselves; then they are `stored`, in place. Written
+first and read with the others they would cost copies of the whole cache, several a step of one row.
+
+Keys are kept turned by their positions. In a ring the angles are those of `endless_angles`, exact
+at any distance from the text's start. What lies in slots that no position has reached, or in those
+of positions that were taken back, is never seen, so nothing has to be cleared.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bltjax.attention.dense import masked_softmax
+from bltjax.attention.rope import endless_angles, rotate
+
+
+class Cache(NamedTuple):
+    """Turned keys and values by slot; heads first, so that a step's products are plain."""
+
+    k_BJTC: jax.Array
+    v_BJTC: jax.Array
+
+
+class Places(NamedTuple):
+    """The next positions of each row: their slots, what they see, and their angles.
+
+    seen_BQT: of the cache's slots, then of the new positions themselves.
+    """
+
+    slot_BQ: jax.Array
+    seen_BQT: jax.Array
+    angles: tuple[jax.Array, jax.Array]
+
+
+def ring_positions(last_B, slots: int):
+    """int32 [B, T]: the newest position up to `last` that lies in each slot; negative for none."""
+    last_B1 = last_B[:, None]
+    return last_B1 - (last_B1 - jnp.arange(slots)[None]) % slots
+
+
+def ring_places(count_B, begin_BQ, slots: int, window: int, channels: int, theta: float) -> Places:
+    """Places of the positions from `count` on; each sees `window` of them, none before `begin`.
+
+    The ring needs W + Q - 1 slots, or the last of positions that are taken back would have
+    overwritten what the first one still sees when it comes again.
+    """
+    queries = begin_BQ.shape[1]
+    if slots < window + queries - 1:
+        raise ValueError(
+            f"a ring of {slots} slots is too small for {queries} positions that see {window} each"
+        )
+    position_BQ = count_B[:, None] + jnp.arange(queries)[None]
+    held_BT = jnp.concatenate([ring_positions(count_B - 1, slots), position_BQ], axis=1)
+    oldest_BQ1 = jnp.maximum(position_BQ - window + 1, begin_BQ)[..., None]
+    seen_BQT = (held_BT[:, None] >= oldest_BQ1) & (held_BT[:, None] <= position_BQ[..., None])
+    return Places(position_BQ % slots, seen_BQT, endless_angles(position_BQ, channels, theta))
+
+
+def written(caches, fresh, slot_BQ) -> tuple[Cache, ...]:
+    """The caches with new keys and values, (k, v) [B, Q, J, C] for each, in their slots."""
+
+    def write(old_JTC, new_QJC, slot_Q):
+        if slot_Q.shape[0] == 1:  # in place, where a scatter would be a loop
+            new_JQC, slot = new_QJC.transpose(1, 0, 2), slot_Q[0].astype(jnp.int32)
+            return jax.lax.dynamic_update_slice(old_JTC, new_JQC, (np.int32(0), slot, np.int32(0)))
+        return old_JTC.at[:, slot_Q].set(new_QJC.transpose(1, 0, 2), unique_indices=True)
+
+    def each_row(old_BJTC, new_BQJC):
+        new_BQJC = new_BQJC.astype(old_BJTC.dtype)
+        if old_BJTC.shape[0] == 1:
+            return write(old_BJTC[0], new_BQJC[0], slot_BQ[0])[None]
+        return jax.vmap(write)(old_BJTC, new_BQJC, slot_BQ)
+
+    return tuple(Cache(*map(each_row, cache, kv)) for cache, kv in zip(caches, fresh, strict=True))
+
+
+def stored(caches, fresh, slot_BQ, after) -> tuple[Cache, ...]:
+    """The caches of a stack, `written` once all of it has read them.
+
+    after: the stack's outcome. XLA writes in place only where it can tell that whatever reads the
+    old values comes first. So the slots are made to depend on what all layers' reads lead to.
+    """
+    slots = caches[0].k_BJTC.shape[2]
+    no_bound = jnp.where(after.ravel()[0] > 0, slots, slots + 1)
+    return written(caches, fresh, jnp.minimum(slot_BQ, no_bound))
+
+
+def ring_of(k_BNJC, v_BNJC, length_B, slots: int, theta: float) -> Cache:
+    """The ring of rows whose first `length` positions were run at once; keys come unturned."""
+    position_BT = ring_positions(length_B - 1, slots)
+
+    def gathered(x_BNJC):
+        index_BT11 = jnp.maximum(position_BT, 0)[..., None, None]
+        return jnp.take_along_axis(x_BNJC, index_BT11, axis=1)
+
+    angles = endless_angles(position_BT, k_BNJC.shape[-1], theta)
+    k_BTJC, v_BTJC = rotate(gathered(k_BNJC), angles), gathered(v_BNJC)
+    return Cache(k_BTJC.transpose(0, 2, 1, 3), v_BTJC.transpose(0, 2, 1, 3))
+
+
+def cached_attention(q_BQHC, cache: Cache, seen_BQT, fresh=None):
+    """softmax(q k / sqrt(C)) v over the slots that each query sees; zeros where it sees none.
+
+    fresh: (k, v) [B, Q, J, C] of the queries' own positions, which follow the slots in `seen`.
+    """
+    rows, queries, heads, channels = q_BQHC.shape
+    shared = cache.k_BJTC.shape[1]
+    q = q_BQHC.reshape(rows, queries, shared, heads // shared, channels)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(rows, shared, -1, channels)
+    scores = jnp.einsum("bjmc,bjtc->bjmt", q, cache.k_BJTC, preferred_element_type=jnp.float32)
+    if fresh:
+        own = jnp.einsum("bjmc,btjc->bjmt", q, fresh[0], preferred_element_type=jnp.float32)
+        scores = jnp.concatenate([scores, own], axis=-1)
+    scores = scores.reshape(rows, shared, heads // shared, queries, -1)
+    probs = masked_softmax(scores * channels**-0.5, seen_BQT[:, None, None])
+    probs = probs.reshape(rows, shared, -1, probs.shape[-1]).astype(cache.v_BJTC.dtype)
+    slots, float32 = cache.v_BJTC.shape[2], jnp.float32  # of both parts, so that it rounds once
+    old, own = probs[..., :slots], probs[..., slots:]
+    out = jnp.einsum("bjmt,bjtc->bjmc", old, cache.v_BJTC, preferred_element_type=float32)
+    if fresh:
+        out += jnp.einsum("bjmt,btjc->bjmc", own, fresh[1], preferred_element_type=float32)
+    out = out.astype(cache.v_BJTC.dtype).reshape(rows, shared, heads // shared, queries, channels)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q_BQHC.shape)

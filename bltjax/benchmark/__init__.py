@@ -1,0 +1,1 @@
+"""Every figure of the documentation, by command: ours beside a named alternative."""

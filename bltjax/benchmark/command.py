@@ -1,0 +1,347 @@
+"""How fast we are, against the transformers port of BLT, in one run on one machine.
+
+    benchmark train    one step of a small model, ours and the peer's in turn
+    benchmark rows     one step as rows grow from 1k to 32k bytes: time and peak memory
+    benchmark tables   hash tables' part of a step: all rows updated, or those that were used
+    benchmark attention  each attention of the 8B on this device, by each implementation
+    benchmark slots    how full rows of given folders of records are, with and without look-ahead
+    benchmark generate 128 bytes after a prompt, greedily: `benchmark_generate.py` has the sides
+    benchmark input    text bytes a second of the input pipeline: `benchmark_input.py`
+    benchmark convert  time and peak memory of importing the released 1B's shapes, made-up weights
+
+In the first two, both sides run the same model on the same bytes and patches with AdamW in fp32.
+Each has a process of its own, pinned to the same CPUs, that works only when it is asked to; times
+are medians. The peer runs as it comes, `transformers`, or with what we know to make it faster,
+`transformers_tuned`: fused AdamW, and an allocator that keeps large buffers, as ours has it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+from bltjax.benchmark.attention import attention_words, benchmark_attention
+from bltjax.benchmark.convert import benchmark_convert
+from bltjax.benchmark.generate import (
+    BYTES,
+    WHOLE_BYTES,
+    cached_side,
+    context_side,
+    context_words,
+    port_side,
+    speed_words,
+    whole_side,
+)
+from bltjax.benchmark.input import DOCUMENT_BYTES, benchmark_input, benchmark_slots
+from bltjax.benchmark.tables import benchmark_tables, table_words
+from bltjax.benchmark.train import MODEL, our_step, run_config, transformers_step
+from bltjax.config.load import local_path_argument
+from bltjax.model.flops import training_flops
+from bltjax.system.environment import keep_buffers
+from bltjax.training.metrics import duration, quantity
+
+WHAT = ("train", "rows", "tables", "attention", "slots", "input", "convert", "generate")
+PEERS = ("transformers", "transformers_tuned")
+ROW_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+# By side: what makes its step, of what the worker was given, and how many steps it is given before
+# it is measured. The heap of training grows for a few steps.
+SIDES = {
+    "ours": (lambda *size: our_step(run_config(*size)), 4),
+    "transformers": (lambda *size: transformers_step(run_config(*size), fused=False), 4),
+    "transformers_tuned": (lambda *size: transformers_step(run_config(*size), fused=True), 4),
+    "cached": (lambda *where: cached_side(MODEL, *where), 1),
+    "whole": (lambda *where: whole_side(MODEL, *where), 1),
+    "port": (lambda *where: port_side(MODEL, *where), 0),
+    "context": (lambda length, model=MODEL: context_side(model, length), 1),
+}
+
+
+class Worker:
+    """A process that holds one side's step and runs it when told to."""
+
+    def __init__(self, side: str, threads: int, *given: int | str):
+        self.side = side
+        variables = dict(os.environ)
+        if side == "transformers":
+            variables.pop("GLIBC_TUNABLES", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bltjax.benchmark.command", json.dumps([side, threads, *given])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=variables,
+            encoding="utf-8",
+        )
+        self.ready = self.answer()  # built, compiled and warm
+
+    def answer(self) -> dict:
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"{self.side} died; see above"}
+        if "error" in answer:
+            self.process.wait()
+            raise ValueError(answer["error"])
+        return answer
+
+    def step(self) -> dict:
+        """{"ms", "peak_mib"} of one more step, and what it says of itself."""
+        with contextlib.suppress(BrokenPipeError):  # it died, as the lack of an answer will say
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(side: str, threads: int, *given: int | str) -> None:
+    """The worker's side of the pipe: one JSON line when ready, and one for each step."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    if side != "transformers":  # which is as it comes
+        keep_buffers()
+    try:
+        make, warm_up = SIDES[side]
+        run, said = make(*given), {}
+        for _ in range(warm_up):
+            said = run()
+    except (ValueError, MemoryError, RuntimeError) as error:
+        size = " x ".join(map(str, given))
+        print(json.dumps({"error": f"{side}, {size}: {error}"}), flush=True)
+        return
+    print(json.dumps(said), flush=True)
+    for _ in sys.stdin:
+        begun = time.perf_counter()
+        said = run()
+        ms = 1000 * (time.perf_counter() - begun)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"ms": ms, "peak_mib": peak} | said), flush=True)
+
+
+def medians(sides: list[str], repeats: int, threads: int, *numbers: int) -> dict:
+    """By side, the median ms, every time, and the peak memory of steps taken in turn."""
+    workers: list[Worker] = []
+    try:
+        for side in sides:
+            workers.append(Worker(side, threads, *numbers))
+        answers = [[worker.step() for worker in workers] for _ in range(repeats)]
+    finally:
+        for worker in workers:
+            worker.close()
+    return {
+        side: {
+            "ms": statistics.median(answer["ms"] for answer in mine),
+            "all_ms": [round(answer["ms"], 1) for answer in mine],
+            "peak_mib": mine[-1]["peak_mib"],
+            "said": {key: x for key, x in mine[-1].items() if key not in ("ms", "peak_mib")},
+        }
+        for side, mine in zip(sides, zip(*answers, strict=True), strict=True)
+    }
+
+
+def benchmark_train(peer: str | None, repeats: int, threads: int) -> dict:
+    rows, row_bytes = 4, 1024
+    sides = ["ours"] + ([peer] if peer else [])
+    found = medians(sides, repeats, threads, rows, row_bytes)
+    data = run_config(rows, row_bytes).data
+    flops = training_flops(MODEL, data.rows, data.row_bytes, data.row_patches)
+    result = {"ours_ms": found["ours"]["ms"], "all_ms": {s: found[s]["all_ms"] for s in sides}}
+    if peer:
+        result |= {"peer": peer, "peer_ms": found[peer]["ms"]}
+        result["ratio"] = found[peer]["ms"] / found["ours"]["ms"]
+    result["step_gflop"] = flops / 1e9
+    result["ours_gflop_per_second"] = flops / 1e6 / found["ours"]["ms"]
+    return result | {"threads": threads}
+
+
+def benchmark_rows(peer: str | None, repeats: int, threads: int, longest: int) -> dict:
+    """One row a step. A side that fails at a length (memory, usually) is not asked for longer."""
+    lines, sides = [], ["ours"] + ([peer] if peer else [])
+    for row_bytes in (length for length in ROW_LENGTHS if length <= longest):
+        line = {"row_bytes": row_bytes}
+        for side in list(sides):
+            try:
+                found = medians([side], repeats, threads, 1, row_bytes)[side]
+            except ValueError as error:
+                sides.remove(side)
+                print(f"{side} stops here: {error}", file=sys.stderr)
+                continue
+            line[side] = {name: found[name] for name in ("ms", "peak_mib")}
+        lines.append(line)
+        print(row_line(line), file=sys.stderr, flush=True)
+    return {"rows": lines, "threads": threads}
+
+
+def benchmark_generate(peer: str | None, repeats: int, threads: int, prompt_bytes: int) -> dict:
+    """ms a byte: ours, our whole model for each byte, and the peer's, in turn in one run."""
+    finder = Worker("cached", threads, prompt_bytes, -1)
+    finder.close()
+    begin = finder.ready["begin"]
+    sides = ["cached", "whole"] + (["port"] if peer else [])
+    found = medians(sides, repeats, threads, prompt_bytes, begin)
+    ours, whole = found["cached"], found["whole"]
+    result = {
+        "prompt_bytes": prompt_bytes,
+        "ours_ms_per_byte": ours["ms"] / BYTES,
+        "uncached_ms_per_byte": whole["ms"] / WHOLE_BYTES,
+    }
+    result["uncached_ratio"] = result["uncached_ms_per_byte"] / result["ours_ms_per_byte"]
+    texts = {ours["said"]["text"][: 2 * WHOLE_BYTES], whole["said"]["text"]}
+    if peer:
+        result |= {"peer": peer, "peer_ms_per_byte": found["port"]["ms"] / BYTES}
+        result["ratio"] = result["peer_ms_per_byte"] / result["ours_ms_per_byte"]
+        texts.add(found["port"]["said"]["text"][: 2 * WHOLE_BYTES])
+        result["same_text"] = found["port"]["said"]["text"] == ours["said"]["text"]
+    result["same_beginning"] = len(texts) == 1
+    result["mean_patch_bytes"] = BYTES / max(1, ours["said"]["patches"])
+    result["all_ms"] = {side: found[side]["all_ms"] for side in sides}
+    return result | {"threads": threads}
+
+
+def row_line(line: dict) -> str:
+    parts = [
+        f"{side} {found['ms']:7.0f} ms ({found['ms'] * 1024 / line['row_bytes']:5.0f} a KiB)"
+        f" {found['peak_mib']:6.0f} MiB"
+        for side, found in line.items()
+        if side != "row_bytes"
+    ]
+    return f"{line['row_bytes']:6d} bytes  " + "   ".join(parts)
+
+
+def benchmark_contexts(repeats: int, threads: int, longest: int, config: str | None) -> dict:
+    """ms a byte after growing contexts, prefill not counted, and what is read of caches."""
+    lines, model = [], [config] if config else []
+    for length in (length for length in ROW_LENGTHS if length <= longest):
+        worker = Worker("context", threads, length, *model)
+        try:
+            answers = [worker.step() for _ in range(repeats)]
+        finally:
+            worker.close()
+        times = [answer["ms_per_byte"] for answer in answers]
+        said = {name: x for name, x in answers[-1].items() if name not in ("ms", "peak_mib")}
+        lines.append({"context_bytes": length} | said | {"ms_per_byte": statistics.median(times)})
+        lines[-1]["all_ms_per_byte"] = [round(ms, 3) for ms in times]
+        print(json.dumps(lines[-1]), file=sys.stderr, flush=True)
+    return {"contexts": lines, "threads": threads}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=WHAT, help="see above")
+    parser.add_argument(
+        "--peer", choices=PEERS, help="measure it too, as it comes or tuned (extra: parity)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, help="steps of each (default: 5, after four more; generate: 3)"
+    )
+    parser.add_argument("--prompt_bytes", type=int, default=512, help="generate: of the prompt")
+    parser.add_argument("--threads", type=int, default=2, help="CPUs that each side may use")
+    parser.add_argument(
+        "--contexts", action="store_true", help="generate: after 1k ... 32k bytes, ours alone"
+    )
+    parser.add_argument(
+        "--longest", type=int, default=ROW_LENGTHS[-1], help="rows, --contexts: bytes"
+    )
+    parser.add_argument("--records", nargs="+", help="slots: folders of records, mixed equally")
+    parser.add_argument(
+        "--row_bytes", type=int, default=16384, help="slots, attention: bytes in a row"
+    )
+    parser.add_argument("--rows", type=int, default=1, help="attention: rows of a batch")
+    parser.add_argument(
+        "--config", help="convert: the BLT's (default: configs/blt_1b.py); --contexts: a BLT's"
+    )
+    parser.add_argument(
+        "--byte_lm", default="configs/byte_lm_100m.py", help="convert: its byte LM's config"
+    )
+    parser.add_argument(
+        "--folder",
+        type=local_path_argument,
+        help="convert: where there is room (default: the system's own)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError("benchmark runs a model of its own; it has no --config settings")
+    if args.repeats is None:
+        args.repeats = 3 if args.what == "generate" else 5
+    if args.repeats < 1 or args.threads < 1 or args.prompt_bytes < 1:
+        raise ValueError(f"--repeats ({args.repeats}) and --threads ({args.threads}) must be >= 1")
+    there = len(os.sched_getaffinity(0))
+    if args.what in ("train", "rows") and args.threads > there:
+        raise ValueError(f"--threads ({args.threads}) must be at most {there}, the CPUs there are")
+    if args.longest < ROW_LENGTHS[0]:
+        raise ValueError(
+            f"--longest ({args.longest}) must be at least {ROW_LENGTHS[0]}, the shortest row"
+        )
+    if args.what == "generate" and args.peer == "transformers_tuned":
+        raise ValueError("--peer transformers_tuned is for training: generate has transformers")
+    if args.contexts and (args.what != "generate" or args.peer):
+        raise ValueError("--contexts is for benchmark generate, ours alone: drop --peer")
+    if args.config and args.what != "convert" and not args.contexts:
+        raise ValueError("--config is for benchmark convert, and for generate with --contexts")
+    if (args.what == "slots") != bool(args.records):
+        raise ValueError("benchmark slots, and no other, takes --records FOLDER...")
+    if args.what == "slots":
+        result = benchmark_slots(args.records, args.row_bytes)
+    elif args.what == "input":
+        result = benchmark_input(args.repeats)
+    elif args.what == "generate":
+        if args.contexts:
+            result = benchmark_contexts(args.repeats, args.threads, args.longest, args.config)
+        else:
+            result = benchmark_generate(args.peer, args.repeats, args.threads, args.prompt_bytes)
+    elif args.what == "rows":
+        result = benchmark_rows(args.peer, args.repeats, args.threads, args.longest)
+    elif args.what == "tables":
+        result = benchmark_tables(args.repeats)
+    elif args.what == "attention":
+        result = benchmark_attention(args.repeats, args.rows, args.row_bytes)
+    elif args.what == "convert":
+        result = benchmark_convert(args.config or "configs/blt_1b.py", args.byte_lm, args.folder)
+    else:
+        result = benchmark_train(args.peer, args.repeats, args.threads)
+    if args.json:
+        print(json.dumps(result))
+    elif args.what == "slots":
+        for look_ahead in (1, 32):
+            found = result[f"look_ahead_{look_ahead}"]
+            print(
+                f"rows of {args.row_bytes} bytes, look-ahead {look_ahead}: {found['byte_fill']:.1%}"
+                f" of bytes, {found['patch_fill']:.1%} of patches"
+            )
+    elif args.what == "input":
+        for size in DOCUMENT_BYTES:
+            for kind, found in result[f"documents_of_{size}"].items():
+                print(
+                    f"{kind.replace('_', ' ')}, documents of {size} bytes:"
+                    f" {quantity(found['bytes_per_second_per_core'])}B a second of a core,"
+                    f" {quantity(found['bytes_per_second'])}B by the clock"
+                )
+    elif args.what == "generate":
+        print(context_words(result) if args.contexts else speed_words(result))
+    elif args.what == "tables":
+        print(table_words(result))
+    elif args.what == "attention":
+        print(attention_words(result))
+    elif args.what == "convert":
+        print(
+            f"{quantity(result['bytes'])}B, the largest tensor"
+            f" {quantity(result['largest_tensor_bytes'])}B: {duration(result['seconds'])}, peak"
+            f" memory {quantity(result['peak_bytes'])}B"
+        )
+    elif args.what == "train":
+        print(
+            f"ours {result['ours_ms']:.0f} ms a step, {result['ours_gflop_per_second']:.0f} GFLOP/s"
+        )
+        if args.peer:
+            print(f"{args.peer} {result['peer_ms']:.0f} ms, {result['ratio']:.2f} times as long")
+
+
+if __name__ == "__main__":
+    serve(*json.loads(sys.argv[1]))

@@ -1,0 +1,54 @@
+"""Time and peak memory of importing released weights: the 1B's shapes, with made-up numbers."""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from bltjax.config.load import load_config
+from bltjax.weights.lazy import DTYPES, Tensor
+from bltjax.weights.released.hf import port_settings
+from bltjax.weights.released.mapping import PORT, blt_pieces, byte_lm_pieces, tensor_shapes
+from bltjax.weights.safetensors import write_folder
+from bltjax.weights.stored import leaf_shapes
+
+
+def made_up(shape: tuple[int, ...], noise: np.ndarray) -> Tensor:
+    row = int(np.prod(shape[1:], dtype=np.int64))
+
+    def read(begin: int, end: int) -> np.ndarray:
+        return np.resize(noise, (end - begin) * row).reshape(end - begin, *shape[1:])
+
+    return Tensor(shape, noise.dtype, read, "made up")
+
+
+def benchmark_convert(config: str, byte_lm: str, folder: Path) -> dict:
+    """Writes a folder of the transformers port with made-up weights, and times its import."""
+    run, lm, dtype = load_config(config), load_config(byte_lm), DTYPES["bfloat16"]
+    shapes = tensor_shapes(blt_pieces(PORT, run.blt), leaf_shapes(run))
+    shapes |= tensor_shapes(byte_lm_pieces(PORT, lm.byte_lm), leaf_shapes(lm))
+    noise = np.random.default_rng(0).standard_normal(1 << 24, np.float32).astype(dtype)
+    tensors = {name: made_up(shape, noise) for name, shape in shapes.items()}
+    with tempfile.TemporaryDirectory(dir=folder, prefix="bltjax-convert-") as room:
+        source, out = Path(room) / "source", Path(room) / "out"
+        source.mkdir()
+        write_folder(epath.Path(source), tensors, lambda _: None)
+        (source / "config.json").write_text(
+            json.dumps(port_settings(run, lm, dtype.name)), encoding="utf-8"
+        )
+        begun = time.perf_counter()
+        command = [sys.executable, "-m", "bltjax", "convert", str(source), str(out)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - begun
+    return {
+        "bytes": sum(tensor.bytes for tensor in tensors.values()),
+        "largest_tensor_bytes": max(tensor.bytes for tensor in tensors.values()),
+        "seconds": seconds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+    }

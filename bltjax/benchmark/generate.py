@@ -1,0 +1,281 @@
+"""The sides of `benchmark generate`: one random model, written on by three decoders.
+
+    cached    ours
+    whole     our whole model for every byte: what cached decoding has to beat
+    port      transformers' generate, without a cache, the only one that is right there
+    context   ours, from byte to byte alone, after a prompt of any length, of this model or of any
+              config; it samples
+
+All have the same weights, with a byte LM of 4 layers, and write the same text greedily. A random
+model's greedy text runs in circles, some of which have no boundary, or hardly anything else; so the
+prompt is a place in the text after which the first side writes patches of 3.5 to 5.5 bytes, with
+the threshold for patches of 4.49 in the text itself. Specials have no weight in the head: a random
+model would end its text at any byte.
+"""
+
+import functools
+import time
+
+import numpy as np
+
+from bltjax.config.run import BLTConfig, ByteLMConfig, DataConfig, PatchingConfig, RunConfig
+from bltjax.system.environment import random_key
+from bltjax.text.alphabet import OFFSET, VOCABULARY, encode
+from bltjax.training.metrics import quantity
+
+BYTE_LM = ByteLMConfig(layers=4, width=256, heads=4, hidden=768)
+BYTES, WHOLE_BYTES = 128, 16  # the whole model's cost is that of a buffer, whatever is in it
+MEAN_PATCH = 4.49
+PLACES = 64  # tried for a prompt
+CHUNK, CHUNKS = 32, 3  # bytes that a context is timed over: all chunks but the first
+PATCH_BYTES, NEVER = 4, 100.0  # of a context's patches: longest, and a threshold above them all
+LONGEST = 32768
+DATA = DataConfig(row_bytes=LONGEST, row_patches=LONGEST)
+TRIES = 20
+
+
+def text() -> bytes:
+    """English of the standard library."""
+    from pydoc_data.topics import topics
+
+    return "".join(topics.values()).encode()
+
+
+def without_specials(params: dict) -> dict:
+    """The parameters of a model with no weight for specials in its head, changed in place."""
+    owner = params.get("decoder", params)
+    owner["head_EV"] = owner["head_EV"] * (np.arange(VOCABULARY) >= OFFSET)[None]
+    return params
+
+
+def random_params(run: RunConfig, seed: int) -> dict:
+    """Parameters as training begins with them, but for the head's columns of specials; in the
+    dtype that the run computes in, but for norms, so that no more is ever held."""
+    import jax
+
+    from bltjax.model import initial_params, make_model, narrowed
+    from bltjax.training.step import resolved
+
+    model = make_model(run.model, 2, np.float32, "dense")  # no attention is part of a shape
+    dtype = resolved(run, jax.devices()[0]).compute_dtype
+
+    @jax.jit
+    def drawn(key):
+        return narrowed(without_specials(initial_params(model, key)), dtype)
+
+    return drawn(random_key(seed))
+
+
+def random_byte_lm(config: ByteLMConfig):
+    from bltjax.inference.entropy import EntropyModel
+
+    run = RunConfig(byte_lm=config, data=DATA, compute_dtype="float32")
+    return EntropyModel(config, random_params(run, 1), "", False, run, 0)
+
+
+@functools.cache
+def model_parts(model: BLTConfig):
+    """What a Decoder is made of: (RunConfig, parameters, patching, byte LM), the same in every
+    process."""
+    from bltjax.inference.entropy import score_documents
+
+    byte_lm = random_byte_lm(BYTE_LM)
+    sample = np.frombuffer(text()[:8192], np.uint8)
+    entropies, _ = score_documents(BYTE_LM, byte_lm.params, [sample])
+    threshold = float(np.quantile(entropies[0], 1 - 1 / MEAN_PATCH))
+    patching = PatchingConfig(threshold=round(threshold, 4))
+    run = RunConfig(blt=model, data=DATA, patching=patching, compute_dtype="float32")
+    return run, random_params(run, 0), patching, byte_lm
+
+
+def config_parts(path: str):
+    """The same of a config file's BLT, in its compute dtype; the byte LM is of the released one's
+    sizes, and None where patches need none."""
+    from bltjax.config.load import load_config
+
+    run = load_config(path)
+    if run.blt is None:
+        raise ValueError(f"{path} trains a byte model: --contexts is of a BLT")
+    byte_lm = random_byte_lm(ByteLMConfig()) if run.patching.mode == "entropy" else None
+    return run, random_params(run, 0), run.patching, byte_lm
+
+
+def context_side(model: BLTConfig | str, context_bytes: int):
+    """() -> ms a byte after a context, and the bytes of caches that are read for each.
+
+    model: a BLT to make, or a config file that has one.
+    """
+    import jax
+
+    from bltjax.inference.decoding.decoder import Decoder
+    from bltjax.inference.decoding.loop import run
+    from bltjax.inference.decoding.sampling import Sampling
+
+    # Patches of one length after every context, or their number would decide; the byte LM still
+    # scores each byte.
+    parts = config_parts(model) if isinstance(model, str) else model_parts(model)
+    run_config, params, _, byte_lm = parts
+    patching = PatchingConfig(
+        mode="entropy" if byte_lm else "static",
+        threshold=NEVER, max_patch_bytes=PATCH_BYTES, patch_bytes=PATCH_BYTES,
+    )  # fmt: skip
+    decoder = Decoder(run_config, params, patching, byte_lm)
+    text = prompt_at(0, context_bytes)
+    sampling = Sampling(temperature=1.0)  # a random model's greedy text runs in circles
+
+    def write() -> dict:
+        # A text that ends early would cost less; the next seed's goes on.
+        for seed in range(TRIES):
+            if said := timed(seed):
+                return said
+        raise ValueError(f"{TRIES} texts in a row ended within {CHUNK * CHUNKS} bytes")
+
+    def timed(seed: int) -> dict | None:
+        # Room for a patch a byte, so that no buffer is doubled while the clock runs.
+        state, asked = decoder.begun([text], 4 * CHUNK * CHUNKS, sampling, seed, [])
+        latent = sum(x.nbytes for x in jax.tree.leaves(state.memory.latent))
+        rings = (state.memory.scorer, state.memory.encoder, state.memory.decoder)
+        rings = sum(x.nbytes for x in jax.tree.leaves(rings))
+        for chunk in range(CHUNKS):
+            if chunk == 1:
+                before, begun = int(state.costs.latent_runs.sum()), time.perf_counter()
+            shape = (decoder.model, sampling.steps, CHUNK)
+            state, out, full_B2 = run(*shape, decoder.params, asked, state)
+            if full_B2.any():
+                raise RuntimeError("there is no room for all patches, or for an open one")
+            if int(out.count_B[0]) < CHUNK:
+                return None
+        seconds, written = time.perf_counter() - begun, CHUNK * (CHUNKS - 1)
+        patches = int(state.costs.latent_runs.sum()) - before
+        return {
+            "ms_per_byte": 1000 * seconds / written,
+            "mean_patch_bytes": written / max(1, patches),
+            "latent_cache_bytes_read_per_byte": latent * patches / written,
+            "ring_bytes_read_per_byte": rings,
+        }
+
+    return write
+
+
+def bar_chart(title: str, bars: dict[str, float]) -> str:
+    """A chart that GitHub draws: ms a byte, by name."""
+    return chart(title, f"x-axis [{names(bars)}]", "ms a byte", "bar", list(bars.values()))
+
+
+def line_chart(title: str, x: str, points: dict[str, float], y: str) -> str:
+    return chart(title, f'x-axis "{x}" [{names(points)}]', y, "line", list(points.values()))
+
+
+def names(figures: dict[str, float]) -> str:
+    return ", ".join(f'"{name}"' for name in figures)
+
+
+def chart(title: str, x_axis: str, y: str, kind: str, figures: list[float]) -> str:
+    """A Mermaid diagram, from zero on."""
+    shown = ", ".join(f"{figure:.4g}" for figure in figures)
+    lines = (
+        "xychart-beta",
+        f'    title "{title}"',
+        f"    {x_axis}",
+        f'    y-axis "{y}" 0 --> {1.1 * max(figures):.3g}',
+        f"    {kind} [{shown}]",
+    )
+    return "\n".join(("```mermaid", *lines, "```"))
+
+
+def speed_words(result: dict) -> str:
+    """What one prompt's figures say, and their chart."""
+    prompt = result["prompt_bytes"]
+    ours, uncached = result["ours_ms_per_byte"], result["uncached_ms_per_byte"]
+    lines = [f"after {prompt} bytes: ours {ours:.2f} ms a byte, {uncached:.1f} uncached"]
+    bars = {"bltjax": ours, "bltjax, the whole model a byte": uncached}
+    if peer := result.get("peer"):
+        same = "the same" if result["same_text"] else "another"
+        theirs, ratio = result["peer_ms_per_byte"], result["ratio"]
+        lines.append(f"{peer} {theirs:.1f} ms, {ratio:.1f} times as long, {same} text")
+        bars[peer] = theirs
+    return "\n".join([*lines, "", bar_chart(f"ms a byte after {prompt} bytes", bars)])
+
+
+def context_words(result: dict) -> str:
+    """The figures of each context, and the chart of their speeds."""
+    lines = [
+        f"{found['context_bytes']:6d} bytes before: {found['ms_per_byte']:6.2f} ms a byte,"
+        f" {found['mean_patch_bytes']:.2f} bytes a patch; read for each byte"
+        f" {quantity(found['latent_cache_bytes_read_per_byte'])}B of latent caches,"
+        f" {quantity(found['ring_bytes_read_per_byte'])}B of rings"
+        for found in result["contexts"]
+    ]
+    speeds = {
+        f"{found['context_bytes'] // 1024}k": 1000 / found["ms_per_byte"]
+        for found in result["contexts"]
+    }
+    graph = line_chart("Writing after a context", "bytes before", speeds, "bytes a second")
+    return "\n".join([*lines, "", graph])
+
+
+def prompt_at(begin: int, prompt_bytes: int) -> bytes:
+    found = text()[begin : begin + prompt_bytes]
+    if len(found) < prompt_bytes:
+        raise ValueError(
+            f"--prompt_bytes ({prompt_bytes}) exceeds the text there is ({len(found)})"
+        )
+    return found
+
+
+def cached_side(model: BLTConfig, prompt_bytes: int, begin: int):
+    """() -> what our decoder writes; a negative `begin` is sought."""
+    from bltjax.inference.decoding.decoder import Decoder
+
+    decoder = Decoder(*model_parts(model))
+
+    def write(begin: int) -> dict:
+        pieces = decoder.generate([prompt_at(begin, prompt_bytes)], max_bytes=BYTES)
+        written = b"".join(piece.text for piece in pieces)
+        return {"begin": begin, "text": written.hex(), "patches": decoder.counts.patches}
+
+    for place in range(PLACES * (begin < 0)):
+        begin = place * 997
+        if 3.5 <= BYTES / max(1, write(begin)["patches"]) <= 5.5:
+            break
+    return lambda: write(begin)
+
+
+def whole_side(model: BLTConfig, prompt_bytes: int, begin: int):
+    """() -> the beginning of the same text, by the whole model for every byte."""
+    from bltjax.inference.decoding.uncached import Predictor
+
+    predictor, prompt = Predictor(*model_parts(model)), prompt_at(begin, prompt_bytes)
+    return lambda: {"text": predictor.greedy(prompt, WHOLE_BYTES)[0].hex()}
+
+
+def port_side(model: BLTConfig, prompt_bytes: int, begin: int):
+    """() -> the same text by transformers, with our weights."""
+    from bltjax.convert.convert import port_model
+    from bltjax.weights.lazy import flattened, leaf_of
+    from bltjax.weights.stored import ModelFiles
+
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(f"the peer is not installed ({error}): pip install '.[parity]'") from None
+
+    def files(run: RunConfig, params, **more) -> ModelFiles:
+        leaves = {path: leaf_of(np.asarray(x)) for path, x in flattened(params).items()}
+        return ModelFiles(run, leaves, "run", {}, **more)
+
+    run, params, _, byte_lm = model_parts(model)
+    peer = port_model(files(run, params, byte_lm=files(byte_lm.run, byte_lm.params)))
+    ids = torch.from_numpy(encode(prompt_at(begin, prompt_bytes), eos=False)).long()[None]
+
+    def write(count: int) -> dict:
+        with torch.inference_mode():
+            found = peer.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
+                min_new_tokens=count, do_sample=False, use_cache=False,
+            )  # fmt: skip
+        written = found[0, ids.shape[1] :].numpy() - OFFSET
+        return {"text": np.maximum(written, 0).astype(np.uint8).tobytes().hex()}
+
+    write(2)
+    return lambda: write(BYTES)

@@ -1,0 +1,114 @@
+"""The input pipeline by itself: how fast it makes rows, and how full it makes them.
+
+Speed is text bytes for each second of processor time, which other users of the machine change
+little, over records that are made for it: English of the standard library in documents of one
+size, with random entropies whose threshold gives patches of 4.5 bytes.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+
+from bltjax.config.run import DataConfig, PatchingConfig, SourceConfig
+from bltjax.data.calibrate import calibrate, sample_documents
+from bltjax.data.packing import fills
+from bltjax.data.pipeline import training_batches
+from bltjax.data.records import (
+    Manifest,
+    RecordDocuments,
+    encode_record,
+    shard_info,
+    write_manifest,
+    write_shard,
+)
+
+MEAN_PATCH = 4.5  # bytes
+DOCUMENT_BYTES = (4096, 512)
+CORPUS_BYTES = 16 << 20
+ROWS, ROW_BYTES = 8, 16384
+BATCHES = 100  # in one measurement, after as many again
+
+
+def made_records(folder: Path, document_bytes: int) -> None:
+    """A folder of records: pieces of English, and entropies drawn from the exponential law."""
+    random = np.random.default_rng(0)
+    text = "".join(topics.values()).encode()
+    count = CORPUS_BYTES // document_bytes
+
+    def records() -> Iterator[bytes]:
+        for begin in random.integers(0, len(text) - document_bytes, count):
+            entropies = random.exponential(1.0, document_bytes + 1).astype(np.float32)
+            yield encode_record(text[begin : begin + document_bytes], entropies)
+
+    path = folder / "shard-00000-of-00001.array_record"
+    write_shard(path, records())
+    info = shard_info(path, count * document_bytes, count, 0)
+    write_manifest(folder, Manifest("random", "", 0, "float32", str(folder), (info,)))
+
+
+def input_rate(folder: Path, *, blt: bool, repeats: int) -> dict[str, float]:
+    """Text bytes a second, of processor time and of the clock; medians."""
+    data = DataConfig(
+        train={"records": SourceConfig(str(folder))},
+        rows=ROWS,
+        row_bytes=ROW_BYTES,
+        row_patches=round(ROW_BYTES / MEAN_PATCH),
+    )
+    # Above it lies 1 of 4.5 numbers of the exponential law.
+    patching = PatchingConfig(threshold=float(np.log(MEAN_PATCH))) if blt else None
+    batches = iter(training_batches(data, patching, seed=0, streams=range(ROWS)))
+    rates = []
+    for _ in range(1 + repeats):
+        processor, clock, text_bytes = time.process_time(), time.perf_counter(), 0
+        for _ in range(BATCHES):
+            text_bytes += int(next(batches)["weights_BN"].sum())
+        spent = (time.process_time() - processor, time.perf_counter() - clock)
+        rates.append([text_bytes / seconds for seconds in spent])
+    batches.close()
+    per_core, per_second = (statistics.median(rate) for rate in zip(*rates[1:], strict=True))
+    return {"bytes_per_second_per_core": per_core, "bytes_per_second": per_second}
+
+
+def benchmark_input(repeats: int) -> dict:
+    """The rate of BLT's input from documents of 4 KiB; and all others beside it."""
+    result: dict = {"row_bytes": ROW_BYTES, "rows": ROWS}
+    with tempfile.TemporaryDirectory(prefix="bltjax-input-") as room:
+        for size in DOCUMENT_BYTES:
+            folder = Path(room) / str(size)
+            folder.mkdir()
+            made_records(folder, size)
+            result[f"documents_of_{size}"] = {
+                kind: input_rate(folder, blt=kind == "blt", repeats=repeats)
+                for kind in ("blt", "byte_lm")
+            }
+    return result[f"documents_of_{DOCUMENT_BYTES[0]}"]["blt"] | result
+
+
+def benchmark_slots(records: list[str], row_bytes: int) -> dict:
+    """Shares of byte and patch slots that are used, at the threshold that suits such rows."""
+    documents = [RecordDocuments(Path(folder)) for folder in records]
+    # As much of each, as the mixture has it.
+    share = min([1 << 20, *(folder.manifest.total("text_bytes") for folder in documents)])
+    sample = [document for folder in documents for document in sample_documents(folder, share, 0)]
+    threshold, _ = calibrate(sample, PatchingConfig(), MEAN_PATCH)
+    result = {"threshold": threshold, "row_bytes": row_bytes}
+    for look_ahead in (1, 32):
+        data = DataConfig(
+            train={folder: SourceConfig(folder) for folder in records},
+            rows=4,
+            row_bytes=row_bytes,
+            row_patches=round(row_bytes / MEAN_PATCH),
+            look_ahead=look_ahead,
+        )
+        patching = PatchingConfig(threshold=threshold)
+        batches = iter(training_batches(data, patching, seed=0, streams=range(data.rows)))
+        drawn = [fills(next(batches), data.row_patches) for _ in range(max(8, 2**19 // row_bytes))]
+        batches.close()
+        byte_fill, patch_fill = (float(share) for share in np.mean(drawn, axis=0))
+        result[f"look_ahead_{look_ahead}"] = {"byte_fill": byte_fill, "patch_fill": patch_fill}
+    return result

@@ -1,0 +1,124 @@
+"""The steps that `benchmark train` and `benchmark rows` time: the trainer's, and the peer's.
+
+Both take one optimizer step of the same model on the same batch, in fp32, AdamW included.
+"""
+
+import os
+
+import numpy as np
+
+from bltjax.config.run import (
+    BLTConfig,
+    CrossConfig,
+    DataConfig,
+    HashConfig,
+    LatentConfig,
+    LocalConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+from bltjax.system.environment import random_key
+from bltjax.text.alphabet import BOS, OFFSET
+from bltjax.weights.released.hf import port_settings
+
+MEAN_PATCH = 4.49  # bytes
+MODEL = BLTConfig(
+    local=LocalConfig(encoder_layers=1, decoder_layers=4, width=256, heads=4, hidden=768),
+    cross=CrossConfig(slots=2, heads=4, encoder="last", decoder="all"),
+    latent=LatentConfig(layers=6, width=512, heads=8, key_value_heads=8, hidden=1536, remat="none"),
+    hash=HashConfig(rows=30000),
+)
+
+
+def run_config(rows: int, row_bytes: int) -> RunConfig:
+    data = DataConfig(rows=rows, row_bytes=row_bytes, row_patches=round(row_bytes / MEAN_PATCH))
+    return RunConfig(blt=MODEL, data=data, optimizer=OptimizerConfig(), compute_dtype="float32")
+
+
+def sample_batch(data: DataConfig) -> dict[str, np.ndarray]:
+    """English of the standard library, a document a row, with P patches of random lengths."""
+    from pydoc_data.topics import topics
+
+    random = np.random.default_rng(0)
+    text = np.frombuffer("".join(topics.values()).encode(), np.uint8)
+    B, N, P = data.rows, data.row_bytes, data.row_patches
+    begins_B = random.integers(0, len(text) - N, B)
+    ids_BN1 = np.stack([text[begin : begin + N + 1] for begin in begins_B]).astype(np.int32)
+    ids_BN1 += OFFSET
+    ids_BN1[:, 0] = BOS
+    starts_BN1 = np.zeros((B, N + 1), bool)
+    starts_BN1[:, [0, 1, N]] = True
+    for starts_N1 in starts_BN1:
+        starts_N1[random.choice(np.arange(2, N), P - 2, replace=False)] = True
+    return {
+        "bytes_BN": ids_BN1[:, :-1],
+        "targets_BN": ids_BN1[:, 1:],
+        "weights_BN": np.ones((B, N), np.float32),
+        "starts_BN1": starts_BN1,
+        "documents_BN": np.ones((B, N), np.int32),
+    }
+
+
+def our_step(config: RunConfig):
+    """() -> its loss: one optimizer step of the real trainer, on the device and back."""
+    import jax
+    import jax.numpy as jnp
+
+    from bltjax.model import initial_params
+    from bltjax.training.step import make_train_step, resolved, run_model, run_optimizer
+    from bltjax.weights.workdir import TrainState
+
+    config = resolved(config, jax.devices()[0])
+    model, optimizer = run_model(config), run_optimizer(config)
+    params = jax.jit(lambda key: initial_params(model, key))(random_key(0))
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
+    batch = jax.device_put(sample_batch(config.data))
+
+    def run() -> dict:
+        nonlocal state
+        state, out = step(state, batch)
+        jax.block_until_ready(state)
+        return {"loss": float(out["sums"].loss)}
+
+    return run
+
+
+def transformers_step(config: RunConfig, *, fused: bool):
+    """The same for `transformers`: eager, sdpa; fused AdamW is its fastest on a CPU."""
+    try:
+        import torch
+        from transformers import BltConfig, BltForCausalLM
+    except ImportError as error:
+        raise ValueError(f"the peer is not installed ({error}): pip install '.[parity]'") from None
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    # Its byte LM takes no part: patch lengths are given.
+    settings = port_settings(config, None)
+    peer = BltForCausalLM(BltConfig(**settings, attn_implementation="sdpa")).train()
+    trained = [weight for weight in peer.parameters() if weight.requires_grad]
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=settings.lr,
+        betas=(settings.b1, settings.b2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=fused or None,  # None is torch's default
+    )
+    batch = sample_batch(config.data)
+    ids, targets = (torch.tensor(batch[name]).long() for name in ("bytes_BN", "targets_BN"))
+    begins = [np.flatnonzero(row) for row in batch["starts_BN1"]]
+    # Its lengths cover the row and not the next byte, which opens a patch: a last length of zero.
+    lengths = torch.tensor(np.stack([np.append(np.diff(row), 0) for row in begins]))
+
+    def run() -> dict:
+        optimizer.zero_grad(set_to_none=True)
+        logits = peer(ids, patch_lengths=lengths, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss.backward()
+        optimizer.step()
+        return {"loss": float(loss.detach())}
+
+    return run

@@ -1,0 +1,1 @@
+"""Settings as frozen dataclasses, config files, and the options that commands share."""

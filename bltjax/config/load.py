@@ -1,0 +1,368 @@
+"""A file in configs/ and the command line's overrides, made into a RunConfig once; and the options
+that several commands share.
+
+A config file is a program with a `get_config()` that builds a ConfigDict. What it leaves out has
+the default of `config.py`, and every setting may be overridden. `configs/FILE.py` is the working
+directory's or, where that has none, the one that came with the package.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import inspect
+import logging
+import re
+import traceback
+import typing
+from ast import literal_eval
+from pathlib import Path
+
+from etils import epath
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from bltjax.config.run import (
+    FORMATS,
+    MeshConfig,
+    PatchingConfig,
+    RunConfig,
+    SourceConfig,
+    from_dict,
+    nearest,
+    to_dict,
+)
+from bltjax.system.storage import check_name, check_utf8, expanded, is_remote, path_of
+
+DEFAULT_PATCHING = PatchingConfig()
+PACKAGE = Path(__file__).parents[1]
+# Of a wheel; of a repository, which an editable installation is.
+SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "configs")
+PATHS = ("path", "data_dir", "tokenizer", "entropy_model", "init_from")  # settings that name files
+LOG = logging.getLogger(__name__)
+
+
+def load_config(spec: str, overrides: typing.Iterable[str] = ()) -> RunConfig:
+    """The RunConfig of `configs/FILE.py[:ARG]` after overrides such as `data.rows=4`.
+
+    Raises:
+      ValueError: naming the file or the key, and the nearest key where there is one.
+    """
+    path, argument = split_spec(spec)
+    file = config_path(path)
+    made = made_by(file, path, argument)
+    tree = ConfigDict(completed(RunConfig, made.to_dict()))
+    before = tree.to_dict()
+    for override in overrides:
+        apply_override(tree, override)
+    try:
+        config = from_dict(RunConfig, tree.to_dict())
+        check_texts(to_dict(config))
+    except ValueError as error:
+        if str(error) != problem_of(before):
+            raise
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def check_texts(settings: dict, where: str = "config") -> None:
+    """Raises ValueError for a path that can't be meant, or text that is not UTF-8."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            check_texts(value, f"{where}.{key}")
+        elif isinstance(value, str) and value and not value.startswith("tfds:"):
+            try:
+                (check_name if key in PATHS else check_utf8)(value)
+            except ValueError as error:
+                raise ValueError(f"{where}.{key}: {error}") from None
+
+
+def problem_of(tree: dict) -> str:
+    """What is wrong with a config; empty if nothing is."""
+    try:
+        check_texts(to_dict(from_dict(RunConfig, tree)))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """The path and the argument of FILE.py[:ARG]; a path may have colons, too."""
+    path, colon, argument = spec.rpartition(".py:")
+    whole = spec.endswith(".py") and Path(expanded(spec)).is_file()
+    if colon and not whole:
+        return f"{path}.py", argument
+    path, _, argument = spec.partition(":")
+    return (spec, "") if spec.endswith(".py") else (path, argument)
+
+
+def config_path(path: str) -> Path:
+    """The config file of that path, or the one of that name in the package.
+
+    Raises:
+      ValueError: with the nearest one there is.
+    """
+    file = Path(expanded(path))
+    if file.is_file():
+        if file.suffix != ".py":
+            raise ValueError(f"{path} is no config: its name does not end with .py")
+        return file.absolute()
+    if file.parts[:1] == ("configs",):
+        for folder in SHIPPED:
+            found = folder.joinpath(*file.parts[1:])
+            if found.is_file():
+                LOG.info("%s is not in the working directory; takes %s", path, found)
+                return found
+    there = [str(found) for found in file.parent.glob("*.py")]
+    shipped = [f"configs/{found.name}" for folder in SHIPPED for found in folder.glob("*.py")]
+    raise ValueError(f"config file {path!r} does not exist{nearest(path, {*there, *shipped})}")
+
+
+def made_by(file: Path, path: str, argument: str) -> ConfigDict | FrozenConfigDict:
+    """What the `get_config` of a file returns.
+
+    Raises:
+      ValueError: naming the line of the file, whatever it raises.
+    """
+    try:
+        module_spec = importlib.util.spec_from_file_location("bltjax_run_config", file)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(place_in(file, path, error)) from error
+    if not callable(getattr(module, "get_config", None)):
+        raise ValueError(f"{path} is no config: it has no function get_config")
+    check_argument(inspect.signature(module.get_config), path, argument)
+    try:
+        made = module.get_config(argument) if argument else module.get_config()
+    except Exception as error:
+        raise ValueError(place_in(file, path, error)) from error
+    if not isinstance(made, ConfigDict | FrozenConfigDict):
+        raise ValueError(
+            f"{path}: get_config() returns {type(made).__name__}, not an ml_collections.ConfigDict"
+        )
+    return made
+
+
+def check_argument(signature: inspect.Signature, path: str, argument: str) -> None:
+    """Raises ValueError unless a `get_config` can be called with the argument, or without one."""
+    try:
+        signature.bind(*[argument] if argument else [])
+    except TypeError:
+        names = [
+            name
+            for name, parameter in signature.parameters.items()
+            if parameter.default is parameter.empty
+        ]
+        if argument and not signature.parameters:
+            raise ValueError(f"{path} takes no argument; drop ':{argument}'") from None
+        if len(names) == 1 and not argument:
+            raise ValueError(f"{path} needs an argument: {path}:{names[0].upper()}") from None
+        raise ValueError(
+            f"{path}: get_config{signature} can't be called with"
+            f" {'one argument' if argument else 'none'}"
+        ) from None
+
+
+def place_in(file: Path, path: str, error: Exception) -> str:
+    """An error of a config file: the file, the line in it, and what is wrong there."""
+    if isinstance(error, SyntaxError):  # of the file, or of one that it imports
+        place = path if error.filename in (None, str(file)) else error.filename
+        return f"{place}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+    trace = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in trace if frame.filename == str(file)]
+    # A config's own ValueError says all there is to say.
+    what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    what = re.sub(r"\s*\n\s*", " ", what)[:500]
+    return f"{path}, line {lines[-1]}: {what}" if lines else f"{path}: {what}"
+
+
+def completed(kind, values: dict) -> dict:
+    """Values with every setting of a dataclass, defaults where none is given; fresh dicts only.
+
+    So every setting can be overridden, whether or not the config file mentions it. And no group
+    stands in two places, as it does in a ConfigDict that was given one dict twice: an override of
+    the training source must not change the held-out one. Unknown keys stay, to be refused later.
+    """
+    result = dict(values)
+    for field in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[field.name]
+        inner = next((arg for arg in typing.get_args(hint) if arg is not type(None)), hint)
+        if field.name not in values:
+            if field.default_factory is not dataclasses.MISSING:
+                result[field.name] = field.default_factory()
+            elif dataclasses.is_dataclass(field.default):
+                result[field.name] = dataclasses.asdict(field.default)
+            elif field.default is not dataclasses.MISSING:
+                result[field.name] = field.default
+            continue
+        value = values[field.name]
+        if typing.get_origin(hint) is dict and isinstance(value, dict):
+            inner = typing.get_args(hint)[1]
+            result[field.name] = {
+                key: completed(inner, group) if isinstance(group, dict) else group
+                for key, group in value.items()
+            }
+        elif dataclasses.is_dataclass(inner) and isinstance(value, dict):
+            result[field.name] = completed(inner, value)
+    return result
+
+
+def apply_override(tree: ConfigDict, override: str) -> None:
+    """Sets one `key.subkey=value` in a ConfigDict; the key must exist."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"override {override!r} has no value; write --config.{key}=VALUE")
+    *groups, name = key.split(".")
+    node, where, kind = tree, "config", RunConfig
+    for part in [*groups, name]:
+        kind = kind_of_setting(kind, part)
+        if not isinstance(node, ConfigDict) or part not in node:
+            known = node.keys() if isinstance(node, ConfigDict) else ()
+            raise ValueError(f"{where}.{part} is no setting{nearest(part, known)}")
+        node, where, parent = node[part], f"{where}.{part}", node
+    try:
+        value = literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = text
+    # A folder may be called 123, None or (1, 2).
+    if isinstance(node, str) or kind is str:
+        value = text
+    if isinstance(value, list):
+        value = tuple(value)
+    # Types are checked by from_dict, whose messages name the setting; so no type-safety here.
+    try:
+        with parent.ignore_type():
+            parent[name] = value
+    except OverflowError:  # what it makes a float
+        raise ValueError(f"{where} has {len(text)} digits: too large") from None
+
+
+def kind_of_setting(kind: typing.Any, name: str) -> typing.Any:
+    """The type that a setting of a config class is declared with, without its None."""
+    if typing.get_origin(kind) is dict:
+        kind = typing.get_args(kind)[1]
+    elif dataclasses.is_dataclass(kind):
+        kind = typing.get_type_hints(kind).get(name)
+    else:
+        return None
+    args = typing.get_args(kind)
+    return next((a for a in args if a is not type(None)), kind) if type(None) in args else kind
+
+
+def parse_scheme(text: str, base: PatchingConfig = DEFAULT_PATCHING) -> PatchingConfig:
+    """`entropy:monotonic=True,threshold=0.2` -> PatchingConfig; the mode comes first.
+
+    Settings left out are those of `base`, if it has the same mode.
+
+    Raises:
+      ValueError: for an unknown mode or setting, with the nearest name.
+    """
+    mode, _, settings = text.partition(":")
+    start = dataclasses.asdict(base if base.mode == mode else PatchingConfig())
+    tree = ConfigDict({"patching": start | {"mode": mode}})
+    for setting in filter(None, settings.split(",")):
+        apply_override(tree, f"patching.{setting}")
+    return from_dict(PatchingConfig, tree.to_dict()["patching"], f"scheme {text!r}")
+
+
+def path_argument(text: str) -> epath.Path:
+    """The type of options that name a file or a folder, on a disk or in a bucket."""
+    try:
+        return path_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_path_argument(text: str) -> Path:
+    """The type of options that name a file or a folder on this machine's disks."""
+    path = path_argument(text)
+    if is_remote(path):
+        raise argparse.ArgumentTypeError(f"{path} is not on a disk of this machine, as it must be")
+    return Path(path)
+
+
+def source_argument(text: str) -> str:
+    """The type of --source: a path or a pattern, or `tfds:NAME`."""
+    try:
+        (check_utf8 if text.startswith("tfds:") else check_name)(expanded(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return expanded(text)
+
+
+def add_workdir_argument(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """--workdir of the programs that use a model."""
+    parser.add_argument(
+        "--workdir",
+        required=required,
+        type=path_argument,
+        help="a training run's work directory, or an export; a folder or gs://",
+    )
+
+
+def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mesh",
+        type=mesh_config,
+        help="devices by axis, such as data=1,fsdp=4,tensor=2 (default: fsdp takes as many as"
+        " divide the parameters, data the rest)",
+    )
+
+
+def mesh_config(text: str) -> MeshConfig:
+    """`fsdp=4,tensor=2` -> MeshConfig; axes that are not named have one device."""
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.lstrip("-").isdecimal():
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not AXIS=DEVICES with an axis of {', '.join(sizes)}"
+            )
+        sizes[axis] = int(size)
+    try:
+        return MeshConfig(**sizes)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_source_arguments(
+    parser: argparse.ArgumentParser, *, required: bool, default: str = ""
+) -> None:
+    """--source and what a SourceConfig says besides; `source_from` reads them."""
+    kinds = "file, glob or folder of text, JSON lines or Parquet; tfds:NAME; or folder of records"
+    parser.add_argument(
+        "--source",
+        required=required,
+        type=source_argument,
+        help=kinds + (f" (default: {default})" if default else ""),
+    )
+    parser.add_argument(
+        "--field", default="text", help="key, column or feature of the text (default: text)"
+    )
+    parser.add_argument(
+        "--split_bytes",
+        type=int,
+        default=0,
+        help="text files: cut into documents of about this size, at blank lines if any (0: no cut)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="auto",
+        help="what the files are (default: auto, as their first bytes say)",
+    )
+    parser.add_argument("--split", default="train", help="TFDS: the split (default: train)")
+    parser.add_argument("--data_dir", default="", help="TFDS: where its datasets lie")
+    parser.add_argument(
+        "--skip_bad", action="store_true", help="count broken JSONL lines and go on"
+    )
+
+
+def source_from(args: argparse.Namespace) -> SourceConfig:
+    return SourceConfig(
+        args.source,
+        field=args.field,
+        split_bytes=args.split_bytes,
+        split=args.split,
+        data_dir=args.data_dir,
+        format=args.format,
+    )

@@ -1,0 +1,1 @@
+"""Released weights in, ours out; and whether what lies in a folder is whole."""

@@ -1,0 +1,449 @@
+"""Released weights into an export, and a model into what others load; nothing is held whole.
+
+    SRC, recognised by its files                              DST, by --to
+    consolidated.pth + params.json           (Meta)           orbax         an export of ours
+    model.safetensors + config.json, "args"  (Meta, hub)      transformers  BltForCausalLM's folder
+    *.safetensors + config.json, "blt"       (transformers)   meta          Meta's files
+    export.json                              (an export)
+    config.json + checkpoints/               (a training run)
+
+DST appears under its name when it is whole. `--verify` then runs the same bytes through what was
+written and through the source.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import logging
+import os
+import resource
+import shutil
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from bltjax.config.load import path_argument
+from bltjax.config.run import PatchingConfig
+from bltjax.distributed.processes import leave
+from bltjax.inference.entropy import EntropyModel
+from bltjax.inference.loaded import LoadedModel
+from bltjax.inference.serving import (
+    FOLDER,
+    Programs,
+    ServingConfig,
+    add_serving_arguments,
+    serving_from,
+    write_serving,
+)
+from bltjax.model import parameter_count
+from bltjax.system.lock import held
+from bltjax.system.storage import check_arrays_path, check_writable, hidden_beside, sync_folder
+from bltjax.text.alphabet import encode
+from bltjax.text.patching import force_starts, patch_starts
+from bltjax.training.metrics import Progress, duration, quantity
+from bltjax.weights.export import is_export, open_stored, write_export
+from bltjax.weights.lazy import DTYPES, cast, read_object, tree_of
+from bltjax.weights.released.hf import is_port, port_settings, read_port, write_port
+from bltjax.weights.released.hub import not_there, of_hub_cache
+from bltjax.weights.released.mapping import PORT, blt_pieces, byte_lm_pieces, tensors_of
+from bltjax.weights.released.meta import is_meta, read_meta, write_meta
+from bltjax.weights.stored import ModelFiles, model_shapes
+
+LAYOUTS = {
+    "export": "an export",
+    "run": "a training run",
+    "meta": "Meta's files",
+    "transformers": "the transformers port",
+}
+NEAR_TIE = 1e-4  # nats; closer to the threshold than this, two exact programs may differ
+VERIFY_TEXTS = (
+    "It is a truth universally acknowledged, that a byte is worth more than a token.",
+    "字节潜在变换器把每个补丁的计算量分配给最难预测的字节。",
+    "emoji 🚀🚀 and 👩‍👩‍👧 families, naïve café",
+    "def patch(x):\n    return [b for b in x if b > 0x7f]  # tabs\tand\nlines\n",
+)
+
+
+def open_model(path: epath.Path, *, as_port: bool = False) -> ModelFiles:
+    """Whatever model is stored in a folder, none of its parameters read yet.
+
+    Raises:
+      ValueError: for a folder of no layout that is known, saying what was looked for.
+    """
+    if not path.exists():
+        raise ValueError(not_there(path))
+    path, note = of_hub_cache(path)
+    if note:
+        files = open_model(path, as_port=as_port)
+        return files._replace(notes=(note, *files.notes))
+    if is_export(path) or (path / "checkpoints").exists():
+        return open_stored(path)
+    if is_port(path):
+        return read_port(path, as_port=as_port)
+    if is_meta(path):
+        return read_meta(path)
+    config = path / "config.json"
+    kind = read_object(config).get("model_type") if config.exists() else None
+    if kind == "llama":
+        raise ValueError(
+            f"{path} holds a Llama, not a BLT: start a latent transformer from it with"
+            f" `train --init_latent_from {path}`"
+        )
+    names = path.iterdir() if path.is_dir() else [epath.Path("a file")]
+    there = sorted(child.name for child in names if not child.name.startswith("."))[:6]
+    raise ValueError(
+        f"{path} holds no model that is known (it has {', '.join(there) or 'nothing'}): looked for"
+        " export.json; checkpoints/; config.json of model_type 'blt'; params.json with"
+        " consolidated.pth; config.json with 'args'"
+    )
+
+
+def as_dtype(files: ModelFiles, name: str | None) -> ModelFiles:
+    """The model in another dtype, and its origin's config saying so."""
+    if name is None:
+        return files
+    leaves = {path: cast(leaf, DTYPES[name], path) for path, leaf in files.leaves.items()}
+    origin = json.loads(json.dumps(files.origin)) | {"dtypes": {}}
+    for settings in origin.get("json", {}).values():
+        for field in ("dtype", "torch_dtype"):
+            if field in settings:
+                settings[field] = name
+    byte_lm = files.byte_lm and as_dtype(files.byte_lm, name)
+    return files._replace(leaves=leaves, origin=origin, byte_lm=byte_lm)
+
+
+def convert(
+    source: epath.Path,
+    destination: epath.Path,
+    to: str,
+    *,
+    dtype: str | None = None,
+    byte_lm: epath.Path | None = None,
+    as_port: bool = False,
+    serving: ServingConfig | None = None,
+    take_over: bool = False,
+) -> tuple[ModelFiles, ModelFiles]:
+    """Writes the model in `source` to `destination`; both models' files, the source's first.
+
+    serving: write programs that run without our code, too. take_over: doesn't wait to see whether
+    another host still writes the same.
+
+    Raises:
+      ValueError: naming the file, tensor or field that is wrong; nothing is left behind. If another
+        process writes to the same destination.
+    """
+    check_absent(destination)
+    if serving and to != "orbax":
+        raise ValueError(f"--serving puts programs into an export, not into --to {to}")
+    if to == "meta" and "://" in str(destination):
+        raise ValueError(f"{destination}: torch writes to disks only; convert to a folder first")
+    if to == "orbax":
+        check_arrays_path(destination)
+    opened = open_model(source, as_port=as_port)
+    if as_port and opened.layout != "transformers":
+        raise ValueError(
+            f"--as_port is for the transformers port; {source} is {LAYOUTS[opened.layout]}"
+        )
+    if byte_lm is not None:
+        beside = open_model(byte_lm, as_port=as_port)
+        opened = opened._replace(byte_lm=beside if beside.config.blt is None else beside.byte_lm)
+        if opened.config.blt is None or opened.byte_lm is None:
+            raise ValueError(f"--byte_lm {byte_lm} must hold a byte LM, and {source} a BLT")
+    files = as_dtype(opened, dtype)
+    programs = serving and Programs(files, serving)
+    for line in described(source, files):
+        print(line)
+    local = "://" not in str(destination)
+    if local:
+        check_writable(destination.parent)
+        check_room(destination, files.bytes, twice=to == "meta")
+    with held(
+        hidden_beside(destination, "lock"), "convert", name=str(destination),
+        instead="another destination", lost=functools.partial(leave, 1), take_over=take_over,
+    ):  # fmt: skip
+        check_absent(destination)  # another may have finished it
+        write_whole(files, programs, destination, to)
+    return opened, files
+
+
+def check_absent(destination: epath.Path) -> None:
+    if destination.exists() or os.path.lexists(destination):  # or a link to nothing
+        raise ValueError(f"{destination} exists; give another destination, or remove it")
+
+
+def write_whole(
+    files: ModelFiles, programs: Programs | None, destination: epath.Path, to: str
+) -> None:
+    """Writes a model beside its place on a disk, and moves it there when it is whole."""
+    local = "://" not in str(destination)
+    partial = hidden_beside(destination, "partial") if local else destination
+    if partial.exists():
+        partial.rmtree()  # what a killed command left
+    progress = Progress(f"writing {destination}", files.bytes)
+    partial.mkdir(parents=True)
+    try:
+        write = {"orbax": write_export, "transformers": write_port, "meta": write_meta}[to]
+        write(files, partial, progress.advance)
+        if programs:
+            write_serving(programs, partial)
+        if local:
+            os.replace(partial, destination)
+            sync_folder(destination.parent)
+    except BaseException:
+        partial.rmtree()
+        raise
+
+
+def check_room(destination: epath.Path, wanted: int, *, twice: bool) -> None:
+    """Raises OSError if the disk has no room for what will be written."""
+    parent = destination.parent
+    while not parent.exists():
+        parent = parent.parent
+    free, wanted = shutil.disk_usage(parent).free, wanted * (2 if twice else 1)
+    if free < wanted:
+        raise ValueError(f"{parent} has room for {free:,} bytes; {destination} needs {wanted:,}")
+
+
+def described(source: epath.Path, files: ModelFiles) -> list[str]:
+    """What was found, for people, with every assumption that was made."""
+    lines = []
+    for part, name in (
+        (files, "BLT" if files.config.blt else "byte LM"),
+        (files.byte_lm, "byte LM"),
+    ):
+        if part is None:
+            continue
+        total = parameter_count(model_shapes(part.config), part.config.model)["total"]
+        dtypes = sorted({leaf.dtype.name for leaf in part.leaves.values()})
+        lines.append(f"{source}: {LAYOUTS[part.layout]}, {name} of {total:,} parameters in"
+                     f" {' and '.join(dtypes)}")  # fmt: skip
+        lines += [f"  note: {note}" for note in part.notes]
+    if files.config.blt:
+        lines.append(f"  patches: {patching_words(files.config.patching)}")
+        if files.config.patching.mode == "entropy" and files.byte_lm is None:
+            lines.append("  note: no byte LM beside it, which its patches need; --byte_lm adds one")
+    return lines
+
+
+def patching_words(patching) -> str:
+    """The settings of a patching that are not defaults, and the threshold."""
+    words = [patching.mode]
+    if patching.mode == "entropy":
+        words.append(f"threshold {patching.threshold}")
+    for field in dataclasses.fields(patching):
+        value = getattr(patching, field.name)
+        if field.name not in ("mode", "threshold") and value != field.default:
+            words.append(f"{field.name} {value}")
+    return ", ".join(words)
+
+
+class Scores(NamedTuple):
+    """What one implementation says of one text."""
+
+    entropies: np.ndarray | None
+    starts: np.ndarray | None
+    logits: np.ndarray
+
+
+def our_model(files: ModelFiles) -> LoadedModel:
+    """A stored model in memory, whatever its layout, computing in float32."""
+    config = dataclasses.replace(files.config, compute_dtype="float32")
+    patching, entropy_model = None, None
+    if config.blt is not None:
+        patching = config.patching
+        if files.byte_lm is not None and patching.mode == "entropy":
+            run = files.byte_lm.config
+            params = jax.device_put(tree_of(files.byte_lm.leaves))
+            reset = patching.newline_reset
+            entropy_model = EntropyModel(run.model, params, "", reset, run, 0)
+    return LoadedModel(config, jax.device_put(tree_of(files.leaves)), patching, entropy_model)
+
+
+def fixed_starts(ids_N: np.ndarray) -> np.ndarray:
+    """Patches of four bytes, to compare logits where no byte LM places any."""
+    return force_starts(patch_starts(PatchingConfig(mode="static"), ids_N))
+
+
+def ours(files: ModelFiles):
+    model = our_model(files)
+
+    def score(text: str | bytes, starts_N1: np.ndarray | None) -> Scores:
+        has_entropies = model.entropy_model is not None
+        entropies_N = model.entropies(text) if has_entropies else None
+        if model.config.blt is None:
+            return Scores(entropies_N, None, model.logits(text))
+        own_N1 = None
+        if has_entropies or model.config.patching.mode != "entropy":
+            own_N1 = model.starts(text)
+        ids_N = encode(text, eos=False)
+        used_N1 = own_N1 if starts_N1 is None else starts_N1
+        used_N1 = fixed_starts(ids_N) if used_N1 is None else used_N1
+        logits = model.logits_with(ids_N, used_N1)
+        return Scores(entropies_N, own_N1, logits)
+
+    return score
+
+
+def port_model(files: ModelFiles):
+    """transformers' own model with these parameters.
+
+    Raises:
+      ImportError: where it is not installed.
+      ValueError: for a setting that it lacks.
+    """
+    import torch
+    from transformers import BltConfig, BltForCausalLM
+
+    byte_lm = files.byte_lm and files.byte_lm.config
+    settings = port_settings(files.config, byte_lm)
+    if files.origin.get("layout") == "transformers":
+        settings = files.origin["json"]["config.json"]
+    peer = BltForCausalLM(BltConfig(**settings)).eval().float()
+    tensors = tensors_of(files.leaves, blt_pieces(PORT, files.config.blt), {})
+    if files.byte_lm:
+        tensors |= tensors_of(files.byte_lm.leaves, byte_lm_pieces(PORT, byte_lm.byte_lm), {})
+    weights = peer.state_dict()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            weights[name].copy_(torch.from_numpy(tensor.all().astype(np.float32)))
+    return peer
+
+
+def port(files: ModelFiles):
+    """The same from transformers' own code; None where it is not installed or has no such model."""
+    if files.config.blt is None or (files.byte_lm and files.byte_lm.config.byte_lm is None):
+        return None
+    try:
+        peer = port_model(files)
+    except ImportError:
+        return None
+    except ValueError as error:
+        print(f"not compared with transformers: {error}")
+        return None
+    import torch
+
+    def score(text: str | bytes, starts_N1: np.ndarray | None) -> Scores:
+        ids_N = encode(text, eos=False)
+        ids = torch.from_numpy(ids_N).long()[None]
+        with torch.no_grad():
+            entropies_N = own_N1 = None
+            if peer.model.patcher is not None:
+                entropies_N = peer.model.patcher(ids, patch_size=4, threshold=1.0)[0][0].numpy()
+                own_N1 = force_starts(patch_starts(files.config.patching, ids_N, entropies_N))
+            used_N1 = own_N1 if starts_N1 is None else starts_N1
+            used_N1 = fixed_starts(ids_N) if used_N1 is None else used_N1
+            begins = np.flatnonzero(used_N1)
+            # Its lengths cover the row alone; one of zero says that the next byte opens a patch.
+            lengths = torch.from_numpy(np.diff(np.append(begins, len(ids_N))))[None]
+            logits = peer(ids, patch_lengths=lengths, use_cache=False).logits[0].numpy()
+        return Scores(entropies_N, own_N1, logits)
+
+    return score
+
+
+class Verdict(NamedTuple):
+    """The largest differences over all texts, and whether boundaries agree."""
+
+    entropies: float
+    logits: float
+    boundaries: int
+    differing: int
+    near_ties: int
+    by: tuple[str, str]  # who scored the source, who what was written
+
+
+def verify(source: ModelFiles, written: ModelFiles) -> Verdict:
+    """Runs the same texts through both, each by the code of those who made its layout if it is
+    installed, else by ours."""
+    scorers, by = [], []
+    for files in (source, written):
+        theirs = port(files) if files.layout in ("transformers", "meta") else None
+        scorers.append(theirs or ours(files))
+        by.append("transformers" if theirs else "bltjax")
+    config = source.config
+    window = config.blt.local.window if config.blt else getattr(config.model, "window", 0)
+    size = min(window + 100, config.data.row_bytes - 1)  # where no window is, ours is the row
+    long = " ".join(VERIFY_TEXTS * (1 + size // 200)).encode()[:size]
+    entropies = logits = 0.0
+    boundaries = differing = near_ties = 0
+    for text in (*VERIFY_TEXTS, long):
+        one = scorers[0](text, None)
+        other = scorers[1](text, one.starts)
+        logits = max(logits, float(np.abs(one.logits - other.logits).max()))
+        if one.entropies is None or other.entropies is None:
+            continue
+        entropies = max(entropies, float(np.abs(one.entropies - other.entropies).max()))
+        if one.starts is None:
+            continue
+        differs_N1 = one.starts != other.starts
+        # A start at n is decided by the entropy before it, or by a rise that one of two decides.
+        patching, rise_N = source.config.patching, np.diff(one.entropies, prepend=np.inf)
+        margins = [np.abs(one.entropies - patching.threshold), np.abs(rise_N - patching.threshold)]
+        if patching.threshold_add is not None:
+            margins.append(np.abs(rise_N - patching.threshold_add))
+        near_N1 = np.append(True, np.min(margins, axis=0) < NEAR_TIE)
+        boundaries += int(one.starts.sum())
+        near_ties += int((differs_N1 & near_N1).sum())
+        differing += int((differs_N1 & ~near_N1).sum())
+    return Verdict(entropies, logits, boundaries, differing, near_ties, tuple(by))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=path_argument, help="the model: a folder or gs://")
+    parser.add_argument("destination", type=path_argument, help="what to write; must not exist")
+    parser.add_argument(
+        "--to", choices=("orbax", "transformers", "meta"), default="orbax", help="(default: orbax)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="(default: each tensor as it is stored)"
+    )
+    parser.add_argument(
+        "--byte_lm", type=path_argument, help="the byte LM, where it is not beside the BLT"
+    )
+    parser.add_argument(
+        "--as_port",
+        action="store_true",
+        help="from transformers: keep its deviations from the released models",
+    )
+    add_serving_arguments(parser)
+    parser.add_argument(
+        "--take_over",
+        action="store_true",
+        help="begin at once where a command on another host, which is gone, wrote the same",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare what was written with the source"
+    )
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError("convert takes its settings from the source; drop --config.*")
+    begun, serving = time.monotonic(), serving_from(args)
+    source, files = convert(
+        args.source, args.destination, args.to,
+        dtype=args.dtype, byte_lm=args.byte_lm, as_port=args.as_port, serving=serving,
+        take_over=args.take_over,
+    )  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(
+        f"{args.destination}: {quantity(files.bytes)}B written in"
+        f" {duration(time.monotonic() - begun)}, peak memory {quantity(peak)}B"
+    )
+    if args.verify:
+        logging.getLogger("bltjax").setLevel(logging.WARNING)
+        verdict = verify(source, open_model(args.destination, as_port=args.as_port))
+        print(
+            f"verified, source by {verdict.by[0]}, destination by {verdict.by[1]}: largest"
+            f" difference {verdict.entropies:.2g} nats in entropies, {verdict.logits:.2g} in"
+            f" logits; {verdict.boundaries} patch boundaries, {verdict.differing} differ"
+            f" ({verdict.near_ties} more are near-ties)"
+        )
+    if serving:
+        print(f"{args.destination / FOLDER}: {len(serving.prompts) + 2} programs for a server")
+    if args.to == "orbax":
+        print(f"next: python -m bltjax generate --workdir={args.destination} --prompt='A BLT has'")

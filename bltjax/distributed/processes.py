@@ -1,0 +1,323 @@
+"""Many processes as one: how they find each other, agree, and end.
+
+`join` is called before jax touches a device. On Cloud TPU, GKE and SLURM jax itself knows the
+coordinator, the number of processes and which of them this is; elsewhere three options say so.
+From then on process 0 alone prints and writes (`is_writer`); what the others print goes nowhere,
+except for errors. What processes tell each other here are small values of JSON in the
+coordinator's key-value store, so that it works while no device does.
+
+A program ends with one of these codes, and the scripts in launch/ act on them:
+
+    0     finished
+    1     an error that a restart would meet again: a setting, data, a loss that is not finite
+    75    RESTART: the same command goes on where it stopped (notice of preemption, a lost process)
+    130   CTRL_C: a person's Ctrl-C; nothing starts it again by itself
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jaxlib
+
+from bltjax.config.run import differences
+from bltjax.distributed import coordinator
+from bltjax.distributed.coordinator import joined, process_count, process_index
+from bltjax.distributed.messages import OWN_FAULTS, disk_is_full, says
+from bltjax.system.compiling import forget_programs
+
+RESTART = 75  # EX_TEMPFAIL of sysexits.h
+CTRL_C = 130  # as a shell has it: ended by SIGINT
+JOIN_SECONDS = 300
+AGREE_SECONDS = 1200  # hosts read their data at different speeds
+PATIENCE = 3600  # seconds, for what may take long without being a hang: compiling, evaluating
+calls = itertools.count()  # every process makes the same calls, so a number names one
+
+
+class Restart(Exception):
+    """Ends a program with the code RESTART; its message says why."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--coordinator, --processes, --process of the programs that run as many processes."""
+    group = parser.add_argument_group(
+        "many processes",
+        "found by themselves on Cloud TPU, GKE and SLURM; elsewhere give all three",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which this is: 0 ... N - 1")
+    group.add_argument(
+        "--join_seconds",
+        type=int,
+        default=JOIN_SECONDS,
+        help=f"how long to wait for the others (default: {JOIN_SECONDS})",
+    )
+
+
+def join(args: argparse.Namespace) -> None:
+    """Makes this process one of many, if the options or the cluster say so.
+
+    Raises:
+      ValueError: for options that don't fit together.
+      Restart: if the coordinator, or another process, isn't there in time.
+    """
+    if joined():
+        return
+    given = [args.coordinator, args.processes, args.process]
+    # Collectives of CPU devices in several processes; other devices have their own.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # jax would catch SIGTERM in every program, also in those that have nothing to save.
+    jax.config.update("jax_enable_preemption_service", False)
+    if given == [None, 1, None]:
+        return
+    if given.count(None) == 3:
+        join_cluster(args.join_seconds)
+    elif None in given:
+        raise ValueError(
+            "--coordinator, --processes and --process belong together; given are"
+            f" {args.coordinator}, {args.processes} and {args.process}"
+        )
+    else:
+        join_at(args.coordinator, args.processes, args.process, args.join_seconds)
+    if process_count() > 1:
+        forget_programs()
+    if not is_writer():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+
+
+def placed(args: argparse.Namespace) -> tuple[int, int]:
+    """Which process this is, and of how many, told without meeting the others.
+
+    For work that is divided and not shared: a process that is lost, or late, holds up nobody.
+
+    Raises:
+      ValueError: for --process without --processes, or one that doesn't fit it.
+    """
+    index, count = args.process, args.processes
+    if index is None and count is None:
+        return coordinator.place_in_cluster() or (0, 1)
+    if index is None or count is None or not 0 <= index < count:
+        raise ValueError(f"--process ({index}) must be 0 ... --processes - 1, of {count}")
+    return index, count
+
+
+def join_cluster(seconds: int) -> None:
+    if coordinator.devices_started():
+        return  # called from a program that has begun to compute, such as a notebook: alone
+    try:
+        jax.distributed.initialize(initialization_timeout=seconds)
+    except ValueError as error:
+        # So jax says that it knows no cluster here: one process is all there is.
+        if not says(error, "no cluster"):
+            raise
+    except (OSError, RuntimeError) as error:
+        # To go on alone would let every host of a pod train for itself.
+        raise ValueError(
+            f"looking for the other processes of a cluster failed: {error}\nIf this is the only"
+            " one, say --processes=1."
+        ) from error
+
+
+def join_at(address: str, count: int, index: int, seconds: int) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--coordinator is {address!r}, not HOST:PORT")
+    if not 0 <= index < count:
+        raise ValueError(f"--process ({index}) must be 0 ... --processes - 1 = {count - 1}")
+    deadline = time.monotonic() + seconds
+    if index:
+        wait_for_listener(host.strip("[]"), int(port), address, index, seconds)
+    # Time's end inside jax aborts the process with a stack trace. Ours comes first.
+    late = threading.Timer(
+        max(1.0, deadline - time.monotonic()),
+        lambda: leave(
+            RESTART,
+            f"process {index} waited {seconds} s at the coordinator {address}, but not all of"
+            f" {count} processes came. Check that each was started, with this address and"
+            f" --processes={count}.",
+        ),
+    )
+    late.daemon = True
+    late.start()
+    jax.distributed.initialize(
+        address,
+        count,
+        index,
+        initialization_timeout=seconds + 60,
+        cluster_detection_method="deactivate",
+    )
+    late.cancel()
+
+
+def wait_for_listener(host: str, port: int, address: str, index: int, seconds: int) -> None:
+    """Returns once somebody listens at the coordinator's address."""
+    deadline, reason = time.monotonic() + seconds, ""
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            reason = error.strerror or str(error)
+            time.sleep(0.2)
+    raise Restart(
+        f"process {index} could not reach the coordinator at {address} in {seconds} s ({reason})."
+        " Is that the address of process 0, and does process 0 run?"
+    )
+
+
+def is_writer() -> bool:
+    """Whether this process prints, and writes logs and configs."""
+    return process_index() == 0
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error most likely comes of another process' end; a restart is the way on."""
+    if not joined():
+        return False
+    if isinstance(error, TimeoutError):  # of one of Orbax's barriers, if jax is the cause
+        error = error.__cause__
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return not says(error, *OWN_FAULTS)
+    # Some of jax's calls tell of a collective that was broken off by a ValueError.
+    return isinstance(error, ValueError) and says(error, "broken collective") is not None
+
+
+def describe(error: Exception) -> str:
+    """An error's message, for OSError with the file that it is about."""
+    if disk_is_full(error):
+        return (
+            "the disk is full. What was saved before is whole: make room, then run the same command"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror.lower()}"
+    # One word, as a KeyError has it, is no message.
+    return str(error) if " " in str(error) else f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def leave(code: int, message: str = "") -> NoReturn:
+    """Ends this process now; at an ordinary end jax would wait for others that may wait for it."""
+    if message:
+        print(f"bltjax: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_writer() and joined():
+        time.sleep(1)  # without their coordinator the others abort, before they say why they end
+    os._exit(code)
+
+
+def gathered(what: str, value: Any, seconds: int = AGREE_SECONDS) -> list:
+    """The value of every process, by its number; `what` names it if a process doesn't come.
+
+    value: small, and JSON.
+    seconds: how long the first may wait for the last.
+
+    Raises:
+      Restart: naming the processes that didn't give theirs in time.
+    """
+    if not joined():
+        return [value]
+    count, folder = process_count(), f"bltjax/{next(calls)}/"
+    coordinator.put(f"{folder}{process_index()}", json.dumps(value))
+    try:
+        coordinator.wait_for_all(f"{folder}whole", seconds)
+    except jax.errors.JaxRuntimeError as error:
+        lost = sorted(set(range(count)) - coordinator.values_by_process(folder).keys())
+        raise Restart(
+            f"{what}: no word from process {', '.join(map(str, lost))} in {seconds} s"
+            if lost
+            else f"{what}: {error}"
+        ) from error
+    found = coordinator.values_by_process(folder)
+    coordinator.wait_for_all(f"{folder}read", AGREE_SECONDS)  # process 0 may end after this
+    return [json.loads(found[index]) for index in range(count)]
+
+
+def barrier(what: str, seconds: int = AGREE_SECONDS) -> None:
+    """Returns once every process has come here."""
+    gathered(what, None, seconds)
+
+
+def together(jitted: Callable) -> Callable:
+    """A jitted function that no process calls before all have compiled it.
+
+    Processes may compile for minutes, and end as far apart as their hosts' load is; but gloo gives
+    them 30 s to come to the first collective of a group of devices. Every process calls it with the
+    same shapes in the same order; each set of them, and each mesh, has a program of its own.
+    """
+    programs = {}
+
+    def call(*arguments):
+        if not joined():
+            return jitted(*arguments)
+        leaves, structure = jax.tree.flatten(arguments)
+        shardings = [getattr(leaf, "sharding", None) for leaf in leaves]  # NumPy's are on no device
+        meshes = [getattr(sharding, "mesh", None) for sharding in shardings]
+        shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
+        key = structure, *zip(shapes, meshes, strict=True)
+        if key not in programs:
+            programs[key] = jitted.lower(*arguments).compile()
+            barrier("compiling", PATIENCE)
+        return programs[key](*arguments)
+
+    return call
+
+
+def from_writer(what: str, make: Callable[[], Any]) -> Any:
+    """What process 0 makes, in every process; what it raises as ValueError or OSError, too."""
+    made, problem = None, ""
+    if is_writer():
+        try:
+            made = make()
+        except (ValueError, OSError) as error:
+            problem, raised = str(error) or type(error).__name__, error
+    made, problem = gathered(what, [made, problem])[0]
+    if problem:
+        raise raised if is_writer() else ValueError(problem)
+    return made
+
+
+def code_version() -> str:
+    """A checksum of this package's sources."""
+    digest, root = hashlib.sha256(), Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_agreement(settings: dict) -> None:
+    """Raises ValueError, naming hosts and differences, unless all run the same on the same.
+
+    settings: what this process was told to do, as JSON.
+    """
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "sources": code_version()}
+    mine = {"bltjax": settings, "versions": versions}
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+    digests = gathered("comparing settings", digest)
+    if len(set(digests)) == 1:
+        return
+    # Whole settings travel only now: of process 0, and of those that differ from it.
+    differs = digests[process_index()] != digests[0]
+    told = gathered(
+        "comparing settings", [socket.gethostname(), mine if differs or is_writer() else None]
+    )
+    lines = []
+    for index, (host, theirs) in enumerate(told):
+        if digests[index] != digests[0]:
+            lines.append(f"process {index} ({host}):")
+            lines += [f"  {line}" for line in differences(told[0][1], theirs)]
+    raise ValueError(
+        f"processes differ from process 0 ({told[0][0]}; its value -> theirs):\n  "
+        + "\n  ".join(lines)
+        + "\nStart all with the same command, from the same copy of bltjax and of its packages."
+    )

@@ -1,0 +1,251 @@
+"""Mesh and shardings: one table from letter to mesh axes yields every spec in the project.
+
+    data    across slices: replicas that only exchange gradients
+    fsdp    within a slice: rows of the batch, and one axis of every parameter
+    tensor  within a slice: heads and feed-forward hidden
+
+An array's name ends in its letters, so its spec is read off its name; each mesh axis is used once
+per array, by the leftmost letter that asks for it. So an activation, whose B comes first, is split
+by rows and not by width. V, vectors and the letters not listed are never split.
+
+Where a mesh is set, `constrained` holds activations to their specs, `gathered` brings a weight
+together where it is used and scatters its gradient, and `by_rows` runs what the partitioner can't
+see through on each device's own rows. Without a mesh, or with one device, all three do nothing.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bltjax.config.letters import suffix_axes
+from bltjax.config.run import MeshConfig, divides
+
+AXES = ("data", "fsdp", "tensor")
+LETTER_AXES = {
+    "B": ("data", "fsdp"),
+    "D": ("fsdp",),
+    "E": ("fsdp",),
+    "F": ("tensor",),
+    "G": ("tensor",),
+    "H": ("tensor",),
+    "J": ("tensor",),
+    "M": ("fsdp", "tensor"),
+}
+# The byte stacks' heads are few (12, 16 or 20); where `tensor` doesn't divide them they are whole.
+WHERE_DIVIDING = ("G",)
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """The mesh of all devices; on TPUs of several slices, which share no links, `data` goes across.
+
+    Raises:
+      ValueError: if the sizes' product is not the number of devices, or slices don't divide `data`,
+        with both numbers.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = 1
+    for size in sizes:
+        known *= size if size != -1 else 1
+    if -1 in sizes:
+        divides("the mesh's given sizes' product", known, "the number of devices", len(devices))
+        sizes[sizes.index(-1)] = len(devices) // known
+    elif known != len(devices):
+        raise ValueError(
+            f"mesh data x fsdp x tensor = {' x '.join(map(str, sizes))} = {known},"
+            f" but there are {len(devices)} devices (--config.mesh.fsdp=-1 takes what is left)"
+        )
+    kinds = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or devices[0].platform != "tpu":
+        return jax.make_mesh(tuple(sizes), AXES, kinds, devices=devices)
+    divides("the number of slices", slices, "mesh axis data", sizes[0])
+    within = (sizes[0] // slices, *sizes[1:])
+    return Mesh(create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=kinds)
+
+
+def fitting_meshes(count: int, fits: Callable[[AbstractMesh], None]) -> list[MeshConfig]:
+    """The meshes of `count` devices for which `fits` raises no ValueError.
+
+    Those with least `tensor` come first, and of these those with most `fsdp`.
+    """
+    found, kinds = [], (AxisType.Auto,) * 3
+    for tensor in (n for n in range(1, count + 1) if count % n == 0):
+        left = count // tensor
+        for data in (n for n in range(1, left + 1) if left % n == 0):
+            sizes = (data, left // data, tensor)
+            try:
+                fits(AbstractMesh(sizes, AXES, axis_types=kinds))
+            except ValueError:
+                continue
+            found.append(MeshConfig(*sizes))
+    return found
+
+
+def dividing(axes: tuple[str, ...], mesh, size: int) -> tuple[str, ...]:
+    """Those of the axes that are free and whose product divides a size.
+
+    An axis that is manual already, since the caller is itself under shard_map, is not free.
+    """
+    taken: tuple[str, ...] = ()
+    for axis in axes:
+        product = math.prod(mesh.shape[name] for name in (*taken, axis))
+        if axis in free_axes(mesh) and size % product == 0:
+            taken += (axis,)
+    return taken
+
+
+def free_axes(mesh) -> frozenset[str]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in kinds if kind != AxisType.Manual)
+
+
+def set_mesh_or_none():
+    """The mesh that is set, if it has free axes of more than one device in all; else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if math.prod(mesh.shape[name] for name in free_axes(mesh)) > 1 else None
+
+
+def spec_of(name: str, shape: tuple[int, ...], mesh, *, but: tuple[str, ...] = ()) -> PartitionSpec:
+    """`q_LDHC` -> PartitionSpec(None, "fsdp", "tensor", None), where the axes divide the sizes.
+
+    `but`: axes that are left out.
+    """
+    entries = []
+    for size, wanted in zip(shape, wanted_axes(name), strict=True):
+        axes = dividing(tuple(axis for axis in wanted if axis not in but), mesh, size)
+        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*entries)
+
+
+def wanted_axes(name: str) -> list[tuple[str, ...]]:
+    """The mesh axes that each letter of a name is the first to ask for; none in a vector."""
+    letters = [letter for letter, _ in suffix_axes(name)]
+    is_vector = len([letter for letter in letters if letter != "L"]) < 2
+    taken, wanted = set(), []
+    for letter in letters:
+        asked = () if is_vector else LETTER_AXES.get(letter, ())
+        wanted.append(tuple(axis for axis in asked if axis not in taken))
+        taken.update(asked)
+    return wanted
+
+
+def tree_shardings(tree, mesh: Mesh):
+    """NamedShardings of a tree whose leaves' names carry letters; scalars are replicated.
+
+    Works on parameters and on optimizer states alike, since Adam's moments keep the names.
+
+    Raises:
+      ValueError: where an axis does not divide what it should split, with both numbers.
+    """
+
+    def of_leaf(path, leaf):
+        if not leaf.shape:
+            return NamedSharding(mesh, PartitionSpec())
+        name = path[-1].key
+        for (letter, _), size, axes in zip(
+            suffix_axes(name), leaf.shape, wanted_axes(name), strict=True
+        ):
+            if axes and letter not in WHERE_DIVIDING:
+                product = math.prod(mesh.shape[axis] for axis in axes)
+                divides(f"mesh {' x '.join(axes)}", product, f"{letter} of {name}", size)
+        return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp, everything else whole: the sharding of every array of a batch."""
+    return NamedSharding(mesh, PartitionSpec(LETTER_AXES["B"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrained(x, name: str):
+    """x, held to the spec of its letters where a mesh is set."""
+    mesh = set_mesh_or_none()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(name, x.shape, mesh))
+
+
+def constrained_tree(tree):
+    """Each leaf held to the spec of its own name: gradients lie as their parameters do."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrained(x, path[-1].key), tree)
+
+
+def gathered(weight, name: str, dtype):
+    """A weight in `dtype`, whole along fsdp and still split over tensor, to be used at once.
+
+    It is cast before it travels; its gradient is summed where the parameter lies, so that the sum
+    over devices is a reduce-scatter. Under rematerialisation the backward pass gathers anew.
+    """
+    weight = weight.astype(dtype)
+    return weight if set_mesh_or_none() is None else brought_together(weight, name)
+
+
+def gathers() -> bool:
+    """Whether weights are split over fsdp, so that using one brings it together."""
+    mesh = set_mesh_or_none()
+    return mesh is not None and mesh.shape["fsdp"] > 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def brought_together(weight, name: str):
+    mesh = set_mesh_or_none()
+    together = spec_of(name, weight.shape, mesh, but=("fsdp",))
+    return jax.lax.with_sharding_constraint(constrained(weight, name), together)
+
+
+brought_together.defvjp(
+    lambda weight, name: (brought_together(weight, name), None),
+    lambda name, _, grad: (constrained(grad, name),),
+)
+
+
+def on_devices(function, mesh, in_specs, out_specs):
+    """The function run by each device on its own parts, over all axes that are not manual yet."""
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        axis_names=free_axes(mesh),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=False,  # a kernel doesn't say over which axes its outputs vary
+    )
+
+
+def by_rows(function, *arrays):
+    """function(*arrays) on each device's own rows; rows come first in all that goes in and out.
+
+    For what concerns no other row but is written so that the partitioner would gather all of them.
+    """
+    mesh, axes = row_axes(arrays)
+    if not axes:
+        return function(*arrays)
+    return on_devices(function, mesh, PartitionSpec(axes), PartitionSpec(axes))(*arrays)
+
+
+def summed_by_rows(function, *arrays):
+    """As `by_rows`, for a function that sums over rows: the sum of all devices' outcomes."""
+    mesh, axes = row_axes(arrays)
+    if not axes:
+        return function(*arrays)
+
+    def summed(*arrays):
+        return jax.lax.psum(function(*arrays), axes)
+
+    return on_devices(summed, mesh, PartitionSpec(axes), PartitionSpec())(*arrays)
+
+
+def row_axes(arrays):
+    """The mesh that is set, and the axes that split the arrays' rows."""
+    mesh = set_mesh_or_none()
+    rows = jax.tree.leaves(arrays)[0].shape[0]
+    return mesh, dividing(LETTER_AXES["B"], mesh, rows) if mesh is not None else ()

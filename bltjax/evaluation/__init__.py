@@ -1,0 +1,1 @@
+"""Measures of models that compare across patchings and tokenizers."""

@@ -1,0 +1,282 @@
+"""Bits per byte of a run on any text, beside gzip and xz on the same bytes.
+
+Only text bytes count: sum of -log2 p over them, divided by their number, so models with different
+patches, and compressors, compare. A document that fits in a row is never split; the number of cuts
+in longer ones is reported. The result does not depend on batch size, document order, devices or
+processes: the parameters and the rows are divided among all devices of all processes.
+"""
+
+import argparse
+import dataclasses
+import gzip
+import json
+import logging
+import lzma
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from bltjax.config.load import (
+    add_mesh_argument,
+    add_source_arguments,
+    add_workdir_argument,
+    local_path_argument,
+    source_from,
+)
+from bltjax.config.run import MeshConfig, RunConfig, SourceConfig
+from bltjax.data.calibrate import mean_patch_bytes
+from bltjax.data.pipeline import held_out_batches
+from bltjax.data.records import RecordDocuments
+from bltjax.data.sources.by_path import Documents, open_source
+from bltjax.distributed.processes import add_arguments as add_process_arguments
+from bltjax.distributed.processes import is_writer, join, together
+from bltjax.distributed.rows import own_part
+from bltjax.distributed.sharding import make_mesh, row_sharding, tree_shardings
+from bltjax.inference.entropy import PREVIEW, load_entropy_model, scored_source
+from bltjax.inference.finite import not_finite
+from bltjax.model import parameter_count
+from bltjax.model.loss import Sums
+from bltjax.system.compiling import CompileTime
+from bltjax.system.outputs import check_outputs
+from bltjax.system.storage import write_text
+from bltjax.text.alphabet import decode
+from bltjax.training.metrics import Progress, quantity, speed
+from bltjax.training.step import check_mesh, jitted_scores, resolved, run_model
+from bltjax.weights.export import TOKENIZER, load_params, read_config
+from bltjax.weights.stored import model_shapes
+
+logger = logging.getLogger("bltjax")
+XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
+
+
+def run_patching(config: RunConfig, workdir: epath.Path):
+    """(PatchingConfig, EntropyModel) of a run or an export, each None where it has none.
+
+    What the patches need lies in the same folder, so that the two travel together.
+
+    Raises:
+      ValueError: for entropy patching without a byte LM.
+    """
+    patching = config.patching if config.blt is not None else None
+    if patching is not None and patching.mode == "bpe":
+        return dataclasses.replace(patching, tokenizer=str(workdir / TOKENIZER)), None
+    if patching is None or patching.mode != "entropy":
+        return patching, None
+    if not (workdir / "byte_lm").exists():
+        raise ValueError(
+            f"{workdir} has no byte LM, which its entropy patching needs: convert it again with"
+            " --byte_lm"
+        )
+    return patching, load_entropy_model(workdir / "byte_lm", newline_reset=patching.newline_reset)
+
+
+def mesh_words(config: MeshConfig) -> str:
+    """A mesh as --mesh takes it: data=2,fsdp=4."""
+    sizes = dataclasses.asdict(config).items()
+    return ",".join(f"{axis}={size}" for axis, size in sizes if size != 1) or "data=1"
+
+
+def evaluation_mesh(
+    config: RunConfig, asked: MeshConfig | None = None, devices: Sequence | None = None
+) -> Mesh:
+    """The mesh that was asked for, or the one of all devices that splits the parameters most.
+
+    As many devices split the parameters as divide them; the rest share the rows (`data`).
+
+    Raises:
+      ValueError: if what was asked for doesn't fit the devices or the model, with what does.
+    """
+    devices = jax.devices() if devices is None else devices
+    shapes, count = model_shapes(config), len(devices)
+
+    def made(sizes: MeshConfig) -> Mesh:
+        mesh = make_mesh(sizes, devices)
+        check_mesh(config.model, None, mesh)
+        tree_shardings(shapes, mesh)
+        return mesh
+
+    refused = None
+    for fsdp in (size for size in range(count, 0, -1) if count % size == 0):
+        sizes = MeshConfig(count // fsdp, fsdp, 1)
+        try:
+            default = made(sizes)
+            break
+        except ValueError as error:
+            refused = refused or error
+    if asked is None:
+        if refused:
+            logger.info("evaluating on mesh %s, since %s", mesh_words(sizes), refused)
+        return default
+    way_out = f"--mesh={mesh_words(sizes)} works here, and is the default"
+    known = (asked.data, asked.fsdp, asked.tensor)
+    product = math.prod(known)
+    if product > 0 and product != count:
+        raise ValueError(
+            f"--mesh={mesh_words(asked)}: data x fsdp x tensor = {' x '.join(map(str, known))} ="
+            f" {product}, but there are {count} devices; {way_out}"
+        )
+    try:
+        return made(asked)
+    except ValueError as error:
+        raise ValueError(f"--mesh={mesh_words(asked)}: {error}; {way_out}") from None
+
+
+def evaluate(
+    workdir: epath.Path,
+    source: SourceConfig,
+    *,
+    skip_bad: bool = False,
+    mesh: Mesh | None = None,
+    documents: Documents | None = None,
+) -> dict:
+    """Bits per byte on `source` of a run or an export, with counts of what was scored.
+
+    mesh: of all devices of all processes; the default is `evaluation_mesh`. documents: the source,
+    where it is open already.
+
+    Raises:
+      ValueError: where the mesh doesn't divide what it should split, with both numbers.
+      FloatingPointError: for a figure that is not finite, naming the parameter or the text.
+    """
+    config = read_config(workdir)
+    if documents is None:  # what is wrong with a source is said before a model is loaded
+        documents = open_source(source, skip_bad=skip_bad)
+    mesh = mesh or evaluation_mesh(config)
+    check_mesh(config.model, None, mesh)
+    shardings = tree_shardings(model_shapes(config), mesh)
+    patching, byte_lm = run_patching(config, workdir)
+    if byte_lm and isinstance(documents, RecordDocuments):
+        documents = RecordDocuments(documents.folder, byte_lm.identity)
+    compiling = CompileTime()
+    config, params, step = load_params(workdir, shardings)
+    documents = scored_source(source, patching, byte_lm, skip_bad=skip_bad, documents=documents)
+    # As many rows as the devices divide: the figure doesn't depend on it.
+    data = dataclasses.replace(config.data, rows=-(-config.data.rows // mesh.size) * mesh.size)
+    batches, cuts = held_out_batches(documents, data, patching)
+    model = run_model(resolved(config, mesh.devices.flat[0]))
+    scores = together(jitted_scores(model, shardings, mesh))
+
+    def sums_of(batch) -> Sums:
+        return jax.device_get(scores(params, own_part(batch, row_sharding(mesh))))
+
+    nats = text_bytes = 0.0
+    progress = Progress("evaluating", len(batches), " batches", quiet=not is_writer())
+    for batch in batches:
+        before = compiling.seconds
+        sums = sums_of(batch)
+        if not np.isfinite(sums.nats):
+            raise not_finite(
+                f"{source.path}: the log-probabilities of {broken_row(batch, sums_of)} are",
+                {"": params},
+            )
+        nats += float(sums.text_nats)
+        text_bytes += float(sums.text_bytes)
+        progress.begun += compiling.seconds - before  # a rate is of what ran
+        progress.advance(1)
+    result = {
+        "model": "blt" if config.blt else "byte_lm" if config.byte_lm else "byte_cnn",
+        "step": step,
+        "bits_per_byte": nats / np.log(2.0) / max(text_bytes, 1.0),
+        "text_bytes": int(text_bytes),
+        "documents": len(documents),
+        "parameters": parameter_count(params, config.model),
+        "cuts": cuts,
+        "compile_seconds": compiling.seconds,
+    }
+    if patching is not None:
+        every = (documents[index] for index in range(len(documents)))
+        result["mean_patch_bytes"] = mean_patch_bytes(every, patching)
+    return result
+
+
+def broken_row(batch: dict[str, np.ndarray], sums_of: Callable[[dict], Sums]) -> str:
+    """The first row of a batch whose sums are not finite, by the text that it begins with."""
+    for row in range(len(batch["bytes_BN"])):
+        alone = {name: np.zeros_like(array) for name, array in batch.items()}
+        for name, array in batch.items():
+            alone[name][row] = array[row]
+        if not np.isfinite(sums_of(alone).nats):
+            text = decode(batch["bytes_BN"][row])[:PREVIEW].decode("utf-8", errors="replace")
+            return f"the text that begins with {text!r}"
+    return "some texts together"
+
+
+def compressor_bits(text: bytes, training_text: bytes) -> dict[str, float]:
+    """Bits per byte of gzip -9, xz -9, and xz -9 when the training text comes first."""
+    bits = {
+        "gzip": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
+        "xz": 8 * len(lzma.compress(text, **XZ)) / len(text),
+    }
+    if training_text:
+        before = len(lzma.compress(training_text, **XZ))
+        both = len(lzma.compress(training_text + text, **XZ))
+        bits["xz_after_training_text"] = 8 * (both - before) / len(text)
+    return bits
+
+
+def joined_text(documents: Documents) -> bytes:
+    return b"".join(documents[i].text.tobytes() for i in range(len(documents)))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workdir_argument(parser)
+    add_source_arguments(parser, required=False, default="the run's held-out")
+    add_mesh_argument(parser)
+    add_process_arguments(parser)
+    parser.add_argument("--compressors", action="store_true", help="also gzip -9 and xz -9")
+    parser.add_argument("--out", type=local_path_argument, help="also write the result as JSON")
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError("evaluate takes its config from the work directory; drop --config.*")
+    join(args)
+    config = read_config(args.workdir)
+    if args.source:
+        sources = [source_from(args)]
+    elif config.data.held_out:
+        sources = list(config.data.held_out.values())
+    else:
+        raise ValueError(f"{args.workdir} has no held-out source in its config; give --source")
+    if is_writer():
+        read = [("the evaluation", source.path) for source in sources]
+        check_outputs({"--out": args.out}, read, model=args.workdir)
+    opened = [open_source(source, skip_bad=args.skip_bad) for source in sources]
+    training: list[Documents] = []
+    if args.compressors:
+        of_the_run = config.data.train.values()
+        training = [open_source(source, skip_bad=args.skip_bad) for source in of_the_run]
+    mesh = evaluation_mesh(config, args.mesh)
+    results = []
+    for source, documents in zip(sources, opened, strict=True):
+        begun = time.monotonic()
+        found = evaluate(
+            args.workdir, source, skip_bad=args.skip_bad, mesh=mesh, documents=documents
+        )
+        result = {"source": source.path, **found}
+        result["seconds"] = time.monotonic() - begun
+        if args.compressors:
+            result["compressors"] = compressor_bits(
+                joined_text(documents), b"".join(map(joined_text, training))
+            )
+        results.append(result)
+        print(
+            f"{source.path}: {quantity(result['text_bytes'])}B in {result['documents']} documents"
+            f" ({result['cuts']} cuts)"
+        )
+        print(
+            f"  {result['model'] + ' at step ' + str(result['step']):28s}"
+            f"{result['bits_per_byte']:8.4f} bits per byte"
+        )
+        for name, bits in result.get("compressors", {}).items():
+            print(f"  {name.replace('_', ' '):28s}{bits:8.4f} bits per byte")
+        seconds, compiled = result["seconds"], result["compile_seconds"]
+        logger.info("  %s", speed(result["text_bytes"], seconds, compiled))
+    if args.out and is_writer():
+        told = results if len(results) > 1 else results[0]
+        write_text(args.out, json.dumps(told, allow_nan=False) + "\n")

@@ -1,0 +1,64 @@
+"""What the cross-attentions between bytes and slots look at in a text, as weights to be drawn.
+
+An implementation of attention never holds weights, so they are made anew, of the queries and keys
+that the model meets on its way.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from bltjax.config.run import BLTConfig
+
+
+class CrossWeights(NamedTuple):
+    """Weights of one text for each attending layer, indexed by byte as logits are: 0 is BOS.
+
+    encoder_LKGN: how much slot k of a byte's own patch takes from this byte, by head g; over the
+    bytes of a patch they sum to 1. decoder_LKGN: how much the byte takes from slot k of the patch
+    that it reads, which is the one before its own unless it closes that; over k they sum to 1.
+    """
+
+    encoder_LKGN: np.ndarray
+    decoder_LKGN: np.ndarray
+
+
+def softmax(scores: np.ndarray, axis: int) -> np.ndarray:
+    raised = np.exp(scores - scores.max(axis=axis, keepdims=True))
+    return raised / raised.sum(axis=axis, keepdims=True)
+
+
+def cross_weights(config: BLTConfig, model, params, batch, length: int) -> CrossWeights:
+    """The weights of a batch of one row, of which the first `length` bytes are text."""
+    inputs = (batch["bytes_BN"], batch["documents_BN"], batch["starts_BN1"])
+    (_, out), met = model.apply({"params": params}, *inputs, mutable=["cross"])
+    patch_of_N = np.asarray(out["patches"].patch_of_BN[0, :length])
+    reads_N = np.asarray(out["patches"].read_ranges.start_BQ[0, :length])
+    slots = config.cross.slots
+
+    def scores(part: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each layer, in their order, queries and keys of the row, [Q, G, C] and [T, G, C]."""
+        layers = met.get("cross", {}).get(part, {})
+        kept = [layers[name]["queries_keys"][0] for name in sorted(layers, key=layer_number)]
+        return [tuple(np.asarray(array[0], np.float64) for array in layer) for layer in kept]
+
+    encoder = [np.zeros((0, slots, config.cross.heads, length), np.float32)]
+    decoder = [np.zeros((0, slots, config.cross.heads, length), np.float32)]
+    for q_SGC, k_NGC in scores("encoder"):
+        q_PKGC = q_SGC.reshape(-1, slots, *q_SGC.shape[1:])
+        weights_KGN = np.einsum("NKGC,NGC->KGN", q_PKGC[patch_of_N], k_NGC[:length])
+        weights_KGN /= np.sqrt(k_NGC.shape[-1])
+        for patch in np.unique(patch_of_N):
+            there_N = patch_of_N == patch
+            weights_KGN[:, :, there_N] = softmax(weights_KGN[:, :, there_N], axis=2)
+        encoder.append(weights_KGN[None].astype(np.float32))
+    for q_NGC, k_SGC in scores("decoder"):
+        k_PKGC = k_SGC.reshape(-1, slots, *k_SGC.shape[1:])
+        weights_KGN = np.einsum("NGC,NKGC->KGN", q_NGC[:length], k_PKGC[reads_N])
+        weights_KGN = softmax(weights_KGN / np.sqrt(k_SGC.shape[-1]), axis=0)
+        decoder.append(weights_KGN[None].astype(np.float32))
+    return CrossWeights(np.concatenate(encoder), np.concatenate(decoder))
+
+
+def layer_number(name: str) -> int:
+    return int(name.removeprefix("cross_"))

@@ -1,0 +1,1 @@
+"""Incremental decoding: exact, cached, one latent step per patch."""

@@ -1,0 +1,291 @@
+"""What a BLT remembers of a text, and how one byte more changes it.
+
+    byte n ──► scorer ──► does byte n + 1 open a patch?            once per byte
+      └──────► encoder ─► state n, its share of the open patch     once per byte
+                               │ the patch is whole: `closes`
+                               ▼
+               pool, cross-attend, latent transformer              once per patch
+                               │ what bytes read from now on
+                               ▼
+               decoder of state n ──► logits of byte n + 1         once per byte
+
+A patch's slots depend on the maximum over all its bytes, so they can't be built up: until the patch
+closes, the keys and values that its bytes offer to the encoder's cross-attention are kept. That
+buffer and the latent caches are the only parts that grow with the text; a full one stops the loop,
+and the host doubles it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bltjax.attention.kv_cache import Cache, Places, ring_of, ring_places, written
+from bltjax.attention.rope import rotary_angles, rotate
+from bltjax.config.run import BLTConfig, PatchingConfig
+from bltjax.distributed.sharding import constrained_tree
+from bltjax.inference.decoding.scorer import Scorer
+from bltjax.model import narrowed
+from bltjax.model.blt import BLT
+from bltjax.model.latent_transformer import LatentTransformer, unscanned
+from bltjax.model.local_decoder import LocalDecoder
+from bltjax.model.local_encoder import LocalEncoder
+from bltjax.text.patching import Cursor, cursor_at, force_starts, next_starts, trace_starts
+from bltjax.text.segments import index_like
+
+HISTORY = 16  # ids kept: the longest n-gram
+
+
+class Scored(NamedTuple):
+    """Prompts after the scorer: where their patches begin, and what the scorer goes on from."""
+
+    bytes_BN: jax.Array
+    length_B: jax.Array
+    starts_BN1: jax.Array
+    scorer: tuple[Cache, ...]
+    context_B: jax.Array
+    cursor: Cursor
+    closed_B: jax.Array  # patches that are whole
+    open_B: jax.Array  # bytes of the open patch
+    sound_B: jax.Array  # positions before the first entropy that is not finite: all, if none is
+
+
+class Memory(NamedTuple):
+    """What rows of a batch go on from, after `count` positions (BOS is the first)."""
+
+    past_BT: jax.Array  # the newest ids, the newest last
+    count_B: jax.Array
+    scorer: tuple[Cache, ...]
+    context_B: jax.Array  # where the scorer's context begins
+    cursor: Cursor
+    opens_B: jax.Array  # whether the next byte opens a patch
+    encoder: tuple[Cache, ...]
+    state_B1E: jax.Array  # the newest byte's, which the decoder has yet to see
+    open_B: jax.Array  # bytes of the open patch
+    pooled: tuple[jax.Array, ...]  # the maxima over them, [B, 1, E]
+    offered: tuple[Cache, ...]  # their keys and values
+    closes_B: jax.Array  # whether the open patch is whole, and waits for the latent transformer
+    latent: tuple[Cache, ...]
+    patches_B: jax.Array  # in the latent caches
+    reads: Any  # what the decoder reads of the newest of them
+    decoder: tuple[Cache, ...]
+
+
+def rows_where(go_B, new, old):
+    """Trees of arrays with a row for each of B: `new` where it goes, else `old`."""
+
+    def chosen(a, b):
+        return jnp.where(go_B.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(chosen, new, old)
+
+
+@dataclass(frozen=True)
+class CachedBLT:
+    """A BLT's two ways to a `Memory`: whole prompts at once, and byte by byte."""
+
+    config: BLTConfig
+    patching: PatchingConfig
+    scorer: Scorer
+    dtype: Any
+    extra: int = 0  # slots that the rings have beyond their windows
+    implementation: str | None = None  # of attention over whole prompts
+
+    @property
+    def encoder(self) -> LocalEncoder:
+        return LocalEncoder(self.config, self.dtype, None)
+
+    @property
+    def decoder(self) -> LocalDecoder:
+        return LocalDecoder(self.config, self.dtype, None)
+
+    def prepared(self, params, scorer_params) -> dict:
+        """Parameters as decoding reads them: latent layers apart, all but norms in its dtype;
+        beside them what the scorer reads."""
+        params = dict(params) | {"latent": unscanned(params["latent"])}
+        cast = constrained_tree(narrowed(params, self.dtype))
+        return {"model": cast, "scorer": self.scorer.prepared(scorer_params)}
+
+    def places(self, count_B, queries: int) -> Places:
+        local = self.config.local
+        begin_BQ = jnp.zeros((count_B.shape[0], queries), jnp.int32)
+        channels, slots = local.width // local.heads, local.window + self.extra
+        return ring_places(count_B, begin_BQ, slots, local.window, channels, local.rope_theta)
+
+    # Prompts, in one pass.
+
+    def score(self, params, bytes_BN, length_B) -> Scored:
+        """The first half: entropies and patches, whose number sets the shapes of the second."""
+        entropies_BN, caches, context_B = self.scorer.run(params["scorer"], bytes_BN, length_B)
+        trace = trace_starts(self.patching, bytes_BN, entropies_BN)
+        starts_BN1 = force_starts(trace.starts_N1)
+        cursor = cursor_at(trace, entropies_BN, length_B)
+        index_BN1 = index_like(starts_BN1)
+        starts_BN1 &= index_BN1 <= length_B[:, None]
+        begin_B = jnp.where(starts_BN1, index_BN1, 0).max(axis=1)
+        closed_B = starts_BN1.sum(axis=1, dtype=jnp.int32) - 1
+        open_B = length_B - begin_B
+        index_BN = index_like(bytes_BN)
+        sound_B = jnp.where(jnp.isfinite(entropies_BN), length_B[:, None], index_BN).min(axis=1)
+        sound_B = jnp.minimum(sound_B, length_B)
+        return Scored(
+            bytes_BN, length_B, starts_BN1, caches, context_B, cursor, closed_B, open_B, sound_B
+        )
+
+    def prefill(self, params, scored: Scored, patches: int, open_slots: int) -> Memory:
+        """The second half: BLT over the prompts, of at most `patches` patches that hold bytes."""
+        local, latent = self.config.local, self.config.latent
+        bytes_BN, length_B = scored.bytes_BN, scored.length_B
+        rows, length = bytes_BN.shape
+        documents_BN = (jnp.arange(length)[None] < length_B[:, None]).astype(jnp.int32)
+        model = BLT(self.config, patches, self.dtype, self.implementation, scanned=False)
+        _, out = model.apply({"params": params["model"]}, bytes_BN, documents_BN, scored.starts_BN1)
+        rings = local.window + self.extra, local.rope_theta
+        kept = out["kept"]
+
+        # The open patch: its bytes' states, the oldest first.
+        at_BT = (length_B - scored.open_B)[:, None] + jnp.arange(open_slots)[None]
+        at_BT1 = jnp.minimum(at_BT, length - 1)[..., None]
+        opened = [jnp.take_along_axis(x_BNE, at_BT1, axis=1) for x_BNE in out["layer_states"]]
+        pooled, sources = self.encoder.apply(
+            {"params": params["model"]["encoder"]}, opened, method="offered"
+        )
+        inside_BT1 = (jnp.arange(open_slots)[None] < scored.open_B[:, None])[..., None]
+        pooled = tuple(
+            jnp.where(inside_BT1, x, -jnp.inf).max(axis=1, keepdims=True) for x in pooled
+        )
+
+        # The latent caches hold every patch that is whole; a patch beyond is not seen before it is.
+        angles = rotary_angles(
+            jnp.broadcast_to(jnp.arange(patches)[None], (rows, patches)),
+            latent.width // latent.heads,
+            latent.rope_theta,
+            latent.rope_scaling,
+        )
+        last_B11 = (scored.closed_B - 1)[:, None, None]
+        reads = self.decoder.apply(
+            {"params": params["model"]["decoder"]},
+            jnp.take_along_axis(out["latent_BPD"], last_B11, axis=1),
+            method="sources",
+        )
+        past_BT = jnp.pad(bytes_BN, ((0, 0), (HISTORY, 0)))
+        past_BT = jnp.take_along_axis(
+            past_BT, length_B[:, None] + jnp.arange(HISTORY)[None], axis=1
+        )
+        last_B11 = (length_B - 1)[:, None, None]
+        return Memory(
+            past_BT=past_BT,
+            count_B=length_B,
+            scorer=scored.scorer,
+            context_B=scored.context_B,
+            cursor=scored.cursor,
+            opens_B=scored.open_B == 0,
+            encoder=tuple(ring_of(k, v, length_B, *rings) for k, v in kept["encoder"]),
+            state_B1E=jnp.take_along_axis(out["states_BNE"], last_B11, axis=1),
+            open_B=scored.open_B,
+            pooled=pooled,
+            offered=tuple(Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in sources),
+            closes_B=jnp.zeros(rows, bool),
+            latent=tuple(
+                Cache(rotate(k, angles).swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in kept["latent"]
+            ),
+            patches_B=scored.closed_B,
+            reads=reads,
+            decoder=tuple(ring_of(k, v, length_B, *rings) for k, v in kept["decoder"]),
+        )
+
+    def grown(self, memory: Memory, patches: int, open_slots: int) -> Memory:
+        """The same memory with room for so many patches, and so many bytes in an open one."""
+
+        def widen(caches, slots):
+            extra = slots - caches[0].k_BJTC.shape[2] if caches else 0
+            return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), caches)
+
+        return memory._replace(
+            latent=widen(memory.latent, patches), offered=widen(memory.offered, open_slots)
+        )
+
+    # Byte by byte.
+
+    def full(self, memory: Memory, ahead: int = 1):
+        """bool [B, 2]: rows without room for so many bytes more: as patches, in the open one."""
+        latent = memory.patches_B + ahead > memory.latent[0].k_BJTC.shape[2]
+        slots = memory.offered[0].k_BJTC.shape[2] if memory.offered else jnp.inf
+        return jnp.stack([latent, memory.open_B + ahead > slots], axis=1)
+
+    def close(self, params, memory: Memory, go_B) -> Memory:
+        """Runs the latent transformer on the whole patches of some rows; others are as before."""
+        go_B11 = go_B[:, None, None]
+        slots = memory.offered[0].k_BJTC.shape[2] if memory.offered else 1
+        seen_BPT = (jnp.arange(slots)[None] < memory.open_B[:, None])[:, None]
+        pooled = tuple(jnp.where(go_B11, x_B1E, 0) for x_B1E in memory.pooled)
+        slots_BSE = self.encoder.apply(
+            {"params": params["model"]["encoder"]}, pooled, memory.offered, seen_BPT,
+            method="closed",
+        )  # fmt: skip
+        transformer = LatentTransformer(self.config, self.dtype, None, 1, scanned=False)
+        # A row that does not go writes to the slot that its next patch will overwrite.
+        latent_BPD, latent = transformer.apply(
+            {"params": params["model"]["latent"]},
+            slots_BSE,
+            memory.patches_B[:, None],
+            memory.latent,
+            method="step",
+        )
+        reads = self.decoder.apply(
+            {"params": params["model"]["decoder"]}, latent_BPD, method="sources"
+        )
+        return memory._replace(
+            open_B=jnp.where(go_B, 0, memory.open_B),
+            pooled=tuple(jnp.where(go_B11, -jnp.inf, x_B1E) for x_B1E in memory.pooled),
+            closes_B=memory.closes_B & ~go_B,
+            latent=latent,
+            patches_B=memory.patches_B + go_B,
+            reads=rows_where(go_B, reads, memory.reads),
+        )
+
+    def predict(self, params, memory: Memory):
+        """(logits [B, V] of the next byte, memory); of no use in a row whose patch has to close."""
+        logits_BQV, caches = self.decoder.apply(
+            {"params": params["model"]["decoder"]},
+            memory.state_B1E,
+            memory.reads,
+            jnp.zeros((memory.count_B.shape[0], 1), jnp.int32),
+            self.places(memory.count_B - 1, 1),
+            memory.decoder,
+            method="step",
+        )
+        return logits_BQV[:, 0], memory._replace(decoder=caches)
+
+    def advance(self, params, memory: Memory, id_B, go_B) -> Memory:
+        """Takes one byte more in some rows; the others are as before.
+
+        What a row that does not go writes, it writes where its own next byte will.
+        """
+        past_BT = jnp.concatenate([memory.past_BT[:, 1:], id_B[:, None]], axis=1)
+        entropies_BQ, context_BQ, scorer = self.scorer.step(
+            params["scorer"], past_BT, 1, memory.count_B, memory.context_B, memory.scorer
+        )
+        opens_B, cursor = next_starts(self.patching, memory.cursor, past_BT, entropies_BQ[:, 0])
+        apply = self.encoder.apply
+        weights = {"params": params["model"]["encoder"]}
+        places = self.places(memory.count_B, 1)
+        states, encoder = apply(weights, past_BT, places, memory.encoder, method="step")
+        pooled, sources = apply(weights, states, method="offered")
+        offered = written(memory.offered, sources, memory.open_B[:, None])
+
+        changed = {
+            "past_BT": past_BT,
+            "count_B": memory.count_B + 1,
+            "context_B": context_BQ[:, 0],
+            "cursor": cursor,
+            "opens_B": opens_B,
+            "state_B1E": states[-1],
+            "open_B": memory.open_B + 1,
+            "pooled": tuple(map(jnp.maximum, memory.pooled, pooled)),
+            "closes_B": opens_B,
+        }
+        before = {name: old for name, old in memory._asdict().items() if name in changed}
+        changed = rows_where(go_B, changed, before)
+        return memory._replace(**changed, scorer=scorer, encoder=encoder, offered=offered)

@@ -1,0 +1,393 @@
+"""Writing text: exact, cached, with one latent step per patch, on the device from byte to byte.
+
+`Decoder` is the door. It runs prompts in one pass, padded to a few lengths so that few programs are
+compiled, then the loop of `loop.py`, which comes back with what it wrote every few bytes, or when a
+buffer is full; then the buffer is doubled and the loop goes on. Rows that have ended leave the
+batch when at least half of them have. Under a mesh (`placing.py`) rows are shared among groups of
+devices, each of which runs the loop by itself; places that lack a row count as ended.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bltjax.attention import fastest
+from bltjax.config.run import ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
+from bltjax.inference.decoding.blt import CachedBLT
+from bltjax.inference.decoding.byte_models import CachedBytes
+from bltjax.inference.decoding.loop import (
+    AT_LIMIT,
+    AT_STOP,
+    NOT_FINITE,
+    RUNNING,
+    WHY,
+    Asked,
+    Costs,
+    State,
+    run,
+)
+from bltjax.inference.decoding.placement import (
+    held,
+    in_groups,
+    on_mesh,
+    row_shardings,
+    weight_shardings,
+)
+from bltjax.inference.decoding.request import (
+    CONTEXT,
+    check_decodable,
+    fitting_prompts,
+    prompt_names,
+)
+from bltjax.inference.decoding.sampling import GREEDY, Sampling, utf8_state
+from bltjax.inference.decoding.scorer import Scorer
+from bltjax.inference.decoding.speculation import run_rounds
+from bltjax.inference.entropy import EntropyModel
+from bltjax.inference.finite import not_finite
+from bltjax.system.environment import random_key
+from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY, as_bytes, encode
+from bltjax.training.step import resolved
+
+SHORTEST = 64  # bytes and patches of the smallest buffers
+CHUNK = 32  # bytes between two looks of the host
+ENDED = -1  # the row of a place in the batch that has none
+STOPS = (4, 16)  # stop strings, and their bytes, that the first program is compiled for
+
+
+class Piece(NamedTuple):
+    """What one row wrote since it was last heard of."""
+
+    row: int
+    text: bytes
+    log_probs: np.ndarray  # float32 [len(text)], nats, under the model before any sampling setting
+    entropies: np.ndarray  # float32 [len(text)], nats, known before each byte
+    opens: np.ndarray  # bool [len(text)]: whether the byte opens a patch
+    why: str  # "" while the row goes on; then eos, stop or max_bytes
+
+
+class Counts(NamedTuple):
+    """What a call cost, over all its rows."""
+
+    bytes: int = 0
+    latent_runs: int = 0  # of the latent transformer, on one row or more
+    patches: int = 0  # that it ran on
+    passes: int = 0  # of the whole model over a row: one a byte, or one a round of drafts
+
+
+def power_of_two(size: int, least: int = SHORTEST) -> int:
+    """The smallest power of two that is not below size."""
+    return max(least, 1 << max(0, size - 1).bit_length())
+
+
+def padded_length(size: int) -> int:
+    """Four lengths between a power of two and the next: a prompt is padded by a quarter at most."""
+    quarter = power_of_two(size) // 8
+    return max(SHORTEST, -(-size // quarter) * quarter)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prepare(model, params, scorer_params):
+    return model.prepared(params, scorer_params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score(model, params, bytes_BN, length_B):
+    return in_groups(lambda params, rows: model.score(params, *rows), params, (bytes_BN, length_B))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill_bytes(model, params, bytes_BN, length_B):
+    rows = (bytes_BN, length_B)
+    return in_groups(lambda params, rows: model.prefill(params, *rows), params, rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def prefill(model, patches, open_slots, params, scored):
+    return in_groups(lambda *args: model.prefill(*args, patches, open_slots), params, scored)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def grow(model, patches, open_slots, memory):
+    return held(model.grown(memory, patches, open_slots))
+
+
+def cached_model(
+    config: RunConfig,
+    patching: PatchingConfig | None,
+    scorer: ByteLMConfig | ByteCNNConfig | None,
+    dtype,
+    draft: int = 0,
+    implementation: str | None = None,
+) -> CachedBLT | CachedBytes:
+    """The model that a config describes, as it decodes; `implementation` of attention.
+
+    Raises:
+      ValueError: as `check_decodable`.
+    """
+    check_decodable(config, patching, scorer is not None, draft)
+    if config.blt is None:
+        return CachedBytes(config.model, dtype, implementation)
+    if patching.mode != "entropy":
+        return CachedBLT(
+            config.model, patching, Scorer(None, False, draft), dtype, draft, implementation
+        )
+    entropies = Scorer(scorer, patching.newline_reset, draft, implementation)
+    return CachedBLT(config.model, patching, entropies, dtype, draft, implementation)
+
+
+@jax.jit
+def rows_of(state: State, rows_B) -> State:
+    """The state of some rows, in that order."""
+    costs = state.costs
+    return held(jax.tree.map(lambda x: x[rows_B], state._replace(costs=()))._replace(costs=costs))
+
+
+class Decoder:
+    """Continues texts with a trained model."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        params,
+        patching: PatchingConfig | None,
+        byte_lm: EntropyModel | None,
+        *,
+        context: int = CONTEXT,
+        draft: int = 0,
+        mesh: Mesh | None = None,
+        dtype=None,
+    ):
+        """patching, byte_lm: what places the patches of a BLT, as `run_patching` gives it.
+
+        context: the most bytes that a prompt and its continuation may have together. draft: bytes
+        that the local decoder drafts for the whole model to verify (`speculation.py`), greedily.
+        mesh: a `decoding_mesh`; None is one device. dtype: of weights, caches and products (not of
+        the byte LM that places patches, whose entropies are exact); None: weights as they are,
+        the rest as in training.
+
+        Raises:
+          ValueError: for patches that can't be placed while a text is being written, for entropy
+            patches without a byte LM, for drafts of a model without patches, and for a mesh that
+            splits fsdp or has devices of other processes.
+        """
+        self.context, self.draft, self.mesh = context, draft, mesh
+        self.groups = mesh.shape["data"] if mesh else 1
+        self.counts = Counts()
+        if mesh and (mesh.shape["fsdp"] > 1 or mesh.is_multi_process):
+            raise ValueError(
+                f"a decoder takes a decoding_mesh of one process: this mesh has fsdp"
+                f" {mesh.shape['fsdp']}, not 1, and {mesh.size} devices, {len(mesh.local_devices)}"
+                " of them of this process"
+            )
+        device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+        dtype = jnp.dtype(dtype or resolved(config, device).compute_dtype)
+        scorer = byte_lm and byte_lm.config
+        self.model = cached_model(config, patching, scorer, dtype, draft, fastest(device))
+        weights = (self.placed(params), byte_lm and self.placed(byte_lm.params))
+        with on_mesh(self.mesh):
+            self.params = prepare(self.model, *weights)
+
+    def placed(self, tree, shardings=weight_shardings):
+        """Weights, or what else the shardings are for, where the mesh has them."""
+        return jax.device_put(tree, shardings(tree, self.mesh)) if self.mesh else tree
+
+    def generate(
+        self,
+        prompts: Sequence[str | bytes],
+        *,
+        max_bytes: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        stop: Sequence[str | bytes] = (),
+        truncate: bool = False,
+        chunk: int = CHUNK,
+        names: Sequence[str] = (),
+    ) -> Iterator[Piece]:
+        """What the model writes after each prompt, piece by piece as it is written.
+
+        A row ends at EOS, at a stop string (which is not part of the text) or after `max_bytes`;
+        its last piece says why. Row i samples with the seed `seed + i` and does not depend on its
+        neighbours, but for rounding: a matrix product may sum in another order for more rows.
+
+        truncate: drop the beginning of a prompt that is too long instead of refusing it. names: how
+        errors call the prompts (default: by number).
+
+        Raises:
+          ValueError: for a number out of range, or a prompt that is too long for the context.
+          FloatingPointError: from the iterator, where logits or entropies are not finite.
+        """
+        texts = fitting_prompts(
+            prompts,
+            max_bytes=max_bytes,
+            context=self.context,
+            draft=self.draft,
+            sampling=sampling,
+            seed=seed,
+            stop=stop,
+            truncate=truncate,
+            names=names,
+        )
+        stops = [as_bytes(text) for text in stop]
+        called = prompt_names(len(texts), names)
+        return self.pieces(texts, max_bytes, sampling, seed, stops, chunk, called)
+
+    def pieces(self, texts, max_bytes, sampling, seed, stops, chunk, names) -> Iterator[Piece]:
+        self.counts = Counts()
+        if max_bytes == 0 or not texts:
+            nothing = np.zeros(0, np.float32)
+            for row in range(len(texts)):
+                yield Piece(row, b"", nothing, nothing, nothing.astype(bool), WHY[AT_LIMIT])
+            return
+        state, asked = self.begun(texts, max_bytes, sampling, seed, stops, names)
+        rest, written = [Rest(stops) for _ in texts], 0
+        rows = np.array([*range(len(texts)), *[ENDED] * (len(state.why_B) - len(texts))])
+        while rows.size:
+            with on_mesh(self.mesh):
+                if self.draft:
+                    shape = (self.draft + 1, max(chunk, 2 * self.draft + 2))
+                    state, out, full_B2 = run_rounds(self.model, *shape, self.params, asked, state)
+                else:
+                    shape = (sampling.steps, chunk)
+                    state, out, full_B2 = run(self.model, *shape, self.params, asked, state)
+            out, why_B, full_B2, costs = jax.device_get((out, state.why_B, full_B2, state.costs))
+            broken = np.flatnonzero((why_B == NOT_FINITE) & (rows >= 0))
+            written += int((out.ids_BN >= OFFSET).sum())
+            self.counts = Counts(written, *(int(x.sum()) for x in costs))
+            for place, row in enumerate(rows):
+                ids, *values = (x_BN[place, : out.count_B[place]] for x_BN in out[1:])
+                if row >= 0 and (ids.size or why_B[place]):
+                    yield rest[row].piece(int(row), ids, values, WHY[why_B[place]])
+            if broken.size:
+                row = rows[broken[0]]
+                raise self.not_finite(state, int(broken[0]), names[row], len(texts[row]))
+            rows = np.where(why_B == RUNNING, rows, ENDED)
+            going = int((rows >= 0).sum())
+            if going == 0:
+                return
+            if full_B2.any():
+                state = state._replace(memory=self.doubled(state.memory, *full_B2.any(axis=0)))
+            size = self.groups * power_of_two(-(-going // self.groups), 1)
+            if size < len(rows):
+                # Those that go on first, in turn to each group; ones that have ended fill a power
+                # of two.
+                places = np.argsort(rows < 0, kind="stable")[:size]
+                places = places.reshape(-1, self.groups).T.reshape(-1)
+                with on_mesh(self.mesh):
+                    state, rows = rows_of(state, places), rows[places]
+                asked = asked._replace(limit_B=asked.limit_B[places])
+
+    def begun(self, texts, max_bytes, sampling, seed, stops, names=()) -> tuple[State, Asked]:
+        """The state after the prompts, and what the loop is asked for."""
+        prompts = [encode(text, eos=False) for text in texts]
+        prompts += [encode(b"", eos=False)] * (-len(texts) % self.groups)
+        memory = self.memory(prompts, max_bytes, names)
+        rows = len(prompts)
+        why_B = np.where(np.arange(rows) < len(texts), RUNNING, AT_LIMIT)
+        most = power_of_two(len(stops), STOPS[0])
+        longest = power_of_two(max(map(len, stops), default=0), STOPS[1])
+        stops_ZT = np.full((most, longest), -1, np.int32)
+        for place, text in enumerate(stops):
+            stops_ZT[place, longest - len(text) :] = encode(text, bos=False, eos=False)
+        used_BV = np.zeros((rows, VOCABULARY), bool)
+        for row, ids in enumerate(prompts):
+            used_BV[row, ids] = True
+        utf8_B = np.zeros(rows, np.int32)
+        utf8_B[: len(texts)] = [utf8_state(text) for text in texts]
+        state = State(
+            memory,
+            jax.vmap(random_key)(seed + jnp.arange(rows, dtype=jnp.int32)),
+            jnp.zeros(rows, jnp.int32),
+            jnp.asarray(why_B, jnp.int32),
+            jnp.asarray(used_BV),
+            jnp.asarray(utf8_B),
+            jnp.full((rows, longest), -2, jnp.int32),
+            Costs(*(jnp.zeros(self.groups, jnp.int32) for _ in range(3))),
+        )
+        limit_B = np.full(rows, max_bytes, np.int32)
+        return self.placed(state, row_shardings), Asked(sampling.numbers, limit_B, stops_ZT)
+
+    @property
+    def models(self) -> dict:
+        """The parameters, by the prefix of their names."""
+        return {"": self.params["model"], "byte_lm/": self.params.get("scorer", {})}
+
+    def not_finite(self, state: State, place: int, name: str, given: int) -> FloatingPointError:
+        """The error for a row whose next byte can't be chosen. given: bytes of its prompt."""
+        made, memory = int(jax.device_get(state.made_B)[place]), state.memory
+        found = "logits"
+        if not isinstance(self.model, CachedBytes):
+            entropy_B = jax.device_get(memory.cursor.entropy_B)
+            found = "logits" if np.isfinite(entropy_B[place]) else "entropies"
+        written = f" and {made} that were written" if made else ""
+        return not_finite(f"{name}: {found} after its {given} bytes{written} are", self.models)
+
+    def memory(self, prompts: list[np.ndarray], room: int = 0, names: Sequence[str] = ()):
+        """The memory of texts, ids that begin with BOS, in one pass; room for more bytes.
+
+        Raises:
+          FloatingPointError: where an entropy of a prompt is not finite.
+        """
+        lengths = [len(ids) for ids in prompts]
+        bytes_BN = np.zeros((len(prompts), padded_length(max(lengths))), np.int32)
+        for row, ids in enumerate(prompts):
+            bytes_BN[row, : len(ids)] = ids
+        inputs = (self.params, bytes_BN, np.array(lengths, np.int32))
+        with on_mesh(self.mesh):
+            if isinstance(self.model, CachedBytes):
+                return prefill_bytes(self.model, *inputs)
+            scored = score(self.model, *inputs)
+        sound_B, closed_B, open_B = jax.device_get((scored.sound_B, scored.closed_B, scored.open_B))
+        if (sound_B < lengths).any():
+            row = int(np.argmax(sound_B < lengths))
+            name = prompt_names(len(prompts), names)[row]
+            raise not_finite(
+                f"{name}: the entropy after its first {sound_B[row]} bytes is", self.models
+            )
+        held = int((closed_B + (open_B > 0)).max())
+        patches = min(power_of_two(held), bytes_BN.shape[1])
+        open_slots = power_of_two(int(open_B.max()) + 1 + self.draft)
+        # A patch for every four bytes; where there are more, the cache grows when it is full.
+        wanted = power_of_two(int(closed_B.max()) + 1 + room // 4)
+        with on_mesh(self.mesh):
+            memory = prefill(self.model, patches, open_slots, self.params, scored)
+            return grow(self.model, max(patches, wanted), open_slots, memory)
+
+    def doubled(self, memory, patches: bool, open_slots: bool):
+        """The memory with twice the room for patches, for the bytes of an open one, or for both."""
+        latent = memory.latent[0].k_BJTC.shape[2] * (1 + int(patches))
+        offered = memory.offered[0].k_BJTC.shape[2] if memory.offered else 1
+        with on_mesh(self.mesh):
+            return grow(self.model, latent, offered * (1 + int(open_slots)), memory)
+
+
+class Rest:
+    """Holds back the bytes of a row that might begin a stop string, until they don't."""
+
+    def __init__(self, stops: list[bytes]):
+        self.stops = stops
+        self.ids = np.zeros(0, np.int32)
+        self.rest = [np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(0, bool)]
+
+    def piece(self, row: int, ids, rest: list, why: str) -> Piece:
+        """What may be shown of the row, now that this was written."""
+        ids = np.concatenate([self.ids, ids])
+        rest = [np.concatenate(pair) for pair in zip(self.rest, rest, strict=True)]
+        if ids.size and ids[-1] == EOS:
+            ids = ids[:-1]
+        text = (ids - OFFSET).astype(np.uint8).tobytes()
+        keep = 0
+        if why == WHY[AT_STOP]:
+            keep = max(len(stop) for stop in self.stops if text.endswith(stop))
+        elif not why:
+            begun = (
+                k for stop in self.stops for k in range(1, len(stop)) if text.endswith(stop[:k])
+            )
+            keep = max(begun, default=0)
+        shown = len(text) - keep
+        self.ids, self.rest = ids[shown:], [x[shown : len(text)] for x in rest]
+        return Piece(row, text[:shown], *(x[:shown] for x in rest), why)

@@ -1,0 +1,230 @@
+"""The loop over bytes, which never leaves the device but to hand over what it wrote.
+
+A tick lets every row that can write one byte. A row whose patch is whole can't: it waits until the
+latent transformer has run, which is large and costs for one row what it costs for many. So the loop
+waits until half of the rows that still write have come to a boundary; with one row, it waits never.
+(For patches of random lengths, 4.5 bytes on average, half is the best share when a latent step
+costs one to five times what a byte does, and within a fifth of the best at ten.)
+
+    row 0   t h e _ | . . . b y t e _ | . l      . waits for the others
+    row 1   a _ | . . . p a t c h _ | . . w      | boundary
+    row 2   s o m e t h i n g _ | . . i s _
+                    ^ latent          ^ latent
+
+What a row writes does not depend on when its turn comes, so rows do not depend on each other.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bltjax.inference.decoding.blt import CachedBLT
+from bltjax.inference.decoding.byte_models import CachedBytes
+from bltjax.inference.decoding.placement import in_groups
+from bltjax.inference.decoding.sampling import BYTES, UTF8_NEXT, Numbers, Steps, candidates, chosen
+from bltjax.model.byte_lm import entropies_of
+from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY
+
+RUNNING, AT_EOS, AT_STOP, AT_LIMIT, NOT_FINITE = range(5)
+WHY = ("", "eos", "stop", "max_bytes", "")  # what is not finite is an error, no end of a text
+
+
+class Asked(NamedTuple):
+    """What was asked for: sampling by numbers, bytes to write by row, and where to stop.
+
+    stops_ZT: strings of ids, at the right end of their rows, -1 before them.
+    """
+
+    numbers: Numbers
+    limit_B: jax.Array
+    stops_ZT: jax.Array
+
+
+class Costs(NamedTuple):
+    """What was spent so far, int32 [groups]: one number for each group of devices that writes."""
+
+    latent_runs: jax.Array  # of the latent transformer, whatever the number of rows
+    latent_patches: jax.Array  # that it ran on
+    passes: jax.Array  # of the whole model over a row: one a byte, or one a round of drafts
+
+    def plus(self, latent_runs, latent_patches, passes) -> "Costs":
+        more = (latent_runs, latent_patches, passes)
+        return Costs(*(a + jnp.int32(b) for a, b in zip(self, more, strict=True)))
+
+
+class State(NamedTuple):
+    """Rows of a batch on their way. `why` is `RUNNING` or why a row has ended."""
+
+    memory: Any
+    keys_B: jax.Array
+    made_B: jax.Array  # ids written, EOS among them
+    why_B: jax.Array
+    used_BV: jax.Array  # ids that the text has
+    utf8_B: jax.Array
+    tail_BT: jax.Array  # the newest ids that were written, for stop strings
+    costs: Costs
+
+
+class Written(NamedTuple):
+    """What a run of the loop hands over: for each row `count` entries."""
+
+    count_B: jax.Array
+    ids_BN: jax.Array
+    log_probs_BN: jax.Array  # of each id, under the model as it is: before any setting
+    entropies_BN: jax.Array  # nats, of what decides on patches, before each id
+    opens_BN: jax.Array  # whether the id opens a patch
+
+
+def written_by(rows: int, chunk: int) -> Written:
+    ids_BN = jnp.zeros((rows, chunk), jnp.int32)
+    nats_BN = jnp.zeros((rows, chunk), jnp.float32)
+    return Written(
+        jnp.zeros(rows, jnp.int32), ids_BN, nats_BN, nats_BN, jnp.zeros((rows, chunk), bool)
+    )
+
+
+def added(out: Written, values, at_BQ, kept_BQ) -> tuple[jax.Array, ...]:
+    """The arrays of what was written with new values, [B] or [B, Q], where they are kept."""
+    places = kept_places(out.ids_BN.shape, at_BQ, kept_BQ)
+    new = zip(out[1:], values, strict=True)
+    return tuple(x_BN.at[places].set(x_BQ, mode="drop") for x_BN, x_BQ in new)
+
+
+def kept_places(shape, at_BQ, kept_BQ):
+    """Rows and columns of [B, N]; beyond both where nothing is kept, so that it is dropped.
+
+    Beyond the columns would do, but with --xla_gpu_deterministic_ops XLA takes such a place for the
+    first of the next row.
+    """
+    row_BQ = jnp.arange(shape[0]).reshape(-1, *[1] * (at_BQ.ndim - 1))
+    return jnp.where(kept_BQ, row_BQ, shape[0]), jnp.where(kept_BQ, at_BQ, shape[1])
+
+
+def when(condition, change, state):
+    """change(state) where a condition holds; unlike `lax.cond` it changes the state in place."""
+    _, state = jax.lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.bool_(False), change(carry[1])),
+        (condition, state),
+    )
+    return state
+
+
+def close_patches(model: CachedBLT, params, state: State) -> State:
+    """Runs the latent transformer for all rows that wait for it."""
+    go_B = (state.why_B == RUNNING) & state.memory.closes_B
+    return state._replace(
+        memory=model.close(params, state.memory, go_B),
+        costs=state.costs.plus(1, go_B.sum(), 0),
+    )
+
+
+def close_waiting(model: CachedBLT, params, state: State) -> State:
+    """The same, if enough rows wait."""
+    active_B = state.why_B == RUNNING
+    waiting_B = active_B & state.memory.closes_B
+    enough = waiting_B.any() & (2 * waiting_B.sum() >= active_B.sum())
+    return when(enough, lambda state: close_patches(model, params, state), state)
+
+
+def sound(logits_V, entropy):
+    """Whether logits [..., V], and the entropy [...] before them, are finite."""
+    return jnp.isfinite(logits_V).all(axis=-1) & jnp.isfinite(entropy)
+
+
+def tick(model, steps: Steps, params, asked: Asked, state: State, out: Written):
+    """One byte in each row that can write one, after a latent step if it is time for one."""
+    if isinstance(model, CachedBLT):
+        state = close_waiting(model, params, state)
+    return write_bytes(model, steps, params, asked, state, out)
+
+
+def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Written):
+    """One byte in each row that waits for no latent step."""
+    patches = isinstance(model, CachedBLT)
+    go_B = state.why_B == RUNNING
+    if patches:
+        go_B &= ~state.memory.closes_B
+    logits_BV, memory = model.predict(params, state.memory)
+    entropy_B = memory.cursor.entropy_B if patches else entropies_of(logits_BV)
+    # An argmax would take a NaN for the likeliest id, which may well be EOS.
+    sound_B = sound(logits_BV, entropy_B)
+    broken_B, go_B = go_B & ~sound_B, go_B & sound_B
+    left_B = asked.limit_B - state.made_B
+    drawn_BV = candidates(steps, asked.numbers, logits_BV, state.used_BV, state.utf8_B, left_B)
+    id_B = chosen(steps, drawn_BV, state.keys_B, state.made_B)
+
+    log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    values = (
+        id_B,
+        jnp.take_along_axis(log_probs_BV, id_B[:, None], axis=1)[:, 0],
+        entropy_B,
+        memory.opens_B if patches else jnp.zeros_like(go_B),
+    )
+    out = Written(out.count_B + go_B, *added(out, values, out.count_B, go_B))
+
+    made_B = state.made_B + go_B
+    tail_BT = jnp.concatenate([state.tail_BT[:, 1:], id_B[:, None]], axis=1)
+    tail_BT = jnp.where(go_B[:, None], tail_BT, state.tail_BT)
+    stops_1ZT = asked.stops_ZT[None]
+    same_BZT = (tail_BT[:, None] == stops_1ZT) | (stops_1ZT < 0)
+    stopped_B = (same_BZT.all(axis=-1) & (stops_1ZT[..., -1] >= 0)).any(axis=-1)
+    why_B = jnp.where(made_B >= asked.limit_B, AT_LIMIT, RUNNING)
+    why_B = jnp.where(stopped_B, AT_STOP, why_B)
+    why_B = jnp.where(id_B == EOS, AT_EOS, why_B)
+    why_B = jnp.where(go_B, why_B, jnp.where(broken_B, NOT_FINITE, state.why_B))
+    state = state._replace(
+        memory=memory,
+        made_B=made_B,
+        why_B=why_B,
+        tail_BT=tail_BT,
+        costs=state.costs.plus(0, 0, go_B.sum()),
+    )
+    if steps.valid_utf8:
+        byte_B = jnp.clip(id_B - OFFSET, 0, BYTES - 1)
+        next_B = jnp.maximum(jnp.asarray(UTF8_NEXT)[state.utf8_B, byte_B], 0)
+        state = state._replace(utf8_B=jnp.where(go_B, next_B, state.utf8_B))
+    if steps.penalises:
+        is_id_BV = jnp.arange(VOCABULARY)[None] == id_B[:, None]
+        state = state._replace(used_BV=state.used_BV | (is_id_BV & go_B[:, None]))
+    # A row that has ended takes no more: its memory is that of the text before its last id.
+    memory = model.advance(params, state.memory, id_B, go_B & (why_B == RUNNING))
+    return state._replace(memory=memory), out
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def run(
+    model: CachedBLT | CachedBytes, steps: Steps, chunk: int, params, asked: Asked, state: State
+):
+    """Ticks until a row has written `chunk` ids, all have ended, or one needs more room.
+
+    Returns the state, what was written, and bool [B, 2]: whether a row needs room for patches, and
+    for bytes of an open one. Groups of devices stop by themselves.
+    """
+
+    def full(state: State):
+        running_B1 = (state.why_B == RUNNING)[:, None]
+        if isinstance(model, CachedBytes):
+            return running_B1 & np.zeros((1, 2), bool)
+        return model.full(state.memory) & running_B1
+
+    def goes_on(carry):
+        state, out = carry
+        return (state.why_B == RUNNING).any() & (out.count_B.max() < chunk) & ~full(state).any()
+
+    def write(weights, rows):
+        params, numbers, stops_ZT = weights
+        limit_B, state = rows
+        asked = Asked(numbers, limit_B, stops_ZT)
+
+        def body(carry):
+            return tick(model, steps, params, asked, *carry)
+
+        begun = (state, written_by(state.why_B.shape[0], chunk))
+        state, out = jax.lax.while_loop(goes_on, body, begun)
+        return state, out, full(state)
+
+    return in_groups(write, (params, asked.numbers, asked.stops_ZT), (asked.limit_B, state))

@@ -1,0 +1,101 @@
+"""What is asked of a decoder, checked before any device is touched.
+
+All that can be known of a request without the model is known here: numbers in their ranges, stop
+strings, prompts that fit into the context, and whether a model of such a config decodes at all.
+"""
+
+from collections.abc import Sequence
+
+from bltjax.config.run import PatchingConfig, RunConfig
+from bltjax.inference.decoding.sampling import GREEDY, Sampling
+from bltjax.text.alphabet import as_bytes
+
+CONTEXT = 32768  # bytes, prompt and text together
+MOST_SEED = 2**31  # seeds of rows are int32
+
+
+def check_decodable(
+    config: RunConfig, patching: PatchingConfig | None, has_byte_lm: bool, draft: int
+) -> None:
+    """Checks that a model of this config can write.
+
+    Raises:
+      ValueError: for patches that can't be placed while a text is being written, for entropy
+        patches without a byte LM, and for drafts of a model without patches.
+    """
+    if draft < 0:
+        raise ValueError(f"draft is {draft}, not >= 0")
+    if config.blt is None:
+        if draft:
+            raise ValueError("only a BLT drafts: a byte LM has no latent transformer to spare")
+        return
+    if patching.mode == "bpe":
+        raise ValueError(
+            "bpe patching can't generate: where a token ends depends on text that is not written"
+            " yet (paper 2.4). It serves training, evaluation and pictures."
+        )
+    if not patching.incremental:
+        raise ValueError(
+            "patching.looks_past_end is False, as the transformers port has it: whether a patch"
+            " begins after a text's last byte would depend on there being no other byte. Take the"
+            " released way: `convert` again without --as_port"
+        )
+    if patching.mode == "entropy" and not has_byte_lm:
+        raise ValueError("entropy patching needs a byte LM to generate: there is none")
+
+
+def prompt_names(count: int, names: Sequence[str] = ()) -> list[str]:
+    """How errors call the prompts: as given, or by number."""
+    return [*names] or [f"prompt {number}" for number in range(1, count + 1)]
+
+
+def fitting_prompts(
+    prompts: Sequence[str | bytes],
+    *,
+    max_bytes: int,
+    context: int,
+    draft: int = 0,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stop: Sequence[str | bytes] = (),
+    truncate: bool = False,
+    names: Sequence[str] = (),
+) -> list[bytes]:
+    """The bytes of prompts as they will be continued; arguments are those of `Decoder.generate`.
+
+    names: how errors call the prompts, such as the file and line.
+
+    Raises:
+      ValueError: for a number out of range, or a prompt that is too long for the context.
+    """
+    if context < 1:
+        raise ValueError(f"context is {context}, not >= 1")
+    if max_bytes < 0:
+        raise ValueError(f"max_bytes is {max_bytes}, not >= 0")
+    if draft and sampling != GREEDY:
+        raise ValueError(
+            "drafts are verified greedily: sampling, a penalty or a constraint would need the"
+            " draft's distribution at every byte. Take draft 0, or temperature 0 alone"
+        )
+    stops = [as_bytes(text) for text in stop]
+    if not all(stops):
+        raise ValueError("a stop string is empty: it would stop every text before its first byte")
+    if cut := [text for text in stops if sampling.valid_utf8 and text[0] & 0xC0 == 0x80]:
+        raise ValueError(
+            f"stop string {cut[0]!r} begins inside a character: stopping there would leave the"
+            " broken text that valid_utf8 is to prevent"
+        )
+    if not 0 <= seed <= MOST_SEED - len(prompts):
+        raise ValueError(f"seed is {seed}, not between 0 and {MOST_SEED} less {len(prompts)} rows")
+    texts, room = [], context - max_bytes
+    for prompt, name in zip(prompts, prompt_names(len(prompts), names), strict=True):
+        text = as_bytes(prompt)
+        if len(text) > room:
+            if not truncate or room < 0:
+                raise ValueError(
+                    f"{name}: {len(text)} bytes and {max_bytes} to write exceed the context of"
+                    f" {context} bytes: drop the prompt's beginning (truncate) or take a larger one"
+                )
+            text = text[len(text) - room :]
+        texts.append(text)
+    return texts

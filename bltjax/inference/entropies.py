@@ -1,0 +1,375 @@
+"""Scores a corpus with a byte LM: text in, ArrayRecord shards of bytes and entropies out.
+
+Records hold entropies, not patches, so that one pass over the corpus serves every threshold. A
+shard appears under its final name only when whole; the same command keeps finished shards, redoes
+an unfinished one, and writes the manifest last.
+
+On a pod every process runs the same command and scores every count-th shard, its devices a shard
+each. What a shard holds,
+and how it is scored, depends on the corpus and the byte LM alone, so any number of processes gives
+the same records, also after a restart with another number. Processes never talk: each reads the
+corpus through once and finds the plan that the others made, or a difference from it; and whoever
+sees that all shards are there writes the manifest, the same one whoever does.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+from etils import epath
+
+from bltjax.config.load import add_source_arguments, path_argument, source_from
+from bltjax.config.run import SourceConfig, differences
+from bltjax.data.records import (
+    Manifest,
+    ShardInfo,
+    encode_record,
+    read_shard_info,
+    shard_info,
+    write_manifest,
+    write_shard,
+)
+from bltjax.data.sources.by_path import Documents, open_source
+from bltjax.distributed import processes
+from bltjax.distributed.processes import leave
+from bltjax.inference import corpus
+from bltjax.inference.entropy import EntropyModel, load_entropy_model, score_documents
+from bltjax.system.lock import held
+from bltjax.system.storage import check_unused, check_writable, read_json, size_of, write_text
+from bltjax.training.metrics import Progress, quantity
+
+SHARD_BYTES = 64 << 20
+
+
+def plan_shards(lengths: list[int], shard_bytes: int) -> list[range]:
+    """Runs of documents, each closed once it holds shard_bytes; depends on the corpus alone."""
+    shards, first, held = [], 0, 0
+    for index, length in enumerate(lengths):
+        held += length
+        if held >= shard_bytes:
+            shards.append(range(first, index + 1))
+            first, held = index + 1, 0
+    if first < len(lengths):
+        shards.append(range(first, len(lengths)))
+    return shards
+
+
+def make_plan(
+    documents: Documents, source: SourceConfig, identity: str, shard_bytes: int
+) -> tuple[dict, list[tuple[range, int]]]:
+    """What is to be scored, the same for every process; and each shard's documents and bytes."""
+    lengths, checksum = [], 0
+    progress = Progress("reading", len(documents), " documents", quiet=not processes.is_writer())
+    for index in range(len(documents)):
+        text = documents[index].text
+        lengths.append(len(text))
+        checksum = zlib.crc32(text, checksum)
+        progress.advance(1)
+    plan = {
+        "byte_lm": identity,
+        "source": {k: v for k, v in dataclasses.asdict(source).items() if k != "weight"},
+        "documents": len(lengths),
+        "text_bytes": sum(lengths),
+        "text_crc32": checksum,
+        "shard_bytes": shard_bytes,
+    }
+    shards = plan_shards(lengths, shard_bytes)
+    return plan, [(indices, sum(lengths[indices.start : indices.stop])) for indices in shards]
+
+
+def checksum_of(plan: dict) -> int:
+    """Of what a plan says, by which shards remember it; settings of a source may be added later."""
+    source = {
+        field.name: plan["source"][field.name]
+        for field in dataclasses.fields(SourceConfig)
+        if field.name in plan["source"] and plan["source"][field.name] != field.default
+    }
+    return zlib.crc32(json.dumps(plan | {"source": source}, sort_keys=True).encode())
+
+
+def plan_there(path: epath.Path, plan: dict) -> dict | None:
+    """The plan that was left in a folder; None if there is none, or none that can be read."""
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path)
+        for key, value in plan.items():
+            if type(found.get(key)) is not type(value):
+                raise ValueError(f"{path} is no plan of shards: {key} is {found.get(key)!r}")
+    except ValueError as error:
+        print(f"{error}; it is lost")
+        return None
+    defaults = {field.name: field.default for field in dataclasses.fields(SourceConfig)}
+    added = {key: defaults[key] for key in plan["source"].keys() - found["source"].keys()}
+    return found | {"source": added | found["source"]}
+
+
+def agree_on(plan: dict, out: epath.Path) -> None:
+    """Leaves the plan in `out`, where another process or an earlier run may have left it.
+
+    Raises:
+      ValueError: with the differences, if that is another one; or if it is lost, and a shard is
+        there of which nothing says that it is this plan's.
+    """
+    path = out / "plan.json"
+    there = plan_there(path, plan)
+    if there is None:
+        for side in sorted(out.glob("shard-*-of-*.json")):
+            made = read_side(side)[1]
+            if made is not None and made.get("plan") != checksum_of(plan):
+                raise ValueError(
+                    f"{path} is lost, and nothing says that the shard of {side.name} was scored by"
+                    " this byte LM from this corpus. Give another --out, or remove that folder."
+                )
+        write_text(path, json.dumps(plan))
+        there = plan_there(path, plan)
+    lines = differences(there or {}, plan)
+    if lines:
+        raise ValueError(
+            f"{out} was begun with another byte LM or corpus (there -> here):\n  "
+            + "\n  ".join(lines)
+            + "\nGive another --out, or remove that folder; on a pod, give all processes the same."
+        )
+
+
+def shard_path(out: epath.Path, number: int, count: int) -> epath.Path:
+    return out / f"shard-{number:05d}-of-{count:05d}.array_record"
+
+
+def side_path(path: epath.Path) -> epath.Path:
+    """What is known of a shard, and which process made it in what time."""
+    return path.with_suffix(".json")
+
+
+def read_side(side: epath.Path) -> tuple[ShardInfo | None, dict | None]:
+    """What the manifest will say of a shard, and how it was made; None if that isn't there.
+
+    What is damaged isn't there, and is said."""
+    if not side.exists():
+        return None, None
+    try:
+        return read_shard_info(side)
+    except ValueError as error:
+        print(f"{error}: its shard is scored again")
+        return None, None
+
+
+def info_of(path: epath.Path, documents: int, text_bytes: int, plan: int) -> ShardInfo | None:
+    """What the manifest will say of a shard of this plan (its checksum), if it was written."""
+    info, made = read_side(side_path(path))
+    if info is None:
+        return None
+    asked = (path.name, documents, text_bytes, made.get("plan", plan))
+    if asked != (info.name, info.documents, info.text_bytes, plan):
+        print(f"{side_path(path)} is of another shard: it is scored again")
+        return None
+    return info
+
+
+def score_shard(
+    path: epath.Path,
+    texts: list,
+    model: EntropyModel,
+    device: jax.Device,
+    scored: Callable[[int], None],
+    process: int,
+    count: int,
+    plan: int,
+) -> None:
+    """Scores the documents of one shard on a device, and writes it. plan: its checksum."""
+    begun = time.monotonic()
+    with jax.default_device(device):
+        entropies, padding = score_documents(
+            model.config,
+            model.params,
+            texts,
+            newline_reset=model.newline_reset,
+            scored=scored,
+        )
+    records = (encode_record(t.tobytes(), e) for t, e in zip(texts, entropies, strict=True))
+    write_shard(path, records, f"{process}-of-{count}.")
+    info = shard_info(path, sum(map(len, texts)), len(texts), padding)
+    made = {
+        "seconds": time.monotonic() - begun,
+        "process": process,
+        "device": device.device_kind,
+        "plan": plan,
+    }
+    write_text(side_path(path), json.dumps(dataclasses.asdict(info) | {"made": made}))
+
+
+def write_entropies(
+    source: SourceConfig,
+    byte_lm: epath.Path,
+    out: epath.Path,
+    *,
+    newline_reset: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    skip_bad: bool = False,
+    process: int = 0,
+    count: int = 1,
+    take_over: bool = False,
+) -> Manifest | None:
+    """Scores this process' shards of `source` into the folder `out`; the manifest once all are.
+
+    byte_lm: a run or an export. process, count: which this is, of how many. take_over: doesn't wait
+    to see whether this share's process on another host still runs. Returns None while others'
+    shards are missing.
+
+    Raises:
+      ValueError: if `out` was begun with another byte LM or another corpus, or the share is in use.
+      OSError: if `out` can't be written.
+    """
+    check_unused(out, by="records")
+    if os.path.realpath(out) == os.path.realpath(source.path):
+        raise ValueError(f"{out} holds the source: records beside it would be taken for it")
+    check_writable(out)
+    share = f"process {process} of {count}"
+    with held(
+        out / f".lock-{process}-of-{count}", f"entropies, {share}", name=f"{out}, {share},",
+        instead="another --out, or each process its own number", lost=functools.partial(leave, 1),
+        take_over=take_over,
+    ):  # fmt: skip
+        return score(source, byte_lm, out, newline_reset, shard_bytes, skip_bad, process, count)
+
+
+def score(
+    source: SourceConfig,
+    byte_lm: epath.Path,
+    out: epath.Path,
+    newline_reset: bool,
+    shard_bytes: int,
+    skip_bad: bool,
+    process: int,
+    count: int,
+) -> Manifest | None:
+    """`write_entropies`, of a share that no other process has."""
+    model = load_entropy_model(byte_lm, newline_reset=newline_reset)
+    documents = open_source(source, skip_bad=skip_bad)
+    if documents.bad:
+        print(f"{source.path}: {documents.bad} broken lines skipped")
+    plan, shards = make_plan(documents, source, model.identity, shard_bytes)
+    agree_on(plan, out)
+    checksum, total = checksum_of(plan), len(shards)
+    mine = range(process, total, count)
+    scored_bytes = sum(len(shards[n][0]) + shards[n][1] for n in mine)
+    progress = Progress("entropies", scored_bytes, quiet=not processes.is_writer())
+    lock, devices = threading.Lock(), queue.SimpleQueue()
+    for device in jax.local_devices():
+        devices.put((device, model._replace(params=jax.device_put(model.params, device))))
+
+    def scored(positions: int) -> None:
+        with lock:
+            progress.advance(positions)
+
+    def complete(number: int) -> None:
+        """Scores one shard on a device that has nothing to do, unless it is there."""
+        indices, size = shards[number]
+        path = shard_path(out, number, total)
+        info = info_of(path, len(indices), size, checksum)
+        if info and info.is_whole(path):
+            scored(info.positions)
+            print(f"{path.name}: kept, {quantity(size)}B")
+            return
+        with lock:
+            texts = [documents[i].text for i in indices]
+        device, its_model = devices.get()
+        try:
+            score_shard(path, texts, its_model, device, scored, process, count, checksum)
+        finally:
+            devices.put((device, its_model))
+        print(f"{path.name}: {quantity(size)}B in {len(texts)} documents")
+
+    with ThreadPoolExecutor(len(jax.local_devices())) as pool:
+        try:
+            for done in [pool.submit(complete, number) for number in mine]:
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    paths = [shard_path(out, number, total) for number in range(total)]
+    infos = [
+        info_of(path, len(indices), size, checksum)
+        for path, (indices, size) in zip(paths, shards, strict=True)
+    ]
+    # Others' shards were published whole; their sizes say that they are still there.
+    missing = [
+        path.name
+        for path, info in zip(paths, infos, strict=True)
+        if info is None or size_of(path) != info.size
+    ]
+    if missing:
+        print(
+            f"process {process} of {count} has done its part; {len(missing)} shards of others are"
+            f" not there yet ({missing[0]} ...). The last to finish completes {out}; if a process"
+            " was lost, run the same command again."
+        )
+        return None
+    manifest = Manifest(
+        byte_lm=plan["byte_lm"],
+        byte_lm_path=str(byte_lm),
+        byte_lm_step=model.step,
+        precision="float32",
+        source=source.path,
+        shards=tuple(infos),
+    )
+    write_manifest(out, manifest)
+    return manifest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--byte_lm", required=True, type=path_argument, help="run or export of a byte LM"
+    )
+    parser.add_argument(
+        "--out", required=True, type=path_argument, help="folder for the records; or gs://"
+    )
+    add_source_arguments(parser, required=True)
+    parser.add_argument(
+        "--newline_reset",
+        action="store_true",
+        help="the byte LM's context begins anew with each newline (patching.newline_reset)",
+    )
+    parser.add_argument(
+        "--take_over",
+        action="store_true",
+        help="begin at once where this share's process was on another host, and is gone",
+    )
+    parser.add_argument("--shard_bytes", type=int, default=SHARD_BYTES, help="text per shard")
+    processes.add_arguments(parser)
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError("entropies takes its model from --byte_lm; it has no --config settings")
+    process, count = processes.placed(args)
+    manifest = write_entropies(
+        source_from(args),
+        args.byte_lm,
+        args.out,
+        newline_reset=args.newline_reset,
+        shard_bytes=args.shard_bytes,
+        skip_bad=args.skip_bad,
+        process=process,
+        count=count,
+        take_over=args.take_over,
+    )
+    if manifest is None:
+        return
+    padding = manifest.total("padding")
+    print(
+        f"{args.out}: {manifest.total('documents')} documents,"
+        f" {quantity(manifest.total('text_bytes'))}B;"
+        f" {padding / (manifest.total('positions') + padding):.2%} of scored positions"
+        f" were padding; scored by byte LM {manifest.byte_lm}\n"
+    )
+    corpus.write_report([args.out])
+    print(f"next: python -m bltjax calibrate --records {args.out} --mean 4.5")

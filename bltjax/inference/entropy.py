@@ -1,0 +1,272 @@
+"""Entropies of documents under a byte LM: exact for any length, and hardly any padding.
+
+Documents are laid end to end into lanes of about equal length (longest first); each step scores
+one chunk of the lanes that have most left, and carries their window to the next chunk:
+
+    lane 0   [BOS doc 3 ............][BOS doc 7 ....]
+    lane 1   [BOS doc 1 .......][BOS doc 2 ........]
+             |  chunk  |  chunk  |  chunk  | chunk ..   only a lane's last chunk is padded
+
+The document mask keeps documents apart, so which lane and which neighbours a document gets makes
+no difference beyond rounding. A step runs a power of two of lanes, so few programs are compiled.
+"""
+
+import functools
+import heapq
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bltjax.attention import fastest
+from bltjax.config.run import ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig, SourceConfig
+from bltjax.data.records import NEWLINE_RESET, Document, RecordDocuments
+from bltjax.data.sources.by_path import Documents, open_source
+from bltjax.distributed.processes import is_writer
+from bltjax.inference.finite import first_not_finite, not_finite
+from bltjax.model.byte_cnn import entropy_table, table_entropies
+from bltjax.model.byte_lm import ByteLM, empty_carry, entropies_of
+from bltjax.text.alphabet import OFFSET, encode
+from bltjax.training.metrics import Progress
+from bltjax.weights.export import load_params
+from bltjax.weights.workdir import identity
+
+# Lanes and chunk: an accelerator wants work, a CPU wants it to stay in its cache.
+CPU_BATCH, DEVICE_BATCH = (8, 512), (64, 1024)
+# Lanes and chunks shrink until padding, at most one chunk a lane, is at most 1 / 64 of the work.
+PADDING_SHARE = 64
+PREVIEW = 20  # bytes by which an error shows a text
+
+
+class EntropyModel(NamedTuple):
+    """What places the patches of a BLT: a byte LM, and where its context begins anew."""
+
+    config: ByteLMConfig | ByteCNNConfig
+    params: Any
+    identity: str  # records remember it; another newline_reset is another identity
+    newline_reset: bool
+    run: RunConfig
+    step: int
+
+
+def load_entropy_model(path, *, newline_reset: bool) -> EntropyModel:
+    """The byte LM or byte CNN of a run or an export.
+
+    Raises:
+      ValueError: for a BLT, or a folder that is neither.
+    """
+    run, params, step = load_params(path)
+    if run.blt is not None:
+        raise ValueError(
+            f"{path} is a BLT, not a byte LM; entropies come from a byte LM"
+            f" (that of this BLT is {path}/byte_lm)"
+        )
+    named = identity(params) + newline_reset * NEWLINE_RESET
+    return EntropyModel(run.model, params, named, newline_reset, run, step)
+
+
+def contexts(ids_N: np.ndarray, newline_reset: bool) -> np.ndarray:
+    """int32 [N], ascending from 1: which positions of one document share a context."""
+    if not newline_reset:
+        return np.ones(len(ids_N), np.int32)
+    # The newline itself is the first that the new context sees.
+    return 1 + np.cumsum(ids_N == OFFSET + ord("\n"), dtype=np.int32)
+
+
+def power_of_two(value: float) -> int:
+    """The largest power of two not above value, at least 1."""
+    return 1 << max(0, int(value).bit_length() - 1)
+
+
+def device_of(params) -> jax.Device:
+    """Where parameters lie; of arrays on no device yet, where they would be put."""
+    leaf = jax.tree.leaves(params)[0]
+    return next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.devices()[0]
+
+
+@functools.lru_cache(maxsize=4)
+def scoring_step(config: ByteLMConfig, implementation: str):
+    model = ByteLM(config, implementation=implementation)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(params, carry, lanes_B, bytes_BN, documents_BN):
+        mine = jax.tree.map(lambda x: x[lanes_B], carry)
+        # Boundaries are thresholds on entropies: TPU matrix products must not round to bf16 here.
+        with jax.default_matmul_precision("highest"):
+            logits_BNV, mine = model.apply({"params": params}, bytes_BN, documents_BN, mine)
+        carry = jax.tree.map(lambda x, new: x.at[lanes_B].set(new), carry, mine)
+        return carry, entropies_of(logits_BNV)
+
+    return step
+
+
+def score_documents(
+    config: ByteLMConfig | ByteCNNConfig,
+    params,
+    texts: Sequence,
+    *,
+    newline_reset: bool = False,
+    lanes: int | None = None,
+    chunk: int | None = None,
+    scored: Callable[[int], None] = lambda positions: None,
+    name: Callable[[int], str] | None = None,
+) -> tuple[list[np.ndarray], int]:
+    """float32 entropies [len + 1] in nats of each text, and the number of padding positions.
+
+    Entry i of a document follows i of its bytes (entry 0 follows BOS). `scored` is called with the
+    number of positions done at each step. name: how errors call a text, by its number.
+
+    Raises:
+      FloatingPointError: for an entropy that is not finite, naming the text and the position.
+    """
+    if isinstance(config, ByteCNNConfig):
+        entropies, padding = look_up(config, params, texts, newline_reset, scored), 0
+    else:
+        entropies, padding = run_documents(
+            config, params, texts, newline_reset, lanes, chunk, scored
+        )
+    for index, entropies_N in enumerate(entropies):
+        # No patch would begin where an entropy is NaN.
+        if (place := first_not_finite(entropies_N)) is not None:
+            text = bytes(texts[index][:PREVIEW]).decode("utf-8", errors="replace")
+            called = name(index) if name else f"text {index + 1} of {len(texts)}"
+            raise not_finite(
+                f"{called} ({text!r}, {len(texts[index]):,} bytes): the entropy after its first"
+                f" {place} bytes is",
+                {"": params},
+            )
+    return entropies, padding
+
+
+def run_documents(
+    config: ByteLMConfig,
+    params,
+    texts: Sequence,
+    newline_reset: bool,
+    lanes: int | None,
+    chunk: int | None,
+    scored: Callable[[int], None],
+) -> tuple[list[np.ndarray], int]:
+    """What `score_documents` returns, of a byte LM."""
+    lengths = [len(text) + 1 for text in texts]
+    total = sum(lengths)
+    device = device_of(params)
+    most_lanes, longest = CPU_BATCH if device.platform == "cpu" else DEVICE_BATCH
+    if chunk is None:
+        chunk = min(longest, max(8, power_of_two(total / PADDING_SHARE)))
+    if lanes is None:
+        lanes = min(most_lanes, power_of_two(total / (PADDING_SHARE * chunk)))
+
+    loads = [(0, lane) for lane in range(lanes)]
+    members: list[list[int]] = [[] for _ in range(lanes)]
+    for index in sorted(range(len(texts)), key=lambda i: (-lengths[i], i)):
+        load, lane = heapq.heappop(loads)
+        members[lane].append(index)
+        heapq.heappush(loads, (load + lengths[index], lane))
+    ids, documents, results = [], [], []
+    for lane in members:
+        # Every document, and with newline_reset every line, is a document to the model.
+        lane_ids, lane_documents, last = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], 0
+        for index in lane:
+            lane_ids.append(encode(texts[index], eos=False))
+            lane_documents.append(last + contexts(lane_ids[-1], newline_reset))
+            last = lane_documents[-1][-1]
+        ids.append(np.concatenate(lane_ids))
+        documents.append(np.concatenate(lane_documents))
+        results.append(np.empty(len(ids[-1]), np.float32))
+
+    step = scoring_step(config, fastest(device))
+    carry = empty_carry(config, lanes)
+    done, padding = [0] * lanes, 0
+    while True:
+        left = sorted(range(lanes), key=lambda lane: (done[lane] - len(ids[lane]), lane))
+        left = [lane for lane in left if done[lane] < len(ids[lane])]
+        if not left:
+            break
+        now = left[: power_of_two(len(left))]
+        bytes_BN = np.zeros((len(now), chunk), np.int32)
+        documents_BN = np.zeros((len(now), chunk), np.int32)
+        for row, lane in enumerate(now):
+            piece = ids[lane][done[lane] : done[lane] + chunk]
+            bytes_BN[row, : len(piece)] = piece
+            documents_BN[row, : len(piece)] = documents[lane][done[lane] : done[lane] + chunk]
+        inputs = jax.device_put((np.array(now, np.int32), bytes_BN, documents_BN))
+        carry, entropies_BN = step(params, carry, *inputs)
+        entropies_BN = jax.device_get(entropies_BN)
+        advanced = 0
+        for row, lane in enumerate(now):
+            size = min(chunk, len(ids[lane]) - done[lane])
+            results[lane][done[lane] : done[lane] + size] = entropies_BN[row, :size]
+            done[lane] += size
+            advanced += size
+        padding += bytes_BN.size - advanced
+        scored(advanced)
+
+    entropies: list[np.ndarray] = [np.zeros(0, np.float32)] * len(texts)
+    for lane, result in zip(members, results, strict=True):
+        ends = np.cumsum([lengths[i] for i in lane], dtype=np.int64)
+        for index, end in zip(lane, ends, strict=True):
+            entropies[index] = result[end - lengths[index] : end]
+    return entropies, padding
+
+
+# The table of the byte CNN used last: a corpus is scored shard by shard.
+TABLE: dict[tuple[ByteCNNConfig, str], np.ndarray] = {}
+
+
+def table_of(config: ByteCNNConfig, params) -> np.ndarray:
+    """`entropy_table`, made once for a model; its parameters are known by their checksum."""
+    key = (config, identity(params))
+    if key not in TABLE:
+        TABLE.clear()
+        TABLE[key] = entropy_table(config, params)
+    return TABLE[key]
+
+
+def look_up(config: ByteCNNConfig, params, texts, newline_reset: bool, scored) -> list[np.ndarray]:
+    """Entropies under a byte CNN, from the table of all its contexts."""
+    table, entropies = table_of(config, params), []
+    for text in texts:
+        ids_N = encode(text, eos=False)
+        entropies.append(table_entropies(table, ids_N, contexts(ids_N, newline_reset)))
+        scored(len(ids_N))
+    return entropies
+
+
+def scored_source(
+    source: SourceConfig,
+    patching: PatchingConfig | None,
+    byte_lm: EntropyModel | None,
+    *,
+    skip_bad: bool = False,
+    documents: Documents | None = None,
+) -> Sequence[Document]:
+    """The documents of a source, with entropies if `patching` needs them.
+
+    Records that `byte_lm` scored are used as they are; raw text is scored here, in memory.
+    documents: the source, where it is open already.
+
+    Raises:
+      ValueError: for raw text without a byte LM, and for records of another one.
+      FloatingPointError: for an entropy that is not finite.
+    """
+    identity = None if byte_lm is None else byte_lm.identity
+    if documents is None or isinstance(documents, RecordDocuments):
+        documents = open_source(source, skip_bad=skip_bad, expected_identity=identity)
+    if patching is None or patching.mode != "entropy" or isinstance(documents, RecordDocuments):
+        return documents
+    if byte_lm is None:
+        raise ValueError(f"{source.path} is raw text: entropy patching needs a byte LM to score it")
+    texts = [documents[i].text for i in range(len(documents))]
+    total = sum(len(text) + 1 for text in texts)
+    progress = Progress(f"scoring {source.path}", total, quiet=not is_writer())
+    entropies, _ = score_documents(
+        byte_lm.config,
+        byte_lm.params,
+        texts,
+        newline_reset=byte_lm.newline_reset,
+        scored=progress.advance,
+        name=documents.name,
+    )
+    return [Document(*pair) for pair in zip(texts, entropies, strict=True)]

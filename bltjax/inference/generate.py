@@ -1,0 +1,321 @@
+"""Continues texts: one as it is written to the terminal, or many from a file to JSON lines.
+
+    generate --workdir DIR --prompt "A BLT has"
+    generate --workdir DIR --prompts FILE.jsonl --out RESULTS.jsonl    a line for each, in order
+    generate --workdir DIR --prompt "A BLT has" --show patches         coloured as it forms
+
+A line of prompts is a JSON string or an object with `prompt`; a line of results is that object with
+`text`, `why` it ended (eos, stop or max_bytes) and `log_probs`, one a byte, in nats under the model
+itself, whatever the sampling. Where the bytes of a text are not UTF-8, `hex` has them.
+"""
+
+import argparse
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from typing import TextIO
+
+from bltjax.config.load import add_workdir_argument, local_path_argument
+from bltjax.evaluation.evaluate import run_patching
+from bltjax.inference.decoding.decoder import Decoder, Piece
+from bltjax.inference.decoding.placement import load_onto, read_mesh
+from bltjax.inference.decoding.request import CONTEXT, check_decodable, fitting_prompts
+from bltjax.inference.decoding.sampling import Sampling
+from bltjax.inference.prompts import (
+    STDIN,
+    Prompt,
+    begin_results,
+    finish_results,
+    input_argument,
+    input_name,
+    read_input,
+    read_prompts,
+    result_line,
+)
+from bltjax.system.compiling import CompileTime
+from bltjax.system.outputs import check_outputs
+from bltjax.text.alphabet import text_stream
+from bltjax.training.metrics import speed
+from bltjax.viz.patches import TERMINAL_COLOURS, visible
+from bltjax.weights.export import params_folder, read_config
+
+# Of the 256 terminal colours, black to red: how uncertain a byte was, nat by nat.
+ENTROPY_COLOURS = (16, 16, 52, 88, 124, 160)
+CONTROLS = re.compile("\r\n|[\0-\x1f\x7f-\x9f]")
+
+
+def harmless(text: str) -> str:
+    """A text for a terminal: controls, which it would obey, by what stands for them.
+
+    Newlines and tabs stay; so does the carriage return before a newline.
+    """
+    kept = ("\n", "\t", "\r\n")
+    return CONTROLS.sub(lambda x: x[0] if x[0] in kept else visible(x[0]), text)
+
+
+class Painter:
+    """Writes a text as its bytes come: plainly, with | between patches, or in colour.
+
+    The ground changes with each patch; the letters redden with the entropy of the byte. A character
+    that takes several bytes is painted as its first.
+    """
+
+    def __init__(self, out: TextIO, patches: bool, colour: bool):
+        self.out, self.patches, self.colour = out, patches, colour
+        self.stream, self.patch, self.style, self.waiting = text_stream(), 0, "", False
+        self.terminal, self.held = out.isatty(), ""
+
+    def prompt(self, text: bytes) -> None:
+        self.plain(self.stream.decode(text))  # one stream: a prompt may end inside a character
+        if self.patches:
+            self.plain("", last=True)
+
+    def plain(self, text: str, last: bool = False) -> None:
+        """Shows a text as it is, but a terminal is sent no controls."""
+        if self.terminal:
+            text, self.held = self.held + text, ""
+            if text.endswith("\r") and not last:  # what it is depends on what comes next
+                text, self.held = text[:-1], "\r"
+            text = harmless(text)
+        self.show(text)
+
+    def piece(self, piece: Piece) -> None:
+        if not self.patches:
+            self.plain(self.stream.decode(piece.text))
+            return
+        for place, entropy, opens in zip(
+            range(len(piece.text)), piece.entropies, piece.opens, strict=True
+        ):
+            self.patch += int(opens)
+            if not self.waiting:
+                self.begin_character(float(entropy), bool(opens))
+            shown = self.stream.decode(piece.text[place : place + 1])
+            self.waiting = not shown
+            shown = "".join(x if x in "\n\t" else visible(x) for x in shown)
+            # Colour ends with the line, or terminals paint the rest of it.
+            end = "\x1b[0m\n" + self.style if self.colour else "\n"
+            self.show(shown.replace("\n", end))
+
+    def begin_character(self, entropy: float, opens: bool) -> None:
+        if not self.colour:
+            self.show("|" * opens)
+            return
+        ground = TERMINAL_COLOURS[self.patch % len(TERMINAL_COLOURS)]
+        letters = ENTROPY_COLOURS[min(int(entropy), len(ENTROPY_COLOURS) - 1)]
+        style = f"\x1b[38;5;{letters};48;5;{ground}m"
+        if style != self.style:
+            self.style = style
+            self.show(style)
+
+    def show(self, text: str) -> None:
+        print(text, end="", file=self.out, flush=True)
+
+    def close(self) -> None:
+        self.plain(self.stream.decode(b"", True), last=True)
+        self.show("\x1b[0m" * bool(self.style) + "\n")
+
+
+def summary(decoder: Decoder, seconds: float, compiled: float) -> str:
+    """[compiled in 12 s; 200 bytes in 1.2 s, 167B/s; 45 latent steps for 45 patches of 4.4 bytes]
+
+    seconds: in all; compiled: of them, for compiling.
+    """
+    counts = decoder.counts
+    line = speed(counts.bytes, seconds, compiled)
+    if counts.patches:
+        line += (
+            f"; {counts.latent_runs} latent steps for {counts.patches} patches of"
+            f" {counts.bytes / counts.patches:.2f} bytes"
+        )
+    if decoder.draft and counts.bytes:
+        accepted = (counts.bytes - counts.passes) / max(1, counts.passes * decoder.draft)
+        line += (
+            f"; {counts.passes / counts.bytes:.2f} passes of the whole model a byte, {accepted:.0%}"
+            " of drafts accepted"
+        )
+    return f"[{line}]"
+
+
+def print_results(
+    decoder: Decoder, write, prompts: list[Prompt], first: int, rows: int, out: TextIO
+) -> None:
+    """Prints the results from prompt `first` on, group by group as they end."""
+    for begin in range(first, len(prompts), rows):
+        group = prompts[begin : begin + rows]
+        begun, compiling = time.monotonic(), CompileTime()
+        pieces: list[list[Piece]] = [[] for _ in group]
+        for piece in write(group, begin):
+            pieces[piece.row].append(piece)
+        for prompt, mine in zip(group, pieces, strict=True):
+            line = result_line(prompt, mine)
+            if out.isatty():
+                line = CONTROLS.sub(lambda x: f"\\u{ord(x[0]):04x}", line)
+            print(line, file=out, flush=True)
+        print(summary(decoder, time.monotonic() - begun, compiling.seconds), file=sys.stderr)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workdir_argument(parser)
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument(
+        "--prompt", default="", help="text to continue (default: nothing, BOS alone)"
+    )
+    given.add_argument(
+        "--prompt_file",
+        type=input_argument,
+        metavar="FILE",
+        help="file whose bytes are the prompt; -: standard input",
+    )
+    given.add_argument(
+        "--prompts",
+        type=input_argument,
+        metavar="FILE",
+        help="JSONL of prompts; results are JSONL; -: standard input",
+    )
+    parser.add_argument(
+        "--out",
+        type=local_path_argument,
+        help="with --prompts: write the results here, after those that a killed command left",
+    )
+    parser.add_argument("--rows", type=int, default=8, help="prompts that are run side by side")
+    parser.add_argument("--max_bytes", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest bytes (0: all)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="keep this much probability")
+    parser.add_argument(
+        "--min_p", type=float, default=0.0, help="keep what is this likely beside the likeliest"
+    )
+    parser.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="> 1: bytes of the text less likely"
+    )
+    parser.add_argument("--valid_utf8", action="store_true", help="write whole characters only")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; then one more")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="stop before this string; several may be given"
+    )
+    parser.add_argument(
+        "--draft", type=int, default=0, help="bytes to draft for one pass of the whole model"
+    )
+    parser.add_argument(
+        "--context", type=int, default=CONTEXT, help="most bytes of a prompt and its continuation"
+    )
+    parser.add_argument(
+        "--mesh",
+        help="devices by axis, such as data=2,tensor=4: data shares the rows, tensor the weights"
+        " (default: one device)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of weights, caches and products (default: weights as stored, the rest by platform)",
+    )
+    parser.add_argument(
+        "--truncate", choices=("left",), help="drop the beginning of a prompt that is too long"
+    )
+    parser.add_argument(
+        "--show", choices=("text", "patches"), default="text", help="patches: ground by patch,"
+        " letters the redder the less certain",
+    )  # fmt: skip
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError("generate takes its config from the work directory; drop --config.*")
+    if args.out and not args.prompts:
+        raise ValueError("--out is for the results of --prompts; redirect the text of a prompt")
+    if args.prompts and args.show == "patches":
+        raise ValueError(
+            "--show=patches is for one prompt: the results of --prompts are JSON lines"
+        )
+    if args.rows < 1:
+        raise ValueError(f"--rows is {args.rows}, not >= 1")
+    logging.getLogger("bltjax").setLevel(logging.WARNING)  # nothing but the text on the terminal
+    sampling = Sampling(
+        args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+        args.valid_utf8,
+    )  # fmt: skip
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts)
+    elif args.prompt_file is not None:
+        prompts = [Prompt(read_input(args.prompt_file), input_name(args.prompt_file))]
+    else:
+        # What is not UTF-8 on the command line came as surrogates.
+        prompts = [Prompt(os.fsencode(args.prompt))]
+    reads = [(option, path) for option, path in (
+        ("--prompts", args.prompts), ("--prompt_file", args.prompt_file)
+    ) if path != STDIN]  # fmt: skip
+    check_outputs({"--out": args.out}, reads, model=args.workdir, streams=True)
+    request = {
+        "max_bytes": args.max_bytes,
+        "sampling": sampling,
+        "stop": [os.fsencode(text) for text in args.stop],
+        "truncate": args.truncate == "left",
+    }
+    fitting_prompts(
+        [prompt.text for prompt in prompts],
+        context=args.context,
+        draft=args.draft,
+        seed=args.seed,
+        names=[prompt.name for prompt in prompts],
+        **request,
+    )
+    config = read_config(args.workdir)
+    check_decodable(config, config.patching, True, args.draft)
+    _, step = params_folder(args.workdir)
+    first = begin_results(args.out, prompts, settings_of(args, step)) if args.out else 0
+    if first:
+        print(f"{args.out}: {first} of {len(prompts)} results are there; the rest follows",
+              file=sys.stderr)  # fmt: skip
+    mesh = read_mesh(args.mesh) if args.mesh else None
+    patching, byte_lm = run_patching(config, args.workdir)  # whether it is there is known first
+    config, params, _ = load_onto(mesh, args.workdir, args.dtype)
+    decoder = Decoder(
+        config,
+        params,
+        patching,
+        byte_lm,
+        context=args.context,
+        draft=args.draft,
+        mesh=mesh,
+        dtype=args.dtype,
+    )
+    del params  # the decoder has its own
+
+    def write(group: list[Prompt], begin: int) -> Iterator[Piece]:
+        texts, names = [prompt.text for prompt in group], [prompt.name for prompt in group]
+        return decoder.generate(texts, seed=args.seed + begin, names=names, **request)
+
+    if args.prompts and args.out:
+        with args.out.open("a", encoding="utf-8") as out:
+            print_results(decoder, write, prompts, first, args.rows, out)
+        finish_results(args.out)
+        return
+    if args.prompts is not None:
+        print_results(decoder, write, prompts, 0, args.rows, sys.stdout)
+        return
+    colour = args.color == "always" or (
+        args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    )
+    pieces = write(prompts, 0)
+    painter = Painter(sys.stdout, args.show == "patches", colour)
+    begun, compiling = time.monotonic(), CompileTime()
+    painter.prompt(prompts[0].text)
+    try:
+        for piece in pieces:
+            painter.piece(piece)
+    finally:
+        painter.close()  # also before an error is printed
+    print(summary(decoder, time.monotonic() - begun, compiling.seconds), file=sys.stderr)
+
+
+def settings_of(args: argparse.Namespace, step: int) -> dict:
+    """What results depend on besides their prompts, as JSON."""
+    names = (
+        "max_bytes", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "valid_utf8",
+        "seed", "stop", "draft", "context", "dtype", "truncate",
+    )  # fmt: skip
+    return {"workdir": str(args.workdir), "step": step} | {x: getattr(args, x) for x in names}

@@ -1,0 +1,154 @@
+"""Floating-point operations, by our exact shapes and by the paper's formula; and what share of a
+chip's peak they reach.
+
+Convention: a multiply-add is 2; matrix products and attention only (norms, rotary angles, softmax
+and table look-ups are 0, so hash tables cost nothing); attention counts the keys that a query may
+see in a row that is one document, so causal attention is halved; patches count at the row's full
+P. Training is three times the forward pass. What the backward pass computes anew is no use to the
+model: it is counted apart, and not in a model's FLOPs utilisation (MFU).
+"""
+
+from bltjax.config.run import BLTConfig, ByteCNNConfig, ByteLMConfig
+from bltjax.distributed.topology import chip_of
+from bltjax.text.alphabet import VOCABULARY
+
+
+def seen_keys(queries: int, span: int) -> int:
+    """Keys seen by all queries of a causal window: sum of min(i + 1, span)."""
+    span = min(span, queries)
+    return span * (span + 1) // 2 + (queries - span) * span
+
+
+def block_flops(positions, span, width, hidden, key_value_width) -> int:
+    projections = 2 * width * (2 * width + 2 * key_value_width + 3 * hidden)
+    return positions * projections + 4 * width * seen_keys(positions, span)
+
+
+def cross_flops(queries: int, keys: int, pairs: int, width: int) -> int:
+    return 4 * width * width * (queries + keys) + 4 * width * pairs
+
+
+def row_forward_flops(
+    config: ByteLMConfig | ByteCNNConfig | BLTConfig, row_bytes: int, row_patches: int
+) -> int:
+    """FLOPs of one row of N bytes and P patches, forward."""
+    N, P = row_bytes, row_patches
+    if isinstance(config, ByteCNNConfig):
+        pointwise = config.layers * 3 * config.hidden + config.context * config.width
+        return 2 * N * config.width * (pointwise + VOCABULARY)
+    if isinstance(config, ByteLMConfig):
+        blocks = config.layers * block_flops(
+            N, config.window, config.width, config.hidden, config.width
+        )
+        return blocks + 2 * N * config.width * VOCABULARY
+    local, cross, latent = config.local, config.cross, config.latent
+    E, K, D = local.width, cross.slots, latent.width
+    encoder_block = block_flops(N, local.window, E, local.encoder_hidden or local.hidden, E)
+    decoder_block = block_flops(N, local.window, E, local.hidden, E)
+    total = local.encoder_layers * encoder_block + local.decoder_layers * decoder_block
+    total += 2 * N * E * VOCABULARY
+    total += 2 * P * E * K * E  # pooled vector -> K queries
+    encoder_crosses, decoder_crosses = cross_layers(config)
+    total += encoder_crosses * cross_flops(P * K, N, N * K, E)
+    if K * E != D:
+        total += 2 * P * K * E * D
+    key_value_width = D // latent.heads * latent.key_value_heads
+    total += latent.layers * block_flops(P, P, D, latent.hidden, key_value_width)
+    total += 2 * P * D * E * (K if decoder_crosses else 1)
+    return total + decoder_crosses * cross_flops(N, P * K, N * K, E)
+
+
+def cross_layers(config: BLTConfig) -> tuple[int, int]:
+    """How many layers of the encoder and of the decoder cross-attend."""
+    local, cross = config.local, config.cross
+    encoder = {"none": 0, "last": 1, "all": local.encoder_layers}[cross.encoder]
+    return encoder, {"none": 0, "first": 1, "all": local.decoder_layers}[cross.decoder]
+
+
+def recomputed_flops(
+    config: ByteLMConfig | ByteCNNConfig | BLTConfig, row_bytes: int, row_patches: int
+) -> int:
+    """FLOPs of one row that the backward pass computes anew.
+
+    That is the scores of every attention, once, for kernels don't keep them: half of what attention
+    is forward. And what the policies of the config say: of a block, "full" computes all again but
+    its last product, whose result nobody asks for; the other policies keep the results of products
+    and of attention.
+    """
+
+    def again(policy, positions, span, width, hidden, key_value_width) -> int:
+        scores = 2 * width * seen_keys(positions, span)
+        if policy != "full":
+            return scores
+        block = block_flops(positions, span, width, hidden, key_value_width)
+        return scores + block - 2 * positions * hidden * width
+
+    N, P = row_bytes, row_patches
+    if isinstance(config, ByteCNNConfig):
+        return 0
+    if isinstance(config, ByteLMConfig):
+        block = again(config.remat, N, config.window, config.width, config.hidden, config.width)
+        return config.layers * block
+    local, latent = config.local, config.latent
+    E, D = local.width, latent.width
+    key_value_width = D // latent.heads * latent.key_value_heads
+    encoder = again(local.remat, N, local.window, E, local.encoder_hidden or local.hidden, E)
+    decoder = again(local.remat, N, local.window, E, local.hidden, E)
+    return (
+        local.encoder_layers * encoder
+        + local.decoder_layers * decoder
+        + sum(cross_layers(config)) * 2 * E * config.cross.slots * N
+        + latent.layers * again(latent.remat, P, P, D, latent.hidden, key_value_width)
+    )
+
+
+def training_flops(config, rows: int, row_bytes: int, row_patches: int) -> int:
+    """FLOPs of one optimizer step over `rows` rows."""
+    return 3 * rows * row_forward_flops(config, row_bytes, row_patches)
+
+
+def paper_flops(
+    config: ByteLMConfig | ByteCNNConfig | BLTConfig, row_bytes: int, row_patches: int
+) -> float:
+    """FLOPs of one byte, forward, as the paper estimates them (equations 13 to 17, table 11).
+
+    Every hidden layer counts as four times the width, and cross-attention as if it were causal;
+    what is not in its formula (pooling, projections between widths) is left out. The paper has no
+    formula for a CNN: ours is taken.
+    """
+    if isinstance(config, ByteCNNConfig):
+        return row_forward_flops(config, row_bytes, row_patches) / row_bytes
+
+    def attention(width, layers, context):
+        return 4 * layers * width * (context + 1) / 2
+
+    def projections(width, layers, ratio):
+        return (2 * ratio + 2) * 2 * layers * width**2
+
+    def transformer(width, layers, context, vocabulary=0):
+        hidden = 2 * layers * 2 * width * 4 * width
+        both = attention(width, layers, context) + projections(width, layers, 1)
+        return hidden + both + 2 * width * vocabulary
+
+    def cross(width, layers, context, ratio):
+        return attention(width, layers, context) + projections(width, layers, ratio)
+
+    if isinstance(config, ByteLMConfig):
+        return transformer(config.width, config.layers, config.window, 256)
+    local, latent, slots = config.local, config.latent, config.cross.slots
+    E, patch = local.width, row_bytes / row_patches
+    encoder, decoder = cross_layers(config)
+    return (
+        transformer(latent.width, latent.layers, row_patches) / patch
+        + transformer(E, local.encoder_layers, local.window)
+        + transformer(E, local.decoder_layers, local.window, 256)
+        + cross(E, encoder, patch, patch / slots) * slots / patch
+        + cross(E, decoder, slots, slots / patch)
+    )
+
+
+def utilisation(flops_per_second: float, devices) -> dict[str, float]:
+    """What a run reaches on each device: FLOP/s, and as a share of the peak where that is known."""
+    reached = flops_per_second / len(devices)
+    chip = chip_of(devices[0].device_kind)
+    return {"flops_per_second_per_chip": reached} | ({"mfu": reached / chip.flops} if chip else {})

@@ -1,0 +1,181 @@
+"""What a compiled program sends between chips: kinds, bytes per chip, mesh axes.
+
+Bytes are those that one chip must send: of an all-gather's result, or a reduce-scatter's operand,
+(g - 1) / g in a group of g; twice that of an all-reduce; of an all-to-all (g - 1) / g; of a
+permutation all. They depend on shapes alone, not on how the compiler does it. A TPU's compiler
+spreads an all-gather over the fusions that it runs beside; such a chain is one collective. A
+reduce-scatter is written as an all-reduce of which each chip keeps a slice, in one fusion.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from bltjax.planning.hlo import Computation, Instruction, Program
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of the program, as often as it runs."""
+
+    kind: str
+    axes: tuple[str, ...]  # of the mesh, along which its groups lie
+    group: tuple[int, ...]  # places in the mesh of one group
+    bytes: float  # that a chip sends in one run
+    whole: float  # bytes of what is gathered, reduced or exchanged, of one group's chip
+    runs: int
+    source: str  # the operation of the model that it comes from
+
+
+def read_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Collective]:
+    """Every collective with more than one chip in a group.
+
+    mesh_shape: from axis to size, in the mesh's order.
+
+    Raises:
+      ValueError: for groups that are written in a way that isn't known here.
+    """
+    found = []
+    for computation, instruction, runs in program.each():
+        kind = collective_kind(program, computation, instruction)
+        if kind is None:
+            continue
+        group = read_group(instruction, kind, mesh_shape)
+        if len(group) < 2:
+            continue
+        sent, whole = sizes(computation, instruction, kind, len(group))
+        axes = varying_axes(group, mesh_shape)
+        source = re.search(r'op_name="([^"]*)"', instruction.rest)
+        found.append(Collective(kind, axes, group, sent, whole, runs, source[1] if source else ""))
+    return found
+
+
+def collective_kind(program: Program, computation: Computation, instruction: Instruction):
+    """One of KINDS; None for what isn't a collective, or goes on with one that has begun."""
+    kind = instruction.kind.removesuffix("-start")
+    users = computation.users[instruction.name]
+    if instruction.kind == "send" and between_slices(instruction):
+        return between_slices(instruction)
+    if kind not in KINDS:
+        return None
+    if "chain_id=" in instruction.rest and not any("AsyncCollectiveStart" in x.rest for x in users):
+        return None
+    if kind == "all-reduce" and computation.name in program.fused and scatters(computation, users):
+        return "reduce-scatter"
+    return kind
+
+
+def between_slices(instruction: Instruction) -> str:
+    """The kind of a collective between slices, which a TPU's program leaves to its host; or ""."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
+    return found[1].lower().replace("_", "-") if found else ""
+
+
+def scatters(computation: Computation, users: list[Instruction]) -> bool:
+    """Whether of an all-reduce's results, in a fusion, only slices are kept."""
+    kinds = set()
+    for user in users:
+        while user.kind in ("get-tuple-element", "bitcast"):
+            following = computation.users[user.name]
+            if len(following) != 1:
+                return False
+            user = following[0]
+        kinds.add(user.kind)
+    return kinds <= {"dynamic-slice", "tuple"} and "dynamic-slice" in kinds
+
+
+def sizes(computation: Computation, instruction: Instruction, kind: str, group: int):
+    """Bytes that a chip sends, and bytes of the whole that the group works on."""
+    operands = instruction.operands[:1] if instruction.kind == "send" else instruction.operands
+    given = sum(array.bytes for name in operands for array in computation.instructions[name].arrays)
+    if kind == "all-gather":
+        given *= group
+    share = (group - 1) / group
+    factor = {"all-reduce": 2 * share, "collective-permute": 1}.get(kind, share)
+    return factor * given, given
+
+
+def read_group(instruction: Instruction, kind: str, mesh_shape: dict[str, int]) -> tuple[int, ...]:
+    """Places in the mesh, counted along its last axis first, of the largest group; a permutation's
+    is its first pair that moves anything."""
+    count = math.prod(mesh_shape.values())
+    if between_slices(instruction):
+        target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', instruction.rest)
+        return tuple(range(0, count, count // len(listed(target[1]))))
+    if kind == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.rest)
+        pairs = re.findall(r"\{(\d+),(\d+)", pairs[0]) if pairs else []
+        return next((tuple(map(int, pair)) for pair in pairs if pair[0] != pair[1]), ())
+    found = re.search(r"replica_groups=(.*)", instruction.rest)
+    text = found[1] if found else ""
+    if text.startswith("{{"):
+        groups = re.findall(r"\{([\d,]+)\}", text[: text.index("}}") + 2])
+        return max((tuple(map(int, group.split(","))) for group in groups), key=len)
+    if text.startswith("{}"):
+        return tuple(range(count))
+    iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if iota:
+        groups, dims, order = (
+            [int(x) for x in (part or "").split(",") if x] for part in iota.groups()
+        )
+        places = np.arange(np.prod(dims)).reshape(dims)
+        return tuple(places.transpose(order or range(len(dims))).reshape(groups)[0].tolist())
+    named = re.match(r"mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", text)
+    if named and not named[2].strip():
+        axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])]
+        return named_group(axes, named[3])
+    raise ValueError(f"replica groups that cannot be read: {text[:90]!r}")
+
+
+def listed(text: str) -> list[int]:
+    """`1,3:5` -> [1, 3, 4, 5]."""
+    found = []
+    for part in text.split(","):
+        first, _, last = part.partition(":")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def named_group(axes: list[tuple[str, int]], chosen: str) -> tuple[int, ...]:
+    """The group of place 0 along axes of a mesh, or along parts of them: `'axis_0':(2)4` is of an
+    axis's places those 4 of which each steps over what lies after the first 2 x 4."""
+    places = np.arange(np.prod([size for _, size in axes])).reshape([size for _, size in axes])
+    index: list = [0] * len(axes)
+    picked = {}
+    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", chosen):
+        picked.setdefault(name, []).append((int(before or 1), int(size or 0)))
+    for axis, (name, whole) in enumerate(axes):
+        parts = picked.get(name, [])
+        along = np.zeros(1, int)
+        for before, size in parts:
+            size = size or whole
+            step = whole // (before * size)
+            along = (along[:, None] + np.arange(size) * step).reshape(-1)
+        index[axis] = along
+    return tuple(places[np.ix_(*[np.atleast_1d(x) for x in index])].reshape(-1).tolist())
+
+
+def varying_axes(group: tuple[int, ...], mesh_shape: dict[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which a group's members differ."""
+    where = np.unravel_index(np.array(group), tuple(mesh_shape.values()))
+    return tuple(
+        axis
+        for axis, places in zip(mesh_shape, where, strict=True)
+        if len(set(places.tolist())) > 1
+    )
+
+
+def by_kind_and_axis(collectives: list[Collective]) -> list[dict]:
+    """Bytes that a chip sends in one run of the program, by kind and axes, the most first."""
+    total: dict[tuple[str, str], float] = {}
+    for each in collectives:
+        key = (each.kind, ",".join(each.axes))
+        total[key] = total.get(key, 0) + each.runs * each.bytes
+    return [
+        {"kind": kind, "axis": axis, "bytes": sent}
+        for (kind, axis), sent in sorted(total.items(), key=lambda x: -x[1])
+    ]

@@ -1,0 +1,251 @@
+"""What a compiled program does on one chip: operations of products and kernels, and bytes moved.
+
+Products are counted by their shapes, 2 for a multiply-add, wherever they stand, as often as they
+run. (XLA writes a product on a TPU as a convolution whose window slides over heads; only the
+positions that meet something count.) A kernel counts a tile of queries by a tile of keys for each
+step of its work list that sees; the steps that a full row leaves idle are kept apart.
+
+Bytes moved are those between main memory and the chip: operands and results of what runs by
+itself, with a TPU's padding. What is fused, or lies in VMEM, moves nothing; of an array of which
+only a slice is read or written, the slice counts; of a buffer that is only handed on, nothing.
+"""
+
+import functools
+import json
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from bltjax.attention.pattern import Pattern, Pooling, Reading, Sliding
+from bltjax.attention.staircase import Tiles, row_steps, seen_tiles
+from bltjax.planning.hlo import Array, Computation, Instruction, Program
+
+# What names, groups or describes arrays, and moves none.
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "opt-barrier", "partition-id", "replica-id", "async-start",
+    "async-update", "add-dependency", "domain",
+}  # fmt: skip
+SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one chip, one run of the program."""
+
+    products: float  # FLOPs outside kernels
+    kernels: float  # FLOPs of tiles that are visited in full rows of one document
+    idle: float  # FLOPs that the kernels' grids have room for besides
+    bytes: float  # to and from main memory
+
+    @property
+    def flops(self) -> float:
+        return self.products + self.kernels
+
+
+def read_work(program: Program) -> Work:
+    products = kernels = idle = moved = 0.0
+    for computation, instruction, runs in program.each():
+        if instruction.kind in ("dot", "convolution"):
+            products += runs * product_flops(computation, instruction)
+        elif is_kernel(instruction):
+            flops, share = kernel_flops(computation, instruction)
+            kernels += runs * flops * share
+            idle += runs * flops * (1 - share)
+        if computation.name not in program.fused:
+            moved += runs * moved_bytes(program, computation, instruction)
+    return Work(products, kernels, idle, moved)
+
+
+def product_flops(computation: Computation, instruction: Instruction) -> int:
+    left, right = (computation.instructions[x].arrays[0] for x in instruction.operands[:2])
+    if instruction.kind == "dot":
+        axes = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims"))
+        return 2 * instruction.arrays[0].elements * math.prod(left.sizes[int(x)] for x in axes)
+    return convolution_flops(instruction, left, right)
+
+
+def convolution_flops(instruction: Instruction, left: Array, right: Array) -> int:
+    """2 for each output and each input that its window meets, padding left out.
+
+    `dim_labels=0bf_0io->0bf` names the axes: b batch, f features, i and o of the kernel, and the
+    digits, along which the window slides.
+    """
+    labels_left, labels_right, labels_out = re.split("_|->", instruction.attribute("dim_labels"))
+    out = dict(zip(labels_out, instruction.arrays[0].sizes, strict=True))
+    into = dict(zip(labels_left, left.sizes, strict=True))
+    kernel = dict(zip(labels_right, right.sizes, strict=True))
+    window = dict(re.findall(r"(\w+)=([\w.\-]+)", instruction.attribute("window").strip("{}")))
+    met = 1
+    for place, axis in enumerate(sorted(label for label in labels_out if label.isdigit())):
+
+        def side(name: str, default: str, place=place) -> str:
+            return window[name].split("x")[place] if name in window else default
+
+        low = int(side("pad", "0_0").split("_")[0])
+        met *= met_positions(
+            out[axis],
+            int(side("size", "1")),
+            into[axis],
+            low,
+            int(side("stride", "1")),
+            int(side("lhs_dilate", "1")),
+            int(side("rhs_dilate", "1")),
+        )
+    return 2 * out["b"] * out["f"] * kernel["i"] * met
+
+
+@functools.cache
+def met_positions(out, window, size, low, stride, spread, kernel_spread) -> int:
+    """Pairs of an output and a place of its window that lie on an input, along one axis."""
+    place = np.arange(out)[:, None] * stride + np.arange(window)[None] * kernel_spread - low
+    inside = (place >= 0) & (place < (size - 1) * spread + 1) & (place % spread == 0)
+    return int(inside.sum())
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    return 'custom_call_target="tpu_custom_call"' in instruction.rest
+
+
+def kernel_flops(computation: Computation, instruction: Instruction) -> tuple[float, float]:
+    """A kernel's own estimate, and which share of its steps sees something in a full row."""
+    flops = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
+    plan = kernel_plan(instruction)
+    if not flops:
+        raise ValueError(f"kernel {instruction.name} has no cost estimate")
+    if plan is None:
+        return float(flops[1]), 1.0
+    q, k = (computation.instructions[x].arrays[0].sizes[-1] for x in instruction.operands[5:7])
+    pattern, tiles = plan
+    return float(flops[1]), visited_share(pattern, q, k, tiles)
+
+
+def kernel_plan(instruction: Instruction) -> tuple[Pattern, Tiles] | None:
+    """What a range attention kernel wrote of itself when it was compiled."""
+    found = re.search(r"kernel_metadata=(\{[^}]*\})", instruction.rest)
+    notes = json.loads(found[1].replace('\\"', '"')) if found and len(found[1]) > 2 else {}
+    if "pattern" not in notes:
+        return None
+    kinds = {"Sliding": Sliding, "Pooling": Pooling, "Reading": Reading}
+    kind, size = notes["pattern"].split()
+    return kinds[kind](int(size)), Tiles(*map(int, notes["tiles"].split("x")))
+
+
+@functools.cache
+def visited_share(pattern: Pattern, queries: int, keys: int, tiles: Tiles) -> float:
+    """Steps that see, of a work list's length, in a row that is full and one document.
+
+    A window's list has no others. Between bytes and slots it depends on the patches: here their
+    lengths are random, the same every time.
+    """
+    if isinstance(pattern, Sliding):
+        return 1.0
+    slots, pools = pattern.slots, isinstance(pattern, Pooling)
+    patches, byte_count = (queries, keys) if pools else (keys, queries)
+    patches //= slots
+    draw = np.random.default_rng(0)
+    cuts = np.sort(draw.choice(np.arange(1, byte_count), patches - 1, replace=False))
+    starts = np.concatenate([[0], cuts, [byte_count]])
+    if pools:
+        begin, end = np.repeat(starts[:-1], slots), np.repeat(starts[1:], slots)
+    else:
+        before = np.searchsorted(starts, np.arange(1, byte_count + 1), side="right") - 2
+        begin, end = np.maximum(before, 0) * slots, (before + 1) * slots
+    first, last = seen_tiles(begin[None], end[None], tiles)
+    return int((last - first).sum()) / row_steps(pattern, queries, keys, tiles)
+
+
+def moved_bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
+    """Bytes that one run of an instruction reads from main memory and writes to it."""
+    kind = instruction.kind
+    if kind in FREE or kind.endswith("-done"):
+        return 0
+    if is_kernel(instruction):
+        estimate = re.search(r'"bytes_accessed":"(\d+)"', instruction.rest)
+        return float(estimate[1]) if estimate else 0
+    if kind == "copy-start":  # (destination, source, a flag)
+        return sum(in_hbm(x) for x in instruction.arrays[:2])
+    if kind == "slice-start":  # (source, its slice, a flag): the rest of the source stays unread
+        part = instruction.arrays[1]
+        return part.padded_bytes + in_hbm(part)
+    given = [computation.instructions[x] for x in instruction.operands]
+    if kind == "fusion":
+        inner = program.computations[instruction.calls[0]]
+        read = sum(
+            read_bytes(program, inner, place) if in_hbm(x.arrays) else 0
+            for place, x in enumerate(given)
+        )
+        return read + written_bytes(program, inner, instruction.arrays)
+    if kind == "custom-call":
+        return 0  # buffers that are set aside, and notes to the compiler
+    if kind.endswith("-start"):  # of a collective: (operands, results, flags)
+        return 2 * sum(in_hbm(x.arrays) for x in given)
+    result = sum(in_hbm(x) for x in instruction.arrays)
+    if kind in SLICES:
+        return 2 * result
+    if kind in ("dynamic-update-slice", "scatter"):
+        return 2 * sum(in_hbm(x.arrays) for x in given[1:])
+    return result + sum(in_hbm(x.arrays) for x in given)
+
+
+def in_hbm(arrays: Array | tuple[Array, ...]) -> float:
+    arrays = (arrays,) if isinstance(arrays, Array) else arrays
+    return sum(x.padded_bytes for x in arrays if x.in_hbm)
+
+
+def read_bytes(program: Program, inner: Computation, place: int) -> float:
+    """Bytes that a fusion reads of its operand: all of it, or the slices that it takes of it."""
+    operand = inner.parameters[place]
+    total, whole = 0.0, sum(x.padded_bytes for x in operand.arrays)
+    seen, left = set(), [operand]
+    while left:
+        name = left.pop().name
+        for user in inner.users[name]:
+            if user.name in seen:
+                continue
+            seen.add(user.name)
+            if user.kind == "bitcast":
+                left.append(user)
+            elif user.kind in SLICES and user.operands[0] == name:
+                total += sum(x.padded_bytes for x in user.arrays)
+            elif user.kind in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
+                continue  # what is not overwritten stays where it is
+            elif user.kind == "tuple" or "chain_id=" in user.rest:
+                continue  # handed on; a collective that goes on meanwhile
+            elif user.kind == "fusion":
+                called = program.computations[user.calls[0]]
+                for position, given in enumerate(user.operands):
+                    if given == name:
+                        total += read_bytes(program, called, position)
+            else:
+                return whole
+    return min(total, whole)
+
+
+def written_bytes(program: Program, inner: Computation, arrays: tuple[Array, ...]) -> float:
+    """Bytes that a fusion writes: its results, or the slices of them that it overwrites."""
+    root = inner.root
+    if root.kind != "tuple":
+        return written(program, inner, root, arrays)
+    total = 0.0
+    for name, array in zip(root.operands, arrays, strict=False):
+        total += written(program, inner, inner.instructions[name], (array,))
+    return total
+
+
+def written(program: Program, inner: Computation, made: Instruction, arrays) -> float:
+    while made.kind == "bitcast":
+        made = inner.instructions[made.operands[0]]
+    if made.kind == "parameter" or "chain_id=" in made.rest:
+        return 0
+    if not in_hbm(arrays):
+        return 0
+    if made.kind == "dynamic-update-slice":
+        return sum(x.padded_bytes for x in inner.instructions[made.operands[1]].arrays)
+    if made.kind == "scatter":
+        return sum(x.padded_bytes for x in inner.instructions[made.operands[-1]].arrays)
+    if made.kind == "fusion":
+        return written_bytes(program, program.computations[made.calls[0]], arrays)
+    return in_hbm(arrays)

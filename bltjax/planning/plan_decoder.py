@@ -1,0 +1,193 @@
+"""A decoder planned without its devices: what `generate` would run, compiled for a slice.
+
+Memory is what the compiler says of each program. A byte reads what the program for one byte reads,
+and its share of what the program for one patch reads; a chip's published rate for that is a bound
+on bytes per second, not a measurement.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import jax
+
+from bltjax.config.run import ByteLMConfig, MeshConfig, RunConfig
+from bltjax.distributed.sharding import make_mesh
+from bltjax.distributed.topology import Topology
+from bltjax.inference.decoding.programs import decoder_programs
+from bltjax.planning.aot import TooLarge, compile_ahead, described_devices, shard_bytes, used_bytes
+from bltjax.planning.hlo import read_program
+from bltjax.planning.hlo_collectives import by_kind_and_axis, read_collectives
+from bltjax.planning.hlo_cost import read_work
+from bltjax.training.metrics import quantity
+from bltjax.training.step import resolved
+
+
+@dataclass(frozen=True)
+class Program:
+    """Of one program on one chip, in bytes; what it moves is None where it was too large."""
+
+    total: float
+    moved: float | None = None
+    collectives: list[dict] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    topology: Topology
+    mesh: dict[str, int]
+    rows: int
+    prompt_bytes: int
+    context: int
+    mean_patch: float
+    weights: dict[str, float]  # bytes on a chip
+    state: float
+    programs: dict[str, Program]
+    compile_s: float
+
+    @property
+    def total(self) -> float:
+        return max(program.total for program in self.programs.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.topology.chip.hbm_bytes
+
+    @property
+    def moved(self) -> float | None:
+        """Bytes that a chip moves for one byte in each of its rows."""
+        byte, patch = (self.programs[name].moved for name in ("byte", "patch"))
+        return None if byte is None or patch is None else byte + patch / self.mean_patch
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """At most, for all rows."""
+        return self.moved and self.rows * self.topology.chip.hbm_rate / self.moved
+
+    def summary(self) -> dict:
+        """For programs: names and units as the README lists them."""
+        return {
+            "topology": self.topology.name,
+            "mesh": self.mesh,
+            "rows": self.rows,
+            "prompt_bytes": self.prompt_bytes,
+            "context": self.context,
+            "mean_patch": self.mean_patch,
+            "fits": self.fits,
+            "hbm_bytes": {
+                "weights": self.weights,
+                "state": self.state,
+                "total": self.total,
+                "capacity": self.topology.chip.hbm_bytes,
+            },
+            "programs": {name: dataclasses.asdict(x) for name, x in self.programs.items()},
+            "moved_bytes": self.moved,
+            "bound_bytes_per_second": self.bytes_per_second,
+            "compile_s": self.compile_s,
+        }
+
+
+def plan_generate(
+    config: RunConfig,
+    topology: Topology,
+    *,
+    groups: int,
+    rows: int,
+    prompt_bytes: int,
+    context: int,
+) -> GenerationPlan:
+    """Compiles what a BLT's decoder runs, with weights in the config's compute dtype.
+
+    config: its mesh, that of training, is not read. groups: of chips, each with all weights.
+
+    Raises:
+      ValueError: for a model without patches, more slices than one, a prompt beyond the context, or
+        rows that groups of devices don't divide.
+    """
+    if config.blt is None:
+        raise ValueError("--generate plans a BLT: this config trains a byte model")
+    if topology.slices > 1:
+        raise ValueError(f"--generate plans one slice, not {topology.slices}: a decoder is one job")
+    if rows < 1:
+        raise ValueError(f"--rows is {rows}, not >= 1")
+    if not 0 < prompt_bytes <= context:
+        raise ValueError(
+            f"--prompt_bytes ({prompt_bytes}) is not between 1 and --context ({context})"
+        )
+    begun = time.monotonic()
+    mesh = make_mesh(MeshConfig(groups, 1, -1), described_devices(topology))
+    config = resolved(config, mesh.devices.flat[0])
+    mean_patch = config.data.row_bytes / config.data.row_patches
+    # The released entropy model; the run's own is not read for a plan.
+    byte_lm = ByteLMConfig() if config.patching.mode == "entropy" else None
+    made = decoder_programs(
+        config.blt,
+        config.patching,
+        byte_lm,
+        mesh,
+        rows=rows,
+        prompt=prompt_bytes,
+        patches=round(context / mean_patch),
+        dtype=jax.numpy.dtype(config.compute_dtype),
+        implementation=config.attention,
+    )
+
+    def on_chip(tree) -> float:
+        return shard_bytes(tree, jax.tree.map(lambda x: x.sharding, tree))
+
+    programs = {}
+    for name, lower in made.lower.items():
+        try:
+            compiled = compile_ahead(lower())
+        except TooLarge as error:
+            programs[name] = Program(max(error.needed, topology.chip.hbm_bytes + 1))
+            continue
+        program = read_program(compiled.as_text())
+        programs[name] = Program(
+            used_bytes(compiled),
+            read_work(program).bytes,
+            by_kind_and_axis(read_collectives(program, dict(mesh.shape))),
+        )
+    return GenerationPlan(
+        topology,
+        dict(mesh.shape),
+        rows,
+        prompt_bytes,
+        context,
+        mean_patch,
+        {name: on_chip(tree) for name, tree in made.weights["model"].items()}
+        | {"byte_lm": on_chip(made.weights["scorer"])},
+        on_chip(made.state),
+        programs,
+        time.monotonic() - begun,
+    )
+
+
+def text(found: GenerationPlan, name: str) -> str:
+    """One screen for people."""
+    chip, mesh = found.topology.chip, found.mesh
+    lines = [
+        f"{name} decoded on {found.topology.name}: {mesh['data']} groups of {mesh['tensor']} chips;"
+        f" {found.rows} rows, prompts of {found.prompt_bytes:,} bytes, context {found.context:,}",
+        "weights      "
+        + "  ".join(
+            f"{part.replace('_', ' ')} {quantity(size)}B" for part, size in found.weights.items()
+        )
+        + "  a chip",
+        f"memory       {quantity(found.state)}B a chip for what is remembered of texts",
+    ]
+    for program, each in found.programs.items():
+        moved = "too large" if each.moved is None else f"moves {quantity(each.moved)}B"
+        lines.append(f"{program:13}{quantity(each.total)}B a chip; {moved}")
+    verdict = "fits" if found.fits else "DOES NOT FIT"
+    lines.append(f"HBM a chip   {quantity(found.total)}B of {quantity(chip.hbm_bytes)}B: {verdict}")
+    if found.bytes_per_second:
+        lines.append(
+            f"bound        a byte moves {quantity(found.moved)}B a chip (patches of"
+            f" {found.mean_patch:.1f} bytes): at most {quantity(found.bytes_per_second)}B/s of text"
+        )
+    lines.append(
+        f"compiled in {found.compile_s:.0f} s. A bound from published rates, not a measurement:"
+        " nothing was run."
+    )
+    return "\n".join(lines)

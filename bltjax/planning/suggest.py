@@ -1,0 +1,130 @@
+"""What to change where a plan doesn't fit: the nearest settings that would make it fit.
+
+Changes are tried from the one that costs least time to the one that costs most: moments of hash
+tables in fewer bytes; more micro-batches, each of fewer rows; keeping less for the backward pass;
+`tensor`; a larger slice. Each change's memory is estimated from the plan: parameters and moments
+exactly, gradients as large as parameters, the rest in proportion to the rows that a chip has at a
+time. Estimates decide in which order; what is called compiled was compiled.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from bltjax.config.run import RunConfig
+from bltjax.distributed.topology import Topology, read_topology
+
+COMPILED = 2  # changes at most, as each takes minutes
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings, or a topology, in place of the plan's; and what a chip would need then."""
+
+    settings: tuple[tuple[str, object], ...]
+    topology: str
+    total: float  # bytes
+    compiled: bool = False
+
+    @property
+    def options(self) -> str:
+        """As the command line takes it."""
+        words = [f"--config.{name}={value}" for name, value in self.settings]
+        return " ".join(words + ([f"--topology={self.topology}"] if self.topology else []))
+
+
+def changed(config: RunConfig, settings) -> RunConfig:
+    """The config with each `group.name` set.
+
+    Raises:
+      ValueError: where two numbers don't go together.
+    """
+    for name, value in settings:
+        path = name.split(".")
+        groups = [config]
+        for group in path[:-1]:
+            groups.append(getattr(groups[-1], group))
+        for group, key in zip(reversed(groups), reversed(path), strict=True):
+            value = dataclasses.replace(group, **{key: value})
+        config = value
+    return config
+
+
+def estimates(found) -> Iterator[Change]:
+    """Changes of a plan, the cheapest first, that would make it fit as far as one can tell."""
+    config, mesh, memory = found.config, found.mesh, found.memory
+    states = memory.parameters + memory.optimizer
+    count, shards = config.optimizer.accumulate, mesh["data"] * mesh["fsdp"]
+    gradients = memory.parameters * (2 if count > 1 else 1)  # and their sum so far
+    rest = max(0.0, memory.total - states - gradients)
+    narrow, saved = (), 0.0
+    if config.blt is not None and config.optimizer.table_moments == "float32":
+        narrow = (("optimizer.table_moments", "bfloat16"),)
+        share = found.parameters.get("hash_tables", 0) / found.parameters["total"]
+        saved = memory.parameters * share  # two moments, of two bytes less each
+        yield Change(narrow, "", memory.total - saved)
+    for settings, less in (((), 0.0), (narrow, saved)):
+        for more in doublings(count, config.data.rows // shards):
+            total = states + 2 * memory.parameters + rest * count / more - less
+            yield Change((*settings, ("optimizer.accumulate", more)), "", total)
+    if config.blt is not None:
+        stacks = ("local", "latent")
+        lean = tuple(
+            (f"blt.{name}.remat", "full")
+            for name in stacks
+            if getattr(config.blt, name).remat != "full"
+        )
+        if lean:
+            # A block keeps its input, not a dozen arrays of its width and of its hidden width.
+            yield Change(lean, "", states + gradients + rest / 4)
+        if mesh["fsdp"] % 2 == 0 and count % 2 == 0:
+            # As many rows in each micro-batch of half as many devices: heads and hidden layers are
+            # split in two, what lies between blocks is not.
+            split = (("mesh.tensor", 2 * mesh["tensor"]), ("mesh.fsdp", mesh["fsdp"] // 2))
+            split += (("optimizer.accumulate", 2 * count),)
+            yield Change(split, "", states + gradients + rest * 0.7)
+    chip = found.topology.name.partition(":")[0]
+    for shape in found.topology.chip.shapes:
+        larger = read_topology(f"{chip}:{shape}", found.topology.slices)
+        times = larger.devices / found.topology.devices
+        if times < 2 or times % 1 or config.data.rows % (shards * int(times) * count):
+            continue
+        total = (states + gradients + rest) / times
+        if total <= memory.capacity:
+            yield Change((("mesh.fsdp", mesh["fsdp"] * int(times)),), larger.name, total)
+            break
+
+
+def doublings(count: int, rows: int) -> Iterator[int]:
+    """Twice, four times ... a number of micro-batches, as long as a device's rows allow it."""
+    more = 2 * count
+    while rows % more == 0:
+        yield more
+        more *= 2
+
+
+def nearest_changes(found, plan: Callable[[RunConfig, Topology], object]) -> list[Change]:
+    """Changes that would make a plan fit; the first ones were compiled, until one did fit.
+
+    plan: compiles a config for a topology.
+    """
+    told: list[Change] = []
+    tries = COMPILED
+    for change in estimates(found):
+        kinds = [[name for name, _ in x.settings] for x in told]
+        if change.total > found.memory.capacity or [name for name, _ in change.settings] in kinds:
+            continue
+        if tries and not any(x.compiled for x in told):
+            tries -= 1
+            topology = found.topology
+            if change.topology:
+                topology = read_topology(change.topology, topology.slices)
+            try:
+                memory = plan(changed(found.config, change.settings), topology).memory
+            except ValueError:  # it breaks another rule
+                continue
+            if not memory.fits:
+                continue
+            change = dataclasses.replace(change, total=memory.total, compiled=True)
+        told.append(change)
+    return told

@@ -1,0 +1,86 @@
+"""Patches at the tokens of a Hugging Face `tokenizers` file: the paper's BPE baseline.
+
+Not incremental: how a prefix is cut into tokens may change with what follows, so a model cannot
+know, while it writes, where its patches begin (paper 2.4). Good for training, scoring, pictures.
+"""
+
+import functools
+import re
+
+import numpy as np
+
+from bltjax.system.storage import refuse_pointer
+from bltjax.text.alphabet import OFFSET
+
+NOT_UTF8 = re.compile("([\udc80-\udcff])")  # what surrogateescape makes of such a byte
+
+
+@functools.lru_cache(maxsize=8)
+def load_tokenizer(path: str):
+    """The tokenizer, without the limits of length that its file may set for a model.
+
+    Raises:
+      ValueError: for a file that is no tokenizer.
+      OSError: for one that isn't there.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ValueError("bpe patching needs tokenizers: pip install 'bltjax[bpe]'") from None
+    refuse_pointer(path)  # and a file that isn't there: its own message would not name it
+    try:
+        tokenizer = Tokenizer.from_file(path)
+    except Exception as error:  # it raises plain Exception
+        raise ValueError(
+            f"{path} is not a tokenizer file of Hugging Face's tokenizers (tokenizer.json): {error}"
+        ) from None
+    # Tokens that were cut off, or added to fill a length, are no boundaries of the text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def token_lengths(path: str, text: bytes) -> list[int]:
+    """Bytes of each token, in order; together they are the text.
+
+    Tokens of a byte-level tokenizer may end inside a character; those of another kind that share a
+    character count as one. A byte that is not UTF-8 is a token of its own.
+
+    Raises:
+      ValueError: for text that the tokenizer can't cut: some know no token for an unknown word.
+    """
+    lengths: list[int] = []
+    for piece in NOT_UTF8.split(text.decode(errors="surrogateescape")):
+        alone = NOT_UTF8.fullmatch(piece)
+        lengths += [1] if alone else string_lengths(path, piece)
+    return lengths
+
+
+def string_lengths(path: str, text: str) -> list[int]:
+    if not text:
+        return []
+    tokenizer, size = load_tokenizer(path), len(text.encode())
+    try:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # it raises plain Exception
+        begin = text if len(text) <= 40 else text[:40] + "..."
+        raise ValueError(f"{path} can't cut {begin!r} into tokens: {error}") from None
+    exact = [len(token) for token in encoding.tokens]
+    if sum(exact) == size and "ByteLevel" in str(tokenizer.pre_tokenizer):
+        return exact  # byte-level tokens are written with one letter for each byte
+    # Offsets count characters. A token begins where the one before ended; spaces that a tokenizer
+    # drops go to the token after them.
+    ends = np.maximum.accumulate([0] + [end for _, end in encoding.offsets] + [len(text)])
+    bytes_before = np.cumsum([0] + [len(character.encode()) for character in text])
+    return [int(n) for n in np.diff(bytes_before[ends]) if n]
+
+
+def token_starts(path: str, ids_N: np.ndarray) -> np.ndarray:
+    """bool [N + 1]: starts at each token of a document, at BOS and EOS, and after the text."""
+    starts_N1 = np.ones(len(ids_N) + 1, bool)
+    text_N = np.flatnonzero(ids_N >= OFFSET)
+    if len(text_N):
+        lengths = token_lengths(path, (ids_N[text_N] - OFFSET).astype(np.uint8).tobytes())
+        starts_N1[text_N] = False
+        starts_N1[text_N[np.cumsum([0, *lengths[:-1]])]] = True
+    return starts_N1

@@ -1,0 +1,68 @@
+"""Rolling polynomial hashes of byte n-grams, exact to 64-bit wraparound, in uint32 alone.
+
+For function f and size g, at position n over the ids x (zeros before the document):
+
+    h  = sum over m < g of x[n - g + 1 + m] * q_f^m     in signed 64-bit arithmetic that wraps
+    id = h mod M                                         in [0, M)
+
+Accelerators have no 64-bit integers by default, so q^m is held as four 16-bit limbs: limb sums of
+up to 16 products of ids below 2^9 fit in 32 bits; carries are propagated once; and the remainder
+is taken eight bits at a time, which fits while M <= 2^24.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bltjax.config.run import HASH_PRIMES, HashConfig
+
+
+def limbs(value: int) -> list[int]:
+    """The four 16-bit limbs of value mod 2^64, lowest first."""
+    return [(value >> shift) & 0xFFFF for shift in (0, 16, 32, 48)]
+
+
+def hash_ids(config: HashConfig, bytes_BN, begins_BN=None):
+    """int32 [R, B, N]: the row of each table at each position, tables in order function, size.
+
+    begins_BN: where in the row each position's document begins; ids before it count as zeros
+    unless the config lets windows cross documents. None: the row is one document.
+    """
+    xp = jnp if isinstance(bytes_BN, jax.Array) else np
+    x_BN = bytes_BN.astype(xp.uint32)
+    length = x_BN.shape[1]
+    place_BN = xp.broadcast_to(xp.arange(length), x_BN.shape)
+    # back[d] is the id d positions earlier, zero before the document.
+    back = [x_BN]
+    for distance in range(1, max(config.sizes)):
+        earlier_BN = xp.pad(x_BN, ((0, 0), (distance, 0)))[:, :length]
+        if begins_BN is not None and not config.crosses_documents:
+            earlier_BN = xp.where(place_BN - distance >= begins_BN, earlier_BN, xp.uint32(0))
+        back.append(earlier_BN)
+    tables = [
+        one_table(xp, back[:size], HASH_PRIMES[function], config.rows)
+        for function in range(config.functions)
+        for size in config.sizes
+    ]
+    return xp.stack(tables).astype(xp.int32)
+
+
+def one_table(xp, back: list, prime: int, rows: int):
+    """Ids of one table from the last `size` ids, newest first; the oldest is multiplied by q^0."""
+    sums = [xp.zeros_like(back[0])] * 4
+    for power, x_BN in enumerate(reversed(back)):
+        for place, limb in enumerate(limbs(pow(prime, power, 1 << 64))):
+            sums[place] = sums[place] + x_BN * xp.uint32(limb)
+    carry, digits = xp.zeros_like(back[0]), []
+    for total in sums:
+        # A sum is below 2^9 * 2^16 * 16 = 2^29, so the carry can't overflow 32 bits.
+        total = total + carry
+        digits.append(total & xp.uint32(0xFFFF))
+        carry = total >> xp.uint32(16)
+    remainder = xp.zeros_like(back[0])
+    for digit in reversed(digits):
+        for octet in (digit >> xp.uint32(8), digit & xp.uint32(0xFF)):
+            remainder = (remainder * xp.uint32(256) + octet) % xp.uint32(rows)
+    # Two's complement: a set top bit means h = unsigned - 2^64.
+    wrapped = (remainder + xp.uint32(rows - (1 << 64) % rows)) % xp.uint32(rows)
+    return xp.where(digits[3] >= xp.uint32(0x8000), wrapped, remainder)

@@ -1,0 +1,134 @@
+"""From patch starts to everything the model asks about patches, in O(N), on the device.
+
+A row of bytes and its starts; the patch of byte n is the number of starts up to n, less one. To
+predict byte n + 1, byte n reads the patch *before* the one that holds byte n + 1: when n closes a
+patch, that is the patch it has just closed; otherwise its own patch is still open, so it reads
+the one before. That is the one-patch lag, and nothing leaks:
+
+    byte     n     0  1  2  3  4  5  6  7  8        (bytes_BN, N = 9)
+    starts         1  1  1  0  0  1  0  0  0  1     (starts_BN1: the last looks past the row)
+    patch_of       0  1  2  2  2  3  3  3  3 (4)
+    reads          0  1  1  1  2  2  2  2  3        = patch_of[n + 1] - 1
+
+Every attention sees one contiguous range [start, end) per query, and starts and ends never
+decrease along the queries. Padding (documents == 0, always at a row's end) belongs to no patch and
+its ranges are empty.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bltjax.config.letters import check_shapes
+
+
+class Ranges(NamedTuple):
+    """What each query of one attention sees, and the rotary position of each key (or None)."""
+
+    start_BQ: jax.Array
+    end_BQ: jax.Array
+    position_BT: jax.Array | None = None
+
+
+class Patches(NamedTuple):
+    """The patches of a batch of rows; `patch_of` is P for padding."""
+
+    patch_of_BN: jax.Array
+    bytes_ranges: Ranges  # byte n sees bytes: local self-attention
+    pool_ranges: Ranges  # patch p sees its bytes: encoder cross-attention
+    latent_ranges: Ranges  # patch p sees patches: latent self-attention
+    read_ranges: Ranges  # byte n sees one patch: decoder cross-attention, in patches
+
+
+def index_like(x_BN) -> jax.Array:
+    """int32 [B, N]: each position's place in its row."""
+    return jax.lax.broadcasted_iota(jnp.int32, x_BN.shape, 1)
+
+
+def document_begins(documents_BN: jax.Array) -> jax.Array:
+    """int32 [B, N]: where in the row each position's document begins (padding counts as one)."""
+    changed_BN = jnp.diff(documents_BN, axis=1, prepend=documents_BN[:, :1]) != 0
+    return jax.lax.cummax(jnp.where(changed_BN, index_like(documents_BN), 0), axis=1)
+
+
+def window_ranges(documents_BN: jax.Array, window: int) -> Ranges:
+    """Local self-attention: position n sees [max(n - W + 1, its document's start), n + 1).
+
+    documents_BN: 1, 2, ... in order, 0 in padding at the row's end.
+    """
+    index_BN = index_like(documents_BN)
+    real_BN = documents_BN > 0
+    length_B1 = real_BN.sum(axis=1, keepdims=True, dtype=jnp.int32)
+    begin_BN = document_begins(documents_BN)
+    start_BN = jnp.maximum(index_BN - window + 1, begin_BN)
+    return Ranges(
+        jnp.where(real_BN, start_BN, length_B1),
+        jnp.where(real_BN, index_BN + 1, length_B1),
+        index_BN - begin_BN,
+    )
+
+
+def row_patches(documents_BN, starts_BN1, patches: int, window: int) -> Patches:
+    """All ids and ranges of rows with at most `patches` patches that hold bytes."""
+    sizes = check_shapes(documents_BN=documents_BN, starts_BN1=starts_BN1)
+    real_BN = documents_BN > 0
+    length_B1 = real_BN.sum(axis=1, keepdims=True, dtype=jnp.int32)
+    count_BN1 = jnp.cumsum(starts_BN1.astype(jnp.int32), axis=1)
+    patch_of_BN = jnp.where(real_BN, count_BN1[:, :-1] - 1, patches)
+
+    # Where patches begin, in order, and the row's end for those that don't: a sort, because to
+    # count the bytes of each is a scatter of single numbers, one after the other on a TPU.
+    begins_BN = jnp.where(starts_BN1[:, :-1] & real_BN, index_like(documents_BN), length_B1)
+    begins_BN = jnp.sort(begins_BN, axis=1, stable=False)
+    begins_BN1 = jnp.concatenate([begins_BN, length_B1], axis=1)
+    start_BP, end_BP = begins_BN1[:, :patches], begins_BN1[:, 1 : patches + 1]
+
+    filled_BP = end_BP > start_BP
+    index_BP = index_like(filled_BP)
+    filled_B1 = filled_BP.sum(axis=1, keepdims=True, dtype=jnp.int32)
+    document_BP = jnp.take_along_axis(documents_BN, jnp.minimum(start_BP, sizes["N"] - 1), axis=1)
+    document_BP = jnp.where(filled_BP, document_BP, 0)
+    first_BP = document_begins(document_BP)
+    reads_BN = jnp.where(real_BN, count_BN1[:, 1:] - 2, filled_B1)
+    return Patches(
+        patch_of_BN,
+        window_ranges(documents_BN, window),
+        Ranges(jnp.where(filled_BP, start_BP, length_B1), end_BP),
+        Ranges(
+            jnp.where(filled_BP, first_BP, filled_B1),
+            jnp.where(filled_BP, index_BP + 1, filled_B1),
+            index_BP - first_BP,
+        ),
+        Ranges(reads_BN, jnp.where(real_BN, reads_BN + 1, filled_B1)),
+    )
+
+
+def slot_ranges(ranges: Ranges, slots: int, *, queries: bool) -> Ranges:
+    """Ranges of patches as ranges of slots: repeated if those are the queries, else scaled."""
+    if queries:
+        return Ranges(
+            jnp.repeat(ranges.start_BQ, slots, axis=1), jnp.repeat(ranges.end_BQ, slots, axis=1)
+        )
+    return Ranges(ranges.start_BQ * slots, ranges.end_BQ * slots)
+
+
+def pool_max(x_BNE, patch_of_BN, patches: int):
+    """Elementwise maximum over the bytes of each patch, [B, P, E]; zeros for an empty patch.
+
+    On a TPU a scatter by sorted ids, E channels at a time for each byte, and so is its gradient.
+    """
+    rows, _, width = x_BNE.shape
+    pooled = jax.ops.segment_max(
+        x_BNE.reshape(-1, width),
+        flat_patch(patch_of_BN, patches),
+        num_segments=rows * (patches + 1),
+        indices_are_sorted=True,
+    ).reshape(rows, patches + 1, width)[:, :patches]
+    return jnp.where(jnp.isneginf(pooled), 0, pooled)
+
+
+def flat_patch(patch_of_BN, patches: int):
+    """Patch ids of all rows, ascending: row b has those from b * (P + 1), its padding the last."""
+    row_B1 = jnp.arange(patch_of_BN.shape[0], dtype=jnp.int32)[:, None]
+    return (row_B1 * (patches + 1) + patch_of_BN).reshape(-1)

@@ -1,0 +1,124 @@
+"""Goodput: what share of a run's wall time, over all its restarts, went into steps that count.
+
+    steps         a step on the devices, and the host's work beside it
+    input         waiting for the next batch
+    checkpoints   time that the loop stood still for one
+    evaluation    held-out bits per byte
+    compile       the first step of each start
+    start         from the process' beginning to the first step: data, model, restoring
+    restarts      from the last word of an attempt that was cut off to the next one's beginning
+    lost          steps that had been done before, after the checkpoint that was resumed
+
+WORKDIR/goodput.json keeps the sums, so that they are the run's and not the process'.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+
+import jax
+
+from bltjax.distributed.processes import is_writer
+from bltjax.system.storage import read_json, write_text
+
+KINDS = ("steps", "input", "checkpoints", "evaluation", "compile", "start", "restarts", "lost")
+NAME = "goodput.json"
+REMEMBERED = 100  # checkpoints, of those whose step a run may fall back to
+
+
+def read_sums(path) -> dict:
+    """What `Goodput.write` wrote.
+
+    Raises:
+      ValueError: naming the file, if it is anything else.
+    """
+    found = read_json(path)
+    try:
+        seconds = {kind: found["seconds"][kind] for kind in KINDS if kind in found["seconds"]}
+        saved = {int(step): seconds for step, seconds in found["saved"].items()}
+        numbers = [*seconds.values(), *saved.values(), found["until"]]
+        whole = isinstance(found["ended"], bool) and all(
+            type(x) in (int, float) and math.isfinite(x) and x >= 0 for x in numbers
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} doesn't hold a run's sums of seconds")
+    return found | {"seconds": seconds, "saved": saved}
+
+
+class Goodput:
+    """Seconds by kind. What nothing else claims counts as `rest`: first `start`, then `steps`."""
+
+    def __init__(self, workdir, begun: float):
+        """begun: when the process began, as time.monotonic() has it."""
+        self.path = workdir / NAME
+        self.seconds = dict.fromkeys(KINDS, 0.0)
+        self.saved: dict[int, float] = {}  # step -> seconds of steps when it was saved
+        self.rest, self.since = "start", begun
+        if not self.path.exists():
+            return
+        try:
+            told = read_sums(self.path)
+        except ValueError as error:
+            print(f"{error}: goodput is counted from here on")
+            return
+        self.seconds |= told["seconds"]
+        self.saved = told["saved"]
+        if not told["ended"]:
+            start = time.time() - (time.monotonic() - begun)
+            self.seconds["restarts"] += max(0.0, start - told["until"])
+
+    def resume(self, step: int) -> None:
+        """Counts the steps after `step` as lost: they will be done again."""
+        kept = max((s for at, s in self.saved.items() if at <= step), default=0.0)
+        self.saved = {at: s for at, s in self.saved.items() if at <= step}
+        lost = max(0.0, self.seconds["steps"] - kept)
+        self.seconds["lost"] += lost
+        self.seconds["steps"] -= lost
+
+    def charge(self, kind: str) -> None:
+        """What has passed since the last call was of this kind."""
+        now = time.monotonic()
+        self.seconds[kind] += now - self.since
+        self.since = now
+
+    @contextlib.contextmanager
+    def during(self, kind: str) -> Iterator[None]:
+        self.charge(self.rest)
+        try:
+            with jax.profiler.TraceAnnotation(kind):  # seen in a `--profile`
+                yield
+        finally:
+            self.charge(kind)
+
+    def begin_steps(self) -> None:
+        self.charge(self.rest)
+        self.rest = "steps"
+
+    def save(self, step: int) -> None:
+        """A checkpoint of this step is being written."""
+        self.charge(self.rest)
+        self.saved[step] = self.seconds["steps"]
+        for old in sorted(self.saved)[:-REMEMBERED]:
+            del self.saved[old]
+
+    def write(self, *, ended: bool = False) -> None:
+        """ended: whether the run stops here as it was told to, so that a pause is no restart."""
+        self.charge(self.rest)
+        if is_writer():
+            told = {"seconds": self.seconds, "saved": self.saved, "until": time.time()}
+            # A disk would keep the steps waiting, and what a power failure takes can be missed.
+            write_text(self.path, json.dumps(told | {"ended": ended}) + "\n", durable=False)
+
+    def shares(self) -> dict[str, float]:
+        self.charge(self.rest)
+        total = max(sum(self.seconds.values()), 1e-9)
+        return {kind: seconds / total for kind, seconds in self.seconds.items()}
+
+    def told(self) -> str:
+        shares = self.shares()
+        others = ", ".join(f"{kind} {shares[kind]:.1%}" for kind in KINDS[1:] if shares[kind])
+        return f"goodput {shares['steps']:.1%} of {sum(self.seconds.values()):.0f} s ({others})"

@@ -1,0 +1,196 @@
+"""What a run begins with: its byte LM, its tokenizer, its first parameters."""
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bltjax.config.run import MAY_CHANGE, SAME_CONTENT, PatchingConfig, RunConfig, changes
+from bltjax.distributed.sharding import fitting_meshes, make_mesh, tree_shardings
+from bltjax.inference.entropy import EntropyModel, load_entropy_model
+from bltjax.system.storage import is_remote, path_of
+from bltjax.training.resume import check_copy
+from bltjax.training.step import StepParts, check_mesh, step_parts
+from bltjax.weights import workdir as ckpt
+from bltjax.weights.export import TOKENIZER, load_params, open_stored
+from bltjax.weights.released.llama import llama_leaves
+from bltjax.weights.stored import model_shapes
+
+MOST_MESHES = 4  # that a message names
+
+
+def entropy_model(config: RunConfig, workdir: Path) -> EntropyModel | None:
+    """The byte LM that scored a BLT's data; None for runs that don't place patches by entropy.
+
+    A resumed run takes its own copy.
+    """
+    if config.blt is None or config.patching.mode != "entropy":
+        return None
+    if not config.entropy_model:
+        raise ValueError(
+            "entropy patching needs the byte LM that scored the data:"
+            " --config.entropy_model=WORKDIR of its training run"
+        )
+    resumed = bool(ckpt.saved_steps(workdir))
+    source = workdir / "byte_lm" if resumed else config.entropy_model
+    return load_entropy_model(source, newline_reset=config.patching.newline_reset)
+
+
+def check_start(config: RunConfig, workdir: Path, resumes: bool) -> None:
+    """Raises ValueError if the weights that training is to begin with can't be, or don't fit."""
+    if config.init_from and same_folder(config.init_from, workdir):
+        raise ValueError(
+            f"init_from is {config.init_from}, the work directory itself: leave it out to resume"
+            " that run, or give a new run another --workdir"
+        )
+    if resumes:
+        return
+    if config.latent_init.path:
+        llama_leaves(path_of(config.latent_init.path), config.blt.latent)
+    if config.init_from:
+        model = open_stored(config.init_from).config.model
+        found = changes(model, config.model)
+        # What may change when a run is resumed, such as remat, is of no meaning to weights either.
+        lines = [str(change) for change in found if change.rule != MAY_CHANGE]
+        if lines:
+            raise ValueError(
+                f"{config.init_from} holds a model with other settings (its value -> yours):\n  "
+                + "\n  ".join(lines)
+            )
+
+
+def mesh_and_parts(config: RunConfig) -> tuple[Mesh, StepParts]:
+    """The mesh of all devices, and what the run is made of on it.
+
+    Raises:
+      ValueError: where the mesh doesn't fit, with the rule, both numbers and the meshes that would.
+    """
+    try:
+        mesh = make_mesh(config.mesh)
+        return mesh, step_parts(config, mesh)
+    except ValueError as error:
+        raise ValueError(f"{error}{mesh_advice(config, jax.devices())}") from None
+
+
+def mesh_advice(config: RunConfig, devices: list) -> str:
+    """What to change so that a run has a mesh of these devices; empty if its mesh does fit."""
+    count, accumulate = len(devices), config.optimizer.accumulate
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    shapes = model_shapes(config)
+
+    def fits(rows: int | None, mesh) -> None:
+        check_mesh(config.model, rows, mesh)
+        tree_shardings(shapes, mesh)
+        if mesh.shape["data"] % slices:
+            raise ValueError("slices")
+
+    def options(mesh) -> str:
+        sizes = dataclasses.asdict(mesh).items()
+        return " ".join(f"--config.mesh.{axis}={size}" for axis, size in sizes)
+
+    with_rows = functools.partial(fits, config.data.rows // accumulate)
+    found = fitting_meshes(count, with_rows)
+    if found:
+        asked = dataclasses.astuple(config.mesh)
+        for mesh in map(dataclasses.astuple, found):
+            if all(size in (-1, there) for size, there in zip(asked, mesh, strict=True)):
+                return ""
+        kinds = "\n  ".join(map(options, found[:MOST_MESHES]))
+        return f"\nMeshes of {count} devices that fit this config:\n  {kinds}"
+    advice = f"\nNo mesh of {count} devices fits this config"
+    for mesh in fitting_meshes(count, functools.partial(fits, None))[:1]:
+        unit = mesh.data * mesh.fsdp * accumulate
+        rows = max(unit, round(config.data.rows / unit) * unit)
+        advice += f"; one does with --config.data.rows={rows} {options(mesh)}"
+    for fewer in range(count - 1, 0, -1):
+        if fewer % slices == 0 and fitting_meshes(fewer, with_rows):
+            return f"{advice}; one of {fewer} does as it is"
+    return advice
+
+
+def same_folder(one, other) -> bool:
+    if is_remote(one) or is_remote(other):
+        return str(one).rstrip("/") == str(other).rstrip("/")
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def check_copies(
+    run: RunConfig, config: RunConfig, workdir: Path, byte_lm: EntropyModel | None
+) -> list[str]:
+    """Checks that a resumed run's new names of a byte LM and of a tokenizer stand for those that it
+    began with; lines for the log.
+
+    Raises:
+      ValueError: if one stands for another.
+    """
+    lines = []
+    for change in changes(run, config):
+        if change.rule != SAME_CONTENT:
+            continue
+        given = path_of(str(change.new))
+        if change.path == "entropy_model" and byte_lm is not None:
+            there = given.exists() and load_entropy_model(
+                given, newline_reset=config.patching.newline_reset
+            )
+            copy, given = byte_lm.identity, there.identity if there else None
+        elif change.path == "patching.tokenizer":
+            copy = checksum(path_of(workdir) / TOKENIZER)
+            given = checksum(given) if given.exists() else None
+        else:
+            continue
+        lines.append(check_copy(change, workdir, copy, given))
+    return lines
+
+
+def checksum(path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def started(config: RunConfig, params, shardings):
+    """Fresh parameters, replaced by those that training is to begin with, if any are given."""
+    if config.init_from:
+        loaded = load_params(config.init_from, shardings, jnp.float32)
+        print(f"begins with the parameters of {config.init_from}, step {loaded.step}")
+        return loaded.params
+    if not config.latent_init.path:
+        return params
+    leaves = llama_leaves(path_of(config.latent_init.path), config.blt.latent)
+    blocks = params["latent"].pop("blocks")  # freed before the others come
+    for name in blocks:
+        blocks[name] = placed(leaves[f"latent/blocks/{name}"], shardings["latent"]["blocks"][name])
+    params["latent"]["blocks"] = blocks
+    print(
+        f"the latent transformer begins as {config.latent_init.path}: its learning rate is"
+        f" {config.latent_init.lr_multiplier} of the others', from step"
+        f" {config.latent_init.frozen_steps} on"
+    )
+    return params
+
+
+def placed(leaf, sharding):
+    """A stored leaf of stacked layers as a float32 array; a process reads what its devices hold."""
+
+    def part(index):
+        layers = range(leaf.shape[0])[index[0]]
+        rows = slice(*index[1].indices(leaf.shape[1]))
+        found = [leaf.read((layer,), rows)[(slice(None), *index[2:])] for layer in layers]
+        return np.stack(found).astype(np.float32)
+
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+
+def placed_patches(config: RunConfig, workdir: Path) -> PatchingConfig | None:
+    """How a BLT's patches are placed; None for a byte LM.
+
+    A resumed run takes its own copy of a tokenizer, whatever has become of the original.
+    """
+    if config.blt is None:
+        return None
+    if config.patching.mode != "bpe" or not ckpt.saved_steps(workdir):
+        return config.patching
+    return dataclasses.replace(config.patching, tokenizer=str(workdir / TOKENIZER))

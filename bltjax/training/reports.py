@@ -1,0 +1,169 @@
+"""What the report of a step leads to: a line for a person, metrics, a stop.
+
+Every process takes every report, since all of them come to the same conclusions; one prints.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from bltjax.config.run import RunConfig
+from bltjax.model.flops import utilisation
+from bltjax.model.loss import Sums
+from bltjax.training.metrics import Reporter, duration, quantity
+from bltjax.training.optimizer import learning_rate
+
+
+class Reports:
+    """The reports of a run, in the order of its steps."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        reporter: Reporter,
+        flops: int,
+        last_step: int,
+        last_good: Callable[[], str],
+    ):
+        """flops: of a step. last_good: what is left of the run, if a batch ends it."""
+        self.config, self.reporter = config, reporter
+        self.flops, self.last_step, self.last_good = flops, last_step, last_good
+        self.rate_of = learning_rate(config.optimizer)
+        self.window = Window()
+        self.values: dict[str, float] = {}
+        self.warned = False
+
+    def take(self, step: int, out: dict) -> int:
+        """Fetches a step's report; prints and writes one every `log_every`.
+
+        Returns the notice to end that some process has been given (preemption.py), 0 for none.
+
+        Raises:
+          FloatingPointError: after a batch that the config doesn't let pass.
+        """
+        out = jax.device_get(out)
+        guard = out["guard"]
+        if guard["in_a_row"]:
+            self.pass_or_stop(step, out)
+        else:
+            self.window.add(out["sums"], out["fills"])
+        due = step % self.config.log_every == 0 or step == self.last_step
+        if due and self.window.steps:
+            with jax.transfer_guard("allow"):
+                rate = float(self.rate_of(step - 1))
+            self.values = self.window.flush()
+            self.values |= {
+                "mean_patch_bytes": self.mean_patch(),
+                "bytes_per_second_per_chip": self.values["bytes_per_second"] / jax.device_count(),
+                "gradient_norm": float(out["gradient_norm"]),
+                "learning_rate": rate,
+                "training_flops": float(self.flops) * step,
+                "skipped_batches": int(guard["skipped"]),
+            }
+            reached = self.flops * self.values["steps_per_second"]
+            self.values |= utilisation(reached, jax.devices())
+            if self.config.blt:
+                for name in ("gradient_norms", "update_norms"):
+                    by_part = {f"{name}/{part}": float(norm) for part, norm in out[name].items()}
+                    self.values |= by_part
+            self.warn_of_idle_slots()
+            self.reporter.write(step, self.values)
+            self.print(step)
+        return int(out["notice"])
+
+    def mean_patch(self) -> float:
+        """Bytes; a byte LM's positions are its patches."""
+        data = self.config.data
+        slots = data.row_patches if self.config.blt else data.row_bytes
+        return self.values["byte_fill"] * data.row_bytes / (self.values["patch_fill"] * slots)
+
+    def pass_or_stop(self, step: int, out: dict) -> None:
+        """Says that a batch was skipped, or raises."""
+        faults, guard, sums = self.config.faults, out["guard"], out["sums"]
+        told = (
+            f"step {step}: loss {sums.nats / max(sums.weight, 1):.4g} (before: about"
+            f" {guard['mean_loss']:.4g}), gradient norm {out['gradient_norm']:.4g}"
+        )
+        row = int(guard["in_a_row"])
+        if faults.bad_batch == "skip" and row <= faults.most_skips:
+            print(f"{told}: batch skipped, {row} in a row, {int(guard['skipped'])} in all")
+            return
+        limit = f" Skipped {row - 1} in a row before." if row > 1 else ""
+        raise FloatingPointError(f"{told}.{limit} {self.last_good()}")
+
+    def warn_of_idle_slots(self) -> None:
+        values, data = self.values, self.config.data
+        fullest = min(values["byte_fill"], values["patch_fill"])
+        if self.warned or self.config.blt is None or fullest >= 0.9:
+            return
+        self.warned = True
+        used = values["mean_patch_bytes"]
+        print(
+            f"warning: rows are {values['byte_fill']:.0%} full of bytes and"
+            f" {values['patch_fill']:.0%} of patches, because patches average {used:.2f} bytes"
+            f" and a row has {data.row_bytes / data.row_patches:.2f} bytes for each. Calibrate"
+            " the threshold, or change data.row_patches."
+        )
+
+    def print(self, step: int) -> None:
+        values, steps = self.values, self.config.optimizer.steps
+        left = (steps - step) / max(values["steps_per_second"], 1e-9)
+        print(
+            f"step {step}/{steps}  loss {values['loss']:.4f}"
+            f"  {values['bits_per_byte']:.3f} bits/byte  {quantity(values['bytes_per_second'])}B/s"
+            f"  fill {values['byte_fill']:.1%} of bytes {values['patch_fill']:.1%} of patches"
+            + (f"  mfu {values['mfu']:.1%}" if "mfu" in values else "")
+            + f"  {duration(left)} left",
+            flush=True,
+        )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves what is done meanwhile out of the rates."""
+        begun = time.monotonic()
+        yield
+        self.window.since += time.monotonic() - begun
+
+    def held_out(self, step: int, bits: float) -> None:
+        """Takes held-out bits per byte."""
+        self.reporter.write(step, {"held_out_bits_per_byte": bits})
+        print(
+            f"step {step}/{self.config.optimizer.steps}  held out {bits:.4f} bits/byte", flush=True
+        )
+        self.values["held_out_bits_per_byte"] = bits
+
+
+class Window:
+    """Sums since the last report, and the time that they took."""
+
+    def __init__(self):
+        self.begun = time.monotonic()
+        self.clear()
+
+    def clear(self) -> None:
+        self.since = time.monotonic()
+        self.sums, self.filled, self.steps = np.zeros(4), np.zeros(2), 0
+
+    def add(self, sums: Sums, filled: tuple[float, float]) -> None:
+        self.sums += np.array([float(x) for x in sums])
+        self.filled += np.array(filled)
+        self.steps += 1
+
+    def flush(self) -> dict[str, float]:
+        elapsed = max(time.monotonic() - self.since, 1e-9)
+        sums = Sums(*self.sums)
+        byte_fill, patch_fill = self.filled / self.steps
+        values = {
+            "loss": sums.nats / max(sums.weight, 1.0),
+            "bits_per_byte": sums.text_nats / np.log(2.0) / max(sums.text_bytes, 1.0),
+            "bytes_per_second": sums.text_bytes / elapsed,
+            "steps_per_second": self.steps / elapsed,
+            "byte_fill": byte_fill,
+            "patch_fill": patch_fill,
+            "seconds": time.monotonic() - self.begun,
+        }
+        self.clear()
+        return {name: float(value) for name, value in values.items()}

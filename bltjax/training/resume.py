@@ -1,0 +1,129 @@
+"""A run resumed with other settings: which are refused, and what its log says of the rest.
+
+Each field of a config has a rule (config.py). Most settings may not change; those that say how a
+run is carried out may. Names of what the run reads may, if they stand for the same content: of
+sources fingerprints are compared, of a byte LM and a tokenizer the copies that the run keeps. And a
+run may become longer, on the schedule of the new config.
+"""
+
+from bltjax.config.run import (
+    FIXED,
+    LENGTH,
+    MAY_CHANGE,
+    RENAMED,
+    SAME_CONTENT,
+    Change,
+    OptimizerConfig,
+    RunConfig,
+    changes,
+)
+from bltjax.training.optimizer import learning_rate
+
+
+def check_settings(run: RunConfig, config: RunConfig, workdir, step: int) -> None:
+    """Checks what settings alone can tell: whether `config` may resume a run.
+
+    run: the config that it had. step: of its newest checkpoint.
+
+    Raises:
+      ValueError: with the settings that may not change, and the ways out.
+    """
+    found = changes(run, config)
+    lines = [problem for change in found if (problem := refusal(change, step))]
+    if lines:
+        raise ValueError(
+            f"{workdir} holds a run with another config (its value -> yours):\n  "
+            + "\n  ".join(lines)
+            + f"\nGive the same settings to resume it, or {way_out(run, config, workdir)}."
+        )
+
+
+def refusal(change: Change, step: int) -> str:
+    """Why a change is refused; empty if settings alone don't tell."""
+    if change.rule == LENGTH and change.new < step:
+        return f"{change}, but step {step} is done: give at least {step}"
+    if change.rule == RENAMED and not (change.old and change.new):
+        return str(change)
+    return str(change) if change.rule == FIXED else ""
+
+
+def way_out(run: RunConfig, config: RunConfig, workdir) -> str:
+    """How to begin a new run instead, with this one's weights if they fit."""
+    begin = "begin a new run in another --workdir"
+    if any(change.rule != MAY_CHANGE for change in changes(run.model, config.model)):
+        return begin
+    return (
+        f"{begin}; with --init_from={workdir} it has this one's weights, but neither the"
+        " optimizer's moments nor the place in the data"
+    )
+
+
+def change_lines(run: RunConfig, config: RunConfig, step: int) -> list[str]:
+    """A line for the log for each change of settings, when a run is resumed after `step`."""
+    lines = []
+    for change in changes(run, config):
+        rates = rates_after(step, run.optimizer, config.optimizer) if change.rule == LENGTH else ""
+        lines.append(f"{change}{rates and ': '}{rates}")
+    return lines
+
+
+def rates_after(step: int, old: OptimizerConfig, new: OptimizerConfig) -> str:
+    """The learning rates of the update after `step`, on both schedules."""
+    before, after = (float(learning_rate(config)(step)) for config in (old, new))
+    return (
+        f"the learning rate after step {step} is {after:.4g} on the new schedule (cosine to step"
+        f" {new.steps}), was {before:.4g} on the old one"
+    )
+
+
+def check_sources(
+    run: RunConfig, config: RunConfig, workdir, saved: dict[str, str], found: dict[str, str]
+) -> list[str]:
+    """Checks that sources hold what they held; lines for the log where a name changed.
+
+    saved, found: fingerprints by source, those of the checkpoint and of the documents. Checkpoints
+    of older versions have none: there the numbers of records are all that is compared, when the
+    streams are restored.
+
+    Raises:
+      ValueError: naming the source that holds something else.
+    """
+    lines = []
+    for name, source in config.data.train.items():
+        renamed = changes(run.data.train[name], source, f"data.train.{name}", SAME_CONTENT)
+        if name in saved and saved[name] != found[name]:
+            names = "".join(f"\n  {change}" for change in renamed)
+            raise ValueError(
+                f"source {name!r} ({source.path}) doesn't hold the documents that it had when this"
+                f" run was saved, or not in the same order: {workdir} can't be resumed with"
+                f" it.{names}\nBring them back, or {way_out(run, config, workdir)}."
+            )
+        if renamed:
+            where = f"source {name!r} has another name"
+            lines.append(
+                f"{where}, and the same documents"
+                if name in saved
+                else f"{where}; its content was not compared, since the checkpoint is of a version"
+                " that kept no fingerprints. It has as many records as before"
+            )
+    return lines
+
+
+def check_copy(change: Change, workdir, copy: str, given: str | None) -> str:
+    """Checks that a new name stands for what the run has a copy of; a line for the log.
+
+    copy, given: checksums of the run's own copy, and of what the new name stands for, None if there
+    is no such thing.
+
+    Raises:
+      ValueError: if they are two things, with both checksums.
+    """
+    if given is None:
+        return f"{change.path}: {change.new} does not exist; the run's own copy is used"
+    if given != copy:
+        raise ValueError(
+            f"{change}: {change.new} is another one ({given}) than that of the run ({copy}), of"
+            f" which {workdir} keeps a copy. Give the same settings to resume it, or begin a new"
+            " run in another --workdir."
+        )
+    return f"{change.path}: {change.new} is the same as the run's own copy, which is used"

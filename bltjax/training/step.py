@@ -1,0 +1,233 @@
+"""A training step, ready to be compiled: for the trainer, for benchmarks, for plans.
+
+`step_parts` takes a config and a mesh, of devices that are here or are only described, and
+allocates nothing: shapes and shardings are known before there is an array.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from bltjax.attention import fastest
+from bltjax.config.run import BLTConfig, RunConfig, divides
+from bltjax.data.packing import fills
+from bltjax.distributed.sharding import (
+    constrained_tree,
+    free_axes,
+    replicated,
+    row_sharding,
+    set_mesh_or_none,
+    tree_shardings,
+)
+from bltjax.model import Model, batch_logits, initial_params, make_model, part_of
+from bltjax.model.loss import Sums, target_sums
+from bltjax.system.environment import random_key
+from bltjax.training.bad_batches import guarded, told
+from bltjax.training.optimizer import make_optimizer
+from bltjax.weights.workdir import TrainState
+
+
+def resolved(config: RunConfig, device) -> RunConfig:
+    """The config with `auto` replaced by what is fastest on a device, which may only be described.
+
+    Products are in bfloat16 where there are units for it, in float32 on a CPU.
+    """
+    changes = {}
+    if config.attention == "auto":
+        changes["attention"] = fastest(device)
+    if config.compute_dtype == "auto":
+        changes["compute_dtype"] = "float32" if device.platform == "cpu" else "bfloat16"
+    return dataclasses.replace(config, **changes)
+
+
+def run_model(config: RunConfig):
+    """The model of a `resolved` config."""
+    dtype = jnp.dtype(config.compute_dtype)
+    return make_model(config.model, config.data.row_patches, dtype, config.attention)
+
+
+def run_optimizer(config: RunConfig) -> optax.GradientTransformationExtraArgs:
+    return guarded(make_optimizer(config.optimizer, config.latent_init), config.faults)
+
+
+def micro_batches(batch, count: int):
+    """Each array [B, ...] as [count, B / count, ...]; row b is in micro-batch b % count, so that
+    every device has rows of its own in each."""
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch
+    )
+
+
+def norms_by_part(tree, config) -> dict[str, jax.Array]:
+    """The norms of a tree like the model's parameters, by part: encoder, latent and so on."""
+    squares: dict[str, jax.Array] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        part = part_of(path, config)
+        squares[part] = squares.get(part, 0.0) + jnp.sum(jnp.square(leaf))
+    return {part: jnp.sqrt(square) for part, square in squares.items()}
+
+
+def make_train_step(config: RunConfig, model, optimizer):
+    """(state, batch) -> (state, report), to be jitted; the optimizer is `run_optimizer`'s.
+
+    The loss is the mean over all weighted targets of the batch, however it is cut into
+    micro-batches: sums are accumulated, and divided once.
+    """
+
+    def loss_sums(params, batch):
+        sums = target_sums(
+            batch_logits(model, params, batch), batch["targets_BN"], batch["weights_BN"]
+        )
+        return sums.nats, sums
+
+    def gradient(params, batch):
+        grads, sums = jax.grad(loss_sums, has_aux=True)(params, batch)
+        return constrained_tree(grads), sums
+
+    def gradient_sums(params, batch):
+        count = config.optimizer.accumulate
+        if count == 1:
+            return gradient(params, batch)
+
+        def add(total, micro):
+            return jax.tree.map(jnp.add, total, gradient(params, micro)), None
+
+        zero = constrained_tree(jax.tree.map(jnp.zeros_like, params))
+        zero = (zero, Sums(*(jnp.zeros(()),) * 4))
+        return jax.lax.scan(add, zero, micro_batches(batch, count))[0]
+
+    slots = config.data.row_patches if config.blt else config.data.row_bytes
+
+    def step(state: TrainState, batch):
+        grads, sums = by_slices(gradient_sums)(state.params, batch)
+        # Gradients of sums: one factor makes them means and clips them, in one pass over them.
+        weight = jnp.maximum(sums.weight, 1)
+        norms = {part: norm / weight for part, norm in norms_by_part(grads, config.model).items()}
+        norm = jnp.sqrt(sum(part**2 for part in norms.values()))
+        factor = jnp.minimum(1, config.optimizer.clip / norm) / weight
+        grads = jax.tree.map(lambda g: g * factor, grads)
+        updates, opt = optimizer.update(
+            grads, state.opt, state.params, loss=sums.nats / weight, norm=norm
+        )
+        params = jax.tree.map(lambda p, u: p + u, state.params, updates)
+        report = {
+            "sums": sums,
+            "gradient_norm": norm,
+            "gradient_norms": norms,
+            "update_norms": norms_by_part(updates, config.model),
+            "fills": jnp.stack(fills(batch, slots)),
+            "guard": told(opt),
+        }
+        return TrainState(state.step + 1, params, opt), report
+
+    return step
+
+
+def jitted_scores(model, shardings, mesh: Mesh):
+    """Jitted (params, batch) -> Sums, every process' own copy: evaluation.
+
+    shardings: of the parameters.
+    """
+
+    def scores(params, batch) -> Sums:
+        logits_BNV = batch_logits(model, params, batch)
+        return target_sums(logits_BNV, batch["targets_BN"], batch["weights_BN"])
+
+    return jax.jit(
+        under(mesh, scores),
+        in_shardings=(shardings, row_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+def by_slices(sums):
+    """sums(params, batch) of each slice's rows, added over `data` once at the end.
+
+    Slices only exchange gradients, each device those of the parameters that it holds: not at every
+    micro-batch, and nothing else.
+    """
+    mesh = set_mesh_or_none()
+    if mesh is None or mesh.shape["data"] == 1 or "data" not in free_axes(mesh):
+        return sums
+    return jax.shard_map(
+        lambda params, batch: jax.lax.psum(sums(params, batch), "data"),
+        mesh=mesh,
+        axis_names={"data"},
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+
+
+def under(mesh: Mesh, function):
+    """The function, traced with that mesh set, whoever calls it."""
+
+    @functools.wraps(function)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
+
+
+class StepParts(NamedTuple):
+    """What a run is made of on a mesh."""
+
+    config: RunConfig  # resolved for the mesh's devices
+    model: Model
+    initial_state: Callable  # key -> TrainState
+    shapes: TrainState  # of jax.ShapeDtypeStruct
+    shardings: TrainState
+    step: Callable  # jitted: (state, batch) -> (state, report); the state is donated
+    scores: Callable  # jitted: (params, batch) -> Sums
+
+
+def check_mesh(model, rows: int | None, mesh: Mesh) -> None:
+    """Checks what a mesh splits, by the names of the config; `rows` at a time, None for any.
+
+    Raises:
+      ValueError: with the rule and both numbers.
+    """
+    if rows is not None:
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        divides("mesh data x fsdp", shards, "the rows of a (micro-)batch", rows)
+    if isinstance(model, BLTConfig):
+        latent, tensor = model.latent, mesh.shape["tensor"]
+        divides("mesh tensor", tensor, "latent.heads", latent.heads)
+        divides("mesh tensor", tensor, "latent.key_value_heads", latent.key_value_heads)
+
+
+def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
+    """The model, the state and the jitted functions of a run.
+
+    Raises:
+      ValueError: where the mesh doesn't divide what it should split, with both numbers.
+    """
+    check_mesh(config.model, config.data.rows // config.optimizer.accumulate, mesh)
+    config = resolved(config, mesh.devices.flat[0])
+    model = run_model(config)
+    optimizer = run_optimizer(config)
+
+    def initial_state(key) -> TrainState:
+        params = initial_params(model, key)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shapes = jax.eval_shape(initial_state, random_key(config.seed))
+    shardings = TrainState(
+        replicated(mesh), tree_shardings(shapes.params, mesh), tree_shardings(shapes.opt, mesh)
+    )
+    rows = row_sharding(mesh)
+    step = jax.jit(
+        under(mesh, make_train_step(config, model, optimizer)),
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    scores = jitted_scores(model, shardings.params, mesh)
+    return StepParts(config, model, initial_state, shapes, shardings, step, scores)

@@ -1,0 +1,1 @@
+"""Pictures and pages: how texts are cut, and how a run went."""

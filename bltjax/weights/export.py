@@ -1,0 +1,344 @@
+"""Exports: a model to hand on, with nothing of the run that made it but what it needs.
+
+    EXPORT/
+      export.json      format, version, settings of the model and its patching, dtype, where it came
+                       from, held-out bits per byte; written last, so what lacks it is not whole
+      params/          the parameters alone: an Orbax checkpoint, one zarr array each
+      byte_lm/         BLT by entropy: the byte LM that places its patches, an export of its own
+      tokenizer.json   BLT by bpe
+
+It is written in pieces (no array is ever in memory whole) and restored onto any mesh, from any
+number of processes. A training run's work directory is read through the same functions, so every
+program takes one or the other.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+
+from bltjax.config.run import RunConfig, from_dict, to_dict
+from bltjax.system.storage import (
+    check_arrays_path,
+    is_remote,
+    path_of,
+    read_json,
+    refuse_pointer,
+    write_text,
+)
+from bltjax.training.checkpoint import reading
+from bltjax.weights import workdir as ckpt
+from bltjax.weights.lazy import (
+    BLOCK_BYTES,
+    DTYPES,
+    Leaf,
+    blocks,
+    flattened,
+    read_object,
+    refuse_not_finite,
+)
+from bltjax.weights.stored import ModelFiles, check_layers, leaf_shapes
+
+FORMAT, VERSION = "bltjax export", 1
+MANIFEST = "export.json"
+TOKENIZER = "tokenizer.json"  # what bpe patching needs, in exports and work directories alike
+# The parts of a manifest, and their types.
+PARTS = {
+    "config": dict, "dtype": str, "step": int, "held_out_bits_per_byte": float, "source": str,
+    "origin": dict,
+}  # fmt: skip
+CHANGED = "it was written by another version of bltjax, or changed afterwards"
+CACHE = {"cache_pool": {"total_bytes_limit": 256 << 20}}
+
+
+class Loaded(NamedTuple):
+    """A model in memory, of a run or an export."""
+
+    config: RunConfig
+    params: Any
+    step: int
+
+
+def is_export(path: epath.Path) -> bool:
+    return (path / MANIFEST).exists()
+
+
+def read_manifest(path: epath.Path) -> dict:
+    """An export's manifest, with every part of the type that it must have.
+
+    Raises:
+      ValueError: naming the file and the part.
+    """
+    file = path / MANIFEST
+    manifest = read_object(file)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{file} says format {manifest.get('format')!r}, version"
+            f" {manifest.get('version')!r}; this bltjax reads {FORMAT!r}, version {VERSION}"
+        )
+    for name, kind in PARTS.items():
+        if name not in manifest:
+            raise ValueError(f"{file} lacks {name!r}: {CHANGED}")
+        if manifest[name] is not None or name != "held_out_bits_per_byte":
+            check_part(manifest[name], kind, f"{file}: {name}")
+    if manifest["step"] < 0:
+        raise ValueError(f"{file}: step is {manifest['step']}, not >= 0")
+    check_origin(manifest["origin"], f"{file}: origin")
+    refuse_not_numbers(manifest["config"], f"{file}: config")
+    return manifest
+
+
+def check_part(value, kind: type, what: str) -> None:
+    taken = (int, float) if kind is float else kind
+    if not isinstance(value, taken) or isinstance(value, bool):
+        raise ValueError(f"{what} is {value!r}, not {kind.__name__}: {CHANGED}")
+
+
+def check_origin(origin: dict, what: str) -> None:
+    """Raises ValueError unless what a release said of itself can be given back."""
+    for name, kind in (("layout", str), ("container", str), ("json", dict), ("dtypes", dict)):
+        if name in origin:
+            check_part(origin[name], kind, f"{what}.{name}")
+    for name, values in origin.get("json", {}).items():
+        check_part(values, dict, f"{what}.json.{name}")
+        if "/" in name or name in ("", "..", "."):
+            raise ValueError(f"{what}.json has {name!r}, which is no file's name: {CHANGED}")
+    for name, dtype in origin.get("dtypes", {}).items():
+        if dtype not in tuple(DTYPES):
+            raise ValueError(f"{what}.dtypes.{name} is {dtype!r}, not one of {', '.join(DTYPES)}")
+
+
+def refuse_not_numbers(values, what: str) -> None:
+    """Raises ValueError for NaN, infinity and endless digits, which Python's JSON reads, at any
+    depth."""
+    if isinstance(values, float) and not math.isfinite(values):
+        raise ValueError(f"{what} is {values!r}, not a finite number")
+    if isinstance(values, int) and abs(values) >= 2**63:
+        raise ValueError(f"{what} is larger than any whole number that is read")
+    parts = values.items() if isinstance(values, dict) else ()
+    parts = enumerate(values) if isinstance(values, list) else parts
+    for name, value in parts:
+        refuse_not_numbers(value, f"{what}.{name}")
+
+
+def read_config(path) -> RunConfig:
+    """The config of an export, or of a run's work directory.
+
+    Raises:
+      ValueError: for a folder that is neither.
+    """
+    path = path_of(path)
+    check_arrays_path(path)
+    if is_export(path):
+        manifest = read_manifest(path)
+        where = f"{path / MANIFEST}: config"
+        try:
+            return from_dict(RunConfig, manifest["config"], where)
+        except ValueError as error:
+            said = str(error) if str(error).startswith(where) else f"{where}: {error}"
+            raise ValueError(f"{said} ({CHANGED})") from None
+    if (path / "config.json").exists():
+        refuse_pointer(path / "config.json")
+    if {"model_type", "args"} & ckpt.config_values(path).keys():
+        raise ValueError(f"{path} holds released weights: `convert` makes an export of them first")
+    return ckpt.read_config(path)
+
+
+def params_folder(path: epath.Path) -> tuple[epath.Path, int]:
+    """Where an export or a run keeps its newest parameters, and their step."""
+    if is_export(path):
+        return path / "params", read_manifest(path)["step"]
+    folder, step = ckpt.newest_checkpoint(path)
+    return folder / "params", step
+
+
+def load_params(path, shardings=None, dtype=None) -> Loaded:
+    """The model of an export or of a run's newest checkpoint, on `shardings` (default: one device).
+
+    Raises:
+      ValueError: if there is none, or it is damaged.
+    """
+    path = path_of(path)
+    config = read_config(path)
+    folder, step = params_folder(path)
+    with reading(folder):
+        check_shapes(config, flattened(ckpt.stored_shapes(folder)), folder)
+        return Loaded(config, ckpt.restore_params(folder, shardings, dtype), step)
+
+
+def check_shapes(config: RunConfig, stored: dict, folder: epath.Path) -> None:
+    """Raises ValueError unless the arrays in `folder` are just those of the config's model."""
+    check_layers(config, len(stored), str(folder), stacked=True)
+    expected = leaf_shapes(config)
+    for path in sorted(expected.keys() ^ stored.keys()):
+        found = "is not there" if path in expected else "has no place in the config"
+        raise ValueError(f"{folder}: parameter {path} {found}")
+    for path, shape in expected.items():
+        if tuple(stored[path].shape) != shape:
+            raise ValueError(
+                f"{folder}: parameter {path} has shape {tuple(stored[path].shape)}, the config asks"
+                f" for {shape}"
+            )
+
+
+def place_of(folder: epath.Path) -> dict:
+    """tensorstore's spec of a folder, on a disk or in a bucket.
+
+    Not its URL, in which % and other characters of a name would mean something else.
+    """
+    if is_remote(folder):
+        bucket, _, path = str(folder).partition("://")[2].partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+    return {"driver": "file", "path": f"{folder.absolute()}/"}
+
+
+def open_array(folder: epath.Path, path: str, context: tensorstore.Context):
+    """One parameter of an Orbax checkpoint, to be read in pieces."""
+    name = path.replace("/", ".")
+    if (folder / "manifest.ocdbt").exists():
+        kvstore = {"driver": "ocdbt", "base": place_of(folder), "path": f"{name}/"}
+    else:
+        kvstore = place_of(folder / name)
+    # What was lost from the disk must not read as zeros.
+    spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+    return tensorstore.open(spec, open=True, read=True, context=context).result()
+
+
+def open_stored(path) -> ModelFiles:
+    """An export or a run, none of its parameters read yet.
+
+    Raises:
+      ValueError: for a folder that is neither, or whose arrays are not those of its config.
+    """
+    path = path_of(path)
+    config = read_config(path)
+    folder, step = params_folder(path)
+    context = tensorstore.Context(CACHE)
+
+    def leaf(name: str) -> Leaf:
+        array = open_array(folder, name, context)
+
+        def read(place: tuple[int, ...], rows: slice) -> np.ndarray:
+            with reading(folder):
+                found = array[(*place, rows)].read().result()
+            begin = rows.indices(array.shape[len(place)])[0]
+            refuse_not_finite(found, f"{folder}: parameter {name}", begin, place)
+            return found
+
+        return Leaf(tuple(array.shape), array.dtype.numpy_dtype, read)
+
+    with reading(folder):
+        stored = flattened(ckpt.stored_shapes(folder))
+        check_shapes(config, stored, folder)
+        leaves = {name: leaf(name) for name in stored}
+    if is_export(path):
+        manifest = read_manifest(path)
+        bits, origin = manifest["held_out_bits_per_byte"], manifest["origin"]
+    else:
+        progress = folder.parent / "progress" / "metadata"
+        bits = read_json(progress).get("held_out_bits_per_byte") if progress.exists() else None
+        origin = {}
+    if config.blt and config.patching.mode == "bpe":
+        tokenizer = dataclasses.replace(config.patching, tokenizer=str(path / TOKENIZER))
+        config = dataclasses.replace(config, patching=tokenizer)
+    byte_lm = path / "byte_lm"
+    return ModelFiles(
+        config,
+        leaves,
+        "export" if is_export(path) else "run",
+        origin,
+        byte_lm=open_stored(byte_lm) if byte_lm.exists() else None,
+        step=step,
+        bits_per_byte=bits,
+    )
+
+
+def without_sources(config: RunConfig) -> RunConfig:
+    """The config without paths of the machine that trained it."""
+    data = dataclasses.replace(config.data, train={}, held_out={})
+    return dataclasses.replace(
+        config,
+        data=data,
+        entropy_model="",
+        init_from="",
+        latent_init=dataclasses.replace(config.latent_init, path=""),
+    )
+
+
+def chunk_shape(shape: tuple[int, ...], place: tuple[int, ...], dtype: np.dtype) -> list[int]:
+    """One place, and as many of its rows as make a block."""
+    inner = shape[len(place) :]
+    row_bytes = int(np.prod(inner[1:], dtype=np.int64)) * dtype.itemsize
+    rows = min(inner[0], max(1, BLOCK_BYTES // row_bytes))
+    return [1] * len(place) + [rows, *inner[1:]]
+
+
+def write_leaves(folder: epath.Path, leaves: dict[str, Leaf], written: Callable[[int], None]):
+    """An Orbax checkpoint of `leaves`, written block by block.
+
+    Orbax itself holds every array that it saves; so it is given stand-ins of one number each, whose
+    zarr arrays are then replaced by the real ones.
+    """
+    stand_ins: dict = {}
+    for path, leaf in leaves.items():
+        *groups, name = path.split("/")
+        node = stand_ins
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = np.zeros((1,) * len(leaf.shape), leaf.dtype)
+    with ckpt.quiet(), ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
+        checkpointer.save(folder.absolute(), stand_ins)
+    for path, leaf in leaves.items():
+        pieces = list(blocks(path, leaf))
+        array = tensorstore.open(
+            {
+                "driver": "zarr",
+                "kvstore": place_of(folder / path.replace("/", ".")),
+                "metadata": {
+                    "compressor": None,  # random bits of a mantissa don't compress
+                    "chunks": chunk_shape(leaf.shape, pieces[0].place, leaf.dtype),
+                },
+            },
+            create=True,
+            delete_existing=True,
+            dtype=leaf.dtype.name,
+            shape=leaf.shape,
+        ).result()
+        for place, rows in pieces:
+            data = leaf.read(place, rows)
+            array[(*place, rows)].write(data).result()
+            written(data.nbytes)
+
+
+def write_export(files: ModelFiles, folder: epath.Path, written: Callable[[int], None]) -> None:
+    """Writes a model, and the byte LM that travels with it, as an export; the manifest last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = without_sources(files.config)
+    if config.blt and config.patching.mode == "bpe":
+        tokenizer = epath.Path(config.patching.tokenizer)
+        refuse_pointer(tokenizer)
+        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+        patching = dataclasses.replace(config.patching, tokenizer=TOKENIZER)
+        config = dataclasses.replace(config, patching=patching)
+    write_leaves(folder / "params", files.leaves, written)
+    if files.byte_lm is not None:
+        write_export(files.byte_lm, folder / "byte_lm", written)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    dtypes = sorted({names[leaf.dtype] for leaf in files.leaves.values()})
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": to_dict(config),
+        "dtype": " and ".join(dtypes),
+        "step": files.step,
+        "held_out_bits_per_byte": files.bits_per_byte,
+        "source": files.origin.get("layout", files.layout),
+        "origin": files.origin,
+    }
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")

@@ -1,0 +1,184 @@
+"""What is read in pieces: a tensor of somebody's file, and a parameter of ours.
+
+A `Tensor` is read in rows of its first axis. A `Leaf` is one of our parameters, read at a place on
+its leading axis: a layer of L stacked ones, or rows of one of R hash tables.
+
+    q_LDHC   places (0,), (1,), ... (L - 1,)       one layer each
+    ngrams_RME   places (0,), ... (R - 1,)         one table each, cut further into runs of rows
+    q_EGC    the only place ()                     whole
+
+Weights are finite: a read that meets NaN or infinity raises `NotFinite`, which names the place.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from bltjax.config.letters import suffix_axes
+from bltjax.system.storage import read_json, refuse_pointer
+
+BLOCK_BYTES = 64 << 20  # what is read or written at once
+DTYPES = {  # by the names that people know them by
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+class Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[int, int], np.ndarray]  # rows [begin, end) of the first axis
+    where: str  # the file, for messages
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def all(self) -> np.ndarray:
+        return self.read(0, self.shape[0] if self.shape else 1)
+
+
+def write_rows(file, tensor: Tensor, written: Callable[[int], None]) -> None:
+    """A tensor's bytes into an open file, some rows at a time."""
+    for rows in row_runs(tensor.shape[0], tensor.bytes // max(1, tensor.shape[0])):
+        data = np.ascontiguousarray(tensor.read(rows.start, rows.stop))
+        file.write(data.view(np.uint8).reshape(-1).data)
+        written(data.nbytes)
+
+
+class Leaf(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[tuple[int, ...], slice], np.ndarray]  # at a place, rows of what is there
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class NotFinite(ValueError):
+    """A NaN or an infinity among weights."""
+
+
+def refuse_not_finite(
+    array: np.ndarray, name: str, begin: int = 0, place: tuple[int, ...] = ()
+) -> None:
+    """Raises NotFinite, with the first place and how many, unless all of an array is finite.
+
+    begin, place: where the array's rows lie in what `name` is.
+    """
+    if array.dtype.kind in "biu" or not array.size:
+        return
+    inf, bits = np.array(np.inf, array.dtype), array.dtype.itemsize
+    # As whole numbers, signed and not, NaN and infinity of either sign are larger than the rest.
+    positive, negative = (inf.view(f"i{bits}"), (-inf).view(f"u{bits}"))
+    if array.view(f"i{bits}").max() < positive and array.view(f"u{bits}").max() < negative:
+        return
+    bad = np.argwhere(~np.isfinite(array))
+    value, first = array[tuple(bad[0])], [int(index) for index in bad[0]]
+    if first:
+        first[0] += begin
+        name += f" holds numbers that are not finite: {value} at {[*place, *first]}"
+    else:
+        name += f" holds a number that is not finite: {value}"
+    raise NotFinite(f"{name}; {len(bad):,} of the {array.size:,} read with it")
+
+
+def finite(tensor: Tensor, name: str) -> Tensor:
+    """The tensor, whose reads raise NotFinite, with its file and name, for NaN and infinity."""
+
+    def read(begin: int, end: int) -> np.ndarray:
+        array = tensor.read(begin, end)
+        refuse_not_finite(array, f"{tensor.where}: tensor {name}", begin)
+        return array
+
+    return tensor._replace(read=read)
+
+
+class Block(NamedTuple):
+    """One piece of a leaf: its place, and rows of what is at that place."""
+
+    place: tuple[int, ...]
+    rows: slice
+
+
+def stacked(path: str) -> bool:
+    """Whether a parameter's first axis is layers or tables."""
+    return suffix_axes(path)[0][0] in "LR"
+
+
+def row_runs(rows: int, row_bytes: int) -> Iterator[slice]:
+    """Runs of rows of about BLOCK_BYTES each."""
+    run = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for begin in range(0, rows, run):
+        yield slice(begin, min(begin + run, rows))
+
+
+def blocks(path: str, leaf: Leaf) -> Iterator[Block]:
+    """The pieces that a leaf is copied by. Only hash tables are large enough to be cut by rows."""
+    places = [(index,) for index in range(leaf.shape[0])] if stacked(path) else [()]
+    inner = leaf.shape[len(places[0]) :]
+    for place in places:
+        if path.endswith("ngrams_RME"):
+            row_bytes = int(np.prod(inner[1:])) * leaf.dtype.itemsize
+            for rows in row_runs(inner[0], row_bytes):
+                yield Block(place, rows)
+        else:
+            yield Block(place, slice(0, inner[0]))
+
+
+def leaf_of(array: np.ndarray) -> Leaf:
+    """A leaf that is in memory."""
+    return Leaf(array.shape, array.dtype, lambda place, rows: array[(*place, rows)])
+
+
+def cast(leaf: Leaf, dtype: np.dtype | None, path: str) -> Leaf:
+    """The leaf in another dtype; each piece is rounded to nearest as it is read."""
+    if dtype is None or dtype == leaf.dtype:
+        return leaf
+
+    def read(place: tuple[int, ...], rows: slice) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            array = leaf.read(place, rows).astype(dtype)
+        refuse_not_finite(array, f"{path}, rounded to {dtype.name},")
+        return array
+
+    return Leaf(leaf.shape, dtype, read)
+
+
+def tree_of(leaves: dict[str, Leaf]) -> dict:
+    """Nested parameters, all in memory, of leaves by path."""
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        whole = np.empty(leaf.shape, leaf.dtype)
+        for place, rows in blocks(path, leaf):
+            whole[(*place, rows)] = leaf.read(place, rows)
+        *groups, name = path.split("/")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = whole
+    return tree
+
+
+def flattened(tree: dict, prefix: str = "") -> dict:
+    """Leaves of nested dicts by path, `encoder/block_0/q_EGC`."""
+    flat = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat |= flattened(value, f"{path}/") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def read_object(path: epath.Path) -> dict:
+    """A JSON object of somebody's file.
+
+    Raises:
+      ValueError: naming the file, if it holds none, or Git LFS has not fetched it.
+    """
+    refuse_pointer(path)
+    return read_json(path)

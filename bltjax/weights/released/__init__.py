@@ -1,0 +1,1 @@
+"""Released weights in other people's layouts, read and written."""

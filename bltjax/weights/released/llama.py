@@ -1,0 +1,111 @@
+"""Llama 3's layers as a latent transformer's (paper 6.2): a start that costs no pre-training.
+
+Taken over are the blocks: attention, feed-forward and their norms. Left behind are Llama's token
+embedding, output head and final norm, which the latent transformer has no use for. Llama pairs
+rotary channels (i, i + C / 2), BLT (2i, 2i + 1): query and key channels are re-ordered.
+"""
+
+import functools
+import logging
+
+from etils import epath
+
+from bltjax.config.run import LatentConfig
+from bltjax.weights.lazy import Leaf, read_object
+from bltjax.weights.released.hf import read_rotary
+from bltjax.weights.released.hub import of_hub_cache
+from bltjax.weights.released.leftovers import latent_rotary, without_leftovers, without_wrappers
+from bltjax.weights.released.mapping import LLAMA, check_tensors, latent_pieces, leaves_of
+from bltjax.weights.safetensors import read_folder
+from bltjax.weights.stored import check_kind, check_values, naming
+
+REQUIRED = {
+    "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),
+    "mlp_bias": (False,),
+}  # fmt: skip
+LEFT_BEHIND = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+
+
+def latent_config(found: dict, where: str, remat: str) -> LatentConfig:
+    """The latent transformer that the Llama of a config.json is.
+
+    Raises:
+      ValueError: for the config of something else.
+    """
+    check_values({"model_type": None} | found, REQUIRED, where)
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
+        check_kind(found.get(name), int, f"{where}: {name}")
+    shared = found.get("num_key_value_heads") or found["num_attention_heads"]
+    check_kind(shared, int, f"{where}: num_key_value_heads")
+    norm_eps = found.get("rms_norm_eps", 1e-6)
+    check_kind(norm_eps, float, f"{where}: rms_norm_eps")
+    theta, scaling = read_rotary(found, 10000.0, where)
+    with naming(where):
+        return LatentConfig(
+            layers=found["num_hidden_layers"],
+            width=found["hidden_size"],
+            heads=found["num_attention_heads"],
+            key_value_heads=shared,
+            hidden=found["intermediate_size"],
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=norm_eps,
+            remat=remat,
+        )
+
+
+def llama_leaves(folder: epath.Path, config: LatentConfig) -> dict[str, Leaf]:
+    """The leaves "latent/blocks/..." of a latent transformer with `config`, read from a Llama.
+
+    Raises:
+      ValueError: for a Llama of another shape, with the first setting that differs.
+    """
+    folder, note = of_hub_cache(folder)
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no Llama: there is no config.json in it")
+    theirs = latent_config(read_object(path), str(path), config.remat)
+    for name in theirs.__dataclass_fields__:
+        ours, other = getattr(config, name), getattr(theirs, name)
+        if ours != other:
+            raise ValueError(
+                f"latent.{name} is {ours}, but the Llama in {folder} has {other}: a latent"
+                " transformer that begins as a Llama has all of its sizes"
+            )
+    pieces = latent_pieces(LLAMA, config, rotary="half_split")
+    shapes = block_shapes(config)
+    notes = [note] if note else []
+    tensors = without_wrappers(read_folder(folder, notes), notes)
+    expected = {piece.name for piece in pieces}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in LEFT_BEHIND}
+    stacks = {LLAMA.latent: latent_rotary(config)}
+    tensors = without_leftovers(tensors, expected, stacks, notes)
+    check_tensors(tensors, pieces, shapes, str(folder))
+    for line in notes:
+        log_once(f"{folder}: {line}")
+    return leaves_of(tensors, pieces, shapes)
+
+
+@functools.cache
+def log_once(line: str) -> None:
+    """Logs a note of a folder that is opened twice: to be checked, and to be read."""
+    logging.getLogger("bltjax").info(line)
+
+
+def block_shapes(config: LatentConfig) -> dict[str, tuple[int, ...]]:
+    L, D, F = config.layers, config.width, config.hidden
+    H, J, C = config.heads, config.key_value_heads, config.width // config.heads
+    return {
+        f"latent/blocks/{name}": shape
+        for name, shape in {
+            "attention_norm_LD": (L, D),
+            "q_LDHC": (L, D, H, C),
+            "k_LDJC": (L, D, J, C),
+            "v_LDJC": (L, D, J, C),
+            "o_LHCD": (L, H, C, D),
+            "feed_forward_norm_LD": (L, D),
+            "gate_LDF": (L, D, F),
+            "up_LDF": (L, D, F),
+            "down_LFD": (L, F, D),
+        }.items()
+    }
