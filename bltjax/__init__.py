@@ -16,6 +16,9 @@ This is the whole of the promised interface; a text is str or bytes. `python -m 
 programs.
 """
 
+from bltjax.inference import loaded
+from bltjax.system import versions
+
 __version__ = "0.1.0"
 __all__ = ["load"]
 
@@ -32,8 +35,6 @@ def load(path, *, mesh: str | None = None, dtype: str | None = None):
       ValueError: naming the folder, if it holds neither or is damaged; for a mesh of more devices
         than there are.
     """
-    from bltjax.inference import loaded  # jax starts only when a model is asked for
-    from bltjax.system import versions
 
     versions.warn_outside_bounds()
     return loaded.load(path, mesh=mesh, dtype=dtype)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from bltjax.system.storage import read_json
-from bltjax.training.metrics import read_reports
+from bltjax.weights.workdir import read_reports
 
 
 def last_values(metrics: Path) -> dict[str, float]:

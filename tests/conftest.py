@@ -16,8 +16,8 @@ from etils import epath
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bltjax.__main__ import main
+from bltjax.config.data import SourceConfig
 from bltjax.config.load import load_config
-from bltjax.config.run import SourceConfig
 from bltjax.inference.entropies import write_entropies
 from bltjax.system.environment import keep_buffers
 from bltjax.training.train import train

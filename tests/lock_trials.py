@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bltjax.system import lock
+from bltjax.system import lock, owner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,10 +25,10 @@ DONE, TWO_AT_ONCE, KILLED = 0, 3, 9
 make, remove = os.open, os.unlink
 
 
-def take(path: Path) -> lock.Holder:
+def take(path: Path) -> owner.Holder:
     """Takes the lock, however often others have it."""
     while True:
-        holder = lock.this_process("trial")
+        holder = owner.this_process("trial")
         try:
             lock.take(path, holder)
             return holder

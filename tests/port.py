@@ -9,20 +9,14 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from bltjax.model.build import leaf_shapes
 from bltjax.text.alphabet import encode
 from bltjax.weights.lazy import Tensor
-from bltjax.weights.released.hf import read_settings
+from bltjax.weights.released.hf_settings import read_settings
 from bltjax.weights.released.llama import block_shapes, latent_config
-from bltjax.weights.released.mapping import (
-    LLAMA,
-    PORT,
-    blt_pieces,
-    byte_lm_pieces,
-    latent_pieces,
-    tensor_shapes,
-)
+from bltjax.weights.released.mapping import LLAMA, PORT, blt_pieces, byte_lm_pieces, latent_pieces
+from bltjax.weights.released.tensors import tensor_shapes
 from bltjax.weights.safetensors import write_file
-from bltjax.weights.stored import leaf_shapes
 
 RECORDED = Path(__file__).parent / "golden" / "port.npz"
 TEXT = "A byte. 补丁从难猜的字节开始。 🚀 def f(x):\n    return x + 1\n" * 2

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from bltjax.__main__ import main
-from bltjax.benchmark.command import SIDES, Worker, serve
 from bltjax.benchmark.generate import context_side, context_words, speed_words
 from bltjax.benchmark.input import MEAN_PATCH, benchmark_slots, made_records
 from bltjax.benchmark.tables import UPDATES, random_case
 from bltjax.benchmark.train import MODEL, run_config, sample_batch
-from bltjax.config.run import OptimizerConfig, PatchingConfig
+from bltjax.benchmark.worker import SIDES, Worker, serve
+from bltjax.config.model import PatchingConfig
+from bltjax.config.run import OptimizerConfig
 from bltjax.data.calibrate import mean_patch_bytes
 from bltjax.data.records import (
     Manifest,

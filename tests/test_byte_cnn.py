@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config.run import ByteCNNConfig
+from bltjax.config.model import ByteCNNConfig
 from bltjax.inference.entropy import contexts, score_documents
 from bltjax.model.byte_cnn import ByteCNN, entropy_table, table_entropies
 from bltjax.model.byte_lm import entropies_of

@@ -6,18 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from bltjax.config.run import ByteLMConfig, RunConfig
-from bltjax.model import initial_params, make_model
+from bltjax.config.model import ByteLMConfig
+from bltjax.config.run import RunConfig
+from bltjax.model.build import initial_params, make_model
 from bltjax.training.checkpoint import make_manager, save
+from bltjax.training.resume import check_workdir
+from bltjax.training.step import TrainState
 from bltjax.weights.export import load_params
-from bltjax.weights.workdir import (
-    TrainState,
-    check_workdir,
-    identity,
-    save_params,
-    saved_steps,
-    stored_shapes,
-)
+from bltjax.weights.workdir import identity, save_params, saved_steps, stored_shapes
 
 CONFIG = RunConfig(byte_lm=ByteLMConfig(layers=1, width=8, heads=1, hidden=8, window=4))
 

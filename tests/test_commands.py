@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from bltjax.__main__ import VERBS, main
-from bltjax.config.run import PatchingConfig, SourceConfig
+from bltjax.config.data import SourceConfig
+from bltjax.config.model import PatchingConfig
 from bltjax.data.calibrate import calibrate, mean_patch_bytes
 from bltjax.data.records import Document, RecordDocuments
 from bltjax.evaluation.evaluate import compressor_bits, evaluate

@@ -17,30 +17,22 @@ from jax.sharding import AbstractMesh, AxisType
 from bltjax.__main__ import main, program_of
 from bltjax.config import load
 from bltjax.config import run as settings
-from bltjax.config.load import load_config, parse_scheme
-from bltjax.config.run import (
+from bltjax.config.arguments import parse_scheme
+from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.config.fields import changes, differences, from_dict, to_dict
+from bltjax.config.load import load_config
+from bltjax.config.model import (
     BLTConfig,
     ByteCNNConfig,
     ByteLMConfig,
-    DataConfig,
-    FaultsConfig,
     LatentConfig,
-    LatentInitConfig,
-    MeshConfig,
-    OptimizerConfig,
     PatchingConfig,
     RopeScalingConfig,
-    RunConfig,
-    SourceConfig,
-    changes,
-    differences,
-    from_dict,
-    to_dict,
 )
+from bltjax.config.run import FaultsConfig, LatentInitConfig, MeshConfig, OptimizerConfig, RunConfig
 from bltjax.distributed.sharding import AXES, tree_shardings
+from bltjax.model.build import check_mesh, model_shapes
 from bltjax.model.flops import training_flops
-from bltjax.training.step import check_mesh
-from bltjax.weights.stored import model_shapes
 from bltjax.weights.workdir import read_config
 
 CONFIGS = sorted(Path("configs").glob("*.py"))

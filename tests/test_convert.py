@@ -14,7 +14,7 @@ from test_port import written
 import bltjax
 from bltjax.__main__ import main
 from bltjax.convert import convert as program
-from bltjax.weights import export
+from bltjax.weights import exporting
 from bltjax.weights.export import open_stored
 from bltjax.weights.released import hf
 
@@ -125,7 +125,7 @@ def test_tables_pass_through_in_pieces(tmp_path, monkeypatch):
         return read(place, rows)
 
     files.leaves["encoder/ngrams_RME"] = files.leaves["encoder/ngrams_RME"]._replace(read=counted)
-    for write in (export.write_export, hf.write_port):
+    for write in (exporting.write_export, hf.write_port):
         out = epath.Path(tmp_path / write.__name__)
         out.mkdir()
         write(files, out, lambda _: None)

@@ -23,22 +23,15 @@ from bltjax.data.records import (
     write_shard,
 )
 from bltjax.inference.corpus import scoring_rate
-from bltjax.inference.entropies import agree_on, checksum_of, info_of, side_path
+from bltjax.inference.shard_plan import agree_on, checksum_of, info_of, side_path
 from bltjax.system.storage import parse_json, read_json
-from bltjax.training.checkpoint import (
-    Damaged,
-    Misfit,
-    StreamsHandler,
-    StreamsRestore,
-    make_manager,
-    read_progress,
-    save,
-)
+from bltjax.training.checkpoint import StreamsHandler, StreamsRestore, make_manager, save
 from bltjax.training.goodput import Goodput, read_sums
-from bltjax.training.metrics import Reporter, read_reports
+from bltjax.training.reports import Reporter
 from bltjax.viz.page import curves, read_samples, samples_part
+from bltjax.weights.damage import Damaged, Misfit, read_progress
 from bltjax.weights.export import read_manifest as read_export
-from bltjax.weights.workdir import read_config
+from bltjax.weights.workdir import read_config, read_reports
 
 OTHERS = (None, True, -1, 0, 3.5, float("nan"), 10**400, "", "x", [], [1], {}, {"a": 1})
 

@@ -22,7 +22,8 @@ from bltjax.convert.convert import convert, open_model
 from bltjax.convert.inspect import inspect
 from bltjax.system.storage import POINTER
 from bltjax.text.bpe import load_tokenizer
-from bltjax.weights.export import read_config, write_export
+from bltjax.weights.export import read_config
+from bltjax.weights.exporting import write_export
 from bltjax.weights.safetensors import INDEX, read_file, write_folder
 
 LFS = POINTER + b"v1\noid sha256:4d7a214614ab2935\nsize 9\n"

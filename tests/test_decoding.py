@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config.run import (
+from bltjax.config.model import (
     BLTConfig,
     ByteCNNConfig,
     ByteLMConfig,
@@ -20,14 +20,15 @@ from bltjax.config.run import (
     LatentConfig,
     LocalConfig,
     PatchingConfig,
-    RunConfig,
 )
-from bltjax.inference.decoding.decoder import Decoder, grow, padded_length, prefill, score
+from bltjax.config.run import RunConfig
+from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.loop import kept_places, run
+from bltjax.inference.decoding.prefill import grow, padded_length, prefill, score
 from bltjax.inference.decoding.sampling import GREEDY, Sampling
 from bltjax.inference.decoding.speculation import run_rounds
 from bltjax.inference.entropy import EntropyModel, contexts
-from bltjax.model import batch_logits, initial_params, make_model
+from bltjax.model.build import batch_logits, initial_params, make_model
 from bltjax.model.byte_cnn import entropy_table, table_entropies
 from bltjax.model.byte_lm import ByteLM, entropies_of
 from bltjax.text.alphabet import encode

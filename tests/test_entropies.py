@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from bltjax.config.run import SourceConfig
+from bltjax.config.data import SourceConfig
 from bltjax.data.records import RecordDocuments
 from bltjax.inference.corpus import bars, write_report
 from bltjax.inference.entropies import write_entropies

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bltjax.__main__ import main
+from bltjax.model.build import flattened
 from bltjax.weights.export import load_params
-from bltjax.weights.lazy import flattened
 
 READER = """
 import sys

@@ -11,11 +11,9 @@ import pytest
 from test_decoding import followed
 
 from bltjax.__main__ import main
-from bltjax.evaluation.evaluate import run_patching
 from bltjax.inference.decoding.decoder import Decoder, Piece, Rest
 from bltjax.inference.decoding.uncached import Predictor
-from bltjax.inference.entropy import score_documents
-from bltjax.inference.generate import Painter
+from bltjax.inference.entropy import run_patching, score_documents
 from bltjax.inference.prompts import (
     Prompt,
     begin_results,
@@ -23,6 +21,7 @@ from bltjax.inference.prompts import (
     read_prompts,
     result_line,
 )
+from bltjax.inference.terminal import Painter
 from bltjax.text.alphabet import EOS, OFFSET, encode
 from bltjax.weights.export import load_params
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config.run import (
+from bltjax.config.model import (
     BLTConfig,
     ByteLMConfig,
     CrossConfig,

@@ -14,20 +14,13 @@ import numpy as np
 import pytest
 from test_golden import META, arrays, blt_weights, eos_documents, starts_from_lengths, weights_of
 
-from bltjax.config.run import (
-    BLTConfig,
-    CrossConfig,
-    DataConfig,
-    HashConfig,
-    LatentConfig,
-    LocalConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from bltjax.config.data import DataConfig
+from bltjax.config.model import BLTConfig, CrossConfig, HashConfig, LatentConfig, LocalConfig
+from bltjax.config.run import OptimizerConfig, RunConfig
+from bltjax.model.build import run_model
 from bltjax.model.loss import Sums
 from bltjax.text.alphabet import BOS, EOS
-from bltjax.training.step import make_train_step, run_model, run_optimizer
-from bltjax.weights.workdir import TrainState
+from bltjax.training.step import TrainState, make_train_step, run_optimizer
 
 pytestmark = pytest.mark.smoke
 

@@ -10,8 +10,10 @@ from etils import epath
 
 from bltjax.__main__ import main
 from bltjax.convert.convert import convert
-from bltjax.convert.inspect import arrays_in, checksum_of, inspect, read_through
-from bltjax.training.checkpoint import checksums, stored_name
+from bltjax.convert.inspect import inspect
+from bltjax.convert.integrity import arrays_in, checksum_of, read_through
+from bltjax.training.checkpoint import checksums
+from bltjax.weights.damage import stored_name
 
 
 def largest(folder):

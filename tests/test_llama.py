@@ -10,7 +10,8 @@ import port
 import pytest
 from etils import epath
 
-from bltjax.config.run import BLTConfig, CrossConfig, LatentInitConfig, LocalConfig, OptimizerConfig
+from bltjax.config.model import BLTConfig, CrossConfig, LocalConfig
+from bltjax.config.run import LatentInitConfig, OptimizerConfig
 from bltjax.model.latent_transformer import LatentTransformer
 from bltjax.text.segments import Ranges
 from bltjax.training.optimizer import make_optimizer

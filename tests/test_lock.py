@@ -20,7 +20,7 @@ from test_train import command, losses
 
 from bltjax.__main__ import main
 from bltjax.convert.convert import convert
-from bltjax.system import lock
+from bltjax.system import lock, lock_file, owner
 
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"host": "tpu-vm-3", "boot": "another", "machine": "another"}
@@ -32,9 +32,9 @@ def hold(path, lost=lambda told: None, **options):
     )
 
 
-def leave_lock(path: Path, age: float = 0.0, **changes) -> lock.Holder:
+def leave_lock(path: Path, age: float = 0.0, **changes) -> owner.Holder:
     """A lock as another process has left it, so many seconds ago."""
-    holder = dataclasses.replace(lock.this_process("train"), **changes)
+    holder = dataclasses.replace(owner.this_process("train"), **changes)
     path.write_text(json.dumps(dataclasses.asdict(holder)), encoding="utf-8")
     os.utime(path, (path.stat().st_mtime - age,) * 2)
     return holder
@@ -61,7 +61,7 @@ def test_one_of_two_threads_holds_it(tmp_path):
 
     def contend(number: int) -> None:
         for _ in range(300):
-            holder = lock.this_process("trial")
+            holder = owner.this_process("trial")
             while True:
                 try:
                     lock.take(path, holder)
@@ -105,12 +105,12 @@ def test_a_lock_whose_process_is_gone_is_taken_over_at_once(tmp_path, capsys):
     path = tmp_path / ".lock"
     unreaped = subprocess.Popen(["true"])
     os.waitid(os.P_PID, unreaped.pid, os.WEXITED | os.WNOWAIT)
-    start = lock.state_and_start(unreaped.pid)[1]
+    start = owner.state_and_start(unreaped.pid)[1]
     for gone in (
         {"pid": ended_process()},
         {"pid": os.getppid(), "start": "1"},  # its number was given to another
         {"pid": unreaped.pid, "start": start},
-        {"boot": "of yesterday", "machine": lock.here()["machine"]},
+        {"boot": "of yesterday", "machine": owner.here()["machine"]},
         {},  # of this process, which has forgotten it
     ):
         if "machine" in gone and not gone["machine"]:
@@ -118,7 +118,7 @@ def test_a_lock_whose_process_is_gone_is_taken_over_at_once(tmp_path, capsys):
         left = leave_lock(path, **gone)
         begun = time.monotonic()
         with hold(path) as held:
-            assert lock.look(path).holder == held.holder != left
+            assert lock_file.look(path).holder == held.holder != left
         assert time.monotonic() - begun < 5 and not path.exists()
     assert capsys.readouterr().out == ""
     unreaped.wait()
@@ -126,9 +126,9 @@ def test_a_lock_whose_process_is_gone_is_taken_over_at_once(tmp_path, capsys):
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="there is no ps")
 def test_processes_are_known_without_proc():
-    mine = lock.told_by_ps(os.getpid())
-    assert mine == lock.told_by_ps(os.getpid()) and mine[0] in "RS" and len(mine[1]) > 20
-    assert lock.told_by_ps(os.getppid())[1] and lock.told_by_ps(ended_process()) is None
+    mine = owner.told_by_ps(os.getpid())
+    assert mine == owner.told_by_ps(os.getpid()) and mine[0] in "RS" and len(mine[1]) > 20
+    assert owner.told_by_ps(os.getppid())[1] and owner.told_by_ps(ended_process()) is None
 
 
 def test_who_holds_it_is_named(tmp_path):
@@ -142,7 +142,7 @@ def test_who_holds_it_is_named(tmp_path):
         ):
             pass
     assert str(refused.value).endswith("stop it, or give another --workdir")
-    parent = lock.state_and_start(os.getppid())
+    parent = owner.state_and_start(os.getppid())
     leave_lock(path, pid=os.getppid(), start=parent[1])
     with pytest.raises(ValueError, match=f"process {os.getppid()} on"), hold(path):
         pass
@@ -172,7 +172,7 @@ def test_a_lock_of_another_host_is_watched(tmp_path, capsys):
     ):
         pass
     refresh.join()
-    assert lock.look(path).holder == left
+    assert lock_file.look(path).holder == left
 
 
 def test_a_lock_that_says_nothing_counts_by_its_age(tmp_path):
@@ -213,7 +213,7 @@ def test_it_is_refreshed_and_whoever_lost_it_is_told(tmp_path):
         other = leave_lock(path, **ELSEWHERE)
         until(lambda: told)
         assert f"taken over by process {other.pid} on tpu-vm-3" in told[0] and not held.check()
-    assert lock.look(path).holder == other  # which isn't ours to remove
+    assert lock_file.look(path).holder == other  # which isn't ours to remove
 
 
 def until(condition, seconds: float = 20) -> None:
@@ -242,7 +242,7 @@ def test_file_systems_without_links(tmp_path, monkeypatch):
     monkeypatch.setattr("bltjax.system.lock.os.link", refuses)
     path = tmp_path / ".lock"
     with hold(path) as held:
-        assert lock.look(path).holder == held.holder
+        assert lock_file.look(path).holder == held.holder
         with pytest.raises(ValueError, match="is in use"), hold(path):
             pass
     leave_lock(path, pid=ended_process())
@@ -272,7 +272,7 @@ def test_a_process_that_ends_while_it_is_asked_after_is_gone(tmp_path, monkeypat
         process.wait()
 
     monkeypatch.setattr("bltjax.system.lock.state_and_start", ends)
-    assert lock.runs(left) is False
+    assert owner.runs(left) is False
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -282,7 +282,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_lock_in_a_bucket(bucket, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(lock, "SETTLE", 0.01)
+    monkeypatch.setattr(lock_file, "SETTLE", 0.01)
     path = bucket / "run" / ".lock"
     with hold(path, refresh=0.02) as held:
         before = path.read_text()
@@ -291,7 +291,7 @@ def test_a_lock_in_a_bucket(bucket, monkeypatch, capsys):  # noqa: F811
         until(lambda: path.read_text() != before)
         assert held.check()
     assert not path.exists()
-    other = dataclasses.replace(lock.this_process("train"), **ELSEWHERE)
+    other = dataclasses.replace(owner.this_process("train"), **ELSEWHERE)
     path.write_text(json.dumps(dataclasses.asdict(other)))
     with hold(path, stale=0.2):
         assert "waiting to see whether tpu-vm-3" in capsys.readouterr().out
@@ -352,5 +352,5 @@ def test_two_runs_of_one_command_at_once(runs, tmp_path, time):
     codes = [process.returncode for process in both]
     assert sorted(codes) == [0, 1], errors
     winner = both[codes.index(0)]
-    assert f"is in use by process {winner.pid} on {lock.here()['host']}" in errors[codes.index(1)]
+    assert f"is in use by process {winner.pid} on {owner.here()['host']}" in errors[codes.index(1)]
     assert sorted(losses(tmp_path)) == list(range(1, 61)) and not (tmp_path / ".lock").exists()

@@ -1,4 +1,4 @@
-"""The README's file map is the import order, is complete, and names no file that isn't there."""
+"""The READMEs list rooms, and files within them, in import order, and leave none out."""
 
 import ast
 import re
@@ -9,9 +9,24 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def rooms() -> list[str]:
+    """The rooms of bltjax/ in the README's order: folders, and files that stand alone."""
+    section = (ROOT / "README.md").read_text().split("## Rooms")[1].split("\n## ")[0]
+    return re.findall(r"^\| \[?`(bltjax/[\w.]+?)/?`", section, re.MULTILINE)
+
+
+def files_of(room: str) -> list[str]:
+    """A room's files in its README's order."""
+    if room.endswith(".py"):
+        return [room]
+    text = (ROOT / room / "README.md").read_text()
+    return [f"{room}/{name}" for name in re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE)]
+
+
 def file_map() -> list[str]:
-    section = (ROOT / "README.md").read_text().split("## File map")[1].split("\n## ")[0]
-    return re.findall(r"^\| `(bltjax/[\w/]+\.py)` \|", section, re.MULTILINE)
+    """Every file of the package in import order."""
+    last = ["bltjax/__main__.py", "bltjax/__init__.py"]
+    return [name for room in rooms() for name in files_of(room)] + last
 
 
 def imports(path: Path) -> set[str]:
@@ -43,6 +58,16 @@ def test_map_is_the_import_order():
     for place, name in enumerate(listed):
         below = imports(ROOT / name) - set(listed[:place])
         assert not below, f"{name} imports {sorted(below)}, which do not stand above it in the map"
+
+
+def test_rooms_are_small():
+    """A folder has 12 files at most, a file about 300 lines."""
+    for folder in {path.parent for path in (ROOT / "bltjax").rglob("*.py")}:
+        files = list(folder.glob("*.py"))
+        assert len(files) <= 12, folder
+        for path in files:
+            lines = len(path.read_text(encoding="utf-8").splitlines())
+            assert lines <= 310, f"{path} has {lines} lines"
 
 
 def test_data_and_model_do_not_know_each_other():

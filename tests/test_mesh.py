@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bltjax.__main__ import main
-from bltjax.config.run import SourceConfig
+from bltjax.config.data import SourceConfig
 from bltjax.data.sources.by_path import open_source
 
 EIGHT = os.environ | {

@@ -10,13 +10,12 @@ from test_golden import META, arrays, weights_of
 
 from bltjax.convert.convert import as_dtype, convert, open_model
 from bltjax.weights.lazy import Tensor, blocks
-from bltjax.weights.released.meta import (
+from bltjax.weights.released.meta import read_meta, write_meta
+from bltjax.weights.released.meta_settings import (
     blt_settings,
     feed_forward_rule,
     hidden_width,
-    read_meta,
     read_patching,
-    write_meta,
 )
 
 ARGS = META["blocklocal"]["args"]

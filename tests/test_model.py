@@ -10,7 +10,7 @@ import pytest
 
 from bltjax.attention.pattern import Sliding
 from bltjax.config.load import load_config
-from bltjax.config.run import (
+from bltjax.config.model import (
     BLTConfig,
     ByteLMConfig,
     CrossConfig,
@@ -19,8 +19,8 @@ from bltjax.config.run import (
     LocalConfig,
     PatchingConfig,
 )
-from bltjax.model import initial_params, make_model, parameter_count
 from bltjax.model.blt import BLT
+from bltjax.model.build import initial_params, make_model, parameter_count
 from bltjax.model.byte_lm import ByteLM
 from bltjax.model.latent_transformer import block_size
 from bltjax.model.layers import Block

@@ -7,7 +7,8 @@ import pytest
 import bltjax
 from bltjax.__main__ import main
 from bltjax.attention.dense import dense
-from bltjax.model import batch_logits, cross_attention, make_model
+from bltjax.model import cross_attention
+from bltjax.model.build import batch_logits, make_model
 from bltjax.text.patching import patch_starts
 from bltjax.weights.export import load_params
 from bltjax.weights.workdir import save_params

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config.run import BLTConfig, OptimizerConfig
-from bltjax.model import initial_params, make_model
+from bltjax.config.model import BLTConfig
+from bltjax.config.run import OptimizerConfig
+from bltjax.model.build import initial_params, make_model
 from bltjax.model.loss import target_sums
 from bltjax.training.optimizer import decays, learning_rate, make_optimizer
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bltjax.config.run import DataConfig, PatchingConfig, SourceConfig
+from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.config.model import PatchingConfig
 from bltjax.data.packing import Packer, batch_of, cut, fills, pack_exact
 from bltjax.data.pipeline import training_batches
 from bltjax.data.records import Document

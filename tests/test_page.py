@@ -10,7 +10,8 @@ import pytest
 from etils import epath
 
 from bltjax.__main__ import main
-from bltjax.viz.page import Line, chart, label, run_page, thinned, ticks
+from bltjax.viz.chart import Line, chart, label, thinned, ticks
+from bltjax.viz.page import run_page
 
 
 class Checker(html.parser.HTMLParser):

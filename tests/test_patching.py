@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bltjax.config.run import PatchingConfig
+from bltjax.config.model import PatchingConfig
 from bltjax.data.packing import Packer, batch_of, cut, pack_exact
 from bltjax.data.records import Document
 from bltjax.text.alphabet import OFFSET, encode

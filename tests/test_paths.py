@@ -18,24 +18,26 @@ from hypothesis import strategies as st
 from test_storage import bucket  # noqa: F401
 
 from bltjax.__main__ import main
+from bltjax.config.data import SourceConfig
+from bltjax.config.fields import from_dict, to_dict
 from bltjax.config.load import load_config
-from bltjax.config.run import PatchingConfig, RunConfig, SourceConfig, from_dict, to_dict
+from bltjax.config.model import PatchingConfig
+from bltjax.config.run import RunConfig
 from bltjax.data.sources.by_path import open_source
-from bltjax.system.storage import (
+from bltjax.system.paths import (
     NAME_BYTES,
-    cache_place,
     check_arrays_path,
     check_unused,
-    check_writable,
     expanded,
     is_remote,
     literal_glob,
     matches,
     path_of,
-    write_text,
 )
+from bltjax.system.storage import cache_place, check_writable, write_text
 from bltjax.training.checkpoint import make_manager
-from bltjax.weights.export import open_array, place_of, write_leaves
+from bltjax.weights.export import open_array, place_of
+from bltjax.weights.exporting import write_leaves
 from bltjax.weights.lazy import Leaf
 
 slow = pytest.mark.slow

@@ -8,18 +8,11 @@ import numpy as np
 import pytest
 
 from bltjax.__main__ import main
-from bltjax.config.run import PatchingConfig
-from bltjax.viz.patches import (
-    cut_text,
-    draw,
-    glyph,
-    page,
-    patch_strings,
-    terminal,
-    title_lines,
-    visible,
-    whole_characters_up_to,
-)
+from bltjax.config.model import PatchingConfig
+from bltjax.inference.terminal import visible, whole_characters_up_to
+from bltjax.viz.cuts import cut_text, glyph, patch_strings, terminal
+from bltjax.viz.html import page
+from bltjax.viz.png import draw, title_lines
 
 ROOT = Path(__file__).parents[1]
 TEXT = 'if x:\n\treturn "你好 😀"  # café\n'

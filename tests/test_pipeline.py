@@ -7,7 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from bltjax.config.run import DataConfig, PatchingConfig, SourceConfig
+from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.config.model import PatchingConfig
 from bltjax.data.pipeline import training_batches
 
 SPACE = PatchingConfig(mode="space")

@@ -25,6 +25,7 @@ from bltjax.model.flops import (
     row_forward_flops,
     utilisation,
 )
+from bltjax.planning import report
 from bltjax.planning.aot import Memory, described_devices, shard_bytes
 from bltjax.planning.suggest import changed, nearest_changes
 from bltjax.training.step import step_parts
@@ -115,7 +116,7 @@ def kernel_flops(config) -> int:
 
 @needs_libtpu
 def test_a_plan_in_words(planned):
-    lines = plans.text(planned, TINY).splitlines()
+    lines = report.text(planned, TINY).splitlines()
     assert len(lines) < 25 and max(map(len, lines)) <= 120
     text = "\n".join(lines)
     assert "4 chips, 1 host" in text and "hash tables 9.6k" in text
@@ -155,7 +156,7 @@ def test_without_libtpu_the_command_says_how_to_get_it(monkeypatch, capsys):
     assert "pip install -e '.[tpu]' (Linux on x86-64" in capsys.readouterr().err
 
 
-def made_up(total: float, **settings) -> plans.Plan:
+def made_up(total: float, **settings) -> report.Plan:
     """A plan of the 8B on v5e:16x16 that was never compiled."""
     overrides = [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
     config = load_config("configs/blt_8b.py", overrides)
@@ -165,7 +166,7 @@ def made_up(total: float, **settings) -> plans.Plan:
     memory = Memory(held, 2 * held, total, topology.chip.hbm_bytes)
     mesh = {"data": 1, "fsdp": 256, "tensor": 1}
     flops = plans.needed_flops(config)
-    return plans.Plan(config, topology, mesh, parameters, memory, flops, 1.0)
+    return report.Plan(config, topology, mesh, parameters, memory, flops, 1.0)
 
 
 def test_changes_that_would_make_it_fit():
@@ -191,7 +192,7 @@ def test_changes_that_would_make_it_fit():
 
 def test_a_bar_shows_what_overflows():
     memory = Memory(4e9, 8e9, 40e9, 16e9)
-    bar = plans.memory_lines(memory)[0]
+    bar = report.memory_lines(memory)[0]
     assert re.search(r"\[p{15}o{30}a{15}>\] .* DOES NOT FIT", bar)
 
 

@@ -8,19 +8,21 @@ import port
 import pytest
 from etils import epath
 
-from bltjax.config.run import PatchingConfig
-from bltjax.convert.convert import our_model
+from bltjax.config.model import PatchingConfig
+from bltjax.convert.verify import our_model
 from bltjax.text.alphabet import encode
 from bltjax.text.patching import patch_lengths
 from bltjax.weights.lazy import DTYPES, NotFinite, Tensor, blocks
-from bltjax.weights.released.hf import port_settings, read_port, read_settings
+from bltjax.weights.released.hf import port_settings, read_port
+from bltjax.weights.released.hf_settings import read_settings
 from bltjax.weights.released.leftovers import (
     latent_rotary,
     rotary_stacks,
     without_leftovers,
     without_wrappers,
 )
-from bltjax.weights.released.mapping import PORT, blt_pieces, byte_lm_pieces, tensors_of
+from bltjax.weights.released.mapping import PORT, blt_pieces, byte_lm_pieces
+from bltjax.weights.released.tensors import tensors_of
 
 BFLOAT16 = DTYPES["bfloat16"]
 
@@ -387,7 +389,8 @@ def test_the_port_itself(tmp_path):
     """Where torch and transformers are: what was recorded is what they say, and `verify` agrees."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from bltjax.convert.convert import convert, open_model, verify
+    from bltjax.convert.convert import convert, open_model
+    from bltjax.convert.verify import verify
 
     for name, config in port.CASES.items():
         threshold = float(RECORDED[f"{name}/threshold"])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bltjax.config.run import SourceConfig
+from bltjax.config.data import SourceConfig
 from bltjax.data.records import (
     Manifest,
     RecordDocuments,

@@ -14,7 +14,8 @@ import pytest
 from test_train import command, losses
 
 from bltjax.__main__ import main
-from bltjax.config.run import Change, FaultsConfig, OptimizerConfig, changes
+from bltjax.config.fields import Change, changes
+from bltjax.config.run import FaultsConfig, OptimizerConfig
 from bltjax.distributed.preemption import INTERRUPTED, TERMINATED, Notice
 from bltjax.distributed.sharding import make_mesh
 from bltjax.training.checkpoint import last_good

@@ -21,23 +21,15 @@ import tensorstore
 from test_train import command, losses
 
 from bltjax.__main__ import main
-from bltjax.config.run import ByteLMConfig, CheckpointConfig, RunConfig
+from bltjax.config.model import ByteLMConfig
+from bltjax.config.run import CheckpointConfig, RunConfig
 from bltjax.distributed.processes import Restart
-from bltjax.training.checkpoint import (
-    Misfit,
-    StreamsHandler,
-    Writing,
-    checksums,
-    damage,
-    make_manager,
-    reason,
-    restore,
-    restore_newest,
-    save,
-    why_not,
-)
+from bltjax.training.checkpoint import StreamsHandler, Writing, checksums, make_manager, save
+from bltjax.training.restore import damage, restore, restore_newest
+from bltjax.training.step import TrainState
+from bltjax.weights.damage import Misfit, reason, why_not
 from bltjax.weights.export import load_params
-from bltjax.weights.workdir import TrainState, saved_steps
+from bltjax.weights.workdir import saved_steps
 
 # Orbax leaves other readings unfinished when one fails, which then find no event loop.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

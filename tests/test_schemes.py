@@ -137,7 +137,8 @@ def test_calibration_says_which_context_the_records_have(runs, scorers, capsys):
 
 def test_raw_text_scored_while_evaluating_is_the_same(runs, scorers, tmp_path):
     """newline_reset holds for records and for text that is scored in memory."""
-    from bltjax.config.run import PatchingConfig, SourceConfig
+    from bltjax.config.data import SourceConfig
+    from bltjax.config.model import PatchingConfig
     from bltjax.inference.entropy import load_entropy_model, scored_source
 
     byte_lm, records = scorers["newline_reset"]

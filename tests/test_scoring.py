@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config.run import ByteLMConfig
+from bltjax.config.model import ByteLMConfig
 from bltjax.inference.entropy import score_documents
-from bltjax.model import initial_params
+from bltjax.model.build import initial_params
 from bltjax.model.byte_lm import ByteLM, entropies_of
 from bltjax.text.alphabet import encode
 

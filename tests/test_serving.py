@@ -16,13 +16,15 @@ from test_commands import error_of
 from test_decoding import BYTE_LM, TEXT, made, random_params
 
 from bltjax.benchmark.generate import without_specials
-from bltjax.config.run import PatchingConfig, RunConfig
-from bltjax.evaluation.evaluate import run_patching
+from bltjax.config.model import PatchingConfig
+from bltjax.config.run import RunConfig
 from bltjax.inference.decoding.decoder import Decoder
+from bltjax.inference.entropy import run_patching
 from bltjax.inference.serving import Programs, ServingConfig
+from bltjax.model.build import flattened
 from bltjax.text.alphabet import OFFSET, encode
 from bltjax.weights.export import load_params
-from bltjax.weights.lazy import flattened, leaf_of
+from bltjax.weights.lazy import leaf_of
 from bltjax.weights.stored import ModelFiles
 
 ROOT = Path(__file__).parents[1]

@@ -25,8 +25,9 @@ from array_record.python import array_record_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bltjax.config.load import add_source_arguments, source_from
-from bltjax.config.run import DataConfig, SourceConfig, from_dict, to_dict
+from bltjax.config.arguments import add_source_arguments, source_from
+from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.config.fields import from_dict, to_dict
 from bltjax.data.pipeline import training_batches
 from bltjax.data.records import Manifest, encode_record, shard_info, write_manifest, write_shard
 from bltjax.data.sources.by_path import open_source

@@ -10,18 +10,12 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from bltjax.config.run import SourceConfig
+from bltjax.config.data import SourceConfig
 from bltjax.data.records import RecordDocuments, read_manifest
 from bltjax.data.sources.by_path import open_source
-from bltjax.system.storage import (
-    check_writable,
-    is_remote,
-    local_copy,
-    matches,
-    size_of,
-    write_text,
-)
-from bltjax.training.metrics import Reporter
+from bltjax.system.paths import is_remote, matches, size_of
+from bltjax.system.storage import check_writable, local_copy, write_text
+from bltjax.training.reports import Reporter
 
 
 class Bucket(MemoryFileSystem):
@@ -117,7 +111,7 @@ def test_reports_in_a_bucket_go_on_after_a_restart(bucket, monkeypatch):
     for step in (1, 2, 3):
         reporter.write(step, {"loss": 3.0 - step})
     assert not (workdir / "metrics.jsonl").exists()  # not a copy for every line
-    monkeypatch.setattr("bltjax.training.metrics.UPLOAD_SECONDS", 0.0)
+    monkeypatch.setattr("bltjax.training.reports.UPLOAD_SECONDS", 0.0)
     reporter.write(4, {"loss": 0.0})
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 4
     reporter.close()

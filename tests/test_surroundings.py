@@ -18,9 +18,9 @@ import pytest
 
 import bltjax
 from bltjax.__main__ import main
-from bltjax.evaluation.evaluate import run_patching
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.placement import load_onto
+from bltjax.inference.entropy import run_patching
 from bltjax.system import environment
 from bltjax.system.environment import (
     OVERRULED,
@@ -31,7 +31,7 @@ from bltjax.system.environment import (
     prepare,
     refused_platform,
 )
-from bltjax.system.storage import check_name
+from bltjax.system.paths import check_name
 from bltjax.training.train import train
 from bltjax.weights.export import read_config
 

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from bltjax.config.run import DataConfig, PatchingConfig, SourceConfig
+from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.config.model import PatchingConfig
 from bltjax.data.pipeline import training_batches
 from bltjax.data.sources.by_path import open_source
 

@@ -16,11 +16,10 @@ from random_batch import random_batch
 
 from bltjax.__main__ import main
 from bltjax.config.load import load_config
-from bltjax.model import initial_params
+from bltjax.model.build import initial_params, resolved, run_model
 from bltjax.training.profiling import Profile
-from bltjax.training.step import make_train_step, resolved, run_model, run_optimizer
+from bltjax.training.step import TrainState, make_train_step, run_optimizer
 from bltjax.weights.export import load_params
-from bltjax.weights.workdir import TrainState
 
 ROOT = Path(__file__).parents[1]
 TINY = "tests/tiny.py"

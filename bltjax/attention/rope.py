@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from bltjax.config.run import RopeScalingConfig
+from bltjax.config.model import RopeScalingConfig
 
 
 def scaled_rates(rate_C, scaling: RopeScalingConfig):

@@ -1,12 +1,12 @@
-"""How fast we are, against the transformers port of BLT, in one run on one machine.
+"""The command `benchmark`: how fast we are, against the transformers port of BLT, in one run.
 
     benchmark train    one step of a small model, ours and the peer's in turn
     benchmark rows     one step as rows grow from 1k to 32k bytes: time and peak memory
     benchmark tables   hash tables' part of a step: all rows updated, or those that were used
     benchmark attention  each attention of the 8B on this device, by each implementation
     benchmark slots    how full rows of given folders of records are, with and without look-ahead
-    benchmark generate 128 bytes after a prompt, greedily: `benchmark_generate.py` has the sides
-    benchmark input    text bytes a second of the input pipeline: `benchmark_input.py`
+    benchmark generate 128 bytes after a prompt, greedily: `generate.py` has the sides
+    benchmark input    text bytes a second of the input pipeline: `input.py`
     benchmark convert  time and peak memory of importing the released 1B's shapes, made-up weights
 
 In the first two, both sides run the same model on the same bytes and patches with AdamW in fp32.
@@ -16,132 +16,30 @@ are medians. The peer runs as it comes, `transformers`, or with what we know to 
 """
 
 import argparse
-import contextlib
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
-import time
 
 from bltjax.benchmark.attention import attention_words, benchmark_attention
 from bltjax.benchmark.convert import benchmark_convert
 from bltjax.benchmark.generate import (
     BYTES,
     WHOLE_BYTES,
-    cached_side,
-    context_side,
     context_words,
-    port_side,
     speed_words,
-    whole_side,
 )
 from bltjax.benchmark.input import DOCUMENT_BYTES, benchmark_input, benchmark_slots
 from bltjax.benchmark.tables import benchmark_tables, table_words
-from bltjax.benchmark.train import MODEL, our_step, run_config, transformers_step
-from bltjax.config.load import local_path_argument
+from bltjax.benchmark.train import MODEL, run_config
+from bltjax.benchmark.worker import Worker, medians
+from bltjax.config.arguments import local_path_argument
 from bltjax.model.flops import training_flops
-from bltjax.system.environment import keep_buffers
-from bltjax.training.metrics import duration, quantity
+from bltjax.progress import duration, quantity
 
 WHAT = ("train", "rows", "tables", "attention", "slots", "input", "convert", "generate")
 PEERS = ("transformers", "transformers_tuned")
 ROW_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
-# By side: what makes its step, of what the worker was given, and how many steps it is given before
-# it is measured. The heap of training grows for a few steps.
-SIDES = {
-    "ours": (lambda *size: our_step(run_config(*size)), 4),
-    "transformers": (lambda *size: transformers_step(run_config(*size), fused=False), 4),
-    "transformers_tuned": (lambda *size: transformers_step(run_config(*size), fused=True), 4),
-    "cached": (lambda *where: cached_side(MODEL, *where), 1),
-    "whole": (lambda *where: whole_side(MODEL, *where), 1),
-    "port": (lambda *where: port_side(MODEL, *where), 0),
-    "context": (lambda length, model=MODEL: context_side(model, length), 1),
-}
-
-
-class Worker:
-    """A process that holds one side's step and runs it when told to."""
-
-    def __init__(self, side: str, threads: int, *given: int | str):
-        self.side = side
-        variables = dict(os.environ)
-        if side == "transformers":
-            variables.pop("GLIBC_TUNABLES", None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bltjax.benchmark.command", json.dumps([side, threads, *given])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=variables,
-            encoding="utf-8",
-        )
-        self.ready = self.answer()  # built, compiled and warm
-
-    def answer(self) -> dict:
-        line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": f"{self.side} died; see above"}
-        if "error" in answer:
-            self.process.wait()
-            raise ValueError(answer["error"])
-        return answer
-
-    def step(self) -> dict:
-        """{"ms", "peak_mib"} of one more step, and what it says of itself."""
-        with contextlib.suppress(BrokenPipeError):  # it died, as the lack of an answer will say
-            self.process.stdin.write("step\n")
-            self.process.stdin.flush()
-        return self.answer()
-
-    def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.wait()
-
-
-def serve(side: str, threads: int, *given: int | str) -> None:
-    """The worker's side of the pipe: one JSON line when ready, and one for each step."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    if side != "transformers":  # which is as it comes
-        keep_buffers()
-    try:
-        make, warm_up = SIDES[side]
-        run, said = make(*given), {}
-        for _ in range(warm_up):
-            said = run()
-    except (ValueError, MemoryError, RuntimeError) as error:
-        size = " x ".join(map(str, given))
-        print(json.dumps({"error": f"{side}, {size}: {error}"}), flush=True)
-        return
-    print(json.dumps(said), flush=True)
-    for _ in sys.stdin:
-        begun = time.perf_counter()
-        said = run()
-        ms = 1000 * (time.perf_counter() - begun)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"ms": ms, "peak_mib": peak} | said), flush=True)
-
-
-def medians(sides: list[str], repeats: int, threads: int, *numbers: int) -> dict:
-    """By side, the median ms, every time, and the peak memory of steps taken in turn."""
-    workers: list[Worker] = []
-    try:
-        for side in sides:
-            workers.append(Worker(side, threads, *numbers))
-        answers = [[worker.step() for worker in workers] for _ in range(repeats)]
-    finally:
-        for worker in workers:
-            worker.close()
-    return {
-        side: {
-            "ms": statistics.median(answer["ms"] for answer in mine),
-            "all_ms": [round(answer["ms"], 1) for answer in mine],
-            "peak_mib": mine[-1]["peak_mib"],
-            "said": {key: x for key, x in mine[-1].items() if key not in ("ms", "peak_mib")},
-        }
-        for side, mine in zip(sides, zip(*answers, strict=True), strict=True)
-    }
 
 
 def benchmark_train(peer: str | None, repeats: int, threads: int) -> dict:
@@ -341,7 +239,3 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         )
         if args.peer:
             print(f"{args.peer} {result['peer_ms']:.0f} ms, {result['ratio']:.2f} times as long")
-
-
-if __name__ == "__main__":
-    serve(*json.loads(sys.argv[1]))

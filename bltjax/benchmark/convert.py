@@ -12,11 +12,12 @@ import numpy as np
 from etils import epath
 
 from bltjax.config.load import load_config
+from bltjax.model.build import leaf_shapes
 from bltjax.weights.lazy import DTYPES, Tensor
 from bltjax.weights.released.hf import port_settings
-from bltjax.weights.released.mapping import PORT, blt_pieces, byte_lm_pieces, tensor_shapes
+from bltjax.weights.released.mapping import PORT, blt_pieces, byte_lm_pieces
+from bltjax.weights.released.tensors import tensor_shapes
 from bltjax.weights.safetensors import write_folder
-from bltjax.weights.stored import leaf_shapes
 
 
 def made_up(shape: tuple[int, ...], noise: np.ndarray) -> Tensor:

@@ -18,10 +18,12 @@ import time
 
 import numpy as np
 
-from bltjax.config.run import BLTConfig, ByteLMConfig, DataConfig, PatchingConfig, RunConfig
+from bltjax.config.data import DataConfig
+from bltjax.config.model import BLTConfig, ByteLMConfig, PatchingConfig
+from bltjax.config.run import RunConfig
+from bltjax.progress import quantity
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import OFFSET, VOCABULARY, encode
-from bltjax.training.metrics import quantity
 
 BYTE_LM = ByteLMConfig(layers=4, width=256, heads=4, hidden=768)
 BYTES, WHOLE_BYTES = 128, 16  # the whole model's cost is that of a buffer, whatever is in it
@@ -53,8 +55,7 @@ def random_params(run: RunConfig, seed: int) -> dict:
     dtype that the run computes in, but for norms, so that no more is ever held."""
     import jax
 
-    from bltjax.model import initial_params, make_model, narrowed
-    from bltjax.training.step import resolved
+    from bltjax.model.build import initial_params, make_model, narrowed, resolved
 
     model = make_model(run.model, 2, np.float32, "dense")  # no attention is part of a shape
     dtype = resolved(run, jax.devices()[0]).compute_dtype
@@ -251,8 +252,9 @@ def whole_side(model: BLTConfig, prompt_bytes: int, begin: int):
 
 def port_side(model: BLTConfig, prompt_bytes: int, begin: int):
     """() -> the same text by transformers, with our weights."""
-    from bltjax.convert.convert import port_model
-    from bltjax.weights.lazy import flattened, leaf_of
+    from bltjax.convert.verify import port_model
+    from bltjax.model.build import flattened
+    from bltjax.weights.lazy import leaf_of
     from bltjax.weights.stored import ModelFiles
 
     try:

@@ -14,7 +14,8 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-from bltjax.config.run import DataConfig, PatchingConfig, SourceConfig
+from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.config.model import PatchingConfig
 from bltjax.data.calibrate import calibrate, sample_documents
 from bltjax.data.packing import fills
 from bltjax.data.pipeline import training_batches

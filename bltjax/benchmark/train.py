@@ -7,16 +7,9 @@ import os
 
 import numpy as np
 
-from bltjax.config.run import (
-    BLTConfig,
-    CrossConfig,
-    DataConfig,
-    HashConfig,
-    LatentConfig,
-    LocalConfig,
-    OptimizerConfig,
-    RunConfig,
-)
+from bltjax.config.data import DataConfig
+from bltjax.config.model import BLTConfig, CrossConfig, HashConfig, LatentConfig, LocalConfig
+from bltjax.config.run import OptimizerConfig, RunConfig
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import BOS, OFFSET
 from bltjax.weights.released.hf import port_settings
@@ -64,9 +57,8 @@ def our_step(config: RunConfig):
     import jax
     import jax.numpy as jnp
 
-    from bltjax.model import initial_params
-    from bltjax.training.step import make_train_step, resolved, run_model, run_optimizer
-    from bltjax.weights.workdir import TrainState
+    from bltjax.model.build import initial_params, resolved, run_model
+    from bltjax.training.step import TrainState, make_train_step, run_optimizer
 
     config = resolved(config, jax.devices()[0])
     model, optimizer = run_model(config), run_optimizer(config)

@@ -1,12 +1,10 @@
-"""A file in configs/ and the command line's overrides, made into a RunConfig once; and the options
-that several commands share.
+"""A file in configs/ and the command line's overrides, made into a RunConfig once.
 
 A config file is a program with a `get_config()` that builds a ConfigDict. What it leaves out has
-the default of `config.py`, and every setting may be overridden. `configs/FILE.py` is the working
+the default of its dataclass, and every setting may be overridden. `configs/FILE.py` is the working
 directory's or, where that has none, the one that came with the package.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import inspect
@@ -17,22 +15,12 @@ import typing
 from ast import literal_eval
 from pathlib import Path
 
-from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from bltjax.config.run import (
-    FORMATS,
-    MeshConfig,
-    PatchingConfig,
-    RunConfig,
-    SourceConfig,
-    from_dict,
-    nearest,
-    to_dict,
-)
-from bltjax.system.storage import check_name, check_utf8, expanded, is_remote, path_of
+from bltjax.config.fields import from_dict, nearest, to_dict
+from bltjax.config.run import RunConfig
+from bltjax.system.paths import check_name, check_utf8, expanded
 
-DEFAULT_PATCHING = PatchingConfig()
 PACKAGE = Path(__file__).parents[1]
 # Of a wheel; of a repository, which an editable installation is.
 SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "configs")
@@ -246,123 +234,3 @@ def kind_of_setting(kind: typing.Any, name: str) -> typing.Any:
         return None
     args = typing.get_args(kind)
     return next((a for a in args if a is not type(None)), kind) if type(None) in args else kind
-
-
-def parse_scheme(text: str, base: PatchingConfig = DEFAULT_PATCHING) -> PatchingConfig:
-    """`entropy:monotonic=True,threshold=0.2` -> PatchingConfig; the mode comes first.
-
-    Settings left out are those of `base`, if it has the same mode.
-
-    Raises:
-      ValueError: for an unknown mode or setting, with the nearest name.
-    """
-    mode, _, settings = text.partition(":")
-    start = dataclasses.asdict(base if base.mode == mode else PatchingConfig())
-    tree = ConfigDict({"patching": start | {"mode": mode}})
-    for setting in filter(None, settings.split(",")):
-        apply_override(tree, f"patching.{setting}")
-    return from_dict(PatchingConfig, tree.to_dict()["patching"], f"scheme {text!r}")
-
-
-def path_argument(text: str) -> epath.Path:
-    """The type of options that name a file or a folder, on a disk or in a bucket."""
-    try:
-        return path_of(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def local_path_argument(text: str) -> Path:
-    """The type of options that name a file or a folder on this machine's disks."""
-    path = path_argument(text)
-    if is_remote(path):
-        raise argparse.ArgumentTypeError(f"{path} is not on a disk of this machine, as it must be")
-    return Path(path)
-
-
-def source_argument(text: str) -> str:
-    """The type of --source: a path or a pattern, or `tfds:NAME`."""
-    try:
-        (check_utf8 if text.startswith("tfds:") else check_name)(expanded(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return expanded(text)
-
-
-def add_workdir_argument(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """--workdir of the programs that use a model."""
-    parser.add_argument(
-        "--workdir",
-        required=required,
-        type=path_argument,
-        help="a training run's work directory, or an export; a folder or gs://",
-    )
-
-
-def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--mesh",
-        type=mesh_config,
-        help="devices by axis, such as data=1,fsdp=4,tensor=2 (default: fsdp takes as many as"
-        " divide the parameters, data the rest)",
-    )
-
-
-def mesh_config(text: str) -> MeshConfig:
-    """`fsdp=4,tensor=2` -> MeshConfig; axes that are not named have one device."""
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in sizes or not size.lstrip("-").isdecimal():
-            raise argparse.ArgumentTypeError(
-                f"{part!r} is not AXIS=DEVICES with an axis of {', '.join(sizes)}"
-            )
-        sizes[axis] = int(size)
-    try:
-        return MeshConfig(**sizes)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def add_source_arguments(
-    parser: argparse.ArgumentParser, *, required: bool, default: str = ""
-) -> None:
-    """--source and what a SourceConfig says besides; `source_from` reads them."""
-    kinds = "file, glob or folder of text, JSON lines or Parquet; tfds:NAME; or folder of records"
-    parser.add_argument(
-        "--source",
-        required=required,
-        type=source_argument,
-        help=kinds + (f" (default: {default})" if default else ""),
-    )
-    parser.add_argument(
-        "--field", default="text", help="key, column or feature of the text (default: text)"
-    )
-    parser.add_argument(
-        "--split_bytes",
-        type=int,
-        default=0,
-        help="text files: cut into documents of about this size, at blank lines if any (0: no cut)",
-    )
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="auto",
-        help="what the files are (default: auto, as their first bytes say)",
-    )
-    parser.add_argument("--split", default="train", help="TFDS: the split (default: train)")
-    parser.add_argument("--data_dir", default="", help="TFDS: where its datasets lie")
-    parser.add_argument(
-        "--skip_bad", action="store_true", help="count broken JSONL lines and go on"
-    )
-
-
-def source_from(args: argparse.Namespace) -> SourceConfig:
-    return SourceConfig(
-        args.source,
-        field=args.field,
-        split_bytes=args.split_bytes,
-        split=args.split,
-        data_dir=args.data_dir,
-        format=args.format,
-    )

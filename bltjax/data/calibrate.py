@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from bltjax.config.load import local_path_argument, parse_scheme, path_argument
-from bltjax.config.run import PatchingConfig
+from bltjax.config.arguments import local_path_argument, parse_scheme, path_argument
+from bltjax.config.model import PatchingConfig
 from bltjax.data.packing import cut
 from bltjax.data.records import Document, RecordDocuments
 from bltjax.system.outputs import check_outputs

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bltjax.config.run import PatchingConfig
+from bltjax.config.model import PatchingConfig
 from bltjax.data.records import Document
 from bltjax.text.alphabet import BOE, encode
 from bltjax.text.patching import document_starts

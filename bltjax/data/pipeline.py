@@ -12,7 +12,8 @@ from weakref import WeakValueDictionary
 import grain
 import numpy as np
 
-from bltjax.config.run import DataConfig, PatchingConfig
+from bltjax.config.data import DataConfig
+from bltjax.config.model import PatchingConfig
 from bltjax.data.packing import CutDocument, Packer, batch_of, cut, pack_exact
 from bltjax.data.records import RecordDocuments
 from bltjax.data.shuffle import Order

@@ -22,16 +22,8 @@ from array_record.python import array_record_module
 from etils import epath
 
 from bltjax.data.fingerprint import fingerprint_of
-from bltjax.system.storage import (
-    is_remote,
-    local_copy,
-    parse_json,
-    publish,
-    read_json,
-    scratch,
-    size_of,
-    write_text,
-)
+from bltjax.system.paths import is_remote, size_of
+from bltjax.system.storage import local_copy, parse_json, publish, read_json, scratch, write_text
 
 MAGIC = b"BLT1"
 HEADER = struct.Struct("<4sII")

@@ -15,7 +15,6 @@ A program ends with one of these codes, and the scripts in launch/ act on them:
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -24,13 +23,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import jaxlib
 
-from bltjax.config.run import differences
 from bltjax.distributed import coordinator
 from bltjax.distributed.coordinator import joined, process_count, process_index
 from bltjax.distributed.messages import OWN_FAULTS, disk_is_full, says
@@ -285,39 +281,3 @@ def from_writer(what: str, make: Callable[[], Any]) -> Any:
     if problem:
         raise raised if is_writer() else ValueError(problem)
     return made
-
-
-def code_version() -> str:
-    """A checksum of this package's sources."""
-    digest, root = hashlib.sha256(), Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def check_agreement(settings: dict) -> None:
-    """Raises ValueError, naming hosts and differences, unless all run the same on the same.
-
-    settings: what this process was told to do, as JSON.
-    """
-    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "sources": code_version()}
-    mine = {"bltjax": settings, "versions": versions}
-    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
-    digests = gathered("comparing settings", digest)
-    if len(set(digests)) == 1:
-        return
-    # Whole settings travel only now: of process 0, and of those that differ from it.
-    differs = digests[process_index()] != digests[0]
-    told = gathered(
-        "comparing settings", [socket.gethostname(), mine if differs or is_writer() else None]
-    )
-    lines = []
-    for index, (host, theirs) in enumerate(told):
-        if digests[index] != digests[0]:
-            lines.append(f"process {index} ({host}):")
-            lines += [f"  {line}" for line in differences(told[0][1], theirs)]
-    raise ValueError(
-        f"processes differ from process 0 ({told[0][0]}; its value -> theirs):\n  "
-        + "\n  ".join(lines)
-        + "\nStart all with the same command, from the same copy of bltjax and of its packages."
-    )

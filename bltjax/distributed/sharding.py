@@ -21,8 +21,9 @@ import jax
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bltjax.config.fields import divides
 from bltjax.config.letters import suffix_axes
-from bltjax.config.run import MeshConfig, divides
+from bltjax.config.run import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 LETTER_AXES = {
@@ -249,3 +250,14 @@ def row_axes(arrays):
     mesh = set_mesh_or_none()
     rows = jax.tree.leaves(arrays)[0].shape[0]
     return mesh, dividing(LETTER_AXES["B"], mesh, rows) if mesh is not None else ()
+
+
+def under(mesh: Mesh, function):
+    """The function, traced with that mesh set, whoever calls it."""
+
+    @functools.wraps(function)
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced

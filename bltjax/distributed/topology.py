@@ -9,7 +9,7 @@ the shapes are checked here.
 import math
 from dataclasses import dataclass
 
-from bltjax.config.run import nearest
+from bltjax.config.fields import nearest
 
 GIB = 2**30
 

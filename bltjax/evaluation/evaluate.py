@@ -21,14 +21,15 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from bltjax.config.load import (
+from bltjax.config.arguments import (
     add_mesh_argument,
     add_source_arguments,
     add_workdir_argument,
     local_path_argument,
     source_from,
 )
-from bltjax.config.run import MeshConfig, RunConfig, SourceConfig
+from bltjax.config.data import SourceConfig
+from bltjax.config.run import MeshConfig, RunConfig
 from bltjax.data.calibrate import mean_patch_bytes
 from bltjax.data.pipeline import held_out_batches
 from bltjax.data.records import RecordDocuments
@@ -37,42 +38,20 @@ from bltjax.distributed.processes import add_arguments as add_process_arguments
 from bltjax.distributed.processes import is_writer, join, together
 from bltjax.distributed.rows import own_part
 from bltjax.distributed.sharding import make_mesh, row_sharding, tree_shardings
-from bltjax.inference.entropy import PREVIEW, load_entropy_model, scored_source
+from bltjax.evaluation.scores import jitted_scores
+from bltjax.inference.entropy import PREVIEW, run_patching, scored_source
 from bltjax.inference.finite import not_finite
-from bltjax.model import parameter_count
+from bltjax.model.build import check_mesh, model_shapes, parameter_count, resolved, run_model
 from bltjax.model.loss import Sums
+from bltjax.progress import Progress, quantity, speed
 from bltjax.system.compiling import CompileTime
 from bltjax.system.outputs import check_outputs
 from bltjax.system.storage import write_text
 from bltjax.text.alphabet import decode
-from bltjax.training.metrics import Progress, quantity, speed
-from bltjax.training.step import check_mesh, jitted_scores, resolved, run_model
-from bltjax.weights.export import TOKENIZER, load_params, read_config
-from bltjax.weights.stored import model_shapes
+from bltjax.weights.export import load_params, read_config
 
 logger = logging.getLogger("bltjax")
 XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
-
-
-def run_patching(config: RunConfig, workdir: epath.Path):
-    """(PatchingConfig, EntropyModel) of a run or an export, each None where it has none.
-
-    What the patches need lies in the same folder, so that the two travel together.
-
-    Raises:
-      ValueError: for entropy patching without a byte LM.
-    """
-    patching = config.patching if config.blt is not None else None
-    if patching is not None and patching.mode == "bpe":
-        return dataclasses.replace(patching, tokenizer=str(workdir / TOKENIZER)), None
-    if patching is None or patching.mode != "entropy":
-        return patching, None
-    if not (workdir / "byte_lm").exists():
-        raise ValueError(
-            f"{workdir} has no byte LM, which its entropy patching needs: convert it again with"
-            " --byte_lm"
-        )
-    return patching, load_entropy_model(workdir / "byte_lm", newline_reset=patching.newline_reset)
 
 
 def mesh_words(config: MeshConfig) -> str:

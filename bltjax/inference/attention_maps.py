@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bltjax.config.run import BLTConfig
+from bltjax.config.model import BLTConfig
 
 
 class CrossWeights(NamedTuple):

@@ -13,17 +13,18 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from bltjax.config.load import path_argument
-from bltjax.config.run import PatchingConfig
+from bltjax.config.arguments import path_argument
+from bltjax.config.model import PatchingConfig
 from bltjax.data.calibrate import calibrate, sample_documents
 from bltjax.data.packing import cut
 from bltjax.data.records import Document, RecordDocuments, read_shard_info
 from bltjax.distributed.topology import read_topology
 from bltjax.model.flops import row_forward_flops
+from bltjax.progress import duration, quantity
 from bltjax.system.storage import check_writable, write_text
 from bltjax.text.patching import patch_lengths
-from bltjax.training.metrics import duration, is_number, quantity
 from bltjax.weights.export import read_config
+from bltjax.weights.workdir import is_number
 
 SAMPLE_BYTES = 2 << 20
 THRESHOLDS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)  # nats

@@ -20,159 +20,39 @@ import os
 import queue
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 from etils import epath
 
-from bltjax.config.load import add_source_arguments, path_argument, source_from
-from bltjax.config.run import SourceConfig, differences
+from bltjax.config.arguments import add_source_arguments, path_argument, source_from
+from bltjax.config.data import SourceConfig
 from bltjax.data.records import (
     Manifest,
-    ShardInfo,
     encode_record,
-    read_shard_info,
     shard_info,
     write_manifest,
     write_shard,
 )
-from bltjax.data.sources.by_path import Documents, open_source
+from bltjax.data.sources.by_path import open_source
 from bltjax.distributed import processes
 from bltjax.distributed.processes import leave
 from bltjax.inference import corpus
 from bltjax.inference.entropy import EntropyModel, load_entropy_model, score_documents
+from bltjax.inference.shard_plan import (
+    SHARD_BYTES,
+    agree_on,
+    checksum_of,
+    info_of,
+    make_plan,
+    shard_path,
+    side_path,
+)
+from bltjax.progress import Progress, quantity
 from bltjax.system.lock import held
-from bltjax.system.storage import check_unused, check_writable, read_json, size_of, write_text
-from bltjax.training.metrics import Progress, quantity
-
-SHARD_BYTES = 64 << 20
-
-
-def plan_shards(lengths: list[int], shard_bytes: int) -> list[range]:
-    """Runs of documents, each closed once it holds shard_bytes; depends on the corpus alone."""
-    shards, first, held = [], 0, 0
-    for index, length in enumerate(lengths):
-        held += length
-        if held >= shard_bytes:
-            shards.append(range(first, index + 1))
-            first, held = index + 1, 0
-    if first < len(lengths):
-        shards.append(range(first, len(lengths)))
-    return shards
-
-
-def make_plan(
-    documents: Documents, source: SourceConfig, identity: str, shard_bytes: int
-) -> tuple[dict, list[tuple[range, int]]]:
-    """What is to be scored, the same for every process; and each shard's documents and bytes."""
-    lengths, checksum = [], 0
-    progress = Progress("reading", len(documents), " documents", quiet=not processes.is_writer())
-    for index in range(len(documents)):
-        text = documents[index].text
-        lengths.append(len(text))
-        checksum = zlib.crc32(text, checksum)
-        progress.advance(1)
-    plan = {
-        "byte_lm": identity,
-        "source": {k: v for k, v in dataclasses.asdict(source).items() if k != "weight"},
-        "documents": len(lengths),
-        "text_bytes": sum(lengths),
-        "text_crc32": checksum,
-        "shard_bytes": shard_bytes,
-    }
-    shards = plan_shards(lengths, shard_bytes)
-    return plan, [(indices, sum(lengths[indices.start : indices.stop])) for indices in shards]
-
-
-def checksum_of(plan: dict) -> int:
-    """Of what a plan says, by which shards remember it; settings of a source may be added later."""
-    source = {
-        field.name: plan["source"][field.name]
-        for field in dataclasses.fields(SourceConfig)
-        if field.name in plan["source"] and plan["source"][field.name] != field.default
-    }
-    return zlib.crc32(json.dumps(plan | {"source": source}, sort_keys=True).encode())
-
-
-def plan_there(path: epath.Path, plan: dict) -> dict | None:
-    """The plan that was left in a folder; None if there is none, or none that can be read."""
-    if not path.exists():
-        return None
-    try:
-        found = read_json(path)
-        for key, value in plan.items():
-            if type(found.get(key)) is not type(value):
-                raise ValueError(f"{path} is no plan of shards: {key} is {found.get(key)!r}")
-    except ValueError as error:
-        print(f"{error}; it is lost")
-        return None
-    defaults = {field.name: field.default for field in dataclasses.fields(SourceConfig)}
-    added = {key: defaults[key] for key in plan["source"].keys() - found["source"].keys()}
-    return found | {"source": added | found["source"]}
-
-
-def agree_on(plan: dict, out: epath.Path) -> None:
-    """Leaves the plan in `out`, where another process or an earlier run may have left it.
-
-    Raises:
-      ValueError: with the differences, if that is another one; or if it is lost, and a shard is
-        there of which nothing says that it is this plan's.
-    """
-    path = out / "plan.json"
-    there = plan_there(path, plan)
-    if there is None:
-        for side in sorted(out.glob("shard-*-of-*.json")):
-            made = read_side(side)[1]
-            if made is not None and made.get("plan") != checksum_of(plan):
-                raise ValueError(
-                    f"{path} is lost, and nothing says that the shard of {side.name} was scored by"
-                    " this byte LM from this corpus. Give another --out, or remove that folder."
-                )
-        write_text(path, json.dumps(plan))
-        there = plan_there(path, plan)
-    lines = differences(there or {}, plan)
-    if lines:
-        raise ValueError(
-            f"{out} was begun with another byte LM or corpus (there -> here):\n  "
-            + "\n  ".join(lines)
-            + "\nGive another --out, or remove that folder; on a pod, give all processes the same."
-        )
-
-
-def shard_path(out: epath.Path, number: int, count: int) -> epath.Path:
-    return out / f"shard-{number:05d}-of-{count:05d}.array_record"
-
-
-def side_path(path: epath.Path) -> epath.Path:
-    """What is known of a shard, and which process made it in what time."""
-    return path.with_suffix(".json")
-
-
-def read_side(side: epath.Path) -> tuple[ShardInfo | None, dict | None]:
-    """What the manifest will say of a shard, and how it was made; None if that isn't there.
-
-    What is damaged isn't there, and is said."""
-    if not side.exists():
-        return None, None
-    try:
-        return read_shard_info(side)
-    except ValueError as error:
-        print(f"{error}: its shard is scored again")
-        return None, None
-
-
-def info_of(path: epath.Path, documents: int, text_bytes: int, plan: int) -> ShardInfo | None:
-    """What the manifest will say of a shard of this plan (its checksum), if it was written."""
-    info, made = read_side(side_path(path))
-    if info is None:
-        return None
-    asked = (path.name, documents, text_bytes, made.get("plan", plan))
-    if asked != (info.name, info.documents, info.text_bytes, plan):
-        print(f"{side_path(path)} is of another shard: it is scored again")
-        return None
-    return info
+from bltjax.system.paths import check_unused, size_of
+from bltjax.system.storage import check_writable, write_text
 
 
 def score_shard(

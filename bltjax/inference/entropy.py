@@ -11,6 +11,7 @@ The document mask keeps documents apart, so which lane and which neighbours a do
 no difference beyond rounding. A step runs a power of two of lanes, so few programs are compiled.
 """
 
+import dataclasses
 import functools
 import heapq
 from collections.abc import Callable, Sequence
@@ -18,19 +19,44 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
 from bltjax.attention import fastest
-from bltjax.config.run import ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig, SourceConfig
+from bltjax.config.data import SourceConfig
+from bltjax.config.model import ByteCNNConfig, ByteLMConfig, PatchingConfig
+from bltjax.config.run import RunConfig
 from bltjax.data.records import NEWLINE_RESET, Document, RecordDocuments
 from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.distributed.processes import is_writer
 from bltjax.inference.finite import first_not_finite, not_finite
 from bltjax.model.byte_cnn import entropy_table, table_entropies
 from bltjax.model.byte_lm import ByteLM, empty_carry, entropies_of
+from bltjax.progress import Progress
 from bltjax.text.alphabet import OFFSET, encode
-from bltjax.training.metrics import Progress
-from bltjax.weights.export import load_params
+from bltjax.weights.export import TOKENIZER, load_params
 from bltjax.weights.workdir import identity
+
+
+def run_patching(config: RunConfig, workdir: epath.Path):
+    """(PatchingConfig, EntropyModel) of a run or an export, each None where it has none.
+
+    What the patches need lies in the same folder, so that the two travel together.
+
+    Raises:
+      ValueError: for entropy patching without a byte LM.
+    """
+    patching = config.patching if config.blt is not None else None
+    if patching is not None and patching.mode == "bpe":
+        return dataclasses.replace(patching, tokenizer=str(workdir / TOKENIZER)), None
+    if patching is None or patching.mode != "entropy":
+        return patching, None
+    if not (workdir / "byte_lm").exists():
+        raise ValueError(
+            f"{workdir} has no byte LM, which its entropy patching needs: convert it again with"
+            " --byte_lm"
+        )
+    return patching, load_entropy_model(workdir / "byte_lm", newline_reset=patching.newline_reset)
+
 
 # Lanes and chunk: an accelerator wants work, a CPU wants it to stay in its cache.
 CPU_BATCH, DEVICE_BATCH = (8, 512), (64, 1024)

@@ -12,18 +12,17 @@ itself, whatever the sampling. Where the bytes of a text are not UTF-8, `hex` ha
 import argparse
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
 from typing import TextIO
 
-from bltjax.config.load import add_workdir_argument, local_path_argument
-from bltjax.evaluation.evaluate import run_patching
+from bltjax.config.arguments import add_workdir_argument, local_path_argument
 from bltjax.inference.decoding.decoder import Decoder, Piece
 from bltjax.inference.decoding.placement import load_onto, read_mesh
 from bltjax.inference.decoding.request import CONTEXT, check_decodable, fitting_prompts
 from bltjax.inference.decoding.sampling import Sampling
+from bltjax.inference.entropy import run_patching
 from bltjax.inference.prompts import (
     STDIN,
     Prompt,
@@ -35,87 +34,11 @@ from bltjax.inference.prompts import (
     read_prompts,
     result_line,
 )
+from bltjax.inference.terminal import CONTROLS, Painter
+from bltjax.progress import speed
 from bltjax.system.compiling import CompileTime
 from bltjax.system.outputs import check_outputs
-from bltjax.text.alphabet import text_stream
-from bltjax.training.metrics import speed
-from bltjax.viz.patches import TERMINAL_COLOURS, visible
 from bltjax.weights.export import params_folder, read_config
-
-# Of the 256 terminal colours, black to red: how uncertain a byte was, nat by nat.
-ENTROPY_COLOURS = (16, 16, 52, 88, 124, 160)
-CONTROLS = re.compile("\r\n|[\0-\x1f\x7f-\x9f]")
-
-
-def harmless(text: str) -> str:
-    """A text for a terminal: controls, which it would obey, by what stands for them.
-
-    Newlines and tabs stay; so does the carriage return before a newline.
-    """
-    kept = ("\n", "\t", "\r\n")
-    return CONTROLS.sub(lambda x: x[0] if x[0] in kept else visible(x[0]), text)
-
-
-class Painter:
-    """Writes a text as its bytes come: plainly, with | between patches, or in colour.
-
-    The ground changes with each patch; the letters redden with the entropy of the byte. A character
-    that takes several bytes is painted as its first.
-    """
-
-    def __init__(self, out: TextIO, patches: bool, colour: bool):
-        self.out, self.patches, self.colour = out, patches, colour
-        self.stream, self.patch, self.style, self.waiting = text_stream(), 0, "", False
-        self.terminal, self.held = out.isatty(), ""
-
-    def prompt(self, text: bytes) -> None:
-        self.plain(self.stream.decode(text))  # one stream: a prompt may end inside a character
-        if self.patches:
-            self.plain("", last=True)
-
-    def plain(self, text: str, last: bool = False) -> None:
-        """Shows a text as it is, but a terminal is sent no controls."""
-        if self.terminal:
-            text, self.held = self.held + text, ""
-            if text.endswith("\r") and not last:  # what it is depends on what comes next
-                text, self.held = text[:-1], "\r"
-            text = harmless(text)
-        self.show(text)
-
-    def piece(self, piece: Piece) -> None:
-        if not self.patches:
-            self.plain(self.stream.decode(piece.text))
-            return
-        for place, entropy, opens in zip(
-            range(len(piece.text)), piece.entropies, piece.opens, strict=True
-        ):
-            self.patch += int(opens)
-            if not self.waiting:
-                self.begin_character(float(entropy), bool(opens))
-            shown = self.stream.decode(piece.text[place : place + 1])
-            self.waiting = not shown
-            shown = "".join(x if x in "\n\t" else visible(x) for x in shown)
-            # Colour ends with the line, or terminals paint the rest of it.
-            end = "\x1b[0m\n" + self.style if self.colour else "\n"
-            self.show(shown.replace("\n", end))
-
-    def begin_character(self, entropy: float, opens: bool) -> None:
-        if not self.colour:
-            self.show("|" * opens)
-            return
-        ground = TERMINAL_COLOURS[self.patch % len(TERMINAL_COLOURS)]
-        letters = ENTROPY_COLOURS[min(int(entropy), len(ENTROPY_COLOURS) - 1)]
-        style = f"\x1b[38;5;{letters};48;5;{ground}m"
-        if style != self.style:
-            self.style = style
-            self.show(style)
-
-    def show(self, text: str) -> None:
-        print(text, end="", file=self.out, flush=True)
-
-    def close(self) -> None:
-        self.plain(self.stream.decode(b"", True), last=True)
-        self.show("\x1b[0m" * bool(self.style) + "\n")
 
 
 def summary(decoder: Decoder, seconds: float, compiled: float) -> str:

@@ -13,21 +13,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.attention import fastest
-from bltjax.config.run import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
-from bltjax.evaluation.evaluate import run_patching
+from bltjax.config.model import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig
+from bltjax.config.run import RunConfig
 from bltjax.inference.attention_maps import CrossWeights, cross_weights
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.placement import load_onto, on_mesh, read_mesh
 from bltjax.inference.decoding.sampling import Sampling
 from bltjax.inference.decoding.uncached import bucket
-from bltjax.inference.entropy import EntropyModel, score_documents
+from bltjax.inference.entropy import EntropyModel, run_patching, score_documents
 from bltjax.inference.finite import first_not_finite, not_finite
-from bltjax.model import batch_logits, make_model
+from bltjax.model.build import batch_logits, make_model, resolved
 from bltjax.system.environment import check_numbers, check_platform
-from bltjax.system.storage import path_of
+from bltjax.system.paths import path_of
 from bltjax.text.alphabet import OFFSET, as_bytes, encode, text_stream
 from bltjax.text.patching import force_starts, patch_starts
-from bltjax.training.step import resolved
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from bltjax.config.load import local_path_argument
-from bltjax.config.run import differences
+from bltjax.config.arguments import local_path_argument
+from bltjax.config.fields import differences
 from bltjax.inference.decoding.decoder import Piece
-from bltjax.system.storage import hidden_beside, write_text
+from bltjax.system.paths import hidden_beside
+from bltjax.system.storage import write_text
 from bltjax.text.alphabet import as_bytes
 
 logger = logging.getLogger("bltjax")

@@ -32,8 +32,8 @@ from jax import export
 
 from bltjax.config.run import RunConfig
 from bltjax.inference.decoding.blt import CachedBLT
-from bltjax.inference.decoding.decoder import SHORTEST, cached_model
 from bltjax.inference.decoding.loop import when
+from bltjax.inference.decoding.prefill import SHORTEST, cached_model
 from bltjax.text.alphabet import BOE, BOS, BPE, EOS, OFFSET, VOCABULARY
 from bltjax.weights.lazy import DTYPES
 from bltjax.weights.stored import ModelFiles

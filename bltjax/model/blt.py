@@ -9,7 +9,7 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.config.run import BLTConfig
+from bltjax.config.model import BLTConfig
 from bltjax.distributed.sharding import by_rows
 from bltjax.model.latent_transformer import LatentTransformer
 from bltjax.model.local_decoder import LocalDecoder

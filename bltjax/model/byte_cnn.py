@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bltjax.config.run import ByteCNNConfig
+from bltjax.config.model import ByteCNNConfig
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.byte_lm import entropies_of
 from bltjax.model.layers import embedded, project, rms_norm, truncated_normal

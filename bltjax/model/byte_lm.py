@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from bltjax.attention.kv_cache import Places, stored
 from bltjax.attention.pattern import Sliding
-from bltjax.config.run import ByteLMConfig
+from bltjax.config.model import ByteLMConfig
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.layers import (
     BlockSize,

@@ -8,7 +8,7 @@ P. Training is three times the forward pass. What the backward pass computes ane
 model: it is counted apart, and not in a model's FLOPs utilisation (MFU).
 """
 
-from bltjax.config.run import BLTConfig, ByteCNNConfig, ByteLMConfig
+from bltjax.config.model import BLTConfig, ByteCNNConfig, ByteLMConfig
 from bltjax.distributed.topology import chip_of
 from bltjax.text.alphabet import VOCABULARY
 

@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from bltjax.config.run import HashConfig, divides
+from bltjax.config.fields import divides
+from bltjax.config.model import HashConfig
 from bltjax.distributed.sharding import (
     LETTER_AXES,
     dividing,

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from bltjax.attention.kv_cache import Cache, Places, stored
 from bltjax.attention.pattern import Reading, Sliding
-from bltjax.config.run import BLTConfig
+from bltjax.config.model import BLTConfig
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.cross_attention import CrossAttention, attending_layers
 from bltjax.model.layers import project, rematerialised, rms_norm, truncated_normal

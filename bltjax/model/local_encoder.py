@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from bltjax.attention.kv_cache import Places, stored
 from bltjax.attention.pattern import Pooling, Sliding
-from bltjax.config.run import BLTConfig, LocalConfig
+from bltjax.config.model import BLTConfig, LocalConfig
 from bltjax.distributed.sharding import by_rows, constrained, gathered
 from bltjax.model.cross_attention import CrossAttention, attending_layers
 from bltjax.model.hash_tables import hash_tables, looked_up

@@ -10,17 +10,17 @@ import dataclasses
 import json
 import sys
 import time
-from dataclasses import dataclass
 
 import jax
 
 from bltjax.config.load import load_config
-from bltjax.config.run import ByteLMConfig, RunConfig
+from bltjax.config.model import ByteLMConfig
+from bltjax.config.run import RunConfig
 from bltjax.data.packing import unwritten_rows
 from bltjax.distributed.sharding import make_mesh
 from bltjax.distributed.topology import Topology, read_topology
 from bltjax.inference.decoding.request import CONTEXT
-from bltjax.model import parameter_count
+from bltjax.model.build import parameter_count
 from bltjax.model.flops import paper_flops, recomputed_flops, training_flops
 from bltjax.planning.aot import (
     Memory,
@@ -31,72 +31,12 @@ from bltjax.planning.aot import (
     used_bytes,
 )
 from bltjax.planning.hlo_collectives import by_kind_and_axis
-from bltjax.planning.hlo_cost import Work
 from bltjax.planning.plan_decoder import plan_generate
 from bltjax.planning.plan_decoder import text as decoder_text
-from bltjax.planning.roofline import Bound, account
-from bltjax.planning.suggest import Change, nearest_changes
-from bltjax.training.metrics import quantity
+from bltjax.planning.report import Flops, Plan, change_lines, text
+from bltjax.planning.roofline import account
+from bltjax.planning.suggest import nearest_changes
 from bltjax.training.step import step_parts
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Of one step on all chips; `compiler` is None where nothing was compiled to the end."""
-
-    paper: float
-    exact: float
-    rematerialised: float  # what the backward pass computes anew
-    entropy_model: float  # the paper's formula for the byte LM that scores as many bytes, once
-    compiler: float | None = None
-
-    @property
-    def ratio(self) -> float | None:
-        return self.compiler and self.compiler / (self.exact + self.rematerialised)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one compilation told of a training step."""
-
-    config: RunConfig
-    topology: Topology
-    mesh: dict[str, int]
-    parameters: dict[str, int]
-    memory: Memory
-    flops: Flops
-    compile_s: float
-    work: Work | None = None  # this and what follows: None where it was too large to compile
-    collectives: list[dict] = dataclasses.field(default_factory=list)
-    bound: Bound | None = None
-    unknown_loops: int = 0
-
-    def summary(self) -> dict:
-        """For programs: names and units as the README lists them."""
-        flops = dataclasses.asdict(self.flops) | {"ratio": self.flops.ratio}
-        memory = {
-            name: int(getattr(self.memory, name))
-            for name in ("parameters", "optimizer", "activations", "total", "capacity")
-        }
-        names = [field.name for field in dataclasses.fields(Bound)]
-        names += ["interconnect_s", "step_s", "limit"]
-        return {
-            "topology": self.topology.name,
-            "slices": self.topology.slices,
-            "mesh": self.mesh,
-            "rows": self.config.data.rows,
-            "accumulate": self.config.optimizer.accumulate,
-            "fits": self.memory.fits,
-            "parameters": self.parameters,
-            "hbm_bytes": memory,
-            "flops": flops,
-            "kernels": self.work
-            and {"visited": self.work.kernels, "idle": self.work.idle},  # of one chip
-            "moved_bytes": self.work and self.work.bytes,
-            "collectives": self.collectives,
-            "bound": self.bound and {name: getattr(self.bound, name) for name in names},
-            "compile_s": self.compile_s,
-        }
 
 
 def batch_shapes(config: RunConfig):
@@ -183,111 +123,6 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
         bound=told.bound,
         unknown_loops=told.unknown_loops,
     )
-
-
-def gib(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB"
-
-
-def seconds(value: float) -> str:
-    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
-
-
-def memory_lines(memory: Memory, width: int = 60) -> list[str]:
-    """A bar from nothing to a chip's capacity, and what its letters are."""
-    parts = {"p": memory.parameters, "o": memory.optimizer, "a": memory.activations}
-    bar, done = "", 0.0
-    for letter, size in parts.items():
-        done += size
-        bar += letter * (round(done / memory.capacity * width) - len(bar))
-    bar = bar[:width] + ">" if done > memory.capacity else bar.ljust(width, ".")
-    verdict = "fits" if memory.fits else "DOES NOT FIT"
-    return [
-        f"HBM a chip   [{bar}] {gib(memory.total)} of {gib(memory.capacity)}: {verdict}",
-        f"             p parameters {gib(memory.parameters)}  o optimizer {gib(memory.optimizer)}"
-        f"  a activations, gradients, code {gib(memory.activations)}",
-    ]
-
-
-def flops_lines(found: Plan) -> list[str]:
-    flops, lines = found.flops, []
-    line = (
-        f"FLOPs a step paper {quantity(flops.paper)}  exact {quantity(flops.exact)}  with what is"
-        f" recomputed {quantity(flops.exact + flops.rematerialised)}"
-    )
-    if flops.compiler:
-        line += f"  compiled {quantity(flops.compiler)}, {flops.ratio:.3f} times that"
-    lines.append(line)
-    if found.work and found.work.kernels:
-        chips = found.topology.devices
-        lines.append(
-            f"             in attention kernels {quantity(found.work.kernels * chips)}, tiles"
-            f" that see something; idle steps have room for {quantity(found.work.idle * chips)}"
-        )
-    if flops.entropy_model:
-        lines.append(
-            f"             to score as many bytes with the 100M byte LM (paper):"
-            f" {quantity(flops.entropy_model)}, not in this program"
-        )
-    return lines
-
-
-def bound_lines(found: Plan) -> list[str]:
-    if found.bound is None:
-        return ["             too large to be compiled to the end, so there is no bound"]
-    limits, lines = found.bound, [f"moved        {quantity(found.work.bytes)}B a chip"]
-    for place, each in enumerate(found.collectives):
-        name = "" if place else "collectives"
-        lines.append(
-            f"{name:13}{each['kind']} over {each['axis']}: {quantity(each['bytes'])}B a chip"
-        )
-    if found.unknown_loops:
-        lines.append(
-            f"             counted once: {found.unknown_loops} loops, whose rounds depend on data"
-            " (look-ups of n-grams: one, unless they are very skewed)"
-        )
-    network = f"links {seconds(limits.ici_s)}"
-    if found.topology.slices > 1:
-        network += f"  datacentre network {seconds(limits.dcn_s)}"
-    return [
-        *lines,
-        f"bound        compute {seconds(limits.compute_s)}  HBM {seconds(limits.hbm_s)}  {network}",
-        f"             so a step takes {seconds(limits.step_s)} or more ({limits.limit}): at most"
-        f" {limits.mfu:.1%} MFU, {quantity(limits.bytes_per_second_per_chip)}B/s a chip",
-    ]
-
-
-def text(found: Plan, name: str) -> str:
-    """One screen for people."""
-    topology, data = found.topology, found.config.data
-    slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
-    hosts = -(-topology.chips // topology.chip.host_chips)
-    mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
-    counts = "  ".join(
-        f"{part.replace('_', ' ')} {quantity(count)}" for part, count in found.parameters.items()
-    )
-    accumulate = found.config.optimizer.accumulate
-    cut = f", in {accumulate} micro-batches" if accumulate > 1 else ""
-    patches = f" and {data.row_patches:,} patches" if found.config.blt else ""
-    lines = [
-        f"{name} on {slices}{topology.name}: {topology.chips} chips, {hosts} hosts; mesh {mesh}",
-        f"a step is {data.rows} rows of {data.row_bytes:,} bytes{patches}{cut}",
-        f"parameters   {counts}",
-        *memory_lines(found.memory),
-        *flops_lines(found),
-        *bound_lines(found),
-        f"compiled in {found.compile_s:.0f} s. A bound from published rates, not a measurement:"
-        " nothing was run.",
-    ]
-    return "\n".join(lines)
-
-
-def change_lines(changes: list[Change], memory: Memory) -> list[str]:
-    lines = ["it would fit with" if changes else "nothing near makes it fit: take a larger slice"]
-    for change in changes:
-        how = "compiled" if change.compiled else "estimated"
-        lines.append(f"    {change.options}   {gib(change.total)} of {gib(memory.capacity)}, {how}")
-    return lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 
 import jax
 
-from bltjax.config.run import ByteLMConfig, MeshConfig, RunConfig
+from bltjax.config.model import ByteLMConfig
+from bltjax.config.run import MeshConfig, RunConfig
 from bltjax.distributed.sharding import make_mesh
 from bltjax.distributed.topology import Topology
 from bltjax.inference.decoding.programs import decoder_programs
+from bltjax.model.build import resolved
 from bltjax.planning.aot import TooLarge, compile_ahead, described_devices, shard_bytes, used_bytes
 from bltjax.planning.hlo import read_program
 from bltjax.planning.hlo_collectives import by_kind_and_axis, read_collectives
 from bltjax.planning.hlo_cost import read_work
-from bltjax.training.metrics import quantity
-from bltjax.training.step import resolved
+from bltjax.progress import quantity
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from bltjax.system.storage import NAME_BYTES, hidden_beside, is_remote, matches
+from bltjax.system.paths import NAME_BYTES, hidden_beside, is_remote, matches
 
 # What a run or an export consists of; other files beside them are the user's own.
 MODEL_FILES = ("config.json", "export.json", "goodput.json", "metrics.jsonl", "tokenizer.json")

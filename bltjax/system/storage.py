@@ -1,211 +1,28 @@
-"""Files on disks and in buckets: whole or not there, found by patterns, read where they lie.
+"""Files on disks and in buckets: whole or not there, and read where they lie.
 
 A path is a folder's or `gs://BUCKET/...`. An object in a bucket appears whole; a file on a disk is
 written beside its place and moved there. What must be read in any order (text, shards of records)
 is copied from a bucket to this machine's disk when it is first asked for, and kept there under
 $BLTJAX_CACHE (default: bltjax in $XDG_CACHE_HOME or in ~/.cache) for as long as the object has the
 same size and time.
-
-A path that a person names goes through `path_of`, or `expanded` where it may be a pattern. Any name
-works (brackets, stars, percent signs, colons, quotes, spaces, newlines) but for those that the
-libraries below take for another place; those are refused before anything is written:
-    not UTF-8            array_record and tensorstore take paths as text (and in a locale of
-                         another encoding, all but ASCII)
-    a backslash          tensorstore takes it for a slash, so for another folder: runs, exports
-    a name ending gs:    Orbax takes what follows for a bucket: runs, exports
-    /gs/, /s3/ ...       etils takes them for gs://, s3:// ...
-Two more are set right here. Of `folder.glob(pattern)` etils takes the folder for a pattern, too, so
-that Orbax did not find what it wrote below `exp[1]` and left checkpoints unfinished: see
-`literal_glob`. And Orbax shortens `link/../run` as text, where the system follows the link: see
-`path_of`.
 """
 
 import contextlib
-import fnmatch
-import functools
-import glob
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
-import sys
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from etils import epath
 
 from bltjax.system.environment import cache_folders
+from bltjax.system.paths import NAME_BYTES, hidden_beside, is_remote, path_of, size_of
 
 BLOCK_BYTES = 1 << 20
-LOGGER = logging.getLogger(__name__)
-SCHEMES = ("gs", "s3", "az", "hf")  # that etils opens
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)")
-MAGIC = re.compile(r"[*?\[]")
-NAME_BYTES, PATH_BYTES = 255, 4096  # most of a name and of a path, on the disks of today
-ARRAY_BYTES = 256  # of PATH_BYTES, for what Orbax puts below a folder
-# What a folder is, by a file that it then has.
-MARKS = {
-    "export.json": "an export",
-    "manifest.json": "records",
-    "plan.json": "records",
-    "model.safetensors": "weights",
-    "model.safetensors.index.json": "weights",
-    "consolidated.pth": "weights",
-    "config.json": "a run",
-}
 POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
-
-
-def literal_glob(folder: epath.Path, pattern: str, as_etils: Callable) -> Iterator[epath.Path]:
-    """`folder.glob(pattern)` in which the folder's own name is no pattern, as pathlib has it."""
-    if not MAGIC.search(str(folder)):
-        yield from as_etils(folder, pattern)
-        return
-    if not is_remote(folder):
-        for name in glob.glob(os.path.join(glob.escape(str(folder)), pattern)):
-            yield type(folder)(name)
-        return
-    first, _, rest = pattern.partition("/")
-    for child in folder.iterdir() if folder.exists() else ():
-        hidden = child.name.startswith(".") and not first.startswith(".")
-        if hidden or not fnmatch.fnmatchcase(child.name, first):
-            continue
-        if not rest:
-            yield child
-        elif child.is_dir():
-            yield from literal_glob(child, rest, as_etils)
-
-
-def take_folders_literally() -> None:
-    """Puts `literal_glob` in the place of etils' own, for Orbax, which globs below a checkpoint."""
-    kind = type(epath.Path("."))
-    if not hasattr(kind.glob, "as_etils"):
-        as_etils = kind.glob
-
-        @functools.wraps(as_etils)
-        def glob_below(self, pattern: str) -> Iterator[epath.Path]:
-            return literal_glob(self, pattern, as_etils)
-
-        glob_below.as_etils = as_etils
-        kind.glob = glob_below
-
-
-take_folders_literally()
-
-
-def is_remote(path) -> bool:
-    return str(path).startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
-
-
-def expanded(text: str) -> str:
-    """A path or pattern with `~` and `~USER` expanded, as bash does, but not after an equals sign.
-
-    What is there under the very name, and not where it expands to, keeps its name.
-    """
-    if not text.startswith("~"):
-        return text
-    at_home = os.path.expanduser(text)
-    return text if os.path.lexists(text) and not os.path.lexists(at_home) else at_home
-
-
-def check_utf8(text: str) -> None:
-    """Raises ValueError for text that can't be written into a config, a manifest or a page."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{text.encode(errors='surrogateescape')!r} is not UTF-8: rename it, or for a source"
-            " give its folder, or a pattern with ? for each byte that is not"
-        ) from None
-
-
-def check_name(text: str) -> None:
-    """Raises ValueError for a path or pattern that can't be meant, or can't be opened by all."""
-    if not text:
-        raise ValueError("an empty path; give a file or a folder, . for the working directory")
-    if "\0" in text:
-        raise ValueError(f"{text!r} has a zero byte, which no name can have")
-    system = sys.getfilesystemencoding()
-    if system != "utf-8" and not text.isascii():
-        raise ValueError(
-            f"{text!a}: names are {system} in this locale, but UTF-8 in what stores arrays there:"
-            " set PYTHONUTF8=1"
-        )
-    check_utf8(text)
-    scheme = None if os.path.lexists(text) else SCHEME.match(text)
-    if scheme and scheme[1] not in SCHEMES and scheme[2] != "/":
-        known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise ValueError(f"{text}: no paths of {scheme[1]}:// here, only {known} and a disk's own")
-    if scheme and scheme[1] in SCHEMES and (scheme[2] != "//" or scheme.end() == len(text)):
-        raise ValueError(f"{text} names no bucket; write {scheme[1]}://BUCKET/...")
-    first = text.partition("/")[0]
-    if first.startswith("~") and not os.path.lexists(first):
-        raise ValueError(
-            f"{text}: {first} is no user's folder here; write ./{text} for what has that name"
-        )
-    root = os.path.abspath(text).split("/")[1:2]
-    if not is_remote(text) and root and root[0] in SCHEMES and os.path.isdir(f"/{root[0]}"):
-        raise ValueError(
-            f"{text} would be taken for {root[0]}://, not for the folder /{root[0]}: mount it under"
-            " another name, or give a symbolic link to it"
-        )
-
-
-def path_of(text: str | os.PathLike) -> epath.Path:
-    """The file or folder that a person named.
-
-    Raises:
-      ValueError: with the reason, for a name that can't be meant or opened.
-    """
-    text = expanded(os.fspath(text))
-    check_name(text)
-    if is_remote(text):
-        return epath.Path(text)
-    if ".." in text.split("/"):
-        real = os.path.realpath(text)
-        if real != os.path.realpath(os.path.normpath(text)):
-            text = real
-    return epath.Path(str(Path(text)))  # etils would take the :// within ./a://b for a scheme's
-
-
-def check_arrays_path(folder: epath.Path | Path) -> None:
-    """Raises ValueError for a folder in which Orbax and tensorstore could not keep arrays."""
-    if is_remote(folder):
-        scheme = str(folder).partition("://")[0]
-        if scheme != "gs":
-            raise ValueError(f"{folder}: runs and exports are kept on disks and at gs:// alone")
-        return
-    path = os.path.abspath(folder)
-    check_name(path)
-    for name in path.split("/"):
-        if "\\" in name or name.endswith("gs:"):
-            why = "has a backslash" if "\\" in name else "ends with gs:"
-            raise ValueError(
-                f"{folder}: {name} {why}, so that its arrays would be written to another place;"
-                " give another name"
-            )
-    if (size := len(path.encode())) > PATH_BYTES - ARRAY_BYTES:
-        raise ValueError(
-            f"the path of {folder} has {size} bytes, and {PATH_BYTES - ARRAY_BYTES} is the most for"
-            " a run or an export"
-        )
-
-
-def check_unused(folder: epath.Path, *, by: str) -> None:
-    """Raises ValueError if a folder in which `by` is to be written holds something else."""
-    for name, kind in MARKS.items():
-        if kind != by and (folder / name).exists():
-            raise ValueError(f"{folder} holds {kind}, with {name}; give another folder for {by}")
-
-
-def hidden_beside(path: Path, ending: str) -> Path:
-    """A hidden name next to a file's, no longer than names may be."""
-    name = os.fsencode(path.name)[: NAME_BYTES - len(ending) - 2]
-    return path.with_name(f".{name.decode(errors='ignore')}.{ending}")
 
 
 def write_text(path: epath.Path | Path, text: str, *, durable: bool = True) -> None:
@@ -298,14 +115,6 @@ def publish(partial: Path, path: epath.Path | Path) -> None:
     sync_folder(Path(path).parent)
 
 
-def size_of(path: epath.Path | Path) -> int | None:
-    """Bytes of a file; None if there is none."""
-    if not is_remote(path):
-        return os.path.getsize(path) if os.path.exists(path) and not os.path.isdir(path) else None
-    path = epath.Path(path)
-    return path.stat().length if path.exists() and not path.is_dir() else None
-
-
 def refuse_pointer(path: epath.Path | Path) -> None:
     """Raises ValueError for a pointer that Git LFS left in place of a file not fetched yet."""
     with epath.Path(path).open("rb") as file:
@@ -392,86 +201,3 @@ def local_copy(path: epath.Path | Path) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return copy
-
-
-def local_matches(pattern: str) -> list[str]:
-    """What a glob names on a disk, in no order. `**` enters a folder once, whatever links to it:
-    of links that lead in circles, the library's would try every way round."""
-    parts = pattern.split("/")
-    if "**" not in parts:
-        return glob.glob(pattern)
-    first = parts.index("**")
-    head, rest = "/".join(parts[:first]), parts[first + 1 :]
-    tops = glob.glob(head) if head else ["/" if first else ""]
-    found = [] if rest else tops
-    for folder in folders_below(tops):
-        found += local_matches(os.path.join(glob.escape(folder), "/".join(rest or ["*"])))
-    return found
-
-
-def folders_below(tops: Iterable[str]) -> Iterator[str]:
-    """Folders and all in them but hidden ones, each once; those that links lead to come last."""
-    plain, linked = deque(tops), deque()
-    seen, again = set(), []
-    while plain or linked:
-        folder = (plain or linked).popleft()
-        real = os.path.realpath(folder)
-        if real in seen:
-            again.append(folder)
-            continue
-        seen.add(real)
-        try:
-            entries = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)
-        except OSError:  # no folder, or not readable: a glob passes over it
-            continue
-        yield folder
-        for entry in entries:
-            name = os.path.join(folder, entry.name)
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                plain.append(name)
-            elif entry.is_symlink() and os.path.isdir(name):
-                linked.append(name)
-    if again:
-        LOGGER.info(
-            "%s leads to a folder that was searched already, and is not followed%s",
-            again[0],
-            f" (nor are {len(again) - 1} more)" if len(again) > 1 else "",
-        )
-
-
-def matches(pattern: str) -> list[epath.Path | Path]:
-    """The files that a path or a glob names, in order.
-
-    What is there under the very name is meant, a file or the folders that the pattern begins with:
-    brackets and stars in them are no pattern.
-    """
-    remote = is_remote(pattern)
-    if size_of(pattern) is not None if remote else os.path.isfile(pattern):
-        return [epath.Path(pattern) if remote else Path(pattern)]
-    folder, rest = fixed_part(pattern)
-    if not rest:
-        return []
-    if remote:
-        if "**" in rest:
-            raise ValueError(f"{pattern}: ** is not for buckets; name each folder's files with *")
-        found = sorted(epath.Path(folder).glob(rest), key=str)
-        return [path for path in found if not path.is_dir()]
-    below = os.path.join(glob.escape(folder), rest)
-    found = sorted({Path(name) for name in local_matches(below)})
-    return [path for path in found if path.is_file()]
-
-
-def fixed_part(pattern: str) -> tuple[str, str]:
-    """The folder that a pattern begins with, and the pattern below it, '' where there is none."""
-    names = pattern.split("/")
-    first = next((n for n, name in enumerate(names) if MAGIC.search(name)), None)
-    if first is None:
-        return pattern, ""
-    while first < len(names) - 1:
-        folder = "/".join(names[: first + 1])
-        if not (epath.Path(folder).is_dir() if is_remote(folder) else os.path.isdir(folder)):
-            break
-        first += 1
-    return "/".join([*names[:first], ""] if first else []), "/".join(names[first:])

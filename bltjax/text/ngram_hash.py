@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bltjax.config.run import HASH_PRIMES, HashConfig
+from bltjax.config.model import HASH_PRIMES, HashConfig
 
 
 def limbs(value: int) -> list[int]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bltjax.config.run import PatchingConfig
+from bltjax.config.model import PatchingConfig
 from bltjax.text.alphabet import BOE, OFFSET
 from bltjax.text.bpe import token_starts
 

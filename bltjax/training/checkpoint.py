@@ -1,4 +1,4 @@
-"""A training state and its data streams: saved by all processes, restored by any number of them.
+"""Checkpoints: a training state and its data streams, saved by all processes.
 
     WORKDIR/checkpoints/STEP/   has its number for a name only when every process wrote its part
       params/  opt/             arrays: a process writes what its devices hold
@@ -7,20 +7,14 @@
     WORKDIR/damaged/STEP/       a checkpoint that could not be restored: moved, never deleted
 
 The checksums are of the arrays as they were on the devices, and are compared with those of what has
-been restored: so damage anywhere in between is found, whatever the files say. Damage is a checksum
-that is another, a file that is missing, a format that can't be read. Whatever else keeps a
-checkpoint from being restored (no permission, no memory, a file server that is away, settings that
-ask for other arrays) ends the run, and the checkpoint stays where it is.
+been restored (restore.py): so damage anywhere in between is found, whatever the files say.
 """
 
 import contextlib
 import dataclasses
-import functools
 import json
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,29 +25,19 @@ from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Futur
 
 from bltjax.config.run import FaultsConfig, RunConfig
 from bltjax.distributed.coordinator import process_count
-from bltjax.distributed.messages import says
 from bltjax.distributed.processes import (
-    Restart,
     describe,
-    from_writer,
-    gathered,
     leave,
     lost_another,
     together,
 )
-from bltjax.system.storage import read_json
+from bltjax.training.step import TrainState
+from bltjax.weights.damage import FORMAT, stored_name, unsealed_file
 from bltjax.weights.workdir import (
-    TrainState,
     in_chunks,
-    quiet,
-    reader,
-    saved_steps,
     sealed,
-    stored_shapes,
-    unsealed,
 )
 
-FORMAT = 3  # of progress/; another one is refused, not taken for damage
 SAVE_SECONDS = 1200  # for all processes to write their parts
 
 
@@ -111,22 +95,6 @@ class WatchedArrays(Watched, ocp.StandardCheckpointHandler):
 
 class WatchedJson(Watched, ocp.JsonCheckpointHandler):
     pass
-
-
-class Damaged(ValueError):
-    """Files that aren't what was saved."""
-
-
-class Misfit(ValueError):
-    """A checkpoint that is whole, but not of what this run or this version of bltjax asks for."""
-
-
-def unsealed_file(path: Path, name: str) -> dict:
-    """Raises Damaged, naming the file."""
-    try:
-        return unsealed(read_json(path), name)
-    except ValueError as error:
-        raise Damaged(str(error)) from None
 
 
 class StreamsHandler(ocp.AsyncCheckpointHandler):
@@ -234,11 +202,6 @@ def named_checksums(state: TrainState) -> dict[str, int]:
     return dict(zip(names, map(int, jax.device_get(checksums(state))), strict=True))
 
 
-def stored_name(path: str) -> str:
-    """`.params['encoder']['bytes_VE']`, by which a checksum goes, as `params/encoder/bytes_VE`."""
-    return "/".join(re.findall(r"[A-Za-z0-9_]+", path))
-
-
 def shapes_of(tree) -> dict[str, str]:
     """Dtype and shape of every leaf, `float32 (260, 16)`, by its stored name."""
     return {
@@ -266,279 +229,6 @@ def save(
             progress=ocp.args.JsonSave(progress),
         ),
     )
-
-
-class Restored(NamedTuple):
-    state: TrainState
-    streams: dict[str, dict]
-    progress: dict
-
-
-def read_progress(folder: Path) -> dict:
-    """Raises Misfit for another version's, Damaged, or OSError."""
-    path = folder / "progress" / "metadata"
-    try:
-        progress = read_json(path)
-    except ValueError as error:
-        raise Damaged(str(error)) from None
-    if "crc32" in progress or progress.get("format") == FORMAT:
-        progress = unsealed_file(path, "progress")
-    if progress.get("format") != FORMAT:
-        raise Misfit(
-            f"{folder} was written by another version of bltjax (format"
-            f" {progress.get('format', 1)}, not {FORMAT}): resume it with that one, or begin anew"
-            f" with --init_from={folder.parent.parent}"
-        )
-    return progress
-
-
-def check_fits(folder: Path, progress: dict, target: TrainState) -> None:
-    """Raises Misfit, naming an array, if `target` isn't of the arrays that were saved."""
-    asked = shapes_of(target)
-    names = {stored_name(name) for name in progress["checksums"]}
-    lines = [f"{name} is in {'it' if name in names else 'the run'} alone"
-             for name in sorted(names ^ asked.keys())]  # fmt: skip
-    if not lines:
-        saved = progress.get("shapes", {})
-        with contextlib.suppress(Exception):  # what can't be read is named by restoring it
-            saved = saved or stored_shapes_of(folder)
-        differing = sorted(x for x in saved.keys() & asked.keys() if saved[x] != asked[x])
-        lines = [f"{name}: {saved[name]} -> {asked[name]}" for name in differing]
-    if lines:
-        more = [f"and {len(lines) - 3} more"] if len(lines) > 3 else []
-        wide = "\njax_enable_x64 is set (JAX_ENABLE_X64); a run is of 32 bits: unset it."
-        raise Misfit(
-            f"{folder} doesn't hold the arrays that this run asks for (its -> yours):\n  "
-            + "\n  ".join([*lines[:3], *more])
-            + (wide if jax.config.jax_enable_x64 else "")
-        )
-
-
-def stored_shapes_of(folder: Path) -> dict[str, str]:
-    """`shapes_of` a checkpoint whose progress doesn't say it, as older ones: by Orbax's index."""
-    found = {}
-    for item in ("params", "opt"):
-        for name, leaf in named_leaves(stored_shapes(folder / item)).items():
-            if leaf.dtype is not None:
-                dtype, shape = np.dtype(leaf.dtype).name, tuple(leaf.shape)
-                found[f"{item}/{stored_name(name)}"] = f"{dtype} {shape}"
-    return found
-
-
-def restore(folder: Path, target: TrainState, streams: list[int]) -> Restored:
-    """A checkpoint on the shardings of `target` (arrays or shapes), with these streams' states.
-
-    A process reads what its devices hold, and waits for no other.
-
-    Raises:
-      Damaged: if a file of ours is not what was saved.
-      Misfit: if `target` is of other arrays.
-      Besides, whatever Orbax and the storage raise; see `reason`.
-    """
-    progress = read_progress(folder)
-    check_fits(folder, progress, target)
-    states = StreamsHandler().restore(folder / "streams", StreamsRestore(streams))
-    with quiet(), reader() as checkpointer:
-        params = checkpointer.restore((folder / "params").absolute(), target.params)
-        opt = checkpointer.restore((folder / "opt").absolute(), target.opt)
-    step = jax.make_array_from_callback(
-        (), target.step.sharding, lambda _: np.asarray(progress["step"], np.int32)
-    )
-    state = TrainState(step, params, opt)
-    return Restored(state, states, progress)
-
-
-def damage(restored: Restored) -> str:
-    """Which arrays are not what was saved; empty if all are. Every process calls this at once."""
-    saved, found = (
-        {stored_name(name): checksum for name, checksum in checksums.items()}
-        for checksums in (restored.progress["checksums"], named_checksums(restored.state))
-    )
-    wrong = sorted(
-        name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name)
-    )
-    return f"{', '.join(wrong[:3])} is not what was saved" if wrong else ""
-
-
-def causes(error: BaseException | None) -> Iterator[tuple[BaseException, bool]]:
-    """An error, and those behind it: whether each is its cause, or only came before it."""
-    known, is_cause = set(), True
-    while error is not None and id(error) not in known:
-        known.add(id(error))
-        yield error, is_cause
-        is_cause = is_cause and error.__cause__ is not None
-        error = error.__cause__ or error.__context__
-
-
-class Reason(NamedTuple):
-    """Why something can't be restored."""
-
-    kind: str  # "damaged", "away" (later it may be there), "refused", or "unknown"
-    text: str
-
-
-def reason(error: Exception) -> Reason:
-    """What an error of Orbax, of its storage or of ours says of the files that were read."""
-    found = []
-    for cause, is_cause in causes(error):
-        kind = kind_of(cause)
-        if kind == "damaged" and not is_cause:
-            kind = "unknown"  # a file that was missed and wasn't needed
-        text = (str(cause).strip().splitlines() or [""])[0].split(" [tensorstore_spec")[0][:300]
-        if isinstance(cause, Misfit | OSError):
-            text = describe(cause)
-        found.append(Reason(kind, text or type(cause).__name__))
-    # What doesn't lie in the files counts more than what may follow from it.
-    for kind in ("refused", "away", "damaged"):
-        for each in found:
-            if each.kind == kind:
-                return each
-    return found[0]
-
-
-def kind_of(error: BaseException) -> str:
-    """A `Reason`'s kind, for one error without its causes."""
-    if isinstance(error, Damaged | FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return "damaged"
-    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-        return "damaged"
-    if isinstance(error, TimeoutError | ConnectionError):
-        return "away"
-    if isinstance(error, Misfit | OSError | MemoryError):
-        return "refused"
-    if says(error, "storage away"):
-        return "away"
-    if says(error, "storage refuses"):
-        return "refused"
-    # XLA has its own meaning of these, and raises no ValueError.
-    named = isinstance(error, ValueError) and says(error, "damaged files")
-    return "damaged" if named else "unknown"
-
-
-def check_index(folder: Path, names: set[str]) -> None:
-    """Looks at the index of Orbax' arrays in `folder`, and at their list: JSON of Orbax.
-
-    Raises:
-      Damaged: if they can't be read, or name other arrays than these.
-    """
-    paths = [folder / "_METADATA", *sorted((folder / "array_metadatas").glob("process_*"))]
-    for path in paths:
-        try:
-            values = read_json(path)
-            if path.name == "_METADATA":
-                found = set()
-                for entry in values["tree_metadata"].values():
-                    value = entry["value_metadata"]
-                    keys = [(part["key"], part["key_type"]) for part in entry["key_metadata"]]
-                    if not value["skip_deserialize"] and value["value_type"] != "None":
-                        found.add("/".join(str(key) for key, _ in keys))
-                if found != names:
-                    raise ValueError(f"{path} doesn't name the arrays that were saved")
-            else:
-                for entry in values["array_metadatas"]:
-                    for name in ("param_name", "write_shape", "chunk_shape"):
-                        entry["array_metadata"][name]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            text = str(error) if isinstance(error, ValueError) else f"{path} is no index of arrays"
-            raise Damaged(text) from None
-
-
-def why_not(folder: Path, error: Exception) -> Reason:
-    """`reason`, unless Orbax' index of the arrays says more: Orbax hides what it meets there."""
-    found = reason(error)
-    if found.kind in ("refused", "away"):
-        return found
-    try:
-        names = map(stored_name, read_progress(folder)["checksums"])
-        split = [name.partition("/") for name in names]
-        for item in ("params", "opt"):
-            check_index(folder / item, {name for of, _, name in split if of == item})
-    except Exception as error:  # what reading may raise
-        more = reason(error)
-        return found if more.kind == "unknown" else more
-    return found
-
-
-@contextlib.contextmanager
-def reading(folder: Path):
-    """Names the checkpoint that can't be read, and what to do, instead of how Orbax noticed."""
-    try:
-        yield
-    except Exception as error:  # Orbax and its storage raise many kinds
-        why = reason(error)
-        way_out = "Write that export again."
-        if folder.parent.parent.name == "checkpoints" or folder.parent.name == "checkpoints":
-            way_out = "Remove that folder to go on from the one before it, if there is one."
-        if why.kind in ("refused", "away"):
-            way_out = "Nothing says that it is damaged: mend the cause, and read it again."
-        raise ValueError(f"{folder} can't be read: {why.text[:200]}\n{way_out}") from error
-
-
-def restore_newest(workdir: Path, target: TrainState, streams: list[int]) -> Restored:
-    """The newest checkpoint that every process can restore; damaged ones are moved aside.
-
-    Raises:
-      ValueError: naming what is wrong, if none is whole; or if one can't be restored for a reason
-        that isn't damage, in any process.
-      Restart: if the storage doesn't answer.
-    """
-    steps = from_writer("looking for checkpoints", lambda: saved_steps(workdir))
-    while steps:
-        folder, restored, mine = workdir / "checkpoints" / str(steps[-1]), None, None
-        try:
-            restored = restore(folder, target, streams)
-        except Exception as error:  # Orbax and its storage raise many kinds
-            mine = why_not(folder, error)
-        reasons = [Reason(*r) for r in gathered("restoring a checkpoint", mine) if r]
-        if not reasons and (text := damage(restored)):  # of global arrays: alike everywhere
-            reasons = [Reason("damaged", text)]
-        if not reasons:
-            return restored
-        others = [each for each in reasons if each.kind != "damaged"]
-        if others:
-            raise stays(folder, min(others, key=lambda each: each.kind == "away"))
-        told = reasons[0].text
-        if len(steps) == 1:
-            raise ValueError(
-                f"{folder} can't be restored: {told}\nIt is the last one that there is. Begin anew"
-                " in another --workdir, or bring the files back."
-            )
-        moved = from_writer(
-            "moving a checkpoint aside", functools.partial(move_aside, workdir, folder)
-        )
-        print(f"{folder} is damaged: {told}\n  moved to {moved}; trying step {steps[-2]}")
-        steps.pop()
-    raise ValueError(f"{workdir} has no checkpoint")
-
-
-def stays(folder: Path, why: Reason) -> Exception:
-    """The end of a run whose checkpoint can't be restored, though nothing says that it is damaged.
-
-    An error of one process is that of all."""
-    if why.kind == "away":
-        return Restart(f"{folder} can't be read now: {why.text}")
-    if why.text.startswith(f"{folder} "):  # a Misfit, which says what to do
-        return ValueError(why.text)
-    way_out = "It was left where it is: once the cause is mended, the same command resumes."
-    if why.kind == "unknown":
-        way_out = (
-            f"It was left where it is. `python -m bltjax inspect {folder.parent.parent}` tells"
-            " whether it is whole; if not, move it elsewhere, and the same command resumes from the"
-            " one before it."
-        )
-    return ValueError(f"{folder} can't be restored: {why.text}\n{way_out}")
-
-
-def move_aside(workdir: Path, folder: Path) -> str:
-    """Moves a checkpoint to `damaged/`; where it is now."""
-    place = workdir / "damaged" / folder.name
-    count = 1
-    while place.exists():
-        count += 1
-        place = workdir / "damaged" / f"{folder.name}-{count}"
-    place.parent.mkdir(exist_ok=True)
-    folder.rename(place)
-    return str(place)
 
 
 def last_good(manager: ocp.CheckpointManager, workdir: Path, faults: FaultsConfig) -> str:

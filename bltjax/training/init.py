@@ -10,16 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bltjax.config.run import MAY_CHANGE, SAME_CONTENT, PatchingConfig, RunConfig, changes
+from bltjax.config.fields import MAY_CHANGE, SAME_CONTENT, changes
+from bltjax.config.model import PatchingConfig
+from bltjax.config.run import RunConfig
 from bltjax.distributed.sharding import fitting_meshes, make_mesh, tree_shardings
 from bltjax.inference.entropy import EntropyModel, load_entropy_model
-from bltjax.system.storage import is_remote, path_of
+from bltjax.model.build import check_mesh, model_shapes
+from bltjax.system.paths import is_remote, path_of
 from bltjax.training.resume import check_copy
-from bltjax.training.step import StepParts, check_mesh, step_parts
+from bltjax.training.step import StepParts, step_parts
 from bltjax.weights import workdir as ckpt
 from bltjax.weights.export import TOKENIZER, load_params, open_stored
 from bltjax.weights.released.llama import llama_leaves
-from bltjax.weights.stored import model_shapes
 
 MOST_MESHES = 4  # that a message names
 

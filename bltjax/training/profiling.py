@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 import jax
 from etils import epath
 
-from bltjax.system.storage import is_remote, scratch
+from bltjax.system.paths import is_remote
+from bltjax.system.storage import scratch
 
 FOLDER = "profile"
 

@@ -1,20 +1,86 @@
-"""What the report of a step leads to: a line for a person, metrics, a stop.
-
-Every process takes every report, since all of them come to the same conclusions; one prints.
-"""
+"""Reports of a run: a line for a person, JSONL and TensorBoard events for programs."""
 
 import contextlib
+import json
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
 from bltjax.config.run import RunConfig
+from bltjax.distributed.processes import is_writer
 from bltjax.model.flops import utilisation
 from bltjax.model.loss import Sums
-from bltjax.training.metrics import Reporter, duration, quantity
+from bltjax.progress import duration, quantity
+from bltjax.system.paths import is_remote
+from bltjax.system.storage import scratch, write_text
 from bltjax.training.optimizer import learning_rate
+from bltjax.weights.workdir import METRICS, whole_lines
+
+UPLOAD_SECONDS = 60.0
+
+
+class Reporter:
+    """Writes reports of one run; on resume, drops the lines of steps that will be run again.
+
+    Of many processes one writes. Objects in a bucket can't be added to, so there the files are
+    written on this machine, and copied every UPLOAD_SECONDS and at the end.
+    """
+
+    def __init__(self, workdir: epath.Path, first_step: int):
+        self.writes = is_writer()
+        if not self.writes:
+            return
+        self.workdir, self.folder, self.uploaded = workdir, Path(workdir), time.monotonic()
+        if is_remote(workdir):
+            self.folder = scratch() / "reports" / uuid.uuid4().hex
+            (self.folder / "tensorboard").mkdir(parents=True)
+            if (workdir / METRICS).exists():
+                (self.folder / METRICS).write_bytes((workdir / METRICS).read_bytes())
+        path = self.folder / METRICS
+        if path.exists():
+            lines = [line for line, report in whole_lines(path) if report["step"] <= first_step]
+            write_text(path, "".join(line + "\n" for line in lines))
+        self.file = path.open("a", encoding="utf-8")
+        # It imports torch where there is one: two seconds, of which only training has to know.
+        from tensorboardX import SummaryWriter
+
+        self.events = SummaryWriter(
+            str(self.folder / "tensorboard"),
+            purge_step=first_step + 1,
+            filename_suffix=f".{uuid.uuid4().hex[:8]}",  # its own names are of this second
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if not self.writes:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+        if time.monotonic() - self.uploaded > UPLOAD_SECONDS:
+            self.events.flush()
+            self.upload()
+
+    def upload(self) -> None:
+        """Copies the files to the bucket, if that is where the run lives."""
+        self.uploaded = time.monotonic()
+        if is_remote(self.workdir):
+            for path in (self.folder / METRICS, *(self.folder / "tensorboard").iterdir()):
+                target = self.workdir / str(path.relative_to(self.folder))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+
+    def close(self) -> None:
+        if not self.writes:
+            return
+        self.file.close()
+        self.events.close()
+        self.upload()
 
 
 class Reports:

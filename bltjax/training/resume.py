@@ -6,18 +6,31 @@ sources fingerprints are compared, of a byte LM and a tokenizer the copies that 
 run may become longer, on the schedule of the new config.
 """
 
-from bltjax.config.run import (
+from pathlib import Path
+
+from bltjax.config.fields import (
     FIXED,
     LENGTH,
     MAY_CHANGE,
     RENAMED,
     SAME_CONTENT,
     Change,
-    OptimizerConfig,
-    RunConfig,
     changes,
+    to_dict,
 )
+from bltjax.config.run import OptimizerConfig, RunConfig, from_json
+from bltjax.distributed.coordinator import process_index
+from bltjax.distributed.processes import from_writer, gathered, is_writer
+from bltjax.system.paths import check_arrays_path, check_unused
+from bltjax.system.storage import check_writable
 from bltjax.training.optimizer import learning_rate
+from bltjax.weights.workdir import (
+    CONFIG,
+    config_values,
+    newest_checkpoint,
+    newest_progress,
+    saved_steps,
+)
 
 
 def check_settings(run: RunConfig, config: RunConfig, workdir, step: int) -> None:
@@ -127,3 +140,66 @@ def check_copy(change: Change, workdir, copy: str, given: str | None) -> str:
             " run in another --workdir."
         )
     return f"{change.path}: {change.new} is the same as the run's own copy, which is used"
+
+
+def check_workdir(workdir: Path, config: RunConfig) -> RunConfig | None:
+    """Creates the directory, or checks that `config` may resume the run in it.
+
+    A run that never came to a checkpoint has nothing to lose, so its directory may be taken.
+    Returns the config of the run that is to be resumed, None if there is none. Every process calls
+    this.
+
+    Raises:
+      ValueError: with the settings that differ, if the directory belongs to another config; or if
+        the processes don't share it.
+      OSError: if it cannot be written.
+    """
+    mark = workdir / "checkpoints" / ".writable"
+    run = from_writer("checking the work directory", lambda: begin_workdir(workdir, config, mark))
+    problem = ""
+    try:
+        if not mark.exists():
+            problem = f"{workdir} is not the folder that process 0 sees: all must share one"
+        own = mark.with_name(f".writable-{process_index()}")
+        own.write_text("", encoding="utf-8")
+        own.unlink()
+    except OSError as error:
+        problem = str(error)
+    problems = gathered("checking the work directory", problem)
+    if is_writer():
+        mark.unlink()
+    for index, problem in enumerate(problems):
+        if problem:
+            raise ValueError(f"process {index}: {problem}")
+    return run and from_json(run, workdir / CONFIG)
+
+
+def check_place(workdir: Path) -> None:
+    """Raises ValueError if a run can't be in a folder, for its name or for what else is there."""
+    check_arrays_path(workdir)
+    check_unused(workdir, by="a run")
+
+
+def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> dict | None:
+    """Makes the directory and `mark` in it; the config of the run that is there, as JSON."""
+    check_writable(mark.parent)  # found now, not at the first checkpoint
+    mark.write_text("", encoding="utf-8")
+    if not saved_steps(workdir):
+        return None
+    _, step = newest_checkpoint(workdir)
+    run = from_json(config_or_saved_one(workdir), workdir / CONFIG)
+    check_settings(run, config, workdir, step)
+    return to_dict(run)
+
+
+def config_or_saved_one(workdir: Path) -> dict:
+    """A run's config as JSON: of config.json, or, if that is damaged, of the newest checkpoint."""
+    try:
+        return config_values(workdir)
+    except ValueError as error:
+        progress = newest_progress(workdir)
+        if "config" not in progress:
+            raise
+        reason = str(error).splitlines()[0].removesuffix(".")
+        print(f"{reason}; the settings are those in the checkpoint of step {progress['step']}")
+        return progress["config"]

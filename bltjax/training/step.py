@@ -4,18 +4,15 @@
 allocates nothing: shapes and shardings are known before there is an array.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from bltjax.attention import fastest
-from bltjax.config.run import BLTConfig, RunConfig, divides
+from bltjax.config.run import RunConfig
 from bltjax.data.packing import fills
 from bltjax.distributed.sharding import (
     constrained_tree,
@@ -24,32 +21,30 @@ from bltjax.distributed.sharding import (
     row_sharding,
     set_mesh_or_none,
     tree_shardings,
+    under,
 )
-from bltjax.model import Model, batch_logits, initial_params, make_model, part_of
+from bltjax.evaluation.scores import jitted_scores
+from bltjax.model.build import (
+    Model,
+    batch_logits,
+    check_mesh,
+    initial_params,
+    part_of,
+    resolved,
+    run_model,
+)
 from bltjax.model.loss import Sums, target_sums
 from bltjax.system.environment import random_key
 from bltjax.training.bad_batches import guarded, told
 from bltjax.training.optimizer import make_optimizer
-from bltjax.weights.workdir import TrainState
 
 
-def resolved(config: RunConfig, device) -> RunConfig:
-    """The config with `auto` replaced by what is fastest on a device, which may only be described.
+class TrainState(NamedTuple):
+    """Everything that a step reads and writes: a pytree of arrays."""
 
-    Products are in bfloat16 where there are units for it, in float32 on a CPU.
-    """
-    changes = {}
-    if config.attention == "auto":
-        changes["attention"] = fastest(device)
-    if config.compute_dtype == "auto":
-        changes["compute_dtype"] = "float32" if device.platform == "cpu" else "bfloat16"
-    return dataclasses.replace(config, **changes)
-
-
-def run_model(config: RunConfig):
-    """The model of a `resolved` config."""
-    dtype = jnp.dtype(config.compute_dtype)
-    return make_model(config.model, config.data.row_patches, dtype, config.attention)
+    step: jax.Array
+    params: Any
+    opt: Any
 
 
 def run_optimizer(config: RunConfig) -> optax.GradientTransformationExtraArgs:
@@ -129,23 +124,6 @@ def make_train_step(config: RunConfig, model, optimizer):
     return step
 
 
-def jitted_scores(model, shardings, mesh: Mesh):
-    """Jitted (params, batch) -> Sums, every process' own copy: evaluation.
-
-    shardings: of the parameters.
-    """
-
-    def scores(params, batch) -> Sums:
-        logits_BNV = batch_logits(model, params, batch)
-        return target_sums(logits_BNV, batch["targets_BN"], batch["weights_BN"])
-
-    return jax.jit(
-        under(mesh, scores),
-        in_shardings=(shardings, row_sharding(mesh)),
-        out_shardings=replicated(mesh),
-    )
-
-
 def by_slices(sums):
     """sums(params, batch) of each slice's rows, added over `data` once at the end.
 
@@ -165,17 +143,6 @@ def by_slices(sums):
     )
 
 
-def under(mesh: Mesh, function):
-    """The function, traced with that mesh set, whoever calls it."""
-
-    @functools.wraps(function)
-    def traced(*args):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
-
-    return traced
-
-
 class StepParts(NamedTuple):
     """What a run is made of on a mesh."""
 
@@ -186,21 +153,6 @@ class StepParts(NamedTuple):
     shardings: TrainState
     step: Callable  # jitted: (state, batch) -> (state, report); the state is donated
     scores: Callable  # jitted: (params, batch) -> Sums
-
-
-def check_mesh(model, rows: int | None, mesh: Mesh) -> None:
-    """Checks what a mesh splits, by the names of the config; `rows` at a time, None for any.
-
-    Raises:
-      ValueError: with the rule and both numbers.
-    """
-    if rows is not None:
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        divides("mesh data x fsdp", shards, "the rows of a (micro-)batch", rows)
-    if isinstance(model, BLTConfig):
-        latent, tensor = model.latent, mesh.shape["tensor"]
-        divides("mesh tensor", tensor, "latent.heads", latent.heads)
-        divides("mesh tensor", tensor, "latent.key_value_heads", latent.key_value_heads)
 
 
 def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:

@@ -16,19 +16,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
-from bltjax.config.load import load_config, path_argument
-from bltjax.config.run import BLTConfig, ByteCNNConfig, ByteLMConfig, RunConfig, divides, to_dict
+from bltjax.config.arguments import path_argument
+from bltjax.config.fields import divides, to_dict
+from bltjax.config.load import load_config
+from bltjax.config.model import BLTConfig, ByteCNNConfig, ByteLMConfig
+from bltjax.config.run import RunConfig
 from bltjax.data.pipeline import held_out_batches, training_batches, training_sources
+from bltjax.distributed.agreement import check_agreement
 from bltjax.distributed.coordinator import process_count
 from bltjax.distributed.preemption import INTERRUPTED, TERMINATED, Notice
 from bltjax.distributed.processes import (
     PATIENCE,
     Restart,
     barrier,
-    check_agreement,
     from_writer,
     is_writer,
     join,
@@ -36,16 +38,19 @@ from bltjax.distributed.processes import (
     together,
 )
 from bltjax.distributed.processes import add_arguments as add_process_arguments
-from bltjax.distributed.rows import global_batch, own_part, own_rows
+from bltjax.distributed.rows import global_batch, own_rows
 from bltjax.distributed.sharding import row_sharding
 from bltjax.distributed.watchdog import Watchdog
+from bltjax.evaluation.scores import held_out_bits
 from bltjax.inference.entropy import scored_source
-from bltjax.model import parameter_count
+from bltjax.model.build import parameter_count
 from bltjax.model.flops import training_flops
+from bltjax.progress import quantity
 from bltjax.system.environment import check_numbers, random_key
 from bltjax.system.lock import held
-from bltjax.system.storage import path_of
-from bltjax.training.checkpoint import checksums, last_good, make_manager, restore_newest, save
+from bltjax.system.paths import path_of
+from bltjax.training import resume
+from bltjax.training.checkpoint import checksums, last_good, make_manager, save
 from bltjax.training.goodput import Goodput
 from bltjax.training.init import (
     check_copies,
@@ -55,24 +60,15 @@ from bltjax.training.init import (
     placed_patches,
     started,
 )
-from bltjax.training.metrics import Reporter, quantity
 from bltjax.training.profiling import Profile
-from bltjax.training.reports import Reports
+from bltjax.training.reports import Reporter, Reports
+from bltjax.training.restore import restore_newest
 from bltjax.training.resume import change_lines, check_sources
 from bltjax.viz.page import write_page
 from bltjax.weights import workdir as ckpt
 from bltjax.weights.export import TOKENIZER
 
 KINDS = {BLTConfig: "BLT", ByteLMConfig: "byte LM", ByteCNNConfig: "byte CNN"}
-
-
-def held_out_bits(scores, params, batches, sharding) -> float:
-    total = [0.0, 0.0]
-    for batch in batches:
-        sums = jax.device_get(scores(params, own_part(batch, sharding)))
-        total[0] += float(sums.text_nats)
-        total[1] += float(sums.text_bytes)
-    return total[0] / np.log(2.0) / max(total[1], 1.0)
 
 
 def train(
@@ -113,7 +109,7 @@ def only_run(workdir: epath.Path, take_over: bool) -> Iterator[Callable[[], Any]
         checks = []
 
         def lock() -> None:
-            ckpt.check_place(workdir)  # a name that is refused leaves nothing behind
+            resume.check_place(workdir)  # a name that is refused leaves nothing behind
             holds = held(
                 workdir / ".lock", "train", name=str(workdir), instead="another --workdir",
                 lost=functools.partial(leave, 1), take_over=take_over,
@@ -133,7 +129,7 @@ def train_alone(
     check_lock: Callable[[], Any],
 ) -> dict:
     """`train`, in a work directory that no other run uses."""
-    run = ckpt.check_workdir(workdir, config)
+    run = resume.check_workdir(workdir, config)
     resumes = run is not None
     check_start(config, workdir, resumes)
     byte_lm = entropy_model(config, workdir)

@@ -13,17 +13,18 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
-from bltjax.config.load import path_argument
+from bltjax.config.arguments import path_argument
 from bltjax.config.run import RunConfig
 from bltjax.data.sources.by_path import open_source
 from bltjax.inference.decoding.request import CONTEXT, fitting_prompts
 from bltjax.inference.decoding.sampling import Sampling
 from bltjax.inference.loaded import LoadedModel, load
+from bltjax.inference.terminal import whole_characters_up_to
+from bltjax.progress import speed
 from bltjax.system.compiling import CompileTime
 from bltjax.system.storage import check_writable, write_text
-from bltjax.training.metrics import speed
+from bltjax.viz.cuts import patch_strings
 from bltjax.viz.page import SAMPLES, write_page
-from bltjax.viz.patches import patch_strings, whole_characters_up_to
 from bltjax.weights.export import is_export
 from bltjax.weights.workdir import newest_checkpoint, read_config, saved_steps
 

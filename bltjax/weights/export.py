@@ -13,37 +13,22 @@ program takes one or the other.
 """
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from bltjax.config.run import RunConfig, from_dict, to_dict
-from bltjax.system.storage import (
-    check_arrays_path,
-    is_remote,
-    path_of,
-    read_json,
-    refuse_pointer,
-    write_text,
-)
-from bltjax.training.checkpoint import reading
+from bltjax.config.fields import from_dict
+from bltjax.config.run import RunConfig
+from bltjax.model.build import flattened, leaf_shapes
+from bltjax.system.paths import check_arrays_path, is_remote, path_of
+from bltjax.system.storage import read_json, refuse_pointer
 from bltjax.weights import workdir as ckpt
-from bltjax.weights.lazy import (
-    BLOCK_BYTES,
-    DTYPES,
-    Leaf,
-    blocks,
-    flattened,
-    read_object,
-    refuse_not_finite,
-)
-from bltjax.weights.stored import ModelFiles, check_layers, leaf_shapes
+from bltjax.weights.damage import reading
+from bltjax.weights.lazy import DTYPES, Leaf, read_object, refuse_not_finite
+from bltjax.weights.stored import ModelFiles, check_layers
 
 FORMAT, VERSION = "bltjax export", 1
 MANIFEST = "export.json"
@@ -257,88 +242,3 @@ def open_stored(path) -> ModelFiles:
         step=step,
         bits_per_byte=bits,
     )
-
-
-def without_sources(config: RunConfig) -> RunConfig:
-    """The config without paths of the machine that trained it."""
-    data = dataclasses.replace(config.data, train={}, held_out={})
-    return dataclasses.replace(
-        config,
-        data=data,
-        entropy_model="",
-        init_from="",
-        latent_init=dataclasses.replace(config.latent_init, path=""),
-    )
-
-
-def chunk_shape(shape: tuple[int, ...], place: tuple[int, ...], dtype: np.dtype) -> list[int]:
-    """One place, and as many of its rows as make a block."""
-    inner = shape[len(place) :]
-    row_bytes = int(np.prod(inner[1:], dtype=np.int64)) * dtype.itemsize
-    rows = min(inner[0], max(1, BLOCK_BYTES // row_bytes))
-    return [1] * len(place) + [rows, *inner[1:]]
-
-
-def write_leaves(folder: epath.Path, leaves: dict[str, Leaf], written: Callable[[int], None]):
-    """An Orbax checkpoint of `leaves`, written block by block.
-
-    Orbax itself holds every array that it saves; so it is given stand-ins of one number each, whose
-    zarr arrays are then replaced by the real ones.
-    """
-    stand_ins: dict = {}
-    for path, leaf in leaves.items():
-        *groups, name = path.split("/")
-        node = stand_ins
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = np.zeros((1,) * len(leaf.shape), leaf.dtype)
-    with ckpt.quiet(), ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
-        checkpointer.save(folder.absolute(), stand_ins)
-    for path, leaf in leaves.items():
-        pieces = list(blocks(path, leaf))
-        array = tensorstore.open(
-            {
-                "driver": "zarr",
-                "kvstore": place_of(folder / path.replace("/", ".")),
-                "metadata": {
-                    "compressor": None,  # random bits of a mantissa don't compress
-                    "chunks": chunk_shape(leaf.shape, pieces[0].place, leaf.dtype),
-                },
-            },
-            create=True,
-            delete_existing=True,
-            dtype=leaf.dtype.name,
-            shape=leaf.shape,
-        ).result()
-        for place, rows in pieces:
-            data = leaf.read(place, rows)
-            array[(*place, rows)].write(data).result()
-            written(data.nbytes)
-
-
-def write_export(files: ModelFiles, folder: epath.Path, written: Callable[[int], None]) -> None:
-    """Writes a model, and the byte LM that travels with it, as an export; the manifest last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = without_sources(files.config)
-    if config.blt and config.patching.mode == "bpe":
-        tokenizer = epath.Path(config.patching.tokenizer)
-        refuse_pointer(tokenizer)
-        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
-        patching = dataclasses.replace(config.patching, tokenizer=TOKENIZER)
-        config = dataclasses.replace(config, patching=patching)
-    write_leaves(folder / "params", files.leaves, written)
-    if files.byte_lm is not None:
-        write_export(files.byte_lm, folder / "byte_lm", written)
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    dtypes = sorted({names[leaf.dtype] for leaf in files.leaves.values()})
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": to_dict(config),
-        "dtype": " and ".join(dtypes),
-        "step": files.step,
-        "held_out_bits_per_byte": files.bits_per_byte,
-        "source": files.origin.get("layout", files.layout),
-        "origin": files.origin,
-    }
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")

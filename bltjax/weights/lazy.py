@@ -165,15 +165,6 @@ def tree_of(leaves: dict[str, Leaf]) -> dict:
     return tree
 
 
-def flattened(tree: dict, prefix: str = "") -> dict:
-    """Leaves of nested dicts by path, `encoder/block_0/q_EGC`."""
-    flat = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        flat |= flattened(value, f"{path}/") if isinstance(value, dict) else {path: value}
-    return flat
-
-
 def read_object(path: epath.Path) -> dict:
     """A JSON object of somebody's file.
 

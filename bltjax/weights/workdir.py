@@ -14,9 +14,10 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +26,46 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 
-from bltjax.config.run import RunConfig, from_json, to_dict
+from bltjax.config.fields import to_dict
+from bltjax.config.run import RunConfig, from_json
 from bltjax.distributed.coordinator import process_index
-from bltjax.distributed.processes import from_writer, gathered, is_writer
-from bltjax.model import is_norm
-from bltjax.system.storage import (
-    check_arrays_path,
-    check_unused,
-    check_writable,
-    is_remote,
-    read_json,
-    write_text,
-)
-from bltjax.training.resume import check_settings
+from bltjax.model.build import is_norm
+from bltjax.system.paths import is_remote
+from bltjax.system.storage import parse_json, read_json, write_text
+
+METRICS = "metrics.jsonl"
+
+
+def is_number(value) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def whole_lines(path: epath.Path | Path) -> list[tuple[str, dict]]:
+    """The reports of metrics.jsonl, as lines and as values; says how many lines are damaged."""
+    found, damaged = [], 0
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        if not line:
+            continue
+        try:
+            report = parse_json(line, "")
+            whole = type(report.get("step")) is int and is_number(report["step"])
+        except ValueError:  # of a process that was killed while it wrote, or a disk's
+            whole = False
+        if whole:
+            found.append((line.decode("utf-8-sig"), report))
+        damaged += not whole
+    if damaged:
+        print(f"{path}: {damaged} damaged lines are left out", file=sys.stderr)
+    return found
+
+
+def read_reports(path: epath.Path | Path) -> list[dict]:
+    """The numbers of every whole line of metrics.jsonl, each with its `step`."""
+    return [
+        {name: value for name, value in report.items() if is_number(value)}
+        for _, report in whole_lines(path)
+    ]
+
 
 CHUNK_BYTES = 64 << 20
 COMMIT = "commit_success.txt"  # Orbax's name
@@ -67,14 +95,6 @@ def checksum_of_json(values: dict) -> int:
     return zlib.crc32(json.dumps(read_back, sort_keys=True).encode())
 
 
-class TrainState(NamedTuple):
-    """Everything that a step reads and writes: a pytree of arrays."""
-
-    step: jax.Array
-    params: Any
-    opt: Any
-
-
 def saved_steps(workdir: Path) -> list[int]:
     """Steps of the whole checkpoints.
 
@@ -91,56 +111,6 @@ def saved_steps(workdir: Path) -> list[int]:
     parts = ("", "params")  # of a run's checkpoint, and of parameters alone
     folders = [p for p in folders if any((p / part / COMMIT).exists() for part in parts)]
     return sorted(int(p.name) for p in folders)
-
-
-def check_workdir(workdir: Path, config: RunConfig) -> RunConfig | None:
-    """Creates the directory, or checks that `config` may resume the run in it.
-
-    A run that never came to a checkpoint has nothing to lose, so its directory may be taken.
-    Returns the config of the run that is to be resumed, None if there is none. Every process calls
-    this.
-
-    Raises:
-      ValueError: with the settings that differ, if the directory belongs to another config; or if
-        the processes don't share it.
-      OSError: if it cannot be written.
-    """
-    mark = workdir / "checkpoints" / ".writable"
-    run = from_writer("checking the work directory", lambda: begin_workdir(workdir, config, mark))
-    problem = ""
-    try:
-        if not mark.exists():
-            problem = f"{workdir} is not the folder that process 0 sees: all must share one"
-        own = mark.with_name(f".writable-{process_index()}")
-        own.write_text("", encoding="utf-8")
-        own.unlink()
-    except OSError as error:
-        problem = str(error)
-    problems = gathered("checking the work directory", problem)
-    if is_writer():
-        mark.unlink()
-    for index, problem in enumerate(problems):
-        if problem:
-            raise ValueError(f"process {index}: {problem}")
-    return run and from_json(run, workdir / CONFIG)
-
-
-def check_place(workdir: Path) -> None:
-    """Raises ValueError if a run can't be in a folder, for its name or for what else is there."""
-    check_arrays_path(workdir)
-    check_unused(workdir, by="a run")
-
-
-def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> dict | None:
-    """Makes the directory and `mark` in it; the config of the run that is there, as JSON."""
-    check_writable(mark.parent)  # found now, not at the first checkpoint
-    mark.write_text("", encoding="utf-8")
-    if not saved_steps(workdir):
-        return None
-    _, step = newest_checkpoint(workdir)
-    run = from_json(config_or_saved_one(workdir), workdir / CONFIG)
-    check_settings(run, config, workdir, step)
-    return to_dict(run)
 
 
 def write_config(workdir: Path, config: RunConfig) -> None:
@@ -176,19 +146,6 @@ def config_values(workdir: Path) -> dict:
             " again, writes the file anew."
         )
     raise ValueError(problem)
-
-
-def config_or_saved_one(workdir: Path) -> dict:
-    """A run's config as JSON: of config.json, or, if that is damaged, of the newest checkpoint."""
-    try:
-        return config_values(workdir)
-    except ValueError as error:
-        progress = newest_progress(workdir)
-        if "config" not in progress:
-            raise
-        reason = str(error).splitlines()[0].removesuffix(".")
-        print(f"{reason}; the settings are those in the checkpoint of step {progress['step']}")
-        return progress["config"]
 
 
 def newest_progress(workdir: Path) -> dict:

@@ -10,24 +10,23 @@ import pytest
 
 import bltjax
 from bltjax.__main__ import main
-from bltjax.config.run import (
+from bltjax.config.model import (
     BLTConfig,
     ByteLMConfig,
     CrossConfig,
     HashConfig,
     LatentConfig,
     LocalConfig,
-    MeshConfig,
     PatchingConfig,
-    RunConfig,
 )
+from bltjax.config.run import MeshConfig, RunConfig
 from bltjax.distributed.sharding import make_mesh
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.loop import run
 from bltjax.inference.decoding.placement import decoding_mesh, on_mesh, read_mesh
 from bltjax.inference.decoding.sampling import GREEDY
 from bltjax.inference.entropy import EntropyModel
-from bltjax.model import initial_params, make_model
+from bltjax.model.build import initial_params, make_model
 from bltjax.weights.workdir import save_params
 
 # Byte heads (6) that 4 does not divide, grouped latent heads, tables of 512 rows.

@@ -13,22 +13,19 @@ import optax
 import pytest
 from random_batch import random_batch
 
-from bltjax.config.run import (
+from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.config.model import (
     BLTConfig,
     ByteLMConfig,
     CrossConfig,
-    DataConfig,
     HashConfig,
     LatentConfig,
     LocalConfig,
-    MeshConfig,
-    OptimizerConfig,
-    RunConfig,
-    SourceConfig,
 )
+from bltjax.config.run import MeshConfig, OptimizerConfig, RunConfig
 from bltjax.distributed.sharding import make_mesh, row_sharding
 from bltjax.evaluation.evaluate import evaluate, evaluation_mesh
-from bltjax.model import initial_params, make_model
+from bltjax.model.build import initial_params, make_model
 from bltjax.training.step import step_parts
 from bltjax.weights.workdir import save_params
 

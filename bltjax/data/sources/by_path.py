@@ -10,14 +10,15 @@ from pathlib import Path
 
 from etils import epath
 
-from bltjax.config.run import SourceConfig
+from bltjax.config.data import SourceConfig
 from bltjax.data.records import MANIFEST, RecordDocuments
 from bltjax.data.sources.json_lines import JsonlDocuments
 from bltjax.data.sources.kinds import NAMES, recognised
 from bltjax.data.sources.parquet import ParquetDocuments
 from bltjax.data.sources.text import TextDocuments
 from bltjax.data.sources.tfds import TFDSDocuments
-from bltjax.system.storage import is_remote, local_copy, local_matches, matches, path_of
+from bltjax.system.paths import is_remote, local_matches, matches, path_of
+from bltjax.system.storage import local_copy
 
 LOGGER = logging.getLogger(__name__)
 Documents = TextDocuments | JsonlDocuments | ParquetDocuments | TFDSDocuments | RecordDocuments

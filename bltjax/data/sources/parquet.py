@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bltjax.config.run import nearest
+from bltjax.config.fields import nearest
 from bltjax.data.fingerprint import fingerprint_of
 from bltjax.data.records import Document
-from bltjax.system.storage import check_utf8
+from bltjax.system.paths import check_utf8
 
 KEPT_BYTES = 1 << 30
 

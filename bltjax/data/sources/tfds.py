@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from bltjax.config.run import nearest
+from bltjax.config.fields import nearest
 from bltjax.data.fingerprint import fingerprint_of
 from bltjax.data.records import Document
 from bltjax.text.alphabet import as_bytes

@@ -23,11 +23,11 @@ import jax.numpy as jnp
 
 from bltjax.attention.kv_cache import Cache, Places, ring_of, ring_places, written
 from bltjax.attention.rope import rotary_angles, rotate
-from bltjax.config.run import BLTConfig, PatchingConfig
+from bltjax.config.model import BLTConfig, PatchingConfig
 from bltjax.distributed.sharding import constrained_tree
-from bltjax.inference.decoding.scorer import Scorer
-from bltjax.model import narrowed
+from bltjax.inference.decoding.byte_models import Scorer
 from bltjax.model.blt import BLT
+from bltjax.model.build import narrowed
 from bltjax.model.latent_transformer import LatentTransformer, unscanned
 from bltjax.model.local_decoder import LocalDecoder
 from bltjax.model.local_encoder import LocalEncoder

@@ -7,7 +7,6 @@ batch when at least half of them have. Under a mesh (`placing.py`) rows are shar
 devices, each of which runs the loop by itself; places that lack a row count as ended.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.attention import fastest
-from bltjax.config.run import ByteCNNConfig, ByteLMConfig, PatchingConfig, RunConfig
-from bltjax.inference.decoding.blt import CachedBLT
+from bltjax.config.model import PatchingConfig
+from bltjax.config.run import RunConfig
 from bltjax.inference.decoding.byte_models import CachedBytes
 from bltjax.inference.decoding.loop import (
     AT_LIMIT,
@@ -31,30 +30,28 @@ from bltjax.inference.decoding.loop import (
     State,
     run,
 )
-from bltjax.inference.decoding.placement import (
-    held,
-    in_groups,
-    on_mesh,
-    row_shardings,
-    weight_shardings,
+from bltjax.inference.decoding.placement import on_mesh, row_shardings, weight_shardings
+from bltjax.inference.decoding.prefill import (
+    CHUNK,
+    cached_model,
+    grow,
+    padded_length,
+    power_of_two,
+    prefill,
+    prefill_bytes,
+    prepare,
+    rows_of,
+    score,
 )
-from bltjax.inference.decoding.request import (
-    CONTEXT,
-    check_decodable,
-    fitting_prompts,
-    prompt_names,
-)
+from bltjax.inference.decoding.request import CONTEXT, fitting_prompts, prompt_names
 from bltjax.inference.decoding.sampling import GREEDY, Sampling, utf8_state
-from bltjax.inference.decoding.scorer import Scorer
 from bltjax.inference.decoding.speculation import run_rounds
 from bltjax.inference.entropy import EntropyModel
 from bltjax.inference.finite import not_finite
+from bltjax.model.build import resolved
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY, as_bytes, encode
-from bltjax.training.step import resolved
 
-SHORTEST = 64  # bytes and patches of the smallest buffers
-CHUNK = 32  # bytes between two looks of the host
 ENDED = -1  # the row of a place in the batch that has none
 STOPS = (4, 16)  # stop strings, and their bytes, that the first program is compiled for
 
@@ -77,74 +74,6 @@ class Counts(NamedTuple):
     latent_runs: int = 0  # of the latent transformer, on one row or more
     patches: int = 0  # that it ran on
     passes: int = 0  # of the whole model over a row: one a byte, or one a round of drafts
-
-
-def power_of_two(size: int, least: int = SHORTEST) -> int:
-    """The smallest power of two that is not below size."""
-    return max(least, 1 << max(0, size - 1).bit_length())
-
-
-def padded_length(size: int) -> int:
-    """Four lengths between a power of two and the next: a prompt is padded by a quarter at most."""
-    quarter = power_of_two(size) // 8
-    return max(SHORTEST, -(-size // quarter) * quarter)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def prepare(model, params, scorer_params):
-    return model.prepared(params, scorer_params)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def score(model, params, bytes_BN, length_B):
-    return in_groups(lambda params, rows: model.score(params, *rows), params, (bytes_BN, length_B))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def prefill_bytes(model, params, bytes_BN, length_B):
-    rows = (bytes_BN, length_B)
-    return in_groups(lambda params, rows: model.prefill(params, *rows), params, rows)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def prefill(model, patches, open_slots, params, scored):
-    return in_groups(lambda *args: model.prefill(*args, patches, open_slots), params, scored)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def grow(model, patches, open_slots, memory):
-    return held(model.grown(memory, patches, open_slots))
-
-
-def cached_model(
-    config: RunConfig,
-    patching: PatchingConfig | None,
-    scorer: ByteLMConfig | ByteCNNConfig | None,
-    dtype,
-    draft: int = 0,
-    implementation: str | None = None,
-) -> CachedBLT | CachedBytes:
-    """The model that a config describes, as it decodes; `implementation` of attention.
-
-    Raises:
-      ValueError: as `check_decodable`.
-    """
-    check_decodable(config, patching, scorer is not None, draft)
-    if config.blt is None:
-        return CachedBytes(config.model, dtype, implementation)
-    if patching.mode != "entropy":
-        return CachedBLT(
-            config.model, patching, Scorer(None, False, draft), dtype, draft, implementation
-        )
-    entropies = Scorer(scorer, patching.newline_reset, draft, implementation)
-    return CachedBLT(config.model, patching, entropies, dtype, draft, implementation)
-
-
-@jax.jit
-def rows_of(state: State, rows_B) -> State:
-    """The state of some rows, in that order."""
-    costs = state.costs
-    return held(jax.tree.map(lambda x: x[rows_B], state._replace(costs=()))._replace(costs=costs))
 
 
 class Decoder:

@@ -16,10 +16,10 @@ import math
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bltjax.config.load import mesh_config
+from bltjax.config.arguments import mesh_config
 from bltjax.distributed.sharding import AXES, dividing, make_mesh, set_mesh_or_none, spec_of
+from bltjax.model.build import model_shapes
 from bltjax.weights.export import Loaded, load_params, read_config
-from bltjax.weights.stored import model_shapes
 
 
 def decoding_mesh(mesh: Mesh) -> Mesh:

@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bltjax.config.run import BLTConfig, ByteLMConfig, PatchingConfig, divides
+from bltjax.config.fields import divides
+from bltjax.config.model import BLTConfig, ByteLMConfig, PatchingConfig
 from bltjax.inference.decoding.blt import CachedBLT
+from bltjax.inference.decoding.byte_models import Scorer
 from bltjax.inference.decoding.loop import (
     RUNNING,
     Asked,
@@ -31,8 +33,7 @@ from bltjax.inference.decoding.loop import (
 )
 from bltjax.inference.decoding.placement import in_groups, row_shardings, weight_shardings
 from bltjax.inference.decoding.sampling import GREEDY
-from bltjax.inference.decoding.scorer import Scorer
-from bltjax.model import initial_params, make_model
+from bltjax.model.build import initial_params, make_model
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import VOCABULARY
 

@@ -6,7 +6,8 @@ strings, prompts that fit into the context, and whether a model of such a config
 
 from collections.abc import Sequence
 
-from bltjax.config.run import PatchingConfig, RunConfig
+from bltjax.config.model import PatchingConfig
+from bltjax.config.run import RunConfig
 from bltjax.inference.decoding.sampling import GREEDY, Sampling
 from bltjax.text.alphabet import as_bytes
 

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bltjax.attention import fastest
-from bltjax.config.run import ByteCNNConfig, PatchingConfig, RunConfig
+from bltjax.config.model import ByteCNNConfig, PatchingConfig
+from bltjax.config.run import RunConfig
 from bltjax.inference.entropy import EntropyModel, contexts
-from bltjax.model import batch_logits, make_model
+from bltjax.model.build import batch_logits, make_model, resolved
 from bltjax.model.byte_cnn import entropy_table, table_entropies
 from bltjax.model.byte_lm import ByteLM, entropies_of
 from bltjax.text.alphabet import EOS, OFFSET, encode
 from bltjax.text.patching import force_starts, patch_starts
-from bltjax.training.step import resolved
 
 SHORTEST = 64  # bytes in the smallest buffer
 

@@ -10,7 +10,7 @@ import re
 
 from etils import epath
 
-from bltjax.system.storage import is_remote
+from bltjax.system.paths import is_remote
 
 
 def of_hub_cache(folder: epath.Path) -> tuple[epath.Path, str]:

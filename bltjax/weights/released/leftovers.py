@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bltjax.attention.rope import scaled_rates
-from bltjax.config.run import BLTConfig, ByteLMConfig, LatentConfig, RopeScalingConfig
+from bltjax.config.model import BLTConfig, ByteLMConfig, LatentConfig, RopeScalingConfig
 from bltjax.weights.lazy import DTYPES, Tensor, row_runs
 from bltjax.weights.released.mapping import Names
 

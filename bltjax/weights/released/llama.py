@@ -10,14 +10,15 @@ import logging
 
 from etils import epath
 
-from bltjax.config.run import LatentConfig
+from bltjax.config.model import LatentConfig
 from bltjax.weights.lazy import Leaf, read_object
-from bltjax.weights.released.hf import read_rotary
+from bltjax.weights.released.hf_settings import read_rotary
 from bltjax.weights.released.hub import of_hub_cache
 from bltjax.weights.released.leftovers import latent_rotary, without_leftovers, without_wrappers
-from bltjax.weights.released.mapping import LLAMA, check_tensors, latent_pieces, leaves_of
+from bltjax.weights.released.mapping import LLAMA, latent_pieces
+from bltjax.weights.released.settings import check_kind, check_values, naming
+from bltjax.weights.released.tensors import check_tensors, leaves_of
 from bltjax.weights.safetensors import read_folder
-from bltjax.weights.stored import check_kind, check_values, naming
 
 REQUIRED = {
     "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),

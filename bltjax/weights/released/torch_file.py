@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from bltjax.system.storage import refuse_pointer, size_of
+from bltjax.system.paths import size_of
+from bltjax.system.storage import refuse_pointer
 from bltjax.weights.lazy import Tensor, write_rows
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

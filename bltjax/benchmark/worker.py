@@ -1,0 +1,113 @@
+"""One side of a benchmark in a process of its own, which works only when asked."""
+
+import contextlib
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+from bltjax.benchmark.generate import cached_side, context_side, port_side, whole_side
+from bltjax.benchmark.train import MODEL, our_step, run_config, transformers_step
+from bltjax.system.environment import keep_buffers
+
+# By side: what makes its step, of what the worker was given, and how many steps it is given before
+# it is measured. The heap of training grows for a few steps.
+SIDES = {
+    "ours": (lambda *size: our_step(run_config(*size)), 4),
+    "transformers": (lambda *size: transformers_step(run_config(*size), fused=False), 4),
+    "transformers_tuned": (lambda *size: transformers_step(run_config(*size), fused=True), 4),
+    "cached": (lambda *where: cached_side(MODEL, *where), 1),
+    "whole": (lambda *where: whole_side(MODEL, *where), 1),
+    "port": (lambda *where: port_side(MODEL, *where), 0),
+    "context": (lambda length, model=MODEL: context_side(model, length), 1),
+}
+
+
+class Worker:
+    """A process that holds one side's step and runs it when told to."""
+
+    def __init__(self, side: str, threads: int, *given: int | str):
+        self.side = side
+        variables = dict(os.environ)
+        if side == "transformers":
+            variables.pop("GLIBC_TUNABLES", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bltjax.benchmark.command", json.dumps([side, threads, *given])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=variables,
+            encoding="utf-8",
+        )
+        self.ready = self.answer()  # built, compiled and warm
+
+    def answer(self) -> dict:
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"{self.side} died; see above"}
+        if "error" in answer:
+            self.process.wait()
+            raise ValueError(answer["error"])
+        return answer
+
+    def step(self) -> dict:
+        """{"ms", "peak_mib"} of one more step, and what it says of itself."""
+        with contextlib.suppress(BrokenPipeError):  # it died, as the lack of an answer will say
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(side: str, threads: int, *given: int | str) -> None:
+    """The worker's side of the pipe: one JSON line when ready, and one for each step."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    if side != "transformers":  # which is as it comes
+        keep_buffers()
+    try:
+        make, warm_up = SIDES[side]
+        run, said = make(*given), {}
+        for _ in range(warm_up):
+            said = run()
+    except (ValueError, MemoryError, RuntimeError) as error:
+        size = " x ".join(map(str, given))
+        print(json.dumps({"error": f"{side}, {size}: {error}"}), flush=True)
+        return
+    print(json.dumps(said), flush=True)
+    for _ in sys.stdin:
+        begun = time.perf_counter()
+        said = run()
+        ms = 1000 * (time.perf_counter() - begun)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"ms": ms, "peak_mib": peak} | said), flush=True)
+
+
+def medians(sides: list[str], repeats: int, threads: int, *numbers: int) -> dict:
+    """By side, the median ms, every time, and the peak memory of steps taken in turn."""
+    workers: list[Worker] = []
+    try:
+        for side in sides:
+            workers.append(Worker(side, threads, *numbers))
+        answers = [[worker.step() for worker in workers] for _ in range(repeats)]
+    finally:
+        for worker in workers:
+            worker.close()
+    return {
+        side: {
+            "ms": statistics.median(answer["ms"] for answer in mine),
+            "all_ms": [round(answer["ms"], 1) for answer in mine],
+            "peak_mib": mine[-1]["peak_mib"],
+            "said": {key: x for key, x in mine[-1].items() if key not in ("ms", "peak_mib")},
+        }
+        for side, mine in zip(sides, zip(*answers, strict=True), strict=True)
+    }
+
+
+if __name__ == "__main__":
+    serve(*json.loads(sys.argv[1]))

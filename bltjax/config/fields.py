@@ -1,0 +1,202 @@
+"""Frozen dataclasses as settings: their checks, their JSON, and the differences of two.
+
+Each field says by its metadata whether a resumed run may change it. Checks that need two numbers
+stand in a dataclass' `__post_init__`, before any device is touched.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import typing
+
+from bltjax.system.paths import expanded
+
+# Whether a setting may differ when a run is resumed. A field's rule holds for all that is in it;
+# unless all of it may change, a field in it may have a rule of its own.
+FIXED = "fixed"  # no: it would be another run. Also the rule of fields that name none
+MAY_CHANGE = "may change"  # yes: it says how a run is carried out, or matters at its start alone
+SAME_CONTENT = "same content"  # it names what the run reads: another name, but the same content
+RENAMED = "renamed"  # another name, whatever it stands for; but not none, and not the first
+LENGTH = "length"  # up, or down to what has been done
+
+
+def setting(default, *, resume: str = "", infinite: bool = False):
+    """A field of a config with a rule of resuming; `infinite`: a float that may be infinite."""
+    metadata = {"resume": resume} if resume else {}
+    return dataclasses.field(default=default, metadata=metadata | {"infinite": infinite})
+
+
+def divides(small_name: str, small: int, large_name: str, large: int) -> None:
+    """Raises ValueError unless small divides large: the rule, both numbers, and what would."""
+    if small < 1 or large % small:
+        below = next((n for n in range(min(small, large), 0, -1) if large % n == 0), None)
+        above = next((n for n in range(max(small, 1), large + 1) if large % n == 0), None)
+        near = " or ".join(str(n) for n in (below, above) if n is not None)
+        raise ValueError(
+            f"{small_name} ({small}) must divide {large_name} ({large}), as {near} would"
+        )
+
+
+def setting_name(config, name: str) -> str:
+    """`optimizer.lr` for the field `lr` of an OptimizerConfig."""
+    group = re.sub("(?<=[a-z])(?=[A-Z])", "_", type(config).__name__.removesuffix("Config")).lower()
+    return name if group == "run" else f"{group}.{name}"
+
+
+def within(config, interval: str, *names: str) -> None:
+    """Raises ValueError unless each setting lies in an interval as `[0, 1)`; NaN lies in none."""
+    low, high = map(float, interval[1:-1].split(","))
+    for name in names:
+        value = getattr(config, name)
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            rule = f"in {interval}"
+            if high == math.inf:
+                rule = f"{'>=' if interval[0] == '[' else '>'} {low:g}"
+                if not math.isfinite(value):
+                    rule = f"a finite number {rule}".removesuffix(" > -inf")
+            raise ValueError(f"{setting_name(config, name)} is {value}, not {rule}")
+
+
+def positive(config, *names: str) -> None:
+    within(config, "(0, inf)", *names)
+
+
+def finite(config, *names: str) -> None:
+    within(config, "(-inf, inf)", *names)
+
+
+def expand(config, *names: str) -> None:
+    """Expands `~` in settings that are paths; an old run's compare as equal then."""
+    for name in names:
+        if isinstance(text := getattr(config, name), str):
+            object.__setattr__(config, name, expanded(text))
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, not one of {', '.join(choices)}")
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """'; did you mean X?', or the list of what there is when nothing is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
+
+
+def from_dict(kind, values, where: str = "config"):
+    """A dataclass from nested dicts, refusing unknown keys with the nearest name.
+
+    Raises:
+      ValueError: for an unknown key, a wrong type, a number that is not finite where it must be,
+        or a rule that two numbers break.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in args:
+        if values is None:
+            return None
+        return from_dict(next(arg for arg in args if arg is not type(None)), values, where)
+    if origin is dict:
+        if not isinstance(values, dict):
+            raise ValueError(f"{where} is {values!r}, not a group of settings")
+        return {key: from_dict(args[1], value, f"{where}.{key}") for key, value in values.items()}
+    if origin is tuple:
+        if not isinstance(values, (list, tuple)):
+            raise ValueError(f"{where} is {values!r}, not a list")
+        return tuple(from_dict(args[0], value, where) for value in values)
+    if dataclasses.is_dataclass(kind):
+        if isinstance(values, kind):
+            return values
+        if not isinstance(values, dict):
+            raise ValueError(f"{where} is {values!r}, not a group of settings")
+        hints = typing.get_type_hints(kind)
+        for key in values:
+            if key not in hints:
+                raise ValueError(f"{where}.{key} is no setting{nearest(key, hints)}")
+        made = {k: from_dict(hints[k], v, f"{where}.{k}") for k, v in values.items()}
+        for field in dataclasses.fields(kind):
+            value = made.get(field.name)
+            if not isinstance(value, float) or math.isfinite(value):
+                continue
+            if math.isnan(value) or not field.metadata.get("infinite"):
+                raise ValueError(f"{where}.{field.name} is {value}, not a finite number")
+        try:
+            return kind(**made)
+        except TypeError as error:  # a required field was left out
+            raise ValueError(f"{where}: {error}") from None
+    if kind is float and isinstance(values, int) and not isinstance(values, bool):
+        try:
+            return float(values)
+        except OverflowError:
+            raise ValueError(f"{where} has {len(str(values))} digits: too large") from None
+    if not isinstance(values, kind) or (kind is int and isinstance(values, bool)):
+        raise ValueError(f"{where} is {values!r}, not {kind.__name__}")
+    return values
+
+
+def to_dict(config) -> dict:
+    """The JSON form of a config; `from_dict` inverts it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def differences(old: dict, new: dict, where: str = "") -> list[str]:
+    """Lines 'key: old -> new' where two JSON configs differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            lines.append(f"{where}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+class Change(typing.NamedTuple):
+    """A setting that differs between two configs, and its rule of resuming."""
+
+    path: str
+    old: typing.Any
+    new: typing.Any
+    rule: str
+
+    def __str__(self) -> str:
+        old, new = (
+            dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            for value in (self.old, self.new)
+        )
+        return f"{self.path}: {old!r} -> {new!r}"
+
+
+def changes(old, new, path: str = "", rule: str = FIXED) -> list[Change]:
+    """The settings that differ between two configs, groups of them, or dicts of groups.
+
+    rule: of what has no rule of its own.
+    """
+
+    def inner(name: str) -> str:
+        return f"{path}.{name}" if path else name
+
+    if dataclasses.is_dataclass(old) and type(old) is type(new):
+        found = []
+        for field in dataclasses.fields(old):
+            values = getattr(old, field.name), getattr(new, field.name)
+            own = rule if rule == MAY_CHANGE else field.metadata.get("resume", rule)
+            found += changes(*values, inner(field.name), own)
+        return found
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [Change(path, old, new, rule)] if old != new else []
+    # A source that is new, or gone, has nothing to compare its content with.
+    whole = FIXED if rule == SAME_CONTENT else rule
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        if key in old and key in new:
+            found += changes(old[key], new[key], inner(key), rule)
+        else:
+            found.append(Change(inner(key), old.get(key), new.get(key), whole))
+    if old.keys() == new.keys() and list(old) != list(new):  # a stream's seeds follow the order
+        found.append(Change(f"{path} (order)", list(old), list(new), whole))
+    return found

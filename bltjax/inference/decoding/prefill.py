@@ -1,0 +1,91 @@
+"""A prompt's pass through the model before decoding, padded to a few lengths."""
+
+import functools
+
+import jax
+
+from bltjax.config.model import ByteCNNConfig, ByteLMConfig, PatchingConfig
+from bltjax.config.run import RunConfig
+from bltjax.inference.decoding.blt import CachedBLT
+from bltjax.inference.decoding.byte_models import CachedBytes, Scorer
+from bltjax.inference.decoding.loop import (
+    State,
+)
+from bltjax.inference.decoding.placement import (
+    held,
+    in_groups,
+)
+from bltjax.inference.decoding.request import (
+    check_decodable,
+)
+
+SHORTEST = 64  # bytes and patches of the smallest buffers
+CHUNK = 32  # bytes between two looks of the host
+
+
+def power_of_two(size: int, least: int = SHORTEST) -> int:
+    """The smallest power of two that is not below size."""
+    return max(least, 1 << max(0, size - 1).bit_length())
+
+
+def padded_length(size: int) -> int:
+    """Four lengths between a power of two and the next: a prompt is padded by a quarter at most."""
+    quarter = power_of_two(size) // 8
+    return max(SHORTEST, -(-size // quarter) * quarter)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prepare(model, params, scorer_params):
+    return model.prepared(params, scorer_params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score(model, params, bytes_BN, length_B):
+    return in_groups(lambda params, rows: model.score(params, *rows), params, (bytes_BN, length_B))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill_bytes(model, params, bytes_BN, length_B):
+    rows = (bytes_BN, length_B)
+    return in_groups(lambda params, rows: model.prefill(params, *rows), params, rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def prefill(model, patches, open_slots, params, scored):
+    return in_groups(lambda *args: model.prefill(*args, patches, open_slots), params, scored)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def grow(model, patches, open_slots, memory):
+    return held(model.grown(memory, patches, open_slots))
+
+
+def cached_model(
+    config: RunConfig,
+    patching: PatchingConfig | None,
+    scorer: ByteLMConfig | ByteCNNConfig | None,
+    dtype,
+    draft: int = 0,
+    implementation: str | None = None,
+) -> CachedBLT | CachedBytes:
+    """The model that a config describes, as it decodes; `implementation` of attention.
+
+    Raises:
+      ValueError: as `check_decodable`.
+    """
+    check_decodable(config, patching, scorer is not None, draft)
+    if config.blt is None:
+        return CachedBytes(config.model, dtype, implementation)
+    if patching.mode != "entropy":
+        return CachedBLT(
+            config.model, patching, Scorer(None, False, draft), dtype, draft, implementation
+        )
+    entropies = Scorer(scorer, patching.newline_reset, draft, implementation)
+    return CachedBLT(config.model, patching, entropies, dtype, draft, implementation)
+
+
+@jax.jit
+def rows_of(state: State, rows_B) -> State:
+    """The state of some rows, in that order."""
+    costs = state.costs
+    return held(jax.tree.map(lambda x: x[rows_B], state._replace(costs=()))._replace(costs=costs))

@@ -1,0 +1,156 @@
+"""A lock's file: read, created whole or not at all, and whether its holder lives."""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from bltjax.system.owner import Holder
+from bltjax.system.paths import is_remote
+from bltjax.system.storage import parse_json
+
+SETTLE = 1.0  # seconds
+PAUSE = 0.01  # seconds, at first, between two looks at a lock that is watched
+# A file system without hard links says one of these.
+NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A lock's file at one moment."""
+
+    content: bytes
+    changed: float  # by the clock of its file system
+
+    @functools.cached_property
+    def holder(self) -> Holder | None:
+        """None if the file doesn't say it."""
+        try:
+            values = parse_json(self.content, "lock")
+            values.pop("refreshed", None)
+            holder = Holder(**values)
+        except (ValueError, TypeError):
+            return None
+        types = {name: int if name == "pid" else str for name in values}
+        if any(type(values[name]) is not kind for name, kind in types.items()) or holder.pid < 1:
+            return None
+        return holder if re.fullmatch("[0-9a-f]{32}", holder.token) else None
+
+    @property
+    def key(self) -> str:
+        """A name that no other lock has."""
+        if self.holder:
+            return self.holder.token
+        return hashlib.md5(self.content + repr(self.changed).encode()).hexdigest()
+
+
+def text_of_lock(holder: Holder, **more) -> str:
+    return json.dumps(dataclasses.asdict(holder) | more) + "\n"
+
+
+def look(path: Path) -> Seen | None:
+    """The lock's file as it is now; None if there is none."""
+    try:
+        if is_remote(path):
+            return Seen(path.read_bytes(), float(path.stat().mtime))
+        with path.open("rb") as file:
+            return Seen(file.read(1 << 16), os.fstat(file.fileno()).st_mtime)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # replaced on a file server since its name was looked up
+            return None
+        raise
+
+
+def beginning(path: Path) -> str:
+    """How the names of files begin that belong to a lock; a lock's own may be as long as any."""
+    name = re.sub(r"\.[0-9a-f]{32}$", "", path.name)  # where `path` is such a file itself
+    return os.fsencode(name)[:120].decode(errors="ignore")
+
+
+@contextlib.contextmanager
+def beside(path: Path, text: str) -> Iterator[Path]:
+    """A file with this text in the lock's folder, for as long as it is needed."""
+    partial = path.with_name(f"{beginning(path)}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def settled(path: epath.Path, text: str) -> bool:
+    """Writes an object; whether it is still there some time later."""
+    path.write_text(text, encoding="utf-8")
+    time.sleep(SETTLE)
+    seen = look(path)
+    return seen is not None and seen.content == text.encode()
+
+
+def create(path: Path, text: str) -> bool:
+    """Writes a file that isn't there; False if it is."""
+    if is_remote(path):
+        return look(path) is None and settled(path, text)
+    with beside(path, text) as partial:
+        try:
+            os.link(partial, path)
+            return True
+        except FileExistsError:
+            # A file server whose first answer was lost says so of the link that it made.
+            return partial.stat().st_nlink == 2
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        os.write(descriptor, text.encode())  # so little is written at once
+    finally:
+        os.close(descriptor)
+    seen = look(path)
+    return seen is not None and seen.content == text.encode()
+
+
+def age(path: Path, seen: Seen) -> float:
+    """Seconds since a lock was refreshed, by the clock of the file system that it is on."""
+    with beside(path, "") as probe:
+        status = probe.stat()
+        return float(status.mtime if is_remote(path) else status.st_mtime) - seen.changed
+
+
+def lives(path: Path, seen: Seen, stale: float, announced: bool) -> bool | None:
+    """Whether a lock is refreshed before it is `stale` seconds old; None if it is another now."""
+    left = stale - age(path, seen)
+    if left <= 0:
+        return False
+    if announced:
+        holder = seen.holder
+        whose = f"{holder.host} process {holder.pid}" if holder else "the process that wrote it"
+        print(
+            f"{path}: waiting to see whether {whose} still runs; {left:.0f} s at most (--take_over"
+            " doesn't wait)",
+            flush=True,
+        )
+    end, pause = time.monotonic() + left, PAUSE
+    while (rest := end - time.monotonic()) > 0:
+        time.sleep(min(pause, rest))
+        pause = min(2 * pause, 1.0)
+        now = look(path)
+        if now is None or now.holder != seen.holder:
+            return None
+        if now != seen:
+            return True
+    return False

@@ -1,0 +1,175 @@
+"""Restoring a checkpoint, by any number of processes; damaged ones are moved aside.
+
+Only damage moves a checkpoint (weights/damage.py says what damage is). Anything else that keeps it
+from being restored ends the run, and it stays where it is.
+"""
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from bltjax.distributed.processes import (
+    Restart,
+    from_writer,
+    gathered,
+)
+from bltjax.training.checkpoint import (
+    StreamsHandler,
+    StreamsRestore,
+    named_checksums,
+    named_leaves,
+    shapes_of,
+)
+from bltjax.training.step import TrainState
+from bltjax.weights.damage import Misfit, Reason, read_progress, stored_name, why_not
+from bltjax.weights.workdir import (
+    quiet,
+    reader,
+    saved_steps,
+    stored_shapes,
+)
+
+
+class Restored(NamedTuple):
+    state: TrainState
+    streams: dict[str, dict]
+    progress: dict
+
+
+def check_fits(folder: Path, progress: dict, target: TrainState) -> None:
+    """Raises Misfit, naming an array, if `target` isn't of the arrays that were saved."""
+    asked = shapes_of(target)
+    names = {stored_name(name) for name in progress["checksums"]}
+    lines = [f"{name} is in {'it' if name in names else 'the run'} alone"
+             for name in sorted(names ^ asked.keys())]  # fmt: skip
+    if not lines:
+        saved = progress.get("shapes", {})
+        with contextlib.suppress(Exception):  # what can't be read is named by restoring it
+            saved = saved or stored_shapes_of(folder)
+        differing = sorted(x for x in saved.keys() & asked.keys() if saved[x] != asked[x])
+        lines = [f"{name}: {saved[name]} -> {asked[name]}" for name in differing]
+    if lines:
+        more = [f"and {len(lines) - 3} more"] if len(lines) > 3 else []
+        wide = "\njax_enable_x64 is set (JAX_ENABLE_X64); a run is of 32 bits: unset it."
+        raise Misfit(
+            f"{folder} doesn't hold the arrays that this run asks for (its -> yours):\n  "
+            + "\n  ".join([*lines[:3], *more])
+            + (wide if jax.config.jax_enable_x64 else "")
+        )
+
+
+def stored_shapes_of(folder: Path) -> dict[str, str]:
+    """`shapes_of` a checkpoint whose progress doesn't say it, as older ones: by Orbax's index."""
+    found = {}
+    for item in ("params", "opt"):
+        for name, leaf in named_leaves(stored_shapes(folder / item)).items():
+            if leaf.dtype is not None:
+                dtype, shape = np.dtype(leaf.dtype).name, tuple(leaf.shape)
+                found[f"{item}/{stored_name(name)}"] = f"{dtype} {shape}"
+    return found
+
+
+def restore(folder: Path, target: TrainState, streams: list[int]) -> Restored:
+    """A checkpoint on the shardings of `target` (arrays or shapes), with these streams' states.
+
+    A process reads what its devices hold, and waits for no other.
+
+    Raises:
+      Damaged: if a file of ours is not what was saved.
+      Misfit: if `target` is of other arrays.
+      Besides, whatever Orbax and the storage raise; see `reason`.
+    """
+    progress = read_progress(folder)
+    check_fits(folder, progress, target)
+    states = StreamsHandler().restore(folder / "streams", StreamsRestore(streams))
+    with quiet(), reader() as checkpointer:
+        params = checkpointer.restore((folder / "params").absolute(), target.params)
+        opt = checkpointer.restore((folder / "opt").absolute(), target.opt)
+    step = jax.make_array_from_callback(
+        (), target.step.sharding, lambda _: np.asarray(progress["step"], np.int32)
+    )
+    state = TrainState(step, params, opt)
+    return Restored(state, states, progress)
+
+
+def damage(restored: Restored) -> str:
+    """Which arrays are not what was saved; empty if all are. Every process calls this at once."""
+    saved, found = (
+        {stored_name(name): checksum for name, checksum in checksums.items()}
+        for checksums in (restored.progress["checksums"], named_checksums(restored.state))
+    )
+    wrong = sorted(
+        name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name)
+    )
+    return f"{', '.join(wrong[:3])} is not what was saved" if wrong else ""
+
+
+def restore_newest(workdir: Path, target: TrainState, streams: list[int]) -> Restored:
+    """The newest checkpoint that every process can restore; damaged ones are moved aside.
+
+    Raises:
+      ValueError: naming what is wrong, if none is whole; or if one can't be restored for a reason
+        that isn't damage, in any process.
+      Restart: if the storage doesn't answer.
+    """
+    steps = from_writer("looking for checkpoints", lambda: saved_steps(workdir))
+    while steps:
+        folder, restored, mine = workdir / "checkpoints" / str(steps[-1]), None, None
+        try:
+            restored = restore(folder, target, streams)
+        except Exception as error:  # Orbax and its storage raise many kinds
+            mine = why_not(folder, error)
+        reasons = [Reason(*r) for r in gathered("restoring a checkpoint", mine) if r]
+        if not reasons and (text := damage(restored)):  # of global arrays: alike everywhere
+            reasons = [Reason("damaged", text)]
+        if not reasons:
+            return restored
+        others = [each for each in reasons if each.kind != "damaged"]
+        if others:
+            raise stays(folder, min(others, key=lambda each: each.kind == "away"))
+        told = reasons[0].text
+        if len(steps) == 1:
+            raise ValueError(
+                f"{folder} can't be restored: {told}\nIt is the last one that there is. Begin anew"
+                " in another --workdir, or bring the files back."
+            )
+        moved = from_writer(
+            "moving a checkpoint aside", functools.partial(move_aside, workdir, folder)
+        )
+        print(f"{folder} is damaged: {told}\n  moved to {moved}; trying step {steps[-2]}")
+        steps.pop()
+    raise ValueError(f"{workdir} has no checkpoint")
+
+
+def stays(folder: Path, why: Reason) -> Exception:
+    """The end of a run whose checkpoint can't be restored, though nothing says that it is damaged.
+
+    An error of one process is that of all."""
+    if why.kind == "away":
+        return Restart(f"{folder} can't be read now: {why.text}")
+    if why.text.startswith(f"{folder} "):  # a Misfit, which says what to do
+        return ValueError(why.text)
+    way_out = "It was left where it is: once the cause is mended, the same command resumes."
+    if why.kind == "unknown":
+        way_out = (
+            f"It was left where it is. `python -m bltjax inspect {folder.parent.parent}` tells"
+            " whether it is whole; if not, move it elsewhere, and the same command resumes from the"
+            " one before it."
+        )
+    return ValueError(f"{folder} can't be restored: {why.text}\n{way_out}")
+
+
+def move_aside(workdir: Path, folder: Path) -> str:
+    """Moves a checkpoint to `damaged/`; where it is now."""
+    place = workdir / "damaged" / folder.name
+    count = 1
+    while place.exists():
+        count += 1
+        place = workdir / "damaged" / f"{folder.name}-{count}"
+    place.parent.mkdir(exist_ok=True)
+    folder.rename(place)
+    return str(place)

@@ -1,0 +1,103 @@
+"""Writes an export, a block at a time: no array is ever in memory whole."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+
+from bltjax.config.fields import to_dict
+from bltjax.config.run import RunConfig
+from bltjax.system.storage import refuse_pointer, write_text
+from bltjax.weights import workdir as ckpt
+from bltjax.weights.export import FORMAT, MANIFEST, TOKENIZER, VERSION, place_of
+from bltjax.weights.lazy import BLOCK_BYTES, DTYPES, Leaf, blocks
+from bltjax.weights.stored import ModelFiles
+
+
+def without_sources(config: RunConfig) -> RunConfig:
+    """The config without paths of the machine that trained it."""
+    data = dataclasses.replace(config.data, train={}, held_out={})
+    return dataclasses.replace(
+        config,
+        data=data,
+        entropy_model="",
+        init_from="",
+        latent_init=dataclasses.replace(config.latent_init, path=""),
+    )
+
+
+def chunk_shape(shape: tuple[int, ...], place: tuple[int, ...], dtype: np.dtype) -> list[int]:
+    """One place, and as many of its rows as make a block."""
+    inner = shape[len(place) :]
+    row_bytes = int(np.prod(inner[1:], dtype=np.int64)) * dtype.itemsize
+    rows = min(inner[0], max(1, BLOCK_BYTES // row_bytes))
+    return [1] * len(place) + [rows, *inner[1:]]
+
+
+def write_leaves(folder: epath.Path, leaves: dict[str, Leaf], written: Callable[[int], None]):
+    """An Orbax checkpoint of `leaves`, written block by block.
+
+    Orbax itself holds every array that it saves; so it is given stand-ins of one number each, whose
+    zarr arrays are then replaced by the real ones.
+    """
+    stand_ins: dict = {}
+    for path, leaf in leaves.items():
+        *groups, name = path.split("/")
+        node = stand_ins
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = np.zeros((1,) * len(leaf.shape), leaf.dtype)
+    with ckpt.quiet(), ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
+        checkpointer.save(folder.absolute(), stand_ins)
+    for path, leaf in leaves.items():
+        pieces = list(blocks(path, leaf))
+        array = tensorstore.open(
+            {
+                "driver": "zarr",
+                "kvstore": place_of(folder / path.replace("/", ".")),
+                "metadata": {
+                    "compressor": None,  # random bits of a mantissa don't compress
+                    "chunks": chunk_shape(leaf.shape, pieces[0].place, leaf.dtype),
+                },
+            },
+            create=True,
+            delete_existing=True,
+            dtype=leaf.dtype.name,
+            shape=leaf.shape,
+        ).result()
+        for place, rows in pieces:
+            data = leaf.read(place, rows)
+            array[(*place, rows)].write(data).result()
+            written(data.nbytes)
+
+
+def write_export(files: ModelFiles, folder: epath.Path, written: Callable[[int], None]) -> None:
+    """Writes a model, and the byte LM that travels with it, as an export; the manifest last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = without_sources(files.config)
+    if config.blt and config.patching.mode == "bpe":
+        tokenizer = epath.Path(config.patching.tokenizer)
+        refuse_pointer(tokenizer)
+        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+        patching = dataclasses.replace(config.patching, tokenizer=TOKENIZER)
+        config = dataclasses.replace(config, patching=patching)
+    write_leaves(folder / "params", files.leaves, written)
+    if files.byte_lm is not None:
+        write_export(files.byte_lm, folder / "byte_lm", written)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    dtypes = sorted({names[leaf.dtype] for leaf in files.leaves.values()})
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": to_dict(config),
+        "dtype": " and ".join(dtypes),
+        "step": files.step,
+        "held_out_bits_per_byte": files.bits_per_byte,
+        "source": files.origin.get("layout", files.layout),
+        "origin": files.origin,
+    }
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")

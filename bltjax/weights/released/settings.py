@@ -1,0 +1,142 @@
+"""Settings of other people's files, checked field by field.
+
+A wrong type, a number that is not finite or a value that this model can't have is refused with the
+file, the field and the value.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from bltjax.config.fields import nearest
+from bltjax.config.run import RunConfig
+from bltjax.model.build import leaf_shapes
+from bltjax.weights.lazy import Tensor
+from bltjax.weights.released.leftovers import rotary_stacks, without_leftovers
+from bltjax.weights.released.mapping import Names, Piece, blt_pieces, byte_lm_pieces
+from bltjax.weights.released.tensors import check_stacked, check_tensors, leaves_of, odd_dtypes
+from bltjax.weights.stored import ModelFiles, check_layers
+
+
+def model_files(
+    names: Names,
+    config: RunConfig,
+    tensors: dict[str, Tensor],
+    layout: str,
+    origin: dict,
+    notes: list[str],
+    where: str,
+) -> ModelFiles:
+    """A released model's files, after checking every tensor against its config."""
+    check_layers(config, len(tensors), where, stacked=False)
+    make: Any = blt_pieces if config.blt is not None else byte_lm_pieces
+    pieces: list[Piece] = make(names, config.model)
+    shapes, notes = leaf_shapes(config), list(notes)
+    check_stacked(shapes, pieces)
+    expected = {piece.name for piece in pieces}
+    tensors = without_leftovers(tensors, expected, rotary_stacks(names, config.model), notes)
+    check_tensors(tensors, pieces, shapes, where)
+    leaves = leaves_of(tensors, pieces, shapes)
+    origin = origin | {"dtypes": odd_dtypes(tensors, leaves, pieces)}
+    if "float16" in origin["dtypes"].values():
+        notes.append("float16 tensors are kept as float32, which holds all of them")
+    return ModelFiles(config, leaves, layout, origin, tuple(notes))
+
+
+Kind = type | tuple[type, ...]
+LARGEST = 2**31 - 1  # of a whole number in a config
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Puts the file in front of errors that speak of settings alone."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(where):
+            raise
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check_fields(
+    found: dict, defaults: dict, others: set[str], where: str, optional: dict[str, Kind]
+) -> None:
+    """Raises ValueError for a field that nothing here reads or knowingly leaves aside, or whose
+    value is of another type than its default, or no finite number.
+
+    optional: fields that may be null, and their type otherwise.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is {type(found).__name__}, not an object of settings")
+    known = defaults.keys() | others
+    for name, value in found.items():
+        if name not in known:
+            raise ValueError(
+                f"{where} has a field {name!r} ({value!r}) that is not known{nearest(name, known)}"
+            )
+        if name in defaults and not (value is None and name in optional):
+            check_kind(value, optional.get(name) or type(defaults[name]), f"{where}: {name}")
+
+
+def check_kind(value, kind: Kind, what: str) -> None:
+    """Raises ValueError unless a value of JSON has a type; whole numbers are floats, too."""
+    kinds = (kind,) if isinstance(kind, type) else kind
+    taken = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, taken) or isinstance(value, bool) != (bool in kinds):
+        if kinds == (dict,):
+            raise ValueError(f"{what} is {type(value).__name__}, not an object of settings")
+        names = " or ".join(one.__name__ for one in kinds)
+        raise ValueError(f"{what} is {value!r}, not {names}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{what} is {value!r}, not a finite number")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{what} is larger than {LARGEST}, the largest whole number that is read")
+
+
+def hash_sizes(value: list | str | None, where: str) -> tuple[int, ...]:
+    """The n-gram sizes of a list, or of text as "3,4,5"."""
+    sizes = value.split(",") if isinstance(value, str) else list(value or ())
+    try:
+        if not all(isinstance(size, (int, str)) for size in sizes):
+            raise ValueError
+        return tuple(int(size) for size in sizes)
+    except ValueError:
+        raise ValueError(
+            f"{where}: encoder_hash_byte_group_size is {value!r}, not a list of sizes"
+        ) from None
+
+
+def same(found: dict, where: str, one: str, other: str) -> None:
+    """Raises ValueError unless two fields are equal."""
+    if found[one] != found[other]:
+        raise ValueError(
+            f"{where}: {one} ({found[one]}) and {other} ({found[other]}) must be equal: the decoder"
+            " starts from the encoder's states"
+        )
+
+
+def check_heads(heads: int, shared: int | None, where: str) -> None:
+    """Raises ValueError for grouped heads where there can be none."""
+    if shared not in (None, heads):
+        raise ValueError(
+            f"{where} has {heads} heads and {shared} key/value heads; only the latent transformer"
+            " has grouped heads"
+        )
+
+
+def refuse(refused: dict[str, bool], who: str) -> None:
+    """Raises ValueError for the first setting that is used and can't be written there."""
+    for what, used in refused.items():
+        if used:
+            raise ValueError(f"{who} have no way to say {what}, which this model uses")
+
+
+def check_values(found: dict, required: dict[str, tuple], where: str) -> None:
+    """Raises ValueError where a field that is there has a value that this model can't have."""
+    for name, allowed in required.items():
+        if name in found and found[name] not in allowed:
+            raise ValueError(
+                f"{where}: {name} is {found[name]!r}; supported:"
+                f" {', '.join(repr(value) for value in allowed)}"
+            )

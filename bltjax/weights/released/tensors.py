@@ -1,0 +1,177 @@
+"""Released tensors into our parameters and back, by the mapping's pieces."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from bltjax.weights.lazy import DTYPES, Leaf, Tensor, finite, stacked
+from bltjax.weights.released.mapping import Piece
+
+STORED = (DTYPES["float32"], DTYPES["bfloat16"])  # what our exports hold
+
+
+def inner_shape(piece: Piece, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of what is at a piece's place."""
+    return shapes[piece.path][len(piece.place) :]
+
+
+def two_dimensional(path: str, inner: tuple[int, ...]) -> tuple[int, int]:
+    """(in, out) of one of our matrices: o and widen have two axes of input, the others one."""
+    noun = path.rpartition("/")[2].partition("_")[0]
+    axes = 2 if noun in ("o", "widen") else 1
+    return int(np.prod(inner[:axes])), int(np.prod(inner[axes:]))
+
+
+def tensor_shapes(
+    pieces: list[Piece], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The shape that each of their tensors must have, given those of our leaves."""
+    found: dict[str, tuple[int, ...]] = {}
+    for piece in pieces:
+        inner = inner_shape(piece, shapes)
+        if piece.kind == "table":
+            rows = max(found.get(piece.name, (0,))[0], piece.first + piece.rows)
+            found[piece.name] = (rows, inner[1])
+        elif piece.kind == "same":
+            found[piece.name] = inner
+        else:
+            found[piece.name] = two_dimensional(piece.path, inner)[::-1]
+    return found
+
+
+def check_tensors(
+    tensors: dict[str, Tensor],
+    pieces: list[Piece],
+    shapes: dict[str, tuple[int, ...]],
+    where: str,
+) -> None:
+    """Raises ValueError unless `tensors` are just those of `pieces`, in shape and dtype."""
+    expected = tensor_shapes(pieces, shapes)
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{where} lacks tensor {missing[0]} of shape {expected[missing[0]]}{more}; its config"
+            f" asks for {len(expected)} tensors, the files have {len(tensors)}"
+        )
+    extra = sorted(tensors.keys() - expected.keys())
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise ValueError(
+            f"{tensors[extra[0]].where} has tensor {extra[0]} of shape {tensors[extra[0]].shape}"
+            f"{more}, which its config has no place for"
+        )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"{tensors[name].where}: tensor {name} has shape {tensors[name].shape}; its config"
+                f" asks for {shape}"
+            )
+        if tensors[name].dtype not in DTYPES.values():
+            raise ValueError(
+                f"{tensors[name].where}: tensor {name} has dtype {tensors[name].dtype}, which is"
+                f" not one of {', '.join(DTYPES)}"
+            )
+
+
+def into_ours(piece: Piece, tensor: np.ndarray, inner: tuple[int, ...]) -> np.ndarray:
+    if piece.kind == "same":
+        return tensor
+    if piece.kind == "half_split":
+        width, heads, channels = inner
+        split = tensor.reshape(heads, 2, channels // 2, width)
+        return split.transpose(3, 0, 2, 1).reshape(inner)
+    return tensor.T.reshape(inner)
+
+
+def into_theirs(piece: Piece, array: np.ndarray) -> np.ndarray:
+    if piece.kind == "same":
+        return array
+    rows, columns = two_dimensional(piece.path, array.shape)
+    return array.reshape(rows, columns).T
+
+
+def leaves_of(
+    tensors: dict[str, Tensor], pieces: list[Piece], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Leaf]:
+    """Our leaves, read from their tensors; float16 becomes float32, which holds all of it.
+
+    A read raises NotFinite for a tensor that holds NaN or infinity.
+    """
+    tensors = {piece.name: finite(tensors[piece.name], piece.name) for piece in pieces}
+    by_path: dict[str, dict[tuple[int, ...], Piece]] = {}
+    for piece in pieces:
+        by_path.setdefault(piece.path, {})[piece.place] = piece
+    return {path: joined_leaf(tensors, found, shapes[path]) for path, found in by_path.items()}
+
+
+def joined_leaf(
+    tensors: dict[str, Tensor], pieces: dict[tuple[int, ...], Piece], shape: tuple[int, ...]
+) -> Leaf:
+    dtypes = {tensors[piece.name].dtype for piece in pieces.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
+    dtype = dtype if dtype in STORED else DTYPES["float32"]
+
+    def read(place: tuple[int, ...], rows: slice) -> np.ndarray:
+        piece = pieces[place]
+        tensor, inner = tensors[piece.name], shape[len(place) :]
+        begin, end, _ = rows.indices(inner[0])
+        if piece.kind != "table":
+            return into_ours(piece, tensor.all(), inner)[begin:end].astype(dtype)
+        held = max(begin, min(end, piece.rows))  # what lies beyond is padding, and zero
+        found = tensor.read(piece.first + begin, piece.first + held)
+        padded = np.zeros((end - begin, *inner[1:]), dtype)
+        padded[: held - begin] = found
+        return padded
+
+    return Leaf(shape, dtype, read)
+
+
+def tensors_of(
+    leaves: dict[str, Leaf], pieces: list[Piece], dtypes: dict[str, np.dtype]
+) -> dict[str, Tensor]:
+    """Their tensors, read from our leaves, in the leaf's dtype unless `dtypes` names another."""
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    expected = tensor_shapes(pieces, shapes)
+    by_name: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_name.setdefault(piece.name, []).append(piece)
+
+    def tensor_of(name: str, found: list[Piece]) -> Tensor:
+        leaf = leaves[found[0].path]
+        dtype = dtypes.get(name, leaf.dtype)
+
+        def read(begin: int, end: int) -> np.ndarray:
+            if found[0].kind != "table":
+                array = leaf.read(found[0].place, slice(None))
+                return into_theirs(found[0], array)[begin:end].astype(dtype)
+            parts = []
+            for piece in found:
+                low, high = max(begin, piece.first), min(end, piece.first + piece.rows)
+                if low < high:
+                    rows = slice(low - piece.first, high - piece.first)
+                    parts.append(leaf.read(piece.place, rows))
+            return np.concatenate(parts).astype(dtype)
+
+        return Tensor(expected[name], dtype, read, "")
+
+    return {name: tensor_of(name, found) for name, found in by_name.items()}
+
+
+def odd_dtypes(tensors: dict[str, Tensor], leaves: dict[str, Leaf], pieces: list[Piece]) -> dict:
+    """Tensors by name whose dtype differs from the leaf they became part of: to give it back."""
+    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+    return {
+        piece.name: names[tensors[piece.name].dtype]
+        for piece in pieces
+        if tensors[piece.name].dtype != leaves[piece.path].dtype
+    }
+
+
+def check_stacked(paths: Iterable[str], pieces: list[Piece]) -> None:
+    """Every one of our leaves has its pieces: a mistake of ours if not, found before any copy."""
+    covered = {piece.path for piece in pieces}
+    lost = sorted(set(paths) - covered)
+    odd = sorted(piece.path for piece in pieces if stacked(piece.path) != bool(piece.place))
+    if lost or odd:
+        raise RuntimeError(f"parameters without a tensor: {lost}; of another rank: {odd}")
