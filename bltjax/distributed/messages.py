@@ -2,7 +2,7 @@
 
 Where a library raises one kind of error for many reasons, only its text tells them apart, and a new
 version may word it differently. So each text stands here once, and a test makes the library raise
-the error for real (tests/test_messages.py); an entry without such a test fails it.
+the error for real (tests/distributed/test_messages.py); an entry without such a test fails it.
 """
 
 import errno

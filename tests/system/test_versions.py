@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from bltjax.__main__ import main
 from bltjax.system import versions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 from oldest import constraints  # noqa: E402
 

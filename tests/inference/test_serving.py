@@ -27,7 +27,7 @@ from bltjax.weights.export import load_params
 from bltjax.weights.lazy import leaf_of
 from bltjax.weights.stored import ModelFiles
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What the README shows is run in a process that can't import ours, nor what ours is built on.
 WITHOUT_US = """
 import sys

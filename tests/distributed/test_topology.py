@@ -86,7 +86,7 @@ def test_libtpu_knows_the_chips(kind, monkeypatch):
 
 
 def test_the_readme_lists_what_the_table_has():
-    text = (Path(__file__).parents[1] / "README.md").read_text().split("## Planning a pod")[1]
+    text = (Path(__file__).parents[2] / "README.md").read_text().split("## Planning a pod")[1]
     for kind, chip in CHIPS.items():
         cells = re.search(rf"^\| {kind}\b.*$", text, re.MULTILINE)[0].split("|")
         told = [float(re.match(r"\s*([\d.]+)", cell)[1]) for cell in cells[2:5]]

@@ -17,7 +17,7 @@ EIGHT = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
 }
-FOLDER = Path(__file__).parent / "eight_devices"
+FOLDER = Path(__file__).parents[1] / "eight_devices"
 
 
 @pytest.mark.parametrize(

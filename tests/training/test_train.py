@@ -21,7 +21,7 @@ from bltjax.training.profiling import Profile
 from bltjax.training.step import TrainState, make_train_step, run_optimizer
 from bltjax.weights.export import load_params
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = "tests/tiny.py"
 
 

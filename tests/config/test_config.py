@@ -133,7 +133,7 @@ def test_arguments_of_a_config():
     with pytest.raises(ValueError, match="takes no argument; drop ':big'"):
         load_config("configs/blt_1b.py:big")
     with pytest.raises(ValueError, match="has no function get_config"):
-        load_config("tests/test_config.py")
+        load_config("tests/config/test_config.py")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import test_saving
+import test_checkpoint
 from faults import can_mount
 from jax.sharding import SingleDeviceSharding
 from private_names import forget_devices
@@ -24,7 +24,7 @@ from bltjax.distributed.processes import describe, lost_another
 from bltjax.distributed.topology import read_topology
 from bltjax.planning import aot
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 from local_pod import free_port  # noqa: E402
 
@@ -142,7 +142,7 @@ MARKS = {
     "larger than a chip": needs_libtpu,
     "broken collective": pytest.mark.slow,
 }
-# Tests of tests/test_saving.py that provoke messages of reading a checkpoint.
+# Tests of tests/training/test_checkpoint.py that provoke messages of reading a checkpoint.
 READING = {
     "storage away": "test_a_storage_that_is_away_is_no_damage",
     "storage refuses": "test_what_may_not_be_read_is_not_damaged",

@@ -23,7 +23,7 @@ from bltjax.text.ngram_hash import hash_ids
 
 pytestmark = pytest.mark.smoke
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 META = json.loads((GOLDEN / "meta.json").read_text())
 TOLERANCE = 2e-5
 

@@ -15,7 +15,7 @@ from test_train import command, losses
 from bltjax.__main__ import main
 from bltjax.distributed.processes import RESTART, lost_another, together
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
 import local_pod  # noqa: E402
 

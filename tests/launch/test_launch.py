@@ -13,7 +13,7 @@ import yaml
 
 from bltjax.distributed.topology import CHIPS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("tpu_vm", "gke", "slurm")
 IMAGE = "us-docker.pkg.dev/p/i/bltjax:1"
 TRAIN = ["--", "train", "--config=configs/blt_1b.py", "--workdir=gs://b/run"]

@@ -140,7 +140,7 @@ def test_contexts_of_a_config(tmp_path):
     """Any BLT can be timed; one that needs no byte LM gets patches of four bytes by counting."""
     config = tmp_path / "space.py"
     config.write_text(f"""
-exec(open({str(Path(__file__).parent / "tiny.py")!r}).read())
+exec(open({str(Path(__file__).parents[1] / "tiny.py")!r}).read())
 tiny = get_config
 def get_config(_=""):
     config = tiny("blt")

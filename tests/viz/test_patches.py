@@ -14,7 +14,7 @@ from bltjax.viz.cuts import cut_text, glyph, patch_strings, terminal
 from bltjax.viz.html import page
 from bltjax.viz.png import draw, title_lines
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = 'if x:\n\treturn "你好 😀"  # café\n'
 
 

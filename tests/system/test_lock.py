@@ -22,7 +22,7 @@ from bltjax.__main__ import main
 from bltjax.convert.convert import convert
 from bltjax.system import lock, lock_file, owner
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ELSEWHERE = {"host": "tpu-vm-3", "boot": "another", "machine": "another"}
 
 

@@ -33,7 +33,7 @@ from bltjax.system.compiling import (
     skip_cache,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 COMPILE = "/jax/core/compile/backend_compile_duration"
 

@@ -26,7 +26,7 @@ VECTORS = {
 }
 
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def exact_ids(x_N, prime, size, rows, begins_N):

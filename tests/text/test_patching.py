@@ -27,7 +27,7 @@ from bltjax.text.patching import (
 
 pytestmark = pytest.mark.smoke
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 H = [0, 5, 9, 13, 17, 3, 9, 9]
 GLOBAL = PatchingConfig(threshold=1.0)
 MONOTONIC = PatchingConfig(threshold=1.0, monotonic=True)

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from test_commands import error_of
 from test_meta import hub_folder, same_files
-from test_port import written
+from test_hf import written
 
 import bltjax
 from bltjax.__main__ import main

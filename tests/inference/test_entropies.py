@@ -19,7 +19,7 @@ from bltjax.data.records import RecordDocuments
 from bltjax.inference.corpus import bars, write_report
 from bltjax.inference.entropies import write_entropies
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
