@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from etils import epath
-from test_entropies import contents, part
 from test_checkpoint import CONFIG, small_state
+from test_entropies import contents, part
 from test_train import command, losses
 
 from bltjax.__main__ import main

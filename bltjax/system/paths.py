@@ -210,7 +210,7 @@ def local_matches(pattern: str) -> list[str]:
     first = parts.index("**")
     head, rest = "/".join(parts[:first]), parts[first + 1 :]
     tops = glob.glob(head) if head else ["/" if first else ""]
-    found = [] if rest else tops
+    found = [] if rest else [top for top in tops if os.path.isdir(top)]
     for folder in folders_below(tops):
         found += local_matches(os.path.join(glob.escape(folder), "/".join(rest or ["*"])))
     return found

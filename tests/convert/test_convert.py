@@ -8,8 +8,8 @@ import port
 import pytest
 from etils import epath
 from test_commands import error_of
-from test_meta import hub_folder, same_files
 from test_hf import written
+from test_meta import hub_folder, same_files
 
 import bltjax
 from bltjax.__main__ import main

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import test_checkpoint
 from faults import can_mount
 from jax.sharding import SingleDeviceSharding
 from private_names import forget_devices

@@ -69,7 +69,7 @@ def test_processes_that_differ_are_named(runs, tmp_path):
     for process in processes:
         error = process.communicate()[1]
         assert process.returncode == 1, error
-        assert "process 1 (" in error and "bltjax.config.run.optimizer.lr: 0.003 -> 0.5" in error
+        assert "process 1 (" in error and "bltjax.config.optimizer.lr: 0.003 -> 0.5" in error
         assert "versions.sources: " in error
     assert not (tmp_path / "run").exists()
 

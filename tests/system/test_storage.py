@@ -69,11 +69,11 @@ def test_patterns_with_stars_name_what_they_did(tmp_path, monkeypatch):
     for pattern in (
         "**/*.txt", "**", "b/**", "b/**/", "**/c/**/*.txt", "**/**", "*/**/f.txt", "**/.i",
         "**.txt", "[[]x]/**/*.txt", ".h/**", f"{tmp_path}/**/*.txt", "none/**", "**/c/*", "*.txt",
-        "a.txt/**",
     ):  # fmt: skip
         expected = {os.path.normpath(p) for p in glob.glob(pattern, recursive=True)}
         expected = sorted(p for p in expected if os.path.isfile(p))
         assert sorted(map(str, matches(pattern))) == expected, pattern
+    assert not matches("a.txt/**")  # the library finds the file itself, but not on Python 3.13
 
 
 def test_links_in_circles_end(tmp_path):

@@ -14,8 +14,8 @@ import port
 import pytest
 from etils import epath
 from test_commands import error_of
-from test_meta import hub_folder
 from test_hf import written
+from test_meta import hub_folder
 
 from bltjax.__main__ import main
 from bltjax.convert.convert import convert, open_model
