@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,9 +27,9 @@ from bltjax.weights.lazy import leaf_of
 from bltjax.weights.stored import ModelFiles
 
 ROOT = Path(__file__).parents[2]
-# What the README shows is run in a process that can't import ours, nor what ours is built on.
+# launch/serve_export.py runs in a process that can import neither our code nor its foundations.
 WITHOUT_US = """
-import sys
+import json, runpy, sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
@@ -40,15 +39,25 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 """
 RUN = """
+program, export, *prompts = json.loads(sys.argv[1])
+server = runpy.run_path(program)["Server"](export)
 assert not {"bltjax", "flax", "orbax"} & sys.modules.keys()
-for prompt in json.loads(sys.argv[1]):
-    print(bytes(continued(bytes.fromhex(prompt), 40)).hex())
+for prompt in prompts:
+    print(bytes(server.continued(bytes.fromhex(prompt), 40)).hex())
 """
+MAIN = """
+program, export = json.loads(sys.argv.pop())
+sys.argv[1:] = [export, "--max_bytes=40"]
+runpy.run_path(program, run_name="__main__")
+"""
+SERVER = str(ROOT / "launch" / "serve_export.py")
 
 
-def readme_server() -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return code
+def without_us(code: str, words: list, lines: bytes = b"") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_US + code, json.dumps(words)],
+        input=lines, env={"JAX_PLATFORMS": "cpu"}, capture_output=True,
+    )  # fmt: skip
 
 
 def greedy(decoder: Decoder, prompt: bytes, max_bytes: int) -> bytes:
@@ -81,20 +90,25 @@ def test_a_server_without_our_code_writes_the_same(runs, tmp_path, capsys):
     runs.run("convert", runs.blt, folder, "--serving=128", "--serving_patches=128")
     assert "serving: 4 programs" in capsys.readouterr().out
     prompts = [b"", b"the patch", b"\xff\xfe zl", TEXT.encode()[:70], TEXT.encode()[:125]]
-    code = WITHOUT_US + readme_server().replace('"EXPORT"', f'"{folder}"') + RUN
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code, json.dumps([prompt.hex() for prompt in prompts])],
-        cwd=tmp_path, env={"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = [SERVER, str(folder), *(prompt.hex() for prompt in prompts)]
+    done = without_us(RUN, words)
+    assert done.returncode == 0, done.stderr.decode()
     config, params, _ = load_params(folder)
     decoder = Decoder(config, params, *run_patching(config, folder))
     *expected, beginning = [greedy(decoder, prompt, 40) for prompt in prompts]
-    *found, cut = [bytes.fromhex(line) for line in done.stdout.splitlines()]
+    *found, cut = [bytes.fromhex(line) for line in done.stdout.decode().splitlines()]
     assert found == expected and len(expected[1]) > 10
     # After BOS and 125 bytes there is room for 2 more, and the byte after them; one fewer if they
     # were as many patches.
     assert beginning[:2] == cut[:2] and beginning.startswith(cut) and len(cut) <= 3
+
+    # The program itself: a prompt per line, a text per line. A prompt that is too long ends it.
+    lines = b"\n".join([prompts[1], prompts[2], b"x" * 128])
+    done = without_us(MAIN, [SERVER, str(folder)], lines)
+    assert done.returncode == 1
+    assert b"128 bytes; this export takes at most 127" in done.stderr
+    written = [prompts[1] + expected[1], prompts[2] + expected[2]]
+    assert done.stdout == b"".join(text + b"\n" for text in written)
 
     about = json.loads((folder / "serving" / "serving.json").read_text())
     assert about["prompts"] == [64, 128] and about["compute_dtype"] == "float32"
