@@ -10,6 +10,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+from readmes import READMES
 
 from bltjax.distributed.topology import CHIPS
 
@@ -272,7 +273,8 @@ def test_words_reach_a_host_as_they_were_written():
 
 def test_commands_that_readers_are_shown():
     cells = json.loads((ROOT / "launch/colab.ipynb").read_text())["cells"]
-    texts = [(ROOT / "README.md").read_text(), *("".join(cell["source"]) for cell in cells)]
+    texts = [path.read_text(encoding="utf-8") for path in READMES]
+    texts += ["".join(cell["source"]) for cell in cells]
     commands = [
         command.replace("\\\n", " ")
         for text in texts
