@@ -1,13 +1,16 @@
 """The commands as a person types them: what they write, print and refuse."""
 
+import argparse
 import json
 import shutil
 
 import numpy as np
 import pytest
+from readmes import READMES, ROOT, shown_commands
 
-from bltjax.__main__ import VERBS, main
+from bltjax.__main__ import VERBS, main, program_of
 from bltjax.config.data import SourceConfig
+from bltjax.config.load import load_config
 from bltjax.config.model import PatchingConfig
 from bltjax.data.calibrate import calibrate, mean_patch_bytes
 from bltjax.data.records import Document, RecordDocuments
@@ -20,6 +23,28 @@ def test_help(verb, capsys):
         main([verb, "--help"])
     assert stopped.value.code == 0
     assert VERBS[verb] in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, id=f"{path.relative_to(ROOT)}: {' '.join(words)}"[:80])
+        for path in READMES
+        for words in shown_commands(path)
+        if "..." not in words
+    ],
+)
+def test_commands_in_the_readmes_are_valid(words):
+    """Every verb and option exists, and so does every setting that is overridden."""
+    verb, *words = words
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    program_of(verb).add_arguments(parser)
+    args, rest = parser.parse_known_args(words)
+    overrides = [word.removeprefix("--config.").replace("NATS", "1.5") for word in rest]
+    assert all(word.startswith("--config.") for word in rest)
+    assert not overrides or verb in ("train", "plan")
+    if verb in ("train", "plan"):
+        load_config(args.config, overrides)
 
 
 def test_unknown_options_and_verbs(capsys):

@@ -1,4 +1,4 @@
-"""The READMEs list rooms, and files within them, in import order, and leave none out."""
+"""The READMEs list rooms and files in import order, leave none out, and lead to what exists."""
 
 import ast
 import re
@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+import pytest
+from readmes import READMES, ROOT
 
 
 def rooms() -> list[str]:
@@ -105,3 +106,32 @@ def test_private_names_of_libraries_stand_in_two_files():
         if PRIVATE.search(path.read_text())
     }
     assert named == {"bltjax/distributed/coordinator.py", "tests/private_names.py"}
+
+
+def test_the_readme_is_a_door():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_readme_names_exists(path):
+    """Every relative link with its anchor, and every test, file and folder in backquotes."""
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        there = (path.parent / name) if name else path
+        assert there.exists(), f"{link} leads nowhere"
+        assert not anchor or anchor in anchors(there), f"{link}: there is no such heading"
+    for name in re.findall(r"`((?:bltjax|configs|launch|tests)/[\w/.]*)", text):
+        assert (ROOT / name).exists(), f"there is no {name}"
+    tests = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/*.py")}
+    code = "".join(tests.values())
+    for name in re.findall(r"`(test_\w+(?:\.py)?)`", text):
+        assert name in tests or f"def {name}(" in code, f"there is no {name}"
