@@ -16,7 +16,7 @@ NATS is what `python -m bltjax calibrate --records=WORKDIR/records/train --mean=
 is 46.7 GFLOP of the byte LM and 86.0 of BLT (`bltjax/model/flops.py`), in 350 and 190 steps the
 same 16.3 TFLOP: the byte LM is the baseline that BLT has to beat, besides placing its patches.
 Parameters, Adam's moments and gradients in fp32 take 15 and 171 MB, so any machine holds them. What
-to expect are the README's figures, of a real run.
+to expect are the main README's figures, of a real run.
 
 Besides, the paper's small CNN scorer:
 

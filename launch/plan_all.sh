@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compiles the training steps of the README's table of plans, one after the other, and prints the
-# table. No TPU is needed; an 8B takes six to eight minutes of a core and 7 GB of memory. Run it again
-# and it goes on where it stopped: a plan that lies in the work directory isn't compiled anew.
+# Compiles the training steps of the table of plans in bltjax/benchmark/README.md, one after the
+# other, and prints the table. No TPU is needed; an 8B takes six to eight minutes of a core and 7 GB
+# of memory. Run it again to resume: a plan that lies in the work directory isn't compiled anew.
 #   bash launch/plan_all.sh [--workdir DIR] [--only WORD]
 set -euo pipefail
 cd "$(dirname "$0")/.."

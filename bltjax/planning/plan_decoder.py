@@ -66,7 +66,7 @@ class GenerationPlan:
         return self.moved and self.rows * self.topology.chip.hbm_rate / self.moved
 
     def summary(self) -> dict:
-        """For programs: names and units as the README lists them."""
+        """The plan as JSON values, for programs."""
         return {
             "topology": self.topology.name,
             "mesh": self.mesh,

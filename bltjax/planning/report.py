@@ -44,7 +44,7 @@ class Plan:
     unknown_loops: int = 0
 
     def summary(self) -> dict:
-        """For programs: names and units as the README lists them."""
+        """The plan as JSON values, for programs."""
         flops = dataclasses.asdict(self.flops) | {"ratio": self.flops.ratio}
         memory = {
             name: int(getattr(self.memory, name))
