@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import test_checkpoint
 from faults import can_mount
 from jax.sharding import SingleDeviceSharding
 from private_names import forget_devices
@@ -152,7 +153,7 @@ WRITERS = {"tensorstore": save_array, "array_record": save_records}
 
 def test_every_known_message_is_provoked():
     assert PROVOKED.keys() | {"disk full"} | READING.keys() == KNOWN_MESSAGES.keys()
-    assert all(callable(getattr(test_saving, name)) for name in READING.values())
+    assert all(callable(getattr(test_checkpoint, name)) for name in READING.values())
     assert KNOWN_MESSAGES["disk full"].library == ", ".join(WRITERS)
 
 
