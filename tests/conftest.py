@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bltjax.__main__ import main
 from bltjax.config.data import SourceConfig
-from bltjax.config.load import load_config
+from bltjax.families import load_config
 from bltjax.inference.entropies import write_entropies
 from bltjax.system.environment import keep_buffers
 from bltjax.training.train import train

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from bltjax.model.build import leaf_shapes
+from bltjax.families import leaf_shapes
 from bltjax.text.alphabet import encode
 from bltjax.weights.lazy import Tensor
 from bltjax.weights.released.hf_settings import read_settings
@@ -105,8 +105,8 @@ def tensors_by_rule(shapes: dict, dtypes: dict | None = None) -> dict[str, Tenso
 
 def shapes_of(config, byte_lm) -> dict:
     """The shape of each tensor of the port, of our configs."""
-    found = tensor_shapes(blt_pieces(PORT, config.blt), leaf_shapes(config))
-    pieces = byte_lm_pieces(PORT, byte_lm.byte_lm)
+    found = tensor_shapes(blt_pieces(PORT, config.model), leaf_shapes(config))
+    pieces = byte_lm_pieces(PORT, byte_lm.model)
     return found | tensor_shapes(pieces, leaf_shapes(byte_lm))
 
 

@@ -2,16 +2,18 @@
 
 import numpy as np
 
+from bltjax.data.batches import PatchBatch, target_bytes_of
 
-def random_batch(data, random: np.random.Generator) -> dict[str, np.ndarray]:
+
+def random_batch(data, random: np.random.Generator) -> PatchBatch:
     """As the pipeline makes them, of the rows that a DataConfig says."""
     shape = (data.rows, data.row_bytes)
     starts = random.random((data.rows, data.row_bytes + 1)) < 0.3
     starts[:, :2] = True
-    return {
-        "bytes_BN": random.integers(4, 260, shape).astype(np.int32),
-        "targets_BN": random.integers(4, 260, shape).astype(np.int32),
-        "weights_BN": (random.random(shape) < 0.9).astype(np.float32),
-        "starts_BN1": starts,
-        "documents_BN": np.ones(shape, np.int32),
-    }
+    bytes_BN = random.integers(4, 260, shape).astype(np.int32)
+    targets_BN = random.integers(4, 260, shape).astype(np.int32)
+    weights_BN = (random.random(shape) < 0.9).astype(np.float32)
+    return PatchBatch(
+        bytes_BN, np.ones(shape, np.int32), starts, targets_BN, weights_BN,
+        target_bytes_of(targets_BN, weights_BN),
+    )  # fmt: skip

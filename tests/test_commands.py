@@ -10,11 +10,11 @@ from readmes import READMES, ROOT, shown_commands
 
 from bltjax.__main__ import VERBS, main, program_of
 from bltjax.config.data import SourceConfig
-from bltjax.config.load import load_config
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.data.calibrate import calibrate, mean_patch_bytes
 from bltjax.data.records import Document, RecordDocuments
 from bltjax.evaluation.evaluate import compressor_bits, evaluate
+from bltjax.families import load_config
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -88,7 +88,7 @@ def test_evaluation_does_not_depend_on_order(runs, tmp_path):
 def test_evaluation_errors_come_first(runs, tmp_path, monkeypatch, capsys):
     """Before the model is loaded, with the option and the path that were typed."""
     monkeypatch.setattr("bltjax.evaluation.evaluate.load_params", None)
-    monkeypatch.setattr("bltjax.evaluation.evaluate.run_patching", None)
+    monkeypatch.setattr("bltjax.evaluation.evaluate.load_scorer", None)
     source = tmp_path / "text.txt"
     source.write_text("some text")
     (tmp_path / "empty.txt").write_text("")
@@ -164,14 +164,14 @@ def test_calibration_reaches_its_target():
         Document(np.zeros(200, np.uint8), random.uniform(0, 5, 201).astype(np.float32))
         for _ in range(20)
     ]
-    threshold, tried = calibrate(documents, PatchingConfig(), 4.5)
-    found = mean_patch_bytes(documents, PatchingConfig(threshold=threshold))
+    threshold, tried = calibrate(documents, Patching(), 4.5)
+    found = mean_patch_bytes(documents, Patching(threshold=threshold))
     assert found == pytest.approx(4.5, rel=0.01) and len(tried) > 3
     with pytest.raises(ValueError, match=r"no threshold gives a mean of 1000 bytes"):
-        calibrate(documents, PatchingConfig(), 1000)
+        calibrate(documents, Patching(), 1000)
     for target in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"not > 0"):
-            calibrate(documents, PatchingConfig(), target)
+            calibrate(documents, Patching(), target)
 
 
 def test_calibration_that_comes_nowhere_near():
@@ -180,8 +180,8 @@ def test_calibration_that_comes_nowhere_near():
     with pytest.raises(
         ValueError, match=r"are 1\.000 bytes at (1\.9+|2\.0+) nats and 1\.500 bytes at 2"
     ):
-        calibrate(documents, PatchingConfig(), 1.25)
-    threshold, tried = calibrate(documents, PatchingConfig(), 1.45)  # within 5 %, with a warning
+        calibrate(documents, Patching(), 1.25)
+    threshold, tried = calibrate(documents, Patching(), 1.45)  # within 5 %, with a warning
     assert dict(tried)[threshold] == 1.5
 
 

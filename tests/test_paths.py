@@ -19,11 +19,11 @@ from test_storage import bucket  # noqa: F401
 
 from bltjax.__main__ import main
 from bltjax.config.data import SourceConfig
-from bltjax.config.fields import from_dict, to_dict
-from bltjax.config.load import load_config
-from bltjax.config.model import PatchingConfig
+from bltjax.config.fields import to_dict
+from bltjax.config.model import Patching
 from bltjax.config.run import RunConfig
 from bltjax.data.sources.by_path import open_source
+from bltjax.families import load_config, parse
 from bltjax.system.paths import (
     NAME_BYTES,
     check_arrays_path,
@@ -128,7 +128,7 @@ def check_sources(name: str) -> None:
     config = load_config(f"{TINY}:byte_lm", [*paths, f"data.train.text.field={name}"])
     source = config.data.train["text"]
     assert (source.path, source.field) == (f"./{name}", name)  # no Python literal, no number
-    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert parse(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
 @pytest.mark.parametrize("name", NASTY)
@@ -199,7 +199,7 @@ def test_a_user_s_home_is_expanded(tmp_path, monkeypatch):
         assert expanded("~/new/*.txt") == f"{home}/new/*.txt" and expanded("~") == str(home)
         assert str(path_of("~/new")) == str(home / "new")
         assert SourceConfig("~/x", data_dir="~/tfds").data_dir == str(home / "tfds")
-        bpe = PatchingConfig(mode="bpe", tokenizer="~/tokenizer.json")
+        bpe = Patching(mode="bpe", tokenizer="~/tokenizer.json")
         assert bpe.tokenizer == str(home / "tokenizer.json")
         settings = [f"{name}=~/run" for name in ("entropy_model", "init_from")]
         settings += [f"data.{part}.text.path=~/*.txt" for part in ("train", "held_out")]
@@ -207,7 +207,7 @@ def test_a_user_s_home_is_expanded(tmp_path, monkeypatch):
         assert config.entropy_model == config.init_from == str(home / "run")
         # A run of before, whose settings have it as it was written, has the same config.
         old = to_dict(config) | {"entropy_model": "~/run"}
-        assert from_dict(RunConfig, old) == config
+        assert parse(RunConfig, old) == config
         # What such a path made when nothing was expanded is still found.
         Path("~").mkdir()
         Path("~/run").mkdir()

@@ -20,7 +20,6 @@ import bltjax
 from bltjax.__main__ import main
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.placement import load_onto
-from bltjax.inference.entropy import run_patching
 from bltjax.system import environment
 from bltjax.system.environment import (
     OVERRULED,
@@ -175,8 +174,7 @@ def test_a_notebook_with_64_bit_types(runs, expected):
 @pytest.mark.slow
 def test_drafts_with_64_bit_types(runs):
     def texts():
-        config, params, _ = load_onto(None, runs.blt, None)
-        decoder = Decoder(config, params, *run_patching(config, runs.blt), draft=3)
+        decoder = Decoder(load_onto(None, runs.blt, None), draft=3)
         found = {}
         for piece in decoder.generate([b"the patch", b"a"], max_bytes=9, stop=[b"zz"]):
             found[piece.row] = found.get(piece.row, b"") + piece.text

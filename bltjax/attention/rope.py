@@ -1,11 +1,34 @@
 """Rotary positions on interleaved channel pairs (2i, 2i + 1), angles and rotation in fp32."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
 import numpy as np
 
-from bltjax.config.model import RopeScalingConfig
+from bltjax.config.fields import positive
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """Llama 3.1's scaling of rotary rates, for contexts longer than they were trained at.
+
+    Channels that turn fewer than `low_turns` times within `positions` turn `factor` times slower,
+    those that turn more than `high_turns` times as before, and those between partly.
+    """
+
+    factor: float = 8.0
+    low_turns: float = 1.0
+    high_turns: float = 4.0
+    positions: int = 8192
+
+    def __post_init__(self):
+        positive(self, "factor", "low_turns", "high_turns", "positions")
+        if self.high_turns <= self.low_turns:
+            raise ValueError(
+                f"rope_scaling.high_turns ({self.high_turns}) must exceed low_turns"
+                f" ({self.low_turns})"
+            )
 
 
 def scaled_rates(rate_C, scaling: RopeScalingConfig):

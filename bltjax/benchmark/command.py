@@ -23,18 +23,13 @@ import sys
 
 from bltjax.benchmark.attention import attention_words, benchmark_attention
 from bltjax.benchmark.convert import benchmark_convert
-from bltjax.benchmark.generate import (
-    BYTES,
-    WHOLE_BYTES,
-    context_words,
-    speed_words,
-)
+from bltjax.benchmark.generate import BYTES, WHOLE_BYTES, context_words, speed_words
 from bltjax.benchmark.input import DOCUMENT_BYTES, benchmark_input, benchmark_slots
 from bltjax.benchmark.tables import benchmark_tables, table_words
 from bltjax.benchmark.train import MODEL, run_config
 from bltjax.benchmark.worker import Worker, medians
 from bltjax.config.arguments import local_path_argument
-from bltjax.model.flops import training_flops
+from bltjax.families import training_flops
 from bltjax.progress import duration, quantity
 
 WHAT = ("train", "rows", "tables", "attention", "slots", "input", "convert", "generate")

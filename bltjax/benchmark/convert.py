@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from bltjax.config.load import load_config
-from bltjax.model.build import leaf_shapes
+from bltjax.families import leaf_shapes, load_config, model_config
 from bltjax.weights.lazy import DTYPES, Tensor
 from bltjax.weights.released.hf import port_settings
-from bltjax.weights.released.mapping import PORT, blt_pieces, byte_lm_pieces
+from bltjax.weights.released.mapping import PIECES, PORT
 from bltjax.weights.released.tensors import tensor_shapes
 from bltjax.weights.safetensors import write_folder
 
@@ -32,8 +31,9 @@ def made_up(shape: tuple[int, ...], noise: np.ndarray) -> Tensor:
 def benchmark_convert(config: str, byte_lm: str, folder: Path) -> dict:
     """Writes a folder of the transformers port with made-up weights, and times its import."""
     run, lm, dtype = load_config(config), load_config(byte_lm), DTYPES["bfloat16"]
-    shapes = tensor_shapes(blt_pieces(PORT, run.blt), leaf_shapes(run))
-    shapes |= tensor_shapes(byte_lm_pieces(PORT, lm.byte_lm), leaf_shapes(lm))
+    run, lm = model_config(run), model_config(lm)
+    shapes = tensor_shapes(PIECES["blt"](PORT, run.model), leaf_shapes(run))
+    shapes |= tensor_shapes(PIECES["byte_lm"](PORT, lm.model), leaf_shapes(lm))
     noise = np.random.default_rng(0).standard_normal(1 << 24, np.float32).astype(dtype)
     tensors = {name: made_up(shape, noise) for name, shape in shapes.items()}
     with tempfile.TemporaryDirectory(dir=folder, prefix="bltjax-convert-") as room:

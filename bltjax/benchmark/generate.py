@@ -13,14 +13,15 @@ the threshold for patches of 4.49 in the text itself. Specials have no weight in
 model would end its text at any byte.
 """
 
+import dataclasses
 import functools
 import time
 
 import numpy as np
 
-from bltjax.config.data import DataConfig
-from bltjax.config.model import BLTConfig, ByteLMConfig, PatchingConfig
-from bltjax.config.run import RunConfig
+from bltjax.config.model import ModelConfig, Patching
+from bltjax.model.blt.config import BLTConfig
+from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.progress import quantity
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import OFFSET, VOCABULARY, encode
@@ -32,7 +33,6 @@ PLACES = 64  # tried for a prompt
 CHUNK, CHUNKS = 32, 3  # bytes that a context is timed over: all chunks but the first
 PATCH_BYTES, NEVER = 4, 100.0  # of a context's patches: longest, and a threshold above them all
 LONGEST = 32768
-DATA = DataConfig(row_bytes=LONGEST, row_patches=LONGEST)
 TRIES = 20
 
 
@@ -50,55 +50,56 @@ def without_specials(params: dict) -> dict:
     return params
 
 
-def random_params(run: RunConfig, seed: int) -> dict:
+def random_params(config: ModelConfig, seed: int) -> dict:
     """Parameters as training begins with them, but for the head's columns of specials; in the
     dtype that the run computes in, but for norms, so that no more is ever held."""
     import jax
 
-    from bltjax.model.build import initial_params, make_model, narrowed, resolved
+    from bltjax.families import initial_params, resolved
+    from bltjax.model.params import narrowed
 
-    model = make_model(run.model, 2, np.float32, "dense")  # no attention is part of a shape
-    dtype = resolved(run, jax.devices()[0]).compute_dtype
+    dtype = resolved(config, jax.devices()[0]).compute_dtype
 
     @jax.jit
     def drawn(key):
-        return narrowed(without_specials(initial_params(model, key)), dtype)
+        return narrowed(without_specials(initial_params(config.model, key)), dtype)
 
     return drawn(random_key(seed))
 
 
-def random_byte_lm(config: ByteLMConfig):
-    from bltjax.inference.entropy import EntropyModel
+def random_byte_lm(settings: ByteLMConfig):
+    """A byte LM with random parameters."""
+    from bltjax.families import Model
 
-    run = RunConfig(byte_lm=config, data=DATA, compute_dtype="float32")
-    return EntropyModel(config, random_params(run, 1), "", False, run, 0)
+    config = ModelConfig(settings, None, LONGEST, LONGEST, "float32")
+    return Model(config, random_params(config, 1))
 
 
 @functools.cache
-def model_parts(model: BLTConfig):
-    """What a Decoder is made of: (RunConfig, parameters, patching, byte LM), the same in every
-    process."""
+def random_model(settings: BLTConfig):
+    """A BLT with random parameters and a byte LM, the same in every process."""
+    from bltjax.families import Model
     from bltjax.inference.entropy import score_documents
 
     byte_lm = random_byte_lm(BYTE_LM)
     sample = np.frombuffer(text()[:8192], np.uint8)
     entropies, _ = score_documents(BYTE_LM, byte_lm.params, [sample])
     threshold = float(np.quantile(entropies[0], 1 - 1 / MEAN_PATCH))
-    patching = PatchingConfig(threshold=round(threshold, 4))
-    run = RunConfig(blt=model, data=DATA, patching=patching, compute_dtype="float32")
-    return run, random_params(run, 0), patching, byte_lm
+    patching = Patching(threshold=round(threshold, 4))
+    config = ModelConfig(settings, patching, LONGEST, LONGEST, "float32")
+    return Model(config, random_params(config, 0), byte_lm)
 
 
-def config_parts(path: str):
+def model_of_config(path: str):
     """The same of a config file's BLT, in its compute dtype; the byte LM is of the released one's
     sizes, and None where patches need none."""
-    from bltjax.config.load import load_config
+    from bltjax.families import Model, load_config, model_config
 
-    run = load_config(path)
-    if run.blt is None:
+    config = model_config(load_config(path))
+    if config.patching is None:
         raise ValueError(f"{path} trains a byte model: --contexts is of a BLT")
-    byte_lm = random_byte_lm(ByteLMConfig()) if run.patching.mode == "entropy" else None
-    return run, random_params(run, 0), run.patching, byte_lm
+    byte_lm = random_byte_lm(ByteLMConfig()) if config.by_entropy else None
+    return Model(config, random_params(config, 0), byte_lm)
 
 
 def context_side(model: BLTConfig | str, context_bytes: int):
@@ -114,13 +115,13 @@ def context_side(model: BLTConfig | str, context_bytes: int):
 
     # Patches of one length after every context, or their number would decide; the byte LM still
     # scores each byte.
-    parts = config_parts(model) if isinstance(model, str) else model_parts(model)
-    run_config, params, _, byte_lm = parts
-    patching = PatchingConfig(
-        mode="entropy" if byte_lm else "static",
+    made = model_of_config(model) if isinstance(model, str) else random_model(model)
+    patching = Patching(
+        mode="entropy" if made.entropy_model else "static",
         threshold=NEVER, max_patch_bytes=PATCH_BYTES, patch_bytes=PATCH_BYTES,
     )  # fmt: skip
-    decoder = Decoder(run_config, params, patching, byte_lm)
+    config = dataclasses.replace(made.config, patching=patching)
+    decoder = Decoder(made._replace(config=config))
     text = prompt_at(0, context_bytes)
     sampling = Sampling(temperature=1.0)  # a random model's greedy text runs in circles
 
@@ -228,7 +229,7 @@ def cached_side(model: BLTConfig, prompt_bytes: int, begin: int):
     """() -> what our decoder writes; a negative `begin` is sought."""
     from bltjax.inference.decoding.decoder import Decoder
 
-    decoder = Decoder(*model_parts(model))
+    decoder = Decoder(random_model(model))
 
     def write(begin: int) -> dict:
         pieces = decoder.generate([prompt_at(begin, prompt_bytes)], max_bytes=BYTES)
@@ -246,14 +247,14 @@ def whole_side(model: BLTConfig, prompt_bytes: int, begin: int):
     """() -> the beginning of the same text, by the whole model for every byte."""
     from bltjax.inference.decoding.uncached import Predictor
 
-    predictor, prompt = Predictor(*model_parts(model)), prompt_at(begin, prompt_bytes)
+    predictor, prompt = Predictor(random_model(model)), prompt_at(begin, prompt_bytes)
     return lambda: {"text": predictor.greedy(prompt, WHOLE_BYTES)[0].hex()}
 
 
 def port_side(model: BLTConfig, prompt_bytes: int, begin: int):
     """() -> the same text by transformers, with our weights."""
     from bltjax.convert.verify import port_model
-    from bltjax.model.build import flattened
+    from bltjax.model.params import flattened
     from bltjax.weights.lazy import leaf_of
     from bltjax.weights.stored import ModelFiles
 
@@ -262,12 +263,12 @@ def port_side(model: BLTConfig, prompt_bytes: int, begin: int):
     except ImportError as error:
         raise ValueError(f"the peer is not installed ({error}): pip install '.[parity]'") from None
 
-    def files(run: RunConfig, params, **more) -> ModelFiles:
-        leaves = {path: leaf_of(np.asarray(x)) for path, x in flattened(params).items()}
-        return ModelFiles(run, leaves, "run", {}, **more)
+    def files(one) -> ModelFiles:
+        leaves = {path: leaf_of(np.asarray(x)) for path, x in flattened(one.params).items()}
+        byte_lm = one.entropy_model and files(one.entropy_model)
+        return ModelFiles(one.config, leaves, "run", {}, byte_lm=byte_lm)
 
-    run, params, _, byte_lm = model_parts(model)
-    peer = port_model(files(run, params, byte_lm=files(byte_lm.run, byte_lm.params)))
+    peer = port_model(files(random_model(model)))
     ids = torch.from_numpy(encode(prompt_at(begin, prompt_bytes), eos=False)).long()[None]
 
     def write(count: int) -> dict:

@@ -15,7 +15,7 @@ from pydoc_data.topics import topics
 import numpy as np
 
 from bltjax.config.data import DataConfig, SourceConfig
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.data.calibrate import calibrate, sample_documents
 from bltjax.data.packing import fills
 from bltjax.data.pipeline import training_batches
@@ -61,13 +61,13 @@ def input_rate(folder: Path, *, blt: bool, repeats: int) -> dict[str, float]:
         row_patches=round(ROW_BYTES / MEAN_PATCH),
     )
     # Above it lies 1 of 4.5 numbers of the exponential law.
-    patching = PatchingConfig(threshold=float(np.log(MEAN_PATCH))) if blt else None
+    patching = Patching(threshold=float(np.log(MEAN_PATCH))) if blt else None
     batches = iter(training_batches(data, patching, seed=0, streams=range(ROWS)))
     rates = []
     for _ in range(1 + repeats):
         processor, clock, text_bytes = time.process_time(), time.perf_counter(), 0
         for _ in range(BATCHES):
-            text_bytes += int(next(batches)["weights_BN"].sum())
+            text_bytes += int(next(batches).weights_BN.sum())
         spent = (time.process_time() - processor, time.perf_counter() - clock)
         rates.append([text_bytes / seconds for seconds in spent])
     batches.close()
@@ -96,7 +96,7 @@ def benchmark_slots(records: list[str], row_bytes: int) -> dict:
     # As much of each, as the mixture has it.
     share = min([1 << 20, *(folder.manifest.total("text_bytes") for folder in documents)])
     sample = [document for folder in documents for document in sample_documents(folder, share, 0)]
-    threshold, _ = calibrate(sample, PatchingConfig(), MEAN_PATCH)
+    threshold, _ = calibrate(sample, Patching(), MEAN_PATCH)
     result = {"threshold": threshold, "row_bytes": row_bytes}
     for look_ahead in (1, 32):
         data = DataConfig(
@@ -106,7 +106,7 @@ def benchmark_slots(records: list[str], row_bytes: int) -> dict:
             row_patches=round(row_bytes / MEAN_PATCH),
             look_ahead=look_ahead,
         )
-        patching = PatchingConfig(threshold=threshold)
+        patching = Patching(threshold=threshold)
         batches = iter(training_batches(data, patching, seed=0, streams=range(data.rows)))
         drawn = [fills(next(batches), data.row_patches) for _ in range(max(8, 2**19 // row_bytes))]
         batches.close()

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bltjax.config.run import OptimizerConfig
-from bltjax.model.hash_tables import looked_up_backward
+from bltjax.model.blt.hash_tables import looked_up_backward
 
 # (tables, rows of each, channels, bytes of a batch): of `benchmark train`, of the quickstart.
 SIZES = {"benchmark": (6, 30000, 256, 4096), "quickstart": (6, 8000, 128, 16384)}

@@ -8,10 +8,12 @@ import os
 import numpy as np
 
 from bltjax.config.data import DataConfig
-from bltjax.config.model import BLTConfig, CrossConfig, HashConfig, LatentConfig, LocalConfig
 from bltjax.config.run import OptimizerConfig, RunConfig
+from bltjax.data.batches import PatchBatch, target_bytes_of
+from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import BOS, OFFSET
+from bltjax.text.ngram_hash import HashConfig
 from bltjax.weights.released.hf import port_settings
 
 MEAN_PATCH = 4.49  # bytes
@@ -25,10 +27,10 @@ MODEL = BLTConfig(
 
 def run_config(rows: int, row_bytes: int) -> RunConfig:
     data = DataConfig(rows=rows, row_bytes=row_bytes, row_patches=round(row_bytes / MEAN_PATCH))
-    return RunConfig(blt=MODEL, data=data, optimizer=OptimizerConfig(), compute_dtype="float32")
+    return RunConfig(MODEL, data=data, optimizer=OptimizerConfig(), compute_dtype="float32")
 
 
-def sample_batch(data: DataConfig) -> dict[str, np.ndarray]:
+def sample_batch(data: DataConfig) -> PatchBatch:
     """English of the standard library, a document a row, with P patches of random lengths."""
     from pydoc_data.topics import topics
 
@@ -43,13 +45,11 @@ def sample_batch(data: DataConfig) -> dict[str, np.ndarray]:
     starts_BN1[:, [0, 1, N]] = True
     for starts_N1 in starts_BN1:
         starts_N1[random.choice(np.arange(2, N), P - 2, replace=False)] = True
-    return {
-        "bytes_BN": ids_BN1[:, :-1],
-        "targets_BN": ids_BN1[:, 1:],
-        "weights_BN": np.ones((B, N), np.float32),
-        "starts_BN1": starts_BN1,
-        "documents_BN": np.ones((B, N), np.int32),
-    }
+    targets_BN, weights_BN = ids_BN1[:, 1:], np.ones((B, N), np.float32)
+    return PatchBatch(
+        ids_BN1[:, :-1], np.ones((B, N), np.int32), starts_BN1, targets_BN, weights_BN,
+        target_bytes_of(targets_BN, weights_BN),
+    )  # fmt: skip
 
 
 def our_step(config: RunConfig):
@@ -57,12 +57,12 @@ def our_step(config: RunConfig):
     import jax
     import jax.numpy as jnp
 
-    from bltjax.model.build import initial_params, resolved, run_model
+    from bltjax.families import initial_params, model_config, module_of, resolved
     from bltjax.training.step import TrainState, make_train_step, run_optimizer
 
     config = resolved(config, jax.devices()[0])
-    model, optimizer = run_model(config), run_optimizer(config)
-    params = jax.jit(lambda key: initial_params(model, key))(random_key(0))
+    model, optimizer = module_of(model_config(config)), run_optimizer(config)
+    params = jax.jit(lambda key: initial_params(config.model, key))(random_key(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
     batch = jax.device_put(sample_batch(config.data))
@@ -100,8 +100,8 @@ def transformers_step(config: RunConfig, *, fused: bool):
         fused=fused or None,  # None is torch's default
     )
     batch = sample_batch(config.data)
-    ids, targets = (torch.tensor(batch[name]).long() for name in ("bytes_BN", "targets_BN"))
-    begins = [np.flatnonzero(row) for row in batch["starts_BN1"]]
+    ids, targets = (torch.tensor(x).long() for x in (batch.bytes_BN, batch.targets_BN))
+    begins = [np.flatnonzero(row) for row in batch.starts_BN1]
     # Its lengths cover the row and not the next byte, which opens a patch: a last length of zero.
     lengths = torch.tensor(np.stack([np.append(np.diff(row), 0) for row in begins]))
 

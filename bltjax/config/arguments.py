@@ -10,15 +10,15 @@ from ml_collections import ConfigDict
 from bltjax.config.data import FORMATS, SourceConfig
 from bltjax.config.fields import from_dict
 from bltjax.config.load import apply_override
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.config.run import MeshConfig
 from bltjax.system.paths import check_name, check_utf8, expanded, is_remote, path_of
 
-DEFAULT_PATCHING = PatchingConfig()
+DEFAULT_PATCHING = Patching()
 
 
-def parse_scheme(text: str, base: PatchingConfig = DEFAULT_PATCHING) -> PatchingConfig:
-    """`entropy:monotonic=True,threshold=0.2` -> PatchingConfig; the mode comes first.
+def parse_scheme(text: str, base: Patching = DEFAULT_PATCHING) -> Patching:
+    """`entropy:monotonic=True,threshold=0.2` -> Patching; the mode comes first.
 
     Settings left out are those of `base`, if it has the same mode.
 
@@ -26,11 +26,11 @@ def parse_scheme(text: str, base: PatchingConfig = DEFAULT_PATCHING) -> Patching
       ValueError: for an unknown mode or setting, with the nearest name.
     """
     mode, _, settings = text.partition(":")
-    start = dataclasses.asdict(base if base.mode == mode else PatchingConfig())
+    start = dataclasses.asdict(base if base.mode == mode else Patching())
     tree = ConfigDict({"patching": start | {"mode": mode}})
     for setting in filter(None, settings.split(",")):
-        apply_override(tree, f"patching.{setting}")
-    return from_dict(PatchingConfig, tree.to_dict()["patching"], f"scheme {text!r}")
+        apply_override(tree, f"patching.{setting}", None)
+    return from_dict(Patching, tree.to_dict()["patching"], f"scheme {text!r}")
 
 
 def path_argument(text: str) -> epath.Path:

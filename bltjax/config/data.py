@@ -8,6 +8,17 @@ from bltjax.config.fields import FIXED, MAY_CHANGE, SAME_CONTENT, expand, one_of
 FORMATS = ("auto", "text", "jsonl", "parquet")
 
 
+def check_row(row_bytes: int, row_patches: int) -> None:
+    """Raises ValueError for a row that can't be."""
+    if row_bytes < 2 or row_patches < 2:
+        raise ValueError(
+            f"a row needs 2 bytes and 2 patches at least (the first two positions each open"
+            f" one); row_bytes is {row_bytes}, row_patches {row_patches}"
+        )
+    if row_patches > row_bytes:
+        raise ValueError(f"row_patches ({row_patches}) must not exceed row_bytes ({row_bytes})")
+
+
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
     """One source of documents: text, JSONL, Parquet, `tfds:NAME`, or a folder of records."""
@@ -50,12 +61,4 @@ class DataConfig:
 
     def __post_init__(self):
         positive(self, "rows", "row_bytes", "row_patches", "look_ahead", "prefetch")
-        if self.row_bytes < 2 or self.row_patches < 2:
-            raise ValueError(
-                f"a row needs 2 bytes and 2 patches at least (the first two positions each open"
-                f" one); row_bytes is {self.row_bytes}, row_patches {self.row_patches}"
-            )
-        if self.row_patches > self.row_bytes:
-            raise ValueError(
-                f"row_patches ({self.row_patches}) must not exceed row_bytes ({self.row_bytes})"
-            )
+        check_row(self.row_bytes, self.row_patches)

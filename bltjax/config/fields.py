@@ -2,6 +2,10 @@
 
 Each field says by its metadata whether a resumed run may change it. Checks that need two numbers
 stand in a dataclass' `__post_init__`, before any device is touched.
+
+One field of a config may be a choice: a dataclass of one of several kinds, each with a class
+attribute `group`, the name under which a config file or JSON has it. The functions below take the
+kinds as `groups`, {group: dataclass}.
 """
 
 import dataclasses
@@ -22,10 +26,28 @@ RENAMED = "renamed"  # another name, whatever it stands for; but not none, and n
 LENGTH = "length"  # up, or down to what has been done
 
 
-def setting(default, *, resume: str = "", infinite: bool = False):
+def setting(
+    default=dataclasses.MISSING, *, resume: str = "", infinite: bool = False, choice: bool = False
+):
     """A field of a config with a rule of resuming; `infinite`: a float that may be infinite."""
     metadata = {"resume": resume} if resume else {}
-    return dataclasses.field(default=default, metadata=metadata | {"infinite": infinite})
+    metadata |= {"infinite": infinite, "choice": choice}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def choice_of(kind) -> str:
+    """The field of a config class that is a choice; empty if none is."""
+    return next((f.name for f in dataclasses.fields(kind) if f.metadata.get("choice")), "")
+
+
+def hints_of(kind, groups: dict[str, type]) -> dict[str, typing.Any]:
+    """The type of each setting of a config class; instead of a choice, of each of its groups."""
+    hints = typing.get_type_hints(kind)
+    hints = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    if name := choice_of(kind):
+        del hints[name]
+        hints = {group: one | None for group, one in groups.items()} | hints
+    return hints
 
 
 def divides(small_name: str, small: int, large_name: str, large: int) -> None:
@@ -88,8 +110,10 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
 
 
-def from_dict(kind, values, where: str = "config"):
+def from_dict(kind, values, where: str = "config", groups: dict[str, type] | None = None):
     """A dataclass from nested dicts, refusing unknown keys with the nearest name.
+
+    groups: the kinds of its choice, if it has one.
 
     Raises:
       ValueError: for an unknown key, a wrong type, a number that is not finite where it must be,
@@ -113,11 +137,19 @@ def from_dict(kind, values, where: str = "config"):
             return values
         if not isinstance(values, dict):
             raise ValueError(f"{where} is {values!r}, not a group of settings")
-        hints = typing.get_type_hints(kind)
+        hints = hints_of(kind, groups or {})
         for key in values:
             if key not in hints:
                 raise ValueError(f"{where}.{key} is no setting{nearest(key, hints)}")
         made = {k: from_dict(hints[k], v, f"{where}.{k}") for k, v in values.items()}
+        if name := choice_of(kind):
+            given = [one for one in (made.pop(group, None) for group in groups) if one is not None]
+            if len(given) != 1:
+                *others, last = groups
+                raise ValueError(
+                    f"a run trains one model: give one of {', '.join(others)} and {last}"
+                )
+            made[name] = given[0]
         for field in dataclasses.fields(kind):
             value = made.get(field.name)
             if not isinstance(value, float) or math.isfinite(value):
@@ -140,7 +172,10 @@ def from_dict(kind, values, where: str = "config"):
 
 def to_dict(config) -> dict:
     """The JSON form of a config; `from_dict` inverts it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    values = dataclasses.asdict(config)
+    if name := choice_of(config):
+        values = {getattr(config, name).group: values.pop(name)} | values
+    return json.loads(json.dumps(values))
 
 
 def differences(old: dict, new: dict, where: str = "") -> list[str]:
@@ -185,7 +220,13 @@ def changes(old, new, path: str = "", rule: str = FIXED) -> list[Change]:
         for field in dataclasses.fields(old):
             values = getattr(old, field.name), getattr(new, field.name)
             own = rule if rule == MAY_CHANGE else field.metadata.get("resume", rule)
-            found += changes(*values, inner(field.name), own)
+            if not field.metadata.get("choice"):
+                found += changes(*values, inner(field.name), own)
+            elif type(values[0]) is type(values[1]):
+                found += changes(*values, inner(values[0].group), own)
+            else:
+                found.append(Change(inner(values[0].group), values[0], None, own))
+                found.append(Change(inner(values[1].group), None, values[1], own))
         return found
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [Change(path, old, new, rule)] if old != new else []

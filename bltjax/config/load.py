@@ -1,4 +1,4 @@
-"""A file in configs/ and the command line's overrides, made into a RunConfig once.
+"""A file in configs/ and the command line's overrides, made into a config once.
 
 A config file is a program with a `get_config()` that builds a ConfigDict. What it leaves out has
 the default of its dataclass, and every setting may be overridden. `configs/FILE.py` is the working
@@ -17,8 +17,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from bltjax.config.fields import from_dict, nearest, to_dict
-from bltjax.config.run import RunConfig
+from bltjax.config.fields import choice_of, from_dict, hints_of, nearest, to_dict
 from bltjax.system.paths import check_name, check_utf8, expanded
 
 PACKAGE = Path(__file__).parents[1]
@@ -28,8 +27,12 @@ PATHS = ("path", "data_dir", "tokenizer", "entropy_model", "init_from")  # setti
 LOG = logging.getLogger(__name__)
 
 
-def load_config(spec: str, overrides: typing.Iterable[str] = ()) -> RunConfig:
-    """The RunConfig of `configs/FILE.py[:ARG]` after overrides such as `data.rows=4`.
+def read_config_file(
+    spec: str, overrides: typing.Iterable[str], kind: type, groups: dict[str, type]
+):
+    """The config of `configs/FILE.py[:ARG]` after overrides such as `data.rows=4`.
+
+    kind: its dataclass. groups: the kinds of its choice.
 
     Raises:
       ValueError: naming the file or the key, and the nearest key where there is one.
@@ -37,15 +40,20 @@ def load_config(spec: str, overrides: typing.Iterable[str] = ()) -> RunConfig:
     path, argument = split_spec(spec)
     file = config_path(path)
     made = made_by(file, path, argument)
-    tree = ConfigDict(completed(RunConfig, made.to_dict()))
+    tree = ConfigDict(completed(kind, made.to_dict(), groups))
     before = tree.to_dict()
     for override in overrides:
-        apply_override(tree, override)
-    try:
-        config = from_dict(RunConfig, tree.to_dict())
+        apply_override(tree, override, kind, groups)
+
+    def checked(values: dict):
+        config = from_dict(kind, values, groups=groups)
         check_texts(to_dict(config))
+        return config
+
+    try:
+        config = checked(tree.to_dict())
     except ValueError as error:
-        if str(error) != problem_of(before):
+        if str(error) != problem_of(checked, before):
             raise
         raise ValueError(f"{path}: {error}") from None
     return config
@@ -63,10 +71,10 @@ def check_texts(settings: dict, where: str = "config") -> None:
                 raise ValueError(f"{where}.{key}: {error}") from None
 
 
-def problem_of(tree: dict) -> str:
-    """What is wrong with a config; empty if nothing is."""
+def problem_of(checked: typing.Callable, values: dict) -> str:
+    """Why a config is refused; empty if it is not."""
     try:
-        check_texts(to_dict(from_dict(RunConfig, tree)))
+        checked(values)
     except ValueError as error:
         return str(error)
     return ""
@@ -163,46 +171,49 @@ def place_in(file: Path, path: str, error: Exception) -> str:
     return f"{path}, line {lines[-1]}: {what}" if lines else f"{path}: {what}"
 
 
-def completed(kind, values: dict) -> dict:
+def completed(kind, values: dict, groups: dict[str, type]) -> dict:
     """Values with every setting of a dataclass, defaults where none is given; fresh dicts only.
 
     So every setting can be overridden, whether or not the config file mentions it. And no group
     stands in two places, as it does in a ConfigDict that was given one dict twice: an override of
     the training source must not change the held-out one. Unknown keys stay, to be refused later.
     """
-    result = dict(values)
-    for field in dataclasses.fields(kind):
-        hint = typing.get_type_hints(kind)[field.name]
+    result = dict.fromkeys(groups if choice_of(kind) else ()) | dict(values)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name, hint in hints_of(kind, groups).items():
         inner = next((arg for arg in typing.get_args(hint) if arg is not type(None)), hint)
-        if field.name not in values:
+        if name not in result:
+            field = fields[name]
             if field.default_factory is not dataclasses.MISSING:
-                result[field.name] = field.default_factory()
+                result[name] = field.default_factory()
             elif dataclasses.is_dataclass(field.default):
-                result[field.name] = dataclasses.asdict(field.default)
+                result[name] = dataclasses.asdict(field.default)
             elif field.default is not dataclasses.MISSING:
-                result[field.name] = field.default
+                result[name] = field.default
             continue
-        value = values[field.name]
+        value = result[name]
         if typing.get_origin(hint) is dict and isinstance(value, dict):
             inner = typing.get_args(hint)[1]
-            result[field.name] = {
-                key: completed(inner, group) if isinstance(group, dict) else group
+            result[name] = {
+                key: completed(inner, group, groups) if isinstance(group, dict) else group
                 for key, group in value.items()
             }
         elif dataclasses.is_dataclass(inner) and isinstance(value, dict):
-            result[field.name] = completed(inner, value)
+            result[name] = completed(inner, value, groups)
     return result
 
 
-def apply_override(tree: ConfigDict, override: str) -> None:
+def apply_override(
+    tree: ConfigDict, override: str, kind: typing.Any, groups: dict[str, type] | None = None
+) -> None:
     """Sets one `key.subkey=value` in a ConfigDict; the key must exist."""
     key, equals, text = override.partition("=")
     if not equals:
         raise ValueError(f"override {override!r} has no value; write --config.{key}=VALUE")
-    *groups, name = key.split(".")
-    node, where, kind = tree, "config", RunConfig
-    for part in [*groups, name]:
-        kind = kind_of_setting(kind, part)
+    *above, name = key.split(".")
+    node, where = tree, "config"
+    for part in [*above, name]:
+        kind = kind_of_setting(kind, part, groups or {})
         if not isinstance(node, ConfigDict) or part not in node:
             known = node.keys() if isinstance(node, ConfigDict) else ()
             raise ValueError(f"{where}.{part} is no setting{nearest(part, known)}")
@@ -224,12 +235,12 @@ def apply_override(tree: ConfigDict, override: str) -> None:
         raise ValueError(f"{where} has {len(text)} digits: too large") from None
 
 
-def kind_of_setting(kind: typing.Any, name: str) -> typing.Any:
+def kind_of_setting(kind: typing.Any, name: str, groups: dict[str, type]) -> typing.Any:
     """The type that a setting of a config class is declared with, without its None."""
     if typing.get_origin(kind) is dict:
         kind = typing.get_args(kind)[1]
     elif dataclasses.is_dataclass(kind):
-        kind = typing.get_type_hints(kind).get(name)
+        kind = hints_of(kind, groups).get(name)
     else:
         return None
     args = typing.get_args(kind)

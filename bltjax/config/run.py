@@ -6,6 +6,7 @@ once, of a config file or of JSON.
 
 import dataclasses
 import math
+import typing
 
 from bltjax.config.data import DataConfig
 from bltjax.config.fields import (
@@ -15,13 +16,12 @@ from bltjax.config.fields import (
     SAME_CONTENT,
     divides,
     expand,
-    from_dict,
     one_of,
     positive,
     setting,
     within,
 )
-from bltjax.config.model import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig
+from bltjax.config.model import Patching
 
 # How Adam's moments of the hash tables are kept; the tables can be most of a model.
 #     float32   as those of all other parameters: 8 bytes a number
@@ -133,17 +133,15 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One training run. Exactly one of `byte_lm`, `byte_cnn` and `blt` is what it trains."""
+    """One training run of a model."""
 
-    byte_lm: ByteLMConfig | None = None
-    byte_cnn: ByteCNNConfig | None = None
-    blt: BLTConfig | None = None
+    model: typing.Any = setting(choice=True)  # of a family (families.py); its group names it
     # BLT, entropy mode: run or export of the byte LM that scored the data.
     entropy_model: str = setting("", resume=SAME_CONTENT)
     # Run or export whose parameters training begins with; empty: random ones.
     init_from: str = setting("", resume=MAY_CHANGE)
     latent_init: LatentInitConfig = LatentInitConfig()
-    patching: PatchingConfig = PatchingConfig()
+    patching: Patching = Patching()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = dataclasses.field(
@@ -161,8 +159,6 @@ class RunConfig:
 
     def __post_init__(self):
         expand(self, "entropy_model", "init_from")
-        if [self.byte_lm, self.byte_cnn, self.blt].count(None) != 2:
-            raise ValueError("a run trains one model: give one of byte_lm, byte_cnn and blt")
         one_of("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
         one_of("attention", self.attention, ATTENTION)
         positive(self, "log_every", "evaluate_every")
@@ -173,27 +169,8 @@ class RunConfig:
         if mesh.data > 0 and mesh.fsdp > 0:
             shards, rows = mesh.data * mesh.fsdp, self.data.rows // self.optimizer.accumulate
             divides("mesh.data x mesh.fsdp", shards, "data.rows / optimizer.accumulate", rows)
-        if mesh.tensor > 0 and self.blt is not None:
-            latent = self.blt.latent
-            divides("mesh.tensor", mesh.tensor, "latent.heads", latent.heads)
-            divides("mesh.tensor", mesh.tensor, "latent.key_value_heads", latent.key_value_heads)
-        if self.latent_init.path and (self.blt is None or self.init_from):
+        if mesh.tensor > 0:
+            for name, size in getattr(self.model, "split_by_tensor", {}).items():
+                divides("mesh.tensor", mesh.tensor, name, size)
+        if self.latent_init.path and (not hasattr(self.model, "latent") or self.init_from):
             raise ValueError("latent_init.path is for a BLT that does not begin from init_from")
-
-    @property
-    def model(self) -> ByteLMConfig | ByteCNNConfig | BLTConfig:
-        return self.byte_lm or self.byte_cnn or self.blt
-
-
-def from_json(values, path) -> "RunConfig":
-    """The RunConfig that the values of a JSON file are.
-
-    Raises:
-      ValueError: as `from_dict`, naming the file.
-    """
-    try:
-        return from_dict(RunConfig, values)
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: {error}. Most likely another version of bltjax wrote it, and can read it"
-        ) from None

@@ -26,6 +26,7 @@ from etils import epath
 from bltjax.config.arguments import path_argument
 from bltjax.convert.verify import verify
 from bltjax.distributed.processes import leave
+from bltjax.families import family_of, model_shapes
 from bltjax.inference.serving import (
     FOLDER,
     Programs,
@@ -34,7 +35,7 @@ from bltjax.inference.serving import (
     serving_from,
     write_serving,
 )
-from bltjax.model.build import model_shapes, parameter_count
+from bltjax.model.params import parameter_count
 from bltjax.progress import Progress, duration, quantity
 from bltjax.system.lock import held
 from bltjax.system.paths import check_arrays_path, hidden_beside
@@ -137,8 +138,9 @@ def convert(
         )
     if byte_lm is not None:
         beside = open_model(byte_lm, as_port=as_port)
-        opened = opened._replace(byte_lm=beside if beside.config.blt is None else beside.byte_lm)
-        if opened.config.blt is None or opened.byte_lm is None:
+        alone = beside.config.patching is None
+        opened = opened._replace(byte_lm=beside if alone else beside.byte_lm)
+        if opened.config.patching is None or opened.byte_lm is None:
             raise ValueError(f"--byte_lm {byte_lm} must hold a byte LM, and {source} a BLT")
     files = as_dtype(opened, dtype)
     programs = serving and Programs(files, serving)
@@ -198,20 +200,18 @@ def check_room(destination: epath.Path, wanted: int, *, twice: bool) -> None:
 def described(source: epath.Path, files: ModelFiles) -> list[str]:
     """What was found, for people, with every assumption that was made."""
     lines = []
-    for part, name in (
-        (files, "BLT" if files.config.blt else "byte LM"),
-        (files.byte_lm, "byte LM"),
-    ):
+    for part in (files, files.byte_lm):
         if part is None:
             continue
+        name = family_of(part.config).title
         total = parameter_count(model_shapes(part.config), part.config.model)["total"]
         dtypes = sorted({leaf.dtype.name for leaf in part.leaves.values()})
         lines.append(f"{source}: {LAYOUTS[part.layout]}, {name} of {total:,} parameters in"
                      f" {' and '.join(dtypes)}")  # fmt: skip
         lines += [f"  note: {note}" for note in part.notes]
-    if files.config.blt:
+    if files.config.patching:
         lines.append(f"  patches: {patching_words(files.config.patching)}")
-        if files.config.patching.mode == "entropy" and files.byte_lm is None:
+        if files.config.by_entropy and files.byte_lm is None:
             lines.append("  note: no byte LM beside it, which its patches need; --byte_lm adds one")
     return lines
 

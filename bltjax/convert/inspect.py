@@ -17,50 +17,37 @@ from etils import epath
 
 from bltjax.config.arguments import path_argument
 from bltjax.config.fields import to_dict
-from bltjax.config.model import ByteCNNConfig, ByteLMConfig
-from bltjax.config.run import RunConfig
+from bltjax.config.model import ModelConfig
 from bltjax.convert.convert import LAYOUTS, open_model, patching_words
 from bltjax.convert.integrity import check_arrays, check_checkpoint, read_through
 from bltjax.data.records import MANIFEST, read_manifest
-from bltjax.model.build import leaf_shapes, model_shapes, parameter_count
+from bltjax.families import family_of, leaf_shapes, model_config, model_shapes
+from bltjax.model.params import parameter_count
 from bltjax.progress import Progress, duration, quantity
 from bltjax.system.paths import size_of
 from bltjax.weights.export import is_export, read_config
 from bltjax.weights.export import read_manifest as read_export
 from bltjax.weights.lazy import blocks
 from bltjax.weights.stored import ModelFiles
+from bltjax.weights.workdir import read_config as read_run
 from bltjax.weights.workdir import read_reports
 
 TOLD = 8  # lines of damage for a person
 
 
-def model_words(config: RunConfig) -> str:
-    """A model's settings in a line."""
-    model = config.model
-    if isinstance(model, ByteCNNConfig):
-        return f"byte CNN: context {model.context}, {model.layers} layers of {model.width}"
-    if isinstance(model, ByteLMConfig):
-        return f"byte LM: {model.layers} layers of {model.width}, window {model.window}"
-    local, latent = model.local, model.latent
-    return (
-        f"BLT: latent {latent.layers} layers of {latent.width}, encoder {local.encoder_layers} and"
-        f" decoder {local.decoder_layers} of {local.width}, window {local.window},"
-        f" {model.hash.tables} hash tables of {model.hash.rows:,}"
-    )
-
-
-def described_model(config: RunConfig) -> dict:
+def described_model(config: ModelConfig) -> dict:
     return {
-        "model": model_words(config),
+        "model": f"{family_of(config).title}: {config.model.summary()}",
         "parameters": parameter_count(model_shapes(config), config.model),
-        "patches": patching_words(config.patching) if config.blt else None,
-        "rows": f"{config.data.rows} x {config.data.row_bytes} bytes",
+        "patches": patching_words(config.patching) if config.patching else None,
+        "rows": f"{config.max_bytes} bytes",
         "config": to_dict(config),
     }
 
 
 def inspect_run(path: epath.Path, quick: bool) -> dict:
-    config = read_config(path)
+    run = read_run(path)
+    config = model_config(run)
     expected = leaf_shapes(config)
     folders = [p for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
     steps = [
@@ -71,7 +58,8 @@ def inspect_run(path: epath.Path, quick: bool) -> dict:
     if not steps:
         damage.append("it has no checkpoint yet")
     found = {"kind": "run", "step": steps[-1]["step"] if steps else 0}
-    found |= {"steps_asked": config.optimizer.steps} | described_model(config)
+    found |= {"steps_asked": run.optimizer.steps} | described_model(config)
+    found |= {"rows": f"{run.data.rows} x {run.data.row_bytes} bytes", "config": to_dict(run)}
     if (path / "metrics.jsonl").exists():
         found["last_report"] = last_report(path / "metrics.jsonl")
     return found | {"checkpoints": steps} | beside(path, config, damage, quick)
@@ -98,13 +86,13 @@ def inspect_export(path: epath.Path, quick: bool) -> dict:
     return found | described_model(config) | beside(path, config, problems, quick)
 
 
-def beside(path: epath.Path, config: RunConfig, damage: list[str], quick: bool) -> dict:
+def beside(path: epath.Path, config: ModelConfig, damage: list[str], quick: bool) -> dict:
     """The byte LM that travels with a BLT by entropy, and what is wrong with it or the rest."""
     byte_lm = None
     if (path / "byte_lm").exists():
         byte_lm = inspect_model(path / "byte_lm", quick)
         damage = damage + [f"byte_lm: {line}" for line in byte_lm["damage"]]
-    elif config.blt and config.patching.mode == "entropy":
+    elif config.by_entropy:
         damage = [*damage, "byte_lm is missing, which its patches need"]
     return {"byte_lm": byte_lm, "damage": damage, "whole": not damage}
 

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from bltjax.config.model import PatchingConfig
-from bltjax.inference.entropy import EntropyModel
+from bltjax.config.model import Patching
+from bltjax.families import Model
 from bltjax.inference.loaded import LoadedModel
 from bltjax.text.alphabet import encode
 from bltjax.text.patching import force_starts, patch_starts
 from bltjax.weights.lazy import tree_of
 from bltjax.weights.released.hf import port_settings
-from bltjax.weights.released.mapping import PORT, blt_pieces, byte_lm_pieces
+from bltjax.weights.released.mapping import PIECES, PORT
 from bltjax.weights.released.tensors import tensors_of
 from bltjax.weights.stored import ModelFiles
 
@@ -37,29 +37,24 @@ class Scores(NamedTuple):
 def our_model(files: ModelFiles) -> LoadedModel:
     """A stored model in memory, whatever its layout, computing in float32."""
     config = dataclasses.replace(files.config, compute_dtype="float32")
-    patching, entropy_model = None, None
-    if config.blt is not None:
-        patching = config.patching
-        if files.byte_lm is not None and patching.mode == "entropy":
-            run = files.byte_lm.config
-            params = jax.device_put(tree_of(files.byte_lm.leaves))
-            reset = patching.newline_reset
-            entropy_model = EntropyModel(run.model, params, "", reset, run, 0)
-    return LoadedModel(config, jax.device_put(tree_of(files.leaves)), patching, entropy_model)
+    scorer = None
+    if files.byte_lm is not None and config.by_entropy:
+        scorer = Model(files.byte_lm.config, jax.device_put(tree_of(files.byte_lm.leaves)))
+    return LoadedModel(Model(config, jax.device_put(tree_of(files.leaves)), scorer))
 
 
 def fixed_starts(ids_N: np.ndarray) -> np.ndarray:
     """Patches of four bytes, to compare logits where no byte LM places any."""
-    return force_starts(patch_starts(PatchingConfig(mode="static"), ids_N))
+    return force_starts(patch_starts(Patching(mode="static"), ids_N))
 
 
 def ours(files: ModelFiles):
     model = our_model(files)
 
     def score(text: str | bytes, starts_N1: np.ndarray | None) -> Scores:
-        has_entropies = model.entropy_model is not None
+        has_entropies = model.scores is not None
         entropies_N = model.entropies(text) if has_entropies else None
-        if model.config.blt is None:
+        if model.config.patching is None:
             return Scores(entropies_N, None, model.logits(text))
         own_N1 = None
         if has_entropies or model.config.patching.mode != "entropy":
@@ -88,9 +83,10 @@ def port_model(files: ModelFiles):
     if files.origin.get("layout") == "transformers":
         settings = files.origin["json"]["config.json"]
     peer = BltForCausalLM(BltConfig(**settings)).eval().float()
-    tensors = tensors_of(files.leaves, blt_pieces(PORT, files.config.blt), {})
+    tensors = tensors_of(files.leaves, PIECES["blt"](PORT, files.config.model), {})
     if files.byte_lm:
-        tensors |= tensors_of(files.byte_lm.leaves, byte_lm_pieces(PORT, byte_lm.byte_lm), {})
+        pieces = PIECES["byte_lm"](PORT, byte_lm.model)
+        tensors |= tensors_of(files.byte_lm.leaves, pieces, {})
     weights = peer.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -100,7 +96,9 @@ def port_model(files: ModelFiles):
 
 def port(files: ModelFiles):
     """The same from transformers' own code; None where it is not installed or has no such model."""
-    if files.config.blt is None or (files.byte_lm and files.byte_lm.config.byte_lm is None):
+    if files.config.patching is None:
+        return None
+    if files.byte_lm and files.byte_lm.config.model.group not in PIECES:
         return None
     try:
         peer = port_model(files)
@@ -150,8 +148,8 @@ def verify(source: ModelFiles, written: ModelFiles) -> Verdict:
         scorers.append(theirs or ours(files))
         by.append("transformers" if theirs else "bltjax")
     config = source.config
-    window = config.blt.local.window if config.blt else getattr(config.model, "window", 0)
-    size = min(window + 100, config.data.row_bytes - 1)  # where no window is, ours is the row
+    window = getattr(config.model, "window", 0)
+    size = min(window + 100, config.max_bytes - 1)  # where no window is, ours is the row
     long = " ".join(VERIFY_TEXTS * (1 + size // 200)).encode()[:size]
     entropies = logits = 0.0
     boundaries = differing = near_ties = 0

@@ -13,10 +13,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from bltjax.config.arguments import local_path_argument, parse_scheme, path_argument
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.data.packing import cut
 from bltjax.data.records import Document, RecordDocuments
 from bltjax.system.outputs import check_outputs
+from bltjax.system.paths import path_of
 from bltjax.system.storage import write_text
 
 SAMPLE_BYTES = 4 << 20
@@ -34,7 +35,7 @@ def sample_documents(records: RecordDocuments, sample_bytes: int, seed: int) -> 
     return sample
 
 
-def mean_patch_bytes(documents: Iterable[Document], patching: PatchingConfig) -> float:
+def mean_patch_bytes(documents: Iterable[Document], patching: Patching) -> float:
     positions = patches = 0
     for document in documents:
         found = cut(document, patching)
@@ -44,7 +45,7 @@ def mean_patch_bytes(documents: Iterable[Document], patching: PatchingConfig) ->
 
 
 def calibrate(
-    documents: list[Document], patching: PatchingConfig, target: float, *, rounds: int = 24
+    documents: list[Document], patching: Patching, target: float, *, rounds: int = 24
 ) -> tuple[float, list[tuple[float, float]]]:
     """The threshold in nats that comes nearest, and the (threshold, mean) pairs tried.
 
@@ -83,6 +84,16 @@ def calibrate(
             f" {above[0]:.6f}. Ask for one of these means, or sample more text (--sample_bytes)"
         )
     return threshold, tried
+
+
+def threshold_of(records, mean: float, patching: Patching | None = None) -> float:
+    """The threshold in nats that gives a mean patch length on a folder of records.
+
+    Raises:
+      ValueError: if no threshold comes near it, or the folder holds no records.
+    """
+    sample = sample_documents(RecordDocuments(path_of(records)), SAMPLE_BYTES, seed=0)
+    return calibrate(sample, patching or Patching(), mean)[0]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
+from bltjax.data.batches import Batch, PatchBatch, arrays_of, target_bytes_of
 from bltjax.data.records import Document
 from bltjax.text.alphabet import BOE, encode
 from bltjax.text.patching import document_starts
@@ -33,7 +34,7 @@ class CutDocument:
     patches: int  # that begin at one of its ids
 
 
-def cut(document: Document, patching: PatchingConfig | None) -> CutDocument:
+def cut(document: Document, patching: Patching | None) -> CutDocument:
     """A document and where its patches begin; without patching (the byte LM) everywhere.
 
     Raises:
@@ -73,44 +74,48 @@ def next_piece(document: CutDocument, begin: int, used: int, room: int, patch_ro
     return Piece(document, begin, end, patches)
 
 
-def unwritten_rows(rows: int, row_bytes: int) -> dict[str, np.ndarray]:
-    """The arrays of a batch, with anything in them."""
-    return {
-        "bytes_BN": np.empty((rows, row_bytes), np.int32),
-        "targets_BN": np.empty((rows, row_bytes), np.int32),
-        "weights_BN": np.empty((rows, row_bytes), np.float32),
-        "starts_BN1": np.empty((rows, row_bytes + 1), bool),
-        "documents_BN": np.empty((rows, row_bytes), np.int32),
-    }
-
-
-def lay_out(pieces: Sequence[Piece], bytes_N, targets_N, weights_N, starts_N1, documents_N) -> None:
-    """Writes all of one row of `unwritten_rows`: 0, the id BOE, as padding."""
+def lay_out(
+    pieces: Sequence[Piece],
+    bytes_N,
+    targets_N,
+    weights_N,
+    target_bytes_N,
+    documents_N,
+    starts_N1=None,
+) -> None:
+    """Writes all of one row of a batch: 0, the id BOE, as padding."""
     place, ends = 0, []
     for number, (document, begin, end, _) in enumerate(pieces, start=1):
         next_place = place + end - begin
         bytes_N[place:next_place] = document.ids_N[begin:end]
-        starts_N1[place : next_place + 1] = document.starts_N1[begin : end + 1]
+        if starts_N1 is not None:
+            starts_N1[place : next_place + 1] = document.starts_N1[begin : end + 1]
         documents_N[place:next_place] = number
         ends.append((next_place - 1, document.ids_N[end] if end < len(document.ids_N) else BOE))
         place = next_place
-    for array in (bytes_N, targets_N, weights_N, documents_N):
+    for array in (bytes_N, targets_N, weights_N, target_bytes_N, documents_N):
         array[place:] = 0
-    starts_N1[place + bool(place) :] = False  # after the last byte stands what its document says
+    if starts_N1 is not None:
+        starts_N1[place + bool(place) :] = (
+            False  # after the last byte stands what its document says
+        )
+        starts_N1[: 2 * bool(place)] = True
     if place:
-        starts_N1[:2] = True
         weights_N[:place] = 1
         # A target is the next byte, but not across pieces; a document's end has none.
         targets_N[: place - 1] = bytes_N[1:place]
         for last, target in ends:
             targets_N[last], weights_N[last] = target, target != BOE
+        target_bytes_N[:place] = target_bytes_of(targets_N[:place], weights_N[:place])
 
 
-def batch_of(rows: Sequence[Sequence[Piece]], row_bytes: int) -> dict[str, np.ndarray]:
+def batch_of(
+    rows: Sequence[Sequence[Piece]], row_bytes: int, kind: type[Batch] = PatchBatch
+) -> Batch:
     """A batch, row by row; rows are written where they stay."""
-    batch = unwritten_rows(len(rows), row_bytes)
+    batch = arrays_of(kind, len(rows), row_bytes, np.empty)
     for number, pieces in enumerate(rows):
-        row = {name.replace("_B", "_"): array[number] for name, array in batch.items()}
+        row = {name.replace("_B", "_"): array[number] for name, array in batch._asdict().items()}
         lay_out(pieces, **row)
     return batch
 
@@ -256,6 +261,7 @@ def fills(batch, slots: int):
 
     slots: patches that a row has room for. A byte LM's positions are its patches.
     """
-    real_BN = batch["documents_BN"] > 0
-    opens_BN = batch["starts_BN1"][:, :-1] & real_BN
+    real_BN = batch.documents_BN > 0
+    starts_BN1 = getattr(batch, "starts_BN1", None)
+    opens_BN = real_BN if starts_BN1 is None else starts_BN1[:, :-1] & real_BN
     return real_BN.mean(), opens_BN.sum(axis=1).mean() / slots

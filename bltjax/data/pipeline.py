@@ -13,7 +13,8 @@ import grain
 import numpy as np
 
 from bltjax.config.data import DataConfig
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
+from bltjax.data.batches import Batch, kind_of_rows
 from bltjax.data.packing import CutDocument, Packer, batch_of, cut, pack_exact
 from bltjax.data.records import RecordDocuments
 from bltjax.data.shuffle import Order
@@ -29,7 +30,7 @@ class Stream:
         number: int,
         sources: dict[str, Documents],
         data: DataConfig,
-        patching: PatchingConfig | None,
+        patching: Patching | None,
         seed: int,
         shared: WeakValueDictionary,
     ):
@@ -134,9 +135,10 @@ class BatchIterator(grain.DatasetIterator):
         super().__init__()
         self._streams = streams
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> Batch:
         streams = list(self._streams.values())
-        return batch_of([stream.packer.next_row() for stream in streams], streams[0].row_bytes)
+        rows = [stream.packer.next_row() for stream in streams]
+        return batch_of(rows, streams[0].row_bytes, kind_of_rows(streams[0].patching))
 
     def get_state(self) -> dict:
         return Snapshot((str(number), stream.state()) for number, stream in self._streams.items())
@@ -170,7 +172,7 @@ def training_sources(
 
 def training_batches(
     data: DataConfig,
-    patching: PatchingConfig | None,
+    patching: Patching | None,
     *,
     seed: int,
     streams: Sequence[int],
@@ -222,12 +224,13 @@ def training_batches(
 
 
 def held_out_batches(
-    documents: Iterable, data: DataConfig, patching: PatchingConfig | None
-) -> tuple[list[dict[str, np.ndarray]], int]:
+    documents: Iterable, data: DataConfig, patching: Patching | None
+) -> tuple[list[Batch], int]:
     """Batches that hold every document once, and the number of cuts; empty rows fill the last."""
     limit = data.row_bytes if patching is None else data.row_patches
     cut_documents = (cut(documents[i], patching) for i in range(len(documents)))
     rows, cuts = pack_exact(cut_documents, data.row_bytes, limit)
     rows += [[]] * (-len(rows) % data.rows)
     groups = (rows[i : i + data.rows] for i in range(0, len(rows), data.rows))
-    return [batch_of(group, data.row_bytes) for group in groups], cuts
+    kind = kind_of_rows(patching)
+    return [batch_of(group, data.row_bytes, kind) for group in groups], cuts

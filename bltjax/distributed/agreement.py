@@ -15,7 +15,7 @@ from bltjax.distributed.processes import gathered, is_writer
 
 def code_version() -> str:
     """A checksum of this package's sources."""
-    digest, root = hashlib.sha256(), Path(__file__).parent
+    digest, root = hashlib.sha256(), Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -15,7 +15,7 @@ def own_rows(sharding: NamedSharding, rows: int) -> list[int]:
     return sorted({row for (place,) in places for row in range(rows)[place]})
 
 
-def global_batch(batch: dict[str, np.ndarray], sharding: NamedSharding, rows: int):
+def global_batch(batch, sharding: NamedSharding, rows: int):
     """Arrays [rows, ...] over all processes, of the [own rows, ...] that each has built."""
     own = own_rows(sharding, rows)
     place_of = {row: place for place, row in enumerate(own)}
@@ -30,11 +30,11 @@ def global_batch(batch: dict[str, np.ndarray], sharding: NamedSharding, rows: in
         ]
         return jax.make_array_from_single_device_arrays((rows, *local.shape[1:]), sharding, parts)
 
-    return {name: array(local) for name, local in batch.items()}
+    return jax.tree.map(array, batch)
 
 
-def own_part(batch: dict[str, np.ndarray], sharding: NamedSharding):
+def own_part(batch, sharding: NamedSharding):
     """Global arrays of a batch that every process has whole."""
-    rows = len(next(iter(batch.values())))
+    rows = len(batch.documents_BN)
     own = own_rows(sharding, rows)
-    return global_batch({name: array[own] for name, array in batch.items()}, sharding, rows)
+    return global_batch(jax.tree.map(lambda array: array[own], batch), sharding, rows)

@@ -14,10 +14,9 @@ import logging
 import lzma
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -29,26 +28,24 @@ from bltjax.config.arguments import (
     source_from,
 )
 from bltjax.config.data import SourceConfig
-from bltjax.config.run import MeshConfig, RunConfig
+from bltjax.config.model import ModelConfig
+from bltjax.config.run import MeshConfig
 from bltjax.data.calibrate import mean_patch_bytes
-from bltjax.data.pipeline import held_out_batches
 from bltjax.data.records import RecordDocuments
 from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.distributed.processes import add_arguments as add_process_arguments
-from bltjax.distributed.processes import is_writer, join, together
-from bltjax.distributed.rows import own_part
-from bltjax.distributed.sharding import make_mesh, row_sharding, tree_shardings
-from bltjax.evaluation.scores import jitted_scores
-from bltjax.inference.entropy import PREVIEW, run_patching, scored_source
-from bltjax.inference.finite import not_finite
-from bltjax.model.build import check_mesh, model_shapes, parameter_count, resolved, run_model
-from bltjax.model.loss import Sums
-from bltjax.progress import Progress, quantity, speed
+from bltjax.distributed.processes import is_writer, join
+from bltjax.distributed.sharding import make_mesh, tree_shardings
+from bltjax.evaluation.scores import evaluate_documents
+from bltjax.families import check_mesh, family_of, model_shapes
+from bltjax.inference.entropy import as_scorer, scored_source
+from bltjax.model.params import parameter_count
+from bltjax.progress import quantity, speed
 from bltjax.system.compiling import CompileTime
 from bltjax.system.outputs import check_outputs
+from bltjax.system.paths import path_of
 from bltjax.system.storage import write_text
-from bltjax.text.alphabet import decode
-from bltjax.weights.export import load_params, read_config
+from bltjax.weights.export import load_params, load_scorer, read_config, read_run, with_tokenizer
 
 logger = logging.getLogger("bltjax")
 XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
@@ -61,7 +58,7 @@ def mesh_words(config: MeshConfig) -> str:
 
 
 def evaluation_mesh(
-    config: RunConfig, asked: MeshConfig | None = None, devices: Sequence | None = None
+    config: ModelConfig, asked: MeshConfig | None = None, devices: Sequence | None = None
 ) -> Mesh:
     """The mesh that was asked for, or the one of all devices that splits the parameters most.
 
@@ -127,62 +124,27 @@ def evaluate(
         documents = open_source(source, skip_bad=skip_bad)
     mesh = mesh or evaluation_mesh(config)
     check_mesh(config.model, None, mesh)
-    shardings = tree_shardings(model_shapes(config), mesh)
-    patching, byte_lm = run_patching(config, workdir)
+    scorer = load_scorer(path_of(workdir), config)
+    byte_lm = scorer and as_scorer(scorer, config.patching.newline_reset)
     if byte_lm and isinstance(documents, RecordDocuments):
         documents = RecordDocuments(documents.folder, byte_lm.identity)
     compiling = CompileTime()
-    config, params, step = load_params(workdir, shardings)
+    model = load_params(workdir, tree_shardings(model_shapes(config), mesh))
+    model = model._replace(config=with_tokenizer(config, path_of(workdir)))
+    patching = model.config.patching
     documents = scored_source(source, patching, byte_lm, skip_bad=skip_bad, documents=documents)
-    # As many rows as the devices divide: the figure doesn't depend on it.
-    data = dataclasses.replace(config.data, rows=-(-config.data.rows // mesh.size) * mesh.size)
-    batches, cuts = held_out_batches(documents, data, patching)
-    model = run_model(resolved(config, mesh.devices.flat[0]))
-    scores = together(jitted_scores(model, shardings, mesh))
-
-    def sums_of(batch) -> Sums:
-        return jax.device_get(scores(params, own_part(batch, row_sharding(mesh))))
-
-    nats = text_bytes = 0.0
-    progress = Progress("evaluating", len(batches), " batches", quiet=not is_writer())
-    for batch in batches:
-        before = compiling.seconds
-        sums = sums_of(batch)
-        if not np.isfinite(sums.nats):
-            raise not_finite(
-                f"{source.path}: the log-probabilities of {broken_row(batch, sums_of)} are",
-                {"": params},
-            )
-        nats += float(sums.text_nats)
-        text_bytes += float(sums.text_bytes)
-        progress.begun += compiling.seconds - before  # a rate is of what ran
-        progress.advance(1)
+    found = evaluate_documents(model, documents, source.path, mesh)
     result = {
-        "model": "blt" if config.blt else "byte_lm" if config.byte_lm else "byte_cnn",
-        "step": step,
-        "bits_per_byte": nats / np.log(2.0) / max(text_bytes, 1.0),
-        "text_bytes": int(text_bytes),
-        "documents": len(documents),
-        "parameters": parameter_count(params, config.model),
-        "cuts": cuts,
+        "model": family_of(config).name,
+        "step": model.step,
+        **found._asdict(),
+        "parameters": parameter_count(model.params, config.model),
         "compile_seconds": compiling.seconds,
     }
     if patching is not None:
         every = (documents[index] for index in range(len(documents)))
         result["mean_patch_bytes"] = mean_patch_bytes(every, patching)
     return result
-
-
-def broken_row(batch: dict[str, np.ndarray], sums_of: Callable[[dict], Sums]) -> str:
-    """The first row of a batch whose sums are not finite, by the text that it begins with."""
-    for row in range(len(batch["bytes_BN"])):
-        alone = {name: np.zeros_like(array) for name, array in batch.items()}
-        for name, array in batch.items():
-            alone[name][row] = array[row]
-        if not np.isfinite(sums_of(alone).nats):
-            text = decode(batch["bytes_BN"][row])[:PREVIEW].decode("utf-8", errors="replace")
-            return f"the text that begins with {text!r}"
-    return "some texts together"
 
 
 def compressor_bits(text: bytes, training_text: bytes) -> dict[str, float]:
@@ -215,11 +177,11 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("evaluate takes its config from the work directory; drop --config.*")
     join(args)
-    config = read_config(args.workdir)
+    config, run = read_config(args.workdir), read_run(args.workdir)
     if args.source:
         sources = [source_from(args)]
-    elif config.data.held_out:
-        sources = list(config.data.held_out.values())
+    elif run and run.data.held_out:
+        sources = list(run.data.held_out.values())
     else:
         raise ValueError(f"{args.workdir} has no held-out source in its config; give --source")
     if is_writer():
@@ -228,7 +190,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     opened = [open_source(source, skip_bad=args.skip_bad) for source in sources]
     training: list[Documents] = []
     if args.compressors:
-        of_the_run = config.data.train.values()
+        of_the_run = run.data.train.values() if run else ()
         training = [open_source(source, skip_bad=args.skip_bad) for source in of_the_run]
     mesh = evaluation_mesh(config, args.mesh)
     results = []

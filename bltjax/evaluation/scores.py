@@ -1,13 +1,33 @@
-"""Held-out bits per byte of parameters on a mesh, over prepared batches."""
+"""Bits per byte of a model in memory: of documents, of batches, of a source."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.config.run import MeshConfig
+from bltjax.data.batches import Batch
+from bltjax.data.pipeline import held_out_batches
+from bltjax.data.records import Document
+from bltjax.distributed.processes import is_writer, together
 from bltjax.distributed.rows import own_part
-from bltjax.distributed.sharding import replicated, row_sharding, under
-from bltjax.model.build import batch_logits
+from bltjax.distributed.sharding import (
+    make_mesh,
+    replicated,
+    row_sharding,
+    tree_shardings,
+    under,
+)
+from bltjax.families import Model, batch_logits, model_shapes, module_of, resolved
+from bltjax.inference.entropy import PREVIEW, scored_source, scorer_of
+from bltjax.inference.finite import not_finite
 from bltjax.model.loss import Sums, target_sums
+from bltjax.progress import Progress
+from bltjax.system.compiling import CompileTime
+from bltjax.text.alphabet import decode
 
 
 def jitted_scores(model, shardings, mesh: Mesh):
@@ -18,7 +38,7 @@ def jitted_scores(model, shardings, mesh: Mesh):
 
     def scores(params, batch) -> Sums:
         logits_BNV = batch_logits(model, params, batch)
-        return target_sums(logits_BNV, batch["targets_BN"], batch["weights_BN"])
+        return target_sums(logits_BNV, batch)
 
     return jax.jit(
         under(mesh, scores),
@@ -34,3 +54,80 @@ def held_out_bits(scores, params, batches, sharding) -> float:
         total[0] += float(sums.text_nats)
         total[1] += float(sums.text_bytes)
     return total[0] / np.log(2.0) / max(total[1], 1.0)
+
+
+class Evaluation(NamedTuple):
+    """A model on a text."""
+
+    bits_per_byte: float
+    text_bytes: int
+    documents: int
+    cuts: int  # places where a document longer than a row was cut
+
+
+def evaluate_documents(
+    model: Model, documents: Sequence[Document], name: str, mesh: Mesh
+) -> Evaluation:
+    """Bits per byte of documents, which have entropies if the model's patches need them.
+
+    model: its parameters lie on the mesh, as `tree_shardings` has it. name: how errors call the
+    text.
+
+    Raises:
+      FloatingPointError: for a figure that is not finite, naming the parameter or the text.
+    """
+    config, params, compiling = model.config, model.params, CompileTime()
+    # An accelerator wants work; rows that the devices divide. The figure depends on neither.
+    rows = 8 if mesh.devices.flat[0].platform == "cpu" else max(8, 2**16 // config.max_bytes)
+    rows = -(-rows // mesh.size) * mesh.size
+    data = DataConfig(rows=rows, row_bytes=config.max_bytes, row_patches=config.max_patches)
+    batches, cuts = held_out_batches(documents, data, config.patching)
+    shardings = tree_shardings(model_shapes(config), mesh)
+    module = module_of(resolved(config, mesh.devices.flat[0]))
+    scores = together(jitted_scores(module, shardings, mesh))
+
+    def sums_of(batch: Batch) -> Sums:
+        return jax.device_get(scores(params, own_part(batch, row_sharding(mesh))))
+
+    nats = text_bytes = 0.0
+    progress = Progress("evaluating", len(batches), " batches", quiet=not is_writer())
+    for batch in batches:
+        before = compiling.seconds
+        sums = sums_of(batch)
+        if not np.isfinite(sums.nats):
+            raise not_finite(
+                f"{name}: the log-probabilities of {broken_row(batch, sums_of)} are", {"": params}
+            )
+        nats += float(sums.text_nats)
+        text_bytes += float(sums.text_bytes)
+        progress.begun += compiling.seconds - before  # a rate is of what ran
+        progress.advance(1)
+    bits = float(nats / np.log(2.0) / max(text_bytes, 1.0))
+    return Evaluation(bits, int(text_bytes), len(documents), cuts)
+
+
+def broken_row(batch: Batch, sums_of: Callable[[Batch], Sums]) -> str:
+    """The first row of a batch whose sums are not finite, by the text that it begins with."""
+    for row in range(len(batch.documents_BN)):
+        alone = jax.tree.map(np.zeros_like, batch)
+        for mine, array in zip(alone, batch, strict=True):
+            mine[row] = array[row]
+        if not np.isfinite(sums_of(alone).nats):
+            text = decode(batch.bytes_BN[row])[:PREVIEW].decode("utf-8", errors="replace")
+            return f"the text that begins with {text!r}"
+    return "some texts together"
+
+
+def evaluate_model(model: Model, source: SourceConfig | str) -> Evaluation:
+    """Bits per byte of a loaded model on a source, on the device that its parameters lie on.
+
+    Raises:
+      ValueError: for a source that can't be read, or entropy patching without a byte LM.
+      FloatingPointError: for a figure that is not finite, naming the parameter or the text.
+    """
+    source = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
+    documents = scored_source(source, model.config.patching, scorer_of(model))
+    (device,) = jax.tree.leaves(model.params)[0].devices()
+    mesh = make_mesh(MeshConfig(), [device])
+    params = jax.device_put(model.params, tree_shardings(model_shapes(model.config), mesh))
+    return evaluate_documents(model._replace(params=params), documents, source.path, mesh)

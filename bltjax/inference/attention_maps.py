@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bltjax.config.model import BLTConfig
+from bltjax.model.blt.config import BLTConfig
 
 
 class CrossWeights(NamedTuple):
@@ -30,7 +30,7 @@ def softmax(scores: np.ndarray, axis: int) -> np.ndarray:
 
 def cross_weights(config: BLTConfig, model, params, batch, length: int) -> CrossWeights:
     """The weights of a batch of one row, of which the first `length` bytes are text."""
-    inputs = (batch["bytes_BN"], batch["documents_BN"], batch["starts_BN1"])
+    inputs = (batch.bytes_BN, batch.documents_BN, batch.starts_BN1)
     (_, out), met = model.apply({"params": params}, *inputs, mutable=["cross"])
     patch_of_N = np.asarray(out["patches"].patch_of_BN[0, :length])
     reads_N = np.asarray(out["patches"].read_ranges.start_BQ[0, :length])

@@ -14,12 +14,12 @@ import numpy as np
 from etils import epath
 
 from bltjax.config.arguments import path_argument
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.data.calibrate import calibrate, sample_documents
 from bltjax.data.packing import cut
 from bltjax.data.records import Document, RecordDocuments, read_shard_info
 from bltjax.distributed.topology import read_topology
-from bltjax.model.flops import row_forward_flops
+from bltjax.families import family_of
 from bltjax.progress import duration, quantity
 from bltjax.system.storage import check_writable, write_text
 from bltjax.text.patching import patch_lengths
@@ -54,14 +54,14 @@ def open_sources(folders: Sequence[epath.Path], sample_bytes: int, seed: int) ->
 def usual_threshold(source: Source) -> float:
     """That of patches of 4.5 bytes; where none gives them, the released BLT's."""
     try:
-        return calibrate(source.sample, PatchingConfig(), MEAN_PATCH)[0]
+        return calibrate(source.sample, Patching(), MEAN_PATCH)[0]
     except ValueError:
-        return PatchingConfig().threshold
+        return Patching().threshold
 
 
 def lengths_at(source: Source, threshold: float) -> np.ndarray:
     """Bytes of every patch of the sample, BOS' and EOS' among them."""
-    patching = PatchingConfig(threshold=threshold)
+    patching = Patching(threshold=threshold)
     cuts = (cut(document, patching).starts_N1[:-1] for document in source.sample)
     return np.concatenate([patch_lengths(starts_N) for starts_N in cuts])
 
@@ -108,7 +108,7 @@ def scoring_flops(records: RecordDocuments) -> float | None:
     except (ValueError, OSError):
         return None
     row = 1 << 14
-    return row_forward_flops(model, row, row) / row
+    return family_of(model).forward_flops(model, row, row) / row
 
 
 def measure(source: Source, thresholds: Sequence[float]) -> dict:

@@ -28,13 +28,7 @@ from etils import epath
 
 from bltjax.config.arguments import add_source_arguments, path_argument, source_from
 from bltjax.config.data import SourceConfig
-from bltjax.data.records import (
-    Manifest,
-    encode_record,
-    shard_info,
-    write_manifest,
-    write_shard,
-)
+from bltjax.data.records import Manifest, encode_record, shard_info, write_manifest, write_shard
 from bltjax.data.sources.by_path import open_source
 from bltjax.distributed import processes
 from bltjax.distributed.processes import leave
@@ -69,8 +63,8 @@ def score_shard(
     begun = time.monotonic()
     with jax.default_device(device):
         entropies, padding = score_documents(
-            model.config,
-            model.params,
+            model.model.config.model,
+            model.model.params,
             texts,
             newline_reset=model.newline_reset,
             scored=scored,
@@ -145,7 +139,8 @@ def score(
     progress = Progress("entropies", scored_bytes, quiet=not processes.is_writer())
     lock, devices = threading.Lock(), queue.SimpleQueue()
     for device in jax.local_devices():
-        devices.put((device, model._replace(params=jax.device_put(model.params, device))))
+        params = jax.device_put(model.model.params, device)
+        devices.put((device, model._replace(model=model.model._replace(params=params))))
 
     def scored(positions: int) -> None:
         with lock:
@@ -196,7 +191,7 @@ def score(
     manifest = Manifest(
         byte_lm=plan["byte_lm"],
         byte_lm_path=str(byte_lm),
-        byte_lm_step=model.step,
+        byte_lm_step=model.model.step,
         precision="float32",
         source=source.path,
         shards=tuple(infos),

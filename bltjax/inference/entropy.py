@@ -11,7 +11,6 @@ The document mask keeps documents apart, so which lane and which neighbours a do
 no difference beyond rounding. A step runs a power of two of lanes, so few programs are compiled.
 """
 
-import dataclasses
 import functools
 import heapq
 from collections.abc import Callable, Sequence
@@ -19,44 +18,21 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from etils import epath
 
 from bltjax.attention import fastest
 from bltjax.config.data import SourceConfig
-from bltjax.config.model import ByteCNNConfig, ByteLMConfig, PatchingConfig
-from bltjax.config.run import RunConfig
+from bltjax.config.model import Patching
 from bltjax.data.records import NEWLINE_RESET, Document, RecordDocuments
 from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.distributed.processes import is_writer
+from bltjax.families import Model, family_of, make_model
 from bltjax.inference.finite import first_not_finite, not_finite
-from bltjax.model.byte_cnn import entropy_table, table_entropies
-from bltjax.model.byte_lm import ByteLM, empty_carry, entropies_of
+from bltjax.model.byte_cnn import table_entropies
+from bltjax.model.byte_lm import entropies_of
 from bltjax.progress import Progress
 from bltjax.text.alphabet import OFFSET, encode
-from bltjax.weights.export import TOKENIZER, load_params
+from bltjax.weights.export import load_params
 from bltjax.weights.workdir import identity
-
-
-def run_patching(config: RunConfig, workdir: epath.Path):
-    """(PatchingConfig, EntropyModel) of a run or an export, each None where it has none.
-
-    What the patches need lies in the same folder, so that the two travel together.
-
-    Raises:
-      ValueError: for entropy patching without a byte LM.
-    """
-    patching = config.patching if config.blt is not None else None
-    if patching is not None and patching.mode == "bpe":
-        return dataclasses.replace(patching, tokenizer=str(workdir / TOKENIZER)), None
-    if patching is None or patching.mode != "entropy":
-        return patching, None
-    if not (workdir / "byte_lm").exists():
-        raise ValueError(
-            f"{workdir} has no byte LM, which its entropy patching needs: convert it again with"
-            " --byte_lm"
-        )
-    return patching, load_entropy_model(workdir / "byte_lm", newline_reset=patching.newline_reset)
-
 
 # Lanes and chunk: an accelerator wants work, a CPU wants it to stay in its cache.
 CPU_BATCH, DEVICE_BATCH = (8, 512), (64, 1024)
@@ -66,30 +42,40 @@ PREVIEW = 20  # bytes by which an error shows a text
 
 
 class EntropyModel(NamedTuple):
-    """What places the patches of a BLT: a byte LM, and where its context begins anew."""
+    """A byte LM that places the patches of a BLT, and whether its context ends with a line."""
 
-    config: ByteLMConfig | ByteCNNConfig
-    params: Any
-    identity: str  # records remember it; another newline_reset is another identity
+    model: Model
     newline_reset: bool
-    run: RunConfig
-    step: int
+    identity: str  # records remember it; another newline_reset is another identity
+
+
+def as_scorer(model: Model, newline_reset: bool) -> EntropyModel:
+    """A byte LM as what places patches; reads its parameters once, for their checksum."""
+    named = identity(model.params) + newline_reset * NEWLINE_RESET
+    return EntropyModel(model, newline_reset, named)
+
+
+def scorer_of(model: Model) -> EntropyModel | None:
+    """The byte LM that places a model's patches, if one does."""
+    if model.entropy_model is None or not model.config.by_entropy:
+        return None
+    return as_scorer(model.entropy_model, model.config.patching.newline_reset)
 
 
 def load_entropy_model(path, *, newline_reset: bool) -> EntropyModel:
     """The byte LM or byte CNN of a run or an export.
 
     Raises:
-      ValueError: for a BLT, or a folder that is neither.
+      ValueError: for a model without entropies of bytes, or a folder that is neither.
     """
-    run, params, step = load_params(path)
-    if run.blt is not None:
+    model = load_params(path)
+    family = family_of(model.config)
+    if family.rows != "bytes":
         raise ValueError(
-            f"{path} is a BLT, not a byte LM; entropies come from a byte LM"
-            f" (that of this BLT is {path}/byte_lm)"
+            f"{path} is a {family.title}, not a byte LM; entropies come from a byte LM"
+            f" (that of this {family.title} is {path}/byte_lm)"
         )
-    named = identity(params) + newline_reset * NEWLINE_RESET
-    return EntropyModel(run.model, params, named, newline_reset, run, step)
+    return as_scorer(model, newline_reset)
 
 
 def contexts(ids_N: np.ndarray, newline_reset: bool) -> np.ndarray:
@@ -112,8 +98,8 @@ def device_of(params) -> jax.Device:
 
 
 @functools.lru_cache(maxsize=4)
-def scoring_step(config: ByteLMConfig, implementation: str):
-    model = ByteLM(config, implementation=implementation)
+def scoring_step(config, implementation: str):
+    model = make_model(config, 0, np.float32, implementation)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def step(params, carry, lanes_B, bytes_BN, documents_BN):
@@ -128,7 +114,7 @@ def scoring_step(config: ByteLMConfig, implementation: str):
 
 
 def score_documents(
-    config: ByteLMConfig | ByteCNNConfig,
+    config,
     params,
     texts: Sequence,
     *,
@@ -140,13 +126,14 @@ def score_documents(
 ) -> tuple[list[np.ndarray], int]:
     """float32 entropies [len + 1] in nats of each text, and the number of padding positions.
 
-    Entry i of a document follows i of its bytes (entry 0 follows BOS). `scored` is called with the
-    number of positions done at each step. name: how errors call a text, by its number.
+    Entry i of a document follows i of its bytes (entry 0 follows BOS). config: settings of a family
+    of byte models. `scored` is called with the number of positions done at each step. name: how
+    errors call a text, by its number.
 
     Raises:
       FloatingPointError: for an entropy that is not finite, naming the text and the position.
     """
-    if isinstance(config, ByteCNNConfig):
+    if family_of(config).entropy_table is not None:
         entropies, padding = look_up(config, params, texts, newline_reset, scored), 0
     else:
         entropies, padding = run_documents(
@@ -166,7 +153,7 @@ def score_documents(
 
 
 def run_documents(
-    config: ByteLMConfig,
+    config,
     params,
     texts: Sequence,
     newline_reset: bool,
@@ -203,7 +190,7 @@ def run_documents(
         results.append(np.empty(len(ids[-1]), np.float32))
 
     step = scoring_step(config, fastest(device))
-    carry = empty_carry(config, lanes)
+    carry = family_of(config).require("empty_carry")(config, lanes)
     done, padding = [0] * lanes, 0
     while True:
         left = sorted(range(lanes), key=lambda lane: (done[lane] - len(ids[lane]), lane))
@@ -238,19 +225,19 @@ def run_documents(
 
 
 # The table of the byte CNN used last: a corpus is scored shard by shard.
-TABLE: dict[tuple[ByteCNNConfig, str], np.ndarray] = {}
+TABLE: dict[tuple[Any, str], np.ndarray] = {}
 
 
-def table_of(config: ByteCNNConfig, params) -> np.ndarray:
-    """`entropy_table`, made once for a model; its parameters are known by their checksum."""
+def table_of(config, params) -> np.ndarray:
+    """Its family's `entropy_table`, made once for a model, which is known by its checksum."""
     key = (config, identity(params))
     if key not in TABLE:
         TABLE.clear()
-        TABLE[key] = entropy_table(config, params)
+        TABLE[key] = family_of(config).require("entropy_table")(config, params)
     return TABLE[key]
 
 
-def look_up(config: ByteCNNConfig, params, texts, newline_reset: bool, scored) -> list[np.ndarray]:
+def look_up(config, params, texts, newline_reset: bool, scored) -> list[np.ndarray]:
     """Entropies under a byte CNN, from the table of all its contexts."""
     table, entropies = table_of(config, params), []
     for text in texts:
@@ -262,7 +249,7 @@ def look_up(config: ByteCNNConfig, params, texts, newline_reset: bool, scored) -
 
 def scored_source(
     source: SourceConfig,
-    patching: PatchingConfig | None,
+    patching: Patching | None,
     byte_lm: EntropyModel | None,
     *,
     skip_bad: bool = False,
@@ -288,8 +275,8 @@ def scored_source(
     total = sum(len(text) + 1 for text in texts)
     progress = Progress(f"scoring {source.path}", total, quiet=not is_writer())
     entropies, _ = score_documents(
-        byte_lm.config,
-        byte_lm.params,
+        byte_lm.model.config.model,
+        byte_lm.model.params,
         texts,
         newline_reset=byte_lm.newline_reset,
         scored=progress.advance,

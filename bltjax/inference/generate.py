@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from bltjax.config.arguments import add_workdir_argument, local_path_argument
-from bltjax.inference.decoding.decoder import Decoder, Piece
+from bltjax.inference.decoding.decoder import Decoder
+from bltjax.inference.decoding.pieces import Piece
 from bltjax.inference.decoding.placement import load_onto, read_mesh
 from bltjax.inference.decoding.request import CONTEXT, check_decodable, fitting_prompts
 from bltjax.inference.decoding.sampling import Sampling
-from bltjax.inference.entropy import run_patching
 from bltjax.inference.prompts import (
     STDIN,
     Prompt,
@@ -187,26 +187,21 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         **request,
     )
     config = read_config(args.workdir)
-    check_decodable(config, config.patching, True, args.draft)
+    check_decodable(config, True, args.draft)
     _, step = params_folder(args.workdir)
     first = begin_results(args.out, prompts, settings_of(args, step)) if args.out else 0
     if first:
         print(f"{args.out}: {first} of {len(prompts)} results are there; the rest follows",
               file=sys.stderr)  # fmt: skip
     mesh = read_mesh(args.mesh) if args.mesh else None
-    patching, byte_lm = run_patching(config, args.workdir)  # whether it is there is known first
-    config, params, _ = load_onto(mesh, args.workdir, args.dtype)
+    # The decoder has weights of its own, so the model's are given up with it.
     decoder = Decoder(
-        config,
-        params,
-        patching,
-        byte_lm,
+        load_onto(mesh, args.workdir, args.dtype),
         context=args.context,
         draft=args.draft,
         mesh=mesh,
         dtype=args.dtype,
     )
-    del params  # the decoder has its own
 
     def write(group: list[Prompt], begin: int) -> Iterator[Piece]:
         texts, names = [prompt.text for prompt in group], [prompt.name for prompt in group]

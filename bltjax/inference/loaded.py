@@ -4,71 +4,52 @@ Texts are str or bytes, of any length that memory allows; programs are compiled 
 powers of two, so that a few serve all texts. A whole text is one document.
 """
 
-import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.attention import fastest
-from bltjax.config.model import BLTConfig, ByteCNNConfig, ByteLMConfig, PatchingConfig
-from bltjax.config.run import RunConfig
+from bltjax.config.data import SourceConfig
+from bltjax.data.batches import Batch, one_row
+from bltjax.families import Model, batch_logits, make_model, resolved
 from bltjax.inference.attention_maps import CrossWeights, cross_weights
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.placement import load_onto, on_mesh, read_mesh
 from bltjax.inference.decoding.sampling import Sampling
 from bltjax.inference.decoding.uncached import bucket
-from bltjax.inference.entropy import EntropyModel, run_patching, score_documents
+from bltjax.inference.entropies import write_entropies
+from bltjax.inference.entropy import score_documents
 from bltjax.inference.finite import first_not_finite, not_finite
-from bltjax.model.build import batch_logits, make_model, resolved
 from bltjax.system.environment import check_numbers, check_platform
-from bltjax.system.paths import path_of
+from bltjax.system.paths import hidden_beside, path_of
 from bltjax.text.alphabet import OFFSET, as_bytes, encode, text_stream
 from bltjax.text.patching import force_starts, patch_starts
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedConfig:
-    """What a loaded model is: the settings of both models and of the patching between them."""
-
-    blt: BLTConfig | None
-    byte_lm: ByteLMConfig | ByteCNNConfig | None
-    patching: PatchingConfig | None
-
-    @property
-    def threshold(self) -> float | None:
-        """Nats, if entropies place the patches."""
-        by_entropy = self.patching is not None and self.patching.mode == "entropy"
-        return self.patching.threshold if by_entropy else None
+from bltjax.text.segments import split_at
+from bltjax.weights.export import open_stored
+from bltjax.weights.exporting import write_export
 
 
 class LoadedModel:
-    """A BLT with its byte LM, or a byte LM alone, ready for text; `bltjax.load` makes it."""
+    """A model with what places its patches, ready for text; `bltjax.load` makes it.
 
-    def __init__(
-        self,
-        run: RunConfig,
-        params,
-        patching: PatchingConfig | None,
-        entropy_model: EntropyModel | None,
-        mesh: Mesh | None = None,
-        dtype: str | None = None,
-    ):
-        self.run, self.params, self.mesh, self.dtype = run, params, mesh, dtype
-        self.entropy_model = entropy_model
-        if run.blt is None:  # its own entropies
-            self.entropy_model = EntropyModel(run.model, params, "", False, run, 0)
-        self.config = LoadedConfig(
-            run.blt, self.entropy_model and self.entropy_model.config, patching
-        )
+    config: its ModelConfig. model: the Model itself, as rooms pass it on. path: where it was
+    loaded from, if it was.
+    """
+
+    def __init__(self, model: Model, mesh: Mesh | None = None, dtype: str | None = None, path=None):
+        self.model, self.mesh, self.dtype, self.path = model, mesh, dtype, path
+        self.config, self.params = model.config, model.params
+        # A byte model has entropies of its own.
+        self.scores = model.entropy_model if self.config.patching is not None else model
 
         device = mesh.devices.flat[0] if mesh else jax.devices()[0]
-        computed = jax.numpy.dtype(resolved(run, device).compute_dtype)
+        computed = jax.numpy.dtype(resolved(self.config, device).compute_dtype)
 
         def model_of(patches: int):
-            return make_model(run.model, patches, computed, fastest(device))
+            return make_model(self.config.model, patches, computed, fastest(device))
 
         @functools.partial(jax.jit, static_argnames="patches")
         def all_logits(params, batch, patches):
@@ -88,7 +69,7 @@ class LoadedModel:
           FloatingPointError: for logits or entropies that are not finite.
         """
         ids = encode(text, eos=False)
-        starts_N1 = self.starts(text) if self.config.blt is not None else None
+        starts_N1 = self.starts(text) if self.config.patching is not None else None
         return self.logits_with(ids, starts_N1)
 
     def logits_with(self, ids: np.ndarray, starts_N1: np.ndarray | None) -> np.ndarray:
@@ -110,7 +91,7 @@ class LoadedModel:
         batch, patches = row_of(ids, self.starts(text))
         model = self.model_of(patches)
         with on_mesh(self.mesh):
-            return cross_weights(self.config.blt, model, self.params, batch, len(ids))
+            return cross_weights(self.config.model, model, self.params, batch, len(ids))
 
     def entropies(self, text: str | bytes) -> np.ndarray:
         """float32 [len + 1], nats, indexed as logits: how unsure the byte LM is of each next byte.
@@ -119,18 +100,18 @@ class LoadedModel:
           ValueError: if there is no byte LM.
           FloatingPointError: for an entropy that is not finite.
         """
-        model = self.entropy_model
+        model, patching = self.scores, self.config.patching
         if model is None:
             raise ValueError(
-                f"this model places patches by {self.config.patching.mode}: it has no byte LM, and"
+                f"this model places patches by {patching.mode}: it has no byte LM, and"
                 " so no entropies"
             )
         texts = [np.frombuffer(as_bytes(text), np.uint8)]
         scored, _ = score_documents(
-            model.config,
+            model.config.model,
             model.params,
             texts,
-            newline_reset=model.newline_reset,
+            newline_reset=patching is not None and patching.newline_reset,
             name=lambda _: "the text",
         )
         return scored[0]
@@ -149,9 +130,7 @@ class LoadedModel:
         Raises:
           ValueError: for a byte LM.
         """
-        data, begins = as_bytes(text), np.flatnonzero(self.starts(text)[1:-1])
-        ends = np.append(begins[1:], len(data)) if len(data) else begins
-        return [data[a:b] for a, b in zip(begins, ends, strict=True)]
+        return split_at(as_bytes(text), self.starts(text))
 
     def bits_per_byte(self, text: str | bytes) -> float:
         """Mean of -log2 p over the bytes of a text.
@@ -168,7 +147,7 @@ class LoadedModel:
 
     def generate(
         self,
-        prompt: str | bytes = "",
+        prompt: str | bytes | Sequence[str | bytes] = "",
         *,
         max_bytes: int = 200,
         temperature: float = 0.0,
@@ -180,8 +159,9 @@ class LoadedModel:
         seed: int = 0,
         stop: str | bytes = "",
         truncate: bool = False,
-    ) -> Iterator[str]:
-        """Text that continues the prompt, piece by piece, until EOS, `stop` or `max_bytes`.
+    ) -> Iterator[str] | list[str]:
+        """Text that continues a prompt, piece by piece, until EOS, `stop` or `max_bytes`; of a list
+        of prompts, which are continued side by side, a list of whole texts.
 
         temperature 0 is greedy. What is no UTF-8 shows as U+FFFD; valid_utf8 writes none. truncate:
         a prompt that is too long loses its beginning.
@@ -191,43 +171,70 @@ class LoadedModel:
           FloatingPointError: for logits or entropies that are not finite.
         """
         if self.decoder is None:
-            patching, model = self.config.patching, self.entropy_model
-            self.decoder = Decoder(
-                self.run,
-                self.params,
-                patching,
-                patching and model,
-                mesh=self.mesh,
-                dtype=self.dtype,
-            )
-        stream = text_stream()
+            self.decoder = Decoder(self.model, mesh=self.mesh, dtype=self.dtype)
+        one = isinstance(prompt, str | bytes)
         pieces = self.decoder.generate(
-            [prompt],
+            [prompt] if one else list(prompt),
             max_bytes=max_bytes,
             sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, valid_utf8),
             seed=seed,
             truncate=truncate,
             stop=[stop] if stop else [],
         )
+        if one:
+            return shown_pieces(pieces)
+        texts = [b""] * len(prompt)
         for piece in pieces:
-            if shown := stream.decode(piece.text):
-                yield shown
-        if shown := stream.decode(b"", True):
+            texts[piece.row] += piece.text
+        return [text.decode(errors="replace") for text in texts]
+
+    def write_records(self, source, out, *, split_bytes: int = 0) -> None:
+        """Scores a corpus with this byte LM: records of its bytes and entropies, on which a BLT is
+        trained. The same call resumes it.
+
+        source: a path or pattern of text, JSON lines or Parquet. split_bytes: cut text files into
+        documents of about so many bytes.
+
+        Raises:
+          ValueError: for a model with patches, one that is in memory alone, or a bad source.
+        """
+        if self.path is None or self.config.patching is not None:
+            raise ValueError("records are written by a byte LM that was loaded from a folder")
+        write_entropies(SourceConfig(str(source), split_bytes=split_bytes), self.path, path_of(out))
+
+    def export(self, destination) -> None:
+        """Writes the model as an export, which `load` takes: settings, weights, what places its
+        patches; nothing of the run that trained it.
+
+        Raises:
+          ValueError: for a model that is in memory alone, or a destination that exists.
+        """
+        destination = path_of(destination)
+        if self.path is None:
+            raise ValueError("only a model that was loaded from a folder is exported")
+        if destination.exists():
+            raise ValueError(f"{destination} exists; give another destination, or remove it")
+        partial = hidden_beside(destination, "partial")
+        partial.rmtree(missing_ok=True)
+        write_export(open_stored(self.path), partial, lambda written: None)
+        partial.rename(destination)
+
+
+def shown_pieces(pieces) -> Iterator[str]:
+    """The text of pieces; a character that is cut between two comes with the second."""
+    stream = text_stream()
+    for piece in pieces:
+        if shown := stream.decode(piece.text):
             yield shown
+    if shown := stream.decode(b"", True):
+        yield shown
 
 
-def row_of(ids: np.ndarray, starts_N1: np.ndarray | None) -> tuple[dict, int]:
+def row_of(ids: np.ndarray, starts_N1: np.ndarray | None) -> tuple[Batch, int]:
     """A batch of one row, padded to a power of two, and room for its patches."""
     length = bucket(len(ids))
-    bytes_BN = np.zeros((1, length), np.int32)
-    bytes_BN[0, : len(ids)] = ids
-    documents_BN = (np.arange(length) < len(ids)).astype(np.int32)[None]
-    batch, patches = {"bytes_BN": bytes_BN, "documents_BN": documents_BN}, 0
-    if starts_N1 is not None:
-        batch["starts_BN1"] = np.zeros((1, length + 1), bool)
-        batch["starts_BN1"][0, : len(ids) + 1] = starts_N1
-        patches = min(length, bucket(int(starts_N1[:-1].sum())))
-    return batch, patches
+    patches = 0 if starts_N1 is None else min(length, bucket(int(starts_N1[:-1].sum())))
+    return one_row(ids, starts_N1, length), patches
 
 
 def load(path, *, mesh: str | None = None, dtype: str | None = None) -> LoadedModel:
@@ -235,5 +242,4 @@ def load(path, *, mesh: str | None = None, dtype: str | None = None) -> LoadedMo
     check_numbers("bltjax.load")
     check_platform()
     path, on = path_of(path), read_mesh(mesh) if mesh else None
-    run, params, _ = load_onto(on, path, dtype)
-    return LoadedModel(run, params, *run_patching(run, path), on, dtype)
+    return LoadedModel(load_onto(on, path, dtype), on, dtype, path)

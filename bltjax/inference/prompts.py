@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from bltjax.config.arguments import local_path_argument
 from bltjax.config.fields import differences
-from bltjax.inference.decoding.decoder import Piece
+from bltjax.inference.decoding.pieces import Piece
 from bltjax.system.paths import hidden_beside
 from bltjax.system.storage import write_text
 from bltjax.text.alphabet import as_bytes

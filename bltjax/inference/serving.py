@@ -30,10 +30,9 @@ import numpy as np
 from etils import epath
 from jax import export
 
-from bltjax.config.run import RunConfig
-from bltjax.inference.decoding.blt import CachedBLT
 from bltjax.inference.decoding.loop import when
 from bltjax.inference.decoding.prefill import SHORTEST, cached_model
+from bltjax.model.blt.decoding import CachedBLT
 from bltjax.text.alphabet import BOE, BOS, BPE, EOS, OFFSET, VOCABULARY
 from bltjax.weights.lazy import DTYPES
 from bltjax.weights.stored import ModelFiles
@@ -110,7 +109,7 @@ def serving_dtype(files: ModelFiles) -> np.dtype:
 def arrays_of(files: ModelFiles) -> list[dict]:
     """Every array that the programs need, in the order that they take them."""
     parts = [("params", files.leaves)]
-    if files.config.blt and files.config.patching.mode == "entropy" and files.byte_lm:
+    if files.config.by_entropy and files.byte_lm:
         parts.append(("byte_lm/params", files.byte_lm.leaves))
     return [
         {"path": f"{folder}/{name.replace('/', '.')}", **described(leaf)}
@@ -149,14 +148,14 @@ class Programs:
 
     def __init__(self, files: ModelFiles, config: ServingConfig):
         """Raises ValueError for a model that can't generate, as `Decoder` does."""
-        run: RunConfig = files.config
-        scorer = files.byte_lm and files.byte_lm.config.model
+        model = files.config
+        scorer = files.byte_lm and files.byte_lm.config
         self.config, self.dtype = config, serving_dtype(files)
-        self.model = cached_model(run, run.patching, scorer, self.dtype, implementation="xla")
+        self.model = cached_model(model, scorer, self.dtype, implementation="xla")
         self.patched = isinstance(self.model, CachedBLT)
         self.arrays = arrays_of(files)
         # An open patch may be as long as the text, unless patches have a longest.
-        longest = run.patching.max_patch_bytes or config.positions
+        longest = (model.patching and model.patching.max_patch_bytes) or config.positions
         self.open_slots = min(longest + 4, config.positions)  # whole_characters adds up to three
         self.array_shapes = tuple(
             jax.ShapeDtypeStruct(about["shape"], jnp.dtype(about["dtype"])) for about in self.arrays

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from typing import TextIO
 
-from bltjax.inference.decoding.decoder import Piece
+from bltjax.inference.decoding.pieces import Piece
 from bltjax.text.alphabet import text_stream
 
 # Of the 256 terminal colours, black to red: how uncertain a byte was, nat by nat.

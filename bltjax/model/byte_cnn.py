@@ -6,19 +6,50 @@ So small a receptive field has few contexts: the entropy after each is computed 
 text is looking it up (paper 4.2). Bytes before the document count as BOE.
 """
 
+import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bltjax.config.model import ByteCNNConfig
+from bltjax.config.fields import positive
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.byte_lm import entropies_of
 from bltjax.model.layers import embedded, project, rms_norm, truncated_normal
 from bltjax.text.alphabet import BOE, VOCABULARY
 from bltjax.text.segments import document_begins, index_like
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteCNNConfig:
+    """A convolutional byte LM that sees only the last few bytes: the paper's CNN scorer (fig. 3).
+
+    Its entropies are compiled to a table with an entry for every context.
+    """
+
+    group: typing.ClassVar[str] = "byte_cnn"
+
+    context: int = 2  # bytes; three make a table of 17.6 million entries
+    width: int = 128  # E
+    layers: int = 2
+    hidden: int = 384  # F
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        positive(self, "context", "width", "layers", "hidden", "norm_eps")
+        if self.context > 3:
+            raise ValueError(f"byte_cnn.context ({self.context}) must be 1 ... 3")
+
+    def summary(self) -> str:
+        """Its sizes in a line."""
+        return f"context {self.context}, {self.layers} layers of {self.width}"
+
+    def layers_in_arrays(self, stacked: bool) -> int:
+        """The layers, whose arrays are apart."""
+        return self.layers
 
 
 class ByteCNN(nn.Module):

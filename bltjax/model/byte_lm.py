@@ -5,6 +5,8 @@ of the last W - 1 positions; positions count from the oldest carried key, becaus
 angles lose precision far from zero. Scores don't depend on how a text was chunked.
 """
 
+import dataclasses
+import typing
 from typing import NamedTuple
 
 import jax
@@ -13,7 +15,8 @@ from flax import linen as nn
 
 from bltjax.attention.kv_cache import Places, stored
 from bltjax.attention.pattern import Sliding
-from bltjax.config.model import ByteLMConfig
+from bltjax.config.fields import MAY_CHANGE, divides, one_of, positive, setting
+from bltjax.config.model import REMAT
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.layers import (
     BlockSize,
@@ -25,6 +28,36 @@ from bltjax.model.layers import (
 )
 from bltjax.text.alphabet import VOCABULARY
 from bltjax.text.segments import Ranges, document_begins, index_like, window_ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteLMConfig:
+    """The small byte language model whose entropies place the patches (paper 2.3, 4.2)."""
+
+    group: typing.ClassVar[str] = "byte_lm"
+
+    layers: int = 14
+    width: int = 768  # E
+    heads: int = 12  # G
+    hidden: int = 2048  # F
+    window: int = 512  # bytes a position sees, itself included
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+    remat: str = setting("none", resume=MAY_CHANGE)  # one of REMAT
+
+    def __post_init__(self):
+        positive(self, "layers", "width", "heads", "hidden", "window", "rope_theta", "norm_eps")
+        one_of("byte_lm.remat", self.remat, REMAT)
+        divides("byte_lm.heads", self.heads, "byte_lm.width", self.width)
+        divides("2", 2, "byte_lm channels per head", self.width // self.heads)
+
+    def summary(self) -> str:
+        """Its sizes in a line."""
+        return f"{self.layers} layers of {self.width}, window {self.window}"
+
+    def layers_in_arrays(self, stacked: bool) -> int:
+        """The layers, whose arrays are apart."""
+        return self.layers
 
 
 class Carry(NamedTuple):

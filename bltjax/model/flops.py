@@ -8,8 +8,10 @@ P. Training is three times the forward pass. What the backward pass computes ane
 model: it is counted apart, and not in a model's FLOPs utilisation (MFU).
 """
 
-from bltjax.config.model import BLTConfig, ByteCNNConfig, ByteLMConfig
 from bltjax.distributed.topology import chip_of
+from bltjax.model.blt.config import BLTConfig
+from bltjax.model.byte_cnn import ByteCNNConfig
+from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.text.alphabet import VOCABULARY
 
 
@@ -28,19 +30,20 @@ def cross_flops(queries: int, keys: int, pairs: int, width: int) -> int:
     return 4 * width * width * (queries + keys) + 4 * width * pairs
 
 
-def row_forward_flops(
-    config: ByteLMConfig | ByteCNNConfig | BLTConfig, row_bytes: int, row_patches: int
-) -> int:
+def byte_cnn_forward(config: ByteCNNConfig, N: int, P: int) -> int:
+    """FLOPs of one row of N bytes, forward."""
+    pointwise = config.layers * 3 * config.hidden + config.context * config.width
+    return 2 * N * config.width * (pointwise + VOCABULARY)
+
+
+def byte_lm_forward(config: ByteLMConfig, N: int, P: int) -> int:
+    """FLOPs of one row of N bytes, forward."""
+    block = block_flops(N, config.window, config.width, config.hidden, config.width)
+    return config.layers * block + 2 * N * config.width * VOCABULARY
+
+
+def blt_forward(config: BLTConfig, N: int, P: int) -> int:
     """FLOPs of one row of N bytes and P patches, forward."""
-    N, P = row_bytes, row_patches
-    if isinstance(config, ByteCNNConfig):
-        pointwise = config.layers * 3 * config.hidden + config.context * config.width
-        return 2 * N * config.width * (pointwise + VOCABULARY)
-    if isinstance(config, ByteLMConfig):
-        blocks = config.layers * block_flops(
-            N, config.window, config.width, config.hidden, config.width
-        )
-        return blocks + 2 * N * config.width * VOCABULARY
     local, cross, latent = config.local, config.cross, config.latent
     E, K, D = local.width, cross.slots, latent.width
     encoder_block = block_flops(N, local.window, E, local.encoder_hidden or local.hidden, E)
@@ -65,81 +68,81 @@ def cross_layers(config: BLTConfig) -> tuple[int, int]:
     return encoder, {"none": 0, "first": 1, "all": local.decoder_layers}[cross.decoder]
 
 
-def recomputed_flops(
-    config: ByteLMConfig | ByteCNNConfig | BLTConfig, row_bytes: int, row_patches: int
-) -> int:
-    """FLOPs of one row that the backward pass computes anew.
+def block_again(policy, positions, span, width, hidden, key_value_width) -> int:
+    """FLOPs of one block that the backward pass computes anew.
 
     That is the scores of every attention, once, for kernels don't keep them: half of what attention
     is forward. And what the policies of the config say: of a block, "full" computes all again but
     its last product, whose result nobody asks for; the other policies keep the results of products
     and of attention.
     """
+    scores = 2 * width * seen_keys(positions, span)
+    if policy != "full":
+        return scores
+    block = block_flops(positions, span, width, hidden, key_value_width)
+    return scores + block - 2 * positions * hidden * width
 
-    def again(policy, positions, span, width, hidden, key_value_width) -> int:
-        scores = 2 * width * seen_keys(positions, span)
-        if policy != "full":
-            return scores
-        block = block_flops(positions, span, width, hidden, key_value_width)
-        return scores + block - 2 * positions * hidden * width
 
-    N, P = row_bytes, row_patches
-    if isinstance(config, ByteCNNConfig):
-        return 0
-    if isinstance(config, ByteLMConfig):
-        block = again(config.remat, N, config.window, config.width, config.hidden, config.width)
-        return config.layers * block
+def byte_cnn_recomputed(config: ByteCNNConfig, N: int, P: int) -> int:
+    """FLOPs of one row that the backward pass computes anew."""
+    return 0
+
+
+def byte_lm_recomputed(config: ByteLMConfig, N: int, P: int) -> int:
+    """FLOPs of one row that the backward pass computes anew."""
+    width = config.width
+    return config.layers * block_again(config.remat, N, config.window, width, config.hidden, width)
+
+
+def blt_recomputed(config: BLTConfig, N: int, P: int) -> int:
+    """FLOPs of one row that the backward pass computes anew."""
     local, latent = config.local, config.latent
     E, D = local.width, latent.width
     key_value_width = D // latent.heads * latent.key_value_heads
-    encoder = again(local.remat, N, local.window, E, local.encoder_hidden or local.hidden, E)
-    decoder = again(local.remat, N, local.window, E, local.hidden, E)
+    encoder = block_again(local.remat, N, local.window, E, local.encoder_hidden or local.hidden, E)
+    decoder = block_again(local.remat, N, local.window, E, local.hidden, E)
     return (
         local.encoder_layers * encoder
         + local.decoder_layers * decoder
         + sum(cross_layers(config)) * 2 * E * config.cross.slots * N
-        + latent.layers * again(latent.remat, P, P, D, latent.hidden, key_value_width)
+        + latent.layers * block_again(latent.remat, P, P, D, latent.hidden, key_value_width)
     )
 
 
-def training_flops(config, rows: int, row_bytes: int, row_patches: int) -> int:
-    """FLOPs of one optimizer step over `rows` rows."""
-    return 3 * rows * row_forward_flops(config, row_bytes, row_patches)
+def paper_cross(width, layers, context, ratio) -> float:
+    """FLOPs of one query through layers of attention; ratio: keys per query."""
+    attention = 4 * layers * width * (context + 1) / 2
+    return attention + (2 * ratio + 2) * 2 * layers * width**2
 
 
-def paper_flops(
-    config: ByteLMConfig | ByteCNNConfig | BLTConfig, row_bytes: int, row_patches: int
-) -> float:
-    """FLOPs of one byte, forward, as the paper estimates them (equations 13 to 17, table 11).
+def paper_transformer(width, layers, context, vocabulary=0) -> float:
+    """FLOPs of one position, forward, as the paper estimates them (equations 13 to 17, table 11).
 
     Every hidden layer counts as four times the width, and cross-attention as if it were causal;
-    what is not in its formula (pooling, projections between widths) is left out. The paper has no
-    formula for a CNN: ours is taken.
+    what is not in its formula (pooling, projections between widths) is left out.
     """
-    if isinstance(config, ByteCNNConfig):
-        return row_forward_flops(config, row_bytes, row_patches) / row_bytes
+    hidden = 2 * layers * 2 * width * 4 * width
+    return hidden + paper_cross(width, layers, context, 1) + 2 * width * vocabulary
 
-    def attention(width, layers, context):
-        return 4 * layers * width * (context + 1) / 2
 
-    def projections(width, layers, ratio):
-        return (2 * ratio + 2) * 2 * layers * width**2
+def byte_cnn_paper(config: ByteCNNConfig, N: int, P: int) -> float:
+    """FLOPs of one byte, forward; the paper has no formula for a CNN, so ours is taken."""
+    return byte_cnn_forward(config, N, P) / N
 
-    def transformer(width, layers, context, vocabulary=0):
-        hidden = 2 * layers * 2 * width * 4 * width
-        both = attention(width, layers, context) + projections(width, layers, 1)
-        return hidden + both + 2 * width * vocabulary
 
-    def cross(width, layers, context, ratio):
-        return attention(width, layers, context) + projections(width, layers, ratio)
+def byte_lm_paper(config: ByteLMConfig, N: int, P: int) -> float:
+    """FLOPs of one byte, forward, by the paper's formula."""
+    return paper_transformer(config.width, config.layers, config.window, 256)
 
-    if isinstance(config, ByteLMConfig):
-        return transformer(config.width, config.layers, config.window, 256)
+
+def blt_paper(config: BLTConfig, N: int, P: int) -> float:
+    """FLOPs of one byte, forward, by the paper's formula."""
+    transformer, cross = paper_transformer, paper_cross
     local, latent, slots = config.local, config.latent, config.cross.slots
-    E, patch = local.width, row_bytes / row_patches
+    E, patch = local.width, N / P
     encoder, decoder = cross_layers(config)
     return (
-        transformer(latent.width, latent.layers, row_patches) / patch
+        transformer(latent.width, latent.layers, P) / patch
         + transformer(E, local.encoder_layers, local.window)
         + transformer(E, local.decoder_layers, local.window, 256)
         + cross(E, encoder, patch, patch / slots) * slots / patch

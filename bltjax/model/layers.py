@@ -16,9 +16,8 @@ from flax import linen as nn
 from bltjax.attention import range_attention
 from bltjax.attention.kv_cache import Cache, Places, cached_attention
 from bltjax.attention.pattern import Pattern
-from bltjax.attention.rope import rotary_angles, rotate
+from bltjax.attention.rope import RopeScalingConfig, rotary_angles, rotate
 from bltjax.attention.tiled import OUTCOME
-from bltjax.config.model import RopeScalingConfig
 from bltjax.distributed.sharding import constrained, gathered, gathers, summed_by_rows
 from bltjax.text.segments import Ranges
 

@@ -5,8 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bltjax.text.alphabet import OFFSET
-
 
 class Sums(NamedTuple):
     """Sums over targets, to be added across micro-batches, batches and devices; then divided."""
@@ -26,16 +24,20 @@ class Sums(NamedTuple):
         return self.text_nats / jnp.log(2.0) / jnp.maximum(self.text_bytes, 1)
 
 
-def target_sums(logits_BNV, targets_BN, weights_BN) -> Sums:
-    """Cross-entropy sums in fp32; targets with weight 0 add nothing, whatever their logits."""
+def target_sums(logits_BNV, batch) -> Sums:
+    """Cross-entropy sums in fp32; targets with weight 0 add nothing, whatever their logits.
+
+    batch: of any kind that has targets [B, N], weights and target_bytes.
+    """
+    targets_BN, weights_BN = batch.targets_BN, batch.weights_BN
     logits_BNV = logits_BNV.astype(jnp.float32)
     chosen_BN = jnp.take_along_axis(logits_BNV, targets_BN[..., None], axis=-1)[..., 0]
     nats_BN = jax.nn.logsumexp(logits_BNV, axis=-1) - chosen_BN
     nats_BN = jnp.where(weights_BN > 0, nats_BN, 0.0)
-    text_BN = (targets_BN >= OFFSET) & (weights_BN > 0)
+    text_BN = batch.target_bytes_BN > 0
     return Sums(
         (nats_BN * weights_BN).sum(),
         weights_BN.sum(),
         jnp.where(text_BN, nats_BN, 0.0).sum(),
-        text_BN.sum(dtype=jnp.float32),
+        batch.target_bytes_BN.sum(dtype=jnp.float32),
     )

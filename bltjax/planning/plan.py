@@ -13,15 +13,14 @@ import time
 
 import jax
 
-from bltjax.config.load import load_config
-from bltjax.config.model import ByteLMConfig
 from bltjax.config.run import RunConfig
-from bltjax.data.packing import unwritten_rows
+from bltjax.data.batches import BATCHES, arrays_of
 from bltjax.distributed.sharding import make_mesh
 from bltjax.distributed.topology import Topology, read_topology
+from bltjax.families import family_of, load_config, model_config, training_flops
 from bltjax.inference.decoding.request import CONTEXT
-from bltjax.model.build import parameter_count
-from bltjax.model.flops import paper_flops, recomputed_flops, training_flops
+from bltjax.model.byte_lm import ByteLMConfig
+from bltjax.model.params import parameter_count
 from bltjax.planning.aot import (
     Memory,
     TooLarge,
@@ -41,22 +40,24 @@ from bltjax.training.step import step_parts
 
 def batch_shapes(config: RunConfig):
     """The shapes of a batch as the pipeline makes it."""
-    row = unwritten_rows(1, config.data.row_bytes)
-    rows = config.data.rows
-    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in row.items()}
+    kind = BATCHES[family_of(config).rows]
+    return arrays_of(kind, config.data.rows, config.data.row_bytes, jax.ShapeDtypeStruct)
 
 
 def needed_flops(config: RunConfig) -> Flops:
-    data = config.data
-    sizes = (data.rows, data.row_bytes, data.row_patches)
-    scorer = ByteLMConfig()  # the released entropy model; the run's own is not read for a plan
-    by_entropy = config.blt is not None and config.patching.mode == "entropy"
-    step_bytes = data.rows * data.row_bytes
+    data, family, model = config.data, family_of(config), config.model
+    N, P = data.row_bytes, data.row_patches
+    step_bytes = data.rows * N
+    scoring = 0.0
+    if model_config(config).by_entropy:
+        # The released entropy model; the run's own is not read for a plan.
+        scorer = ByteLMConfig()
+        scoring = step_bytes * family_of(scorer).paper_flops(scorer, N, P)
     return Flops(
-        paper=3 * step_bytes * paper_flops(config.model, *sizes[1:]),
-        exact=training_flops(config.model, *sizes),
-        rematerialised=data.rows * recomputed_flops(config.model, *sizes[1:]),
-        entropy_model=step_bytes * paper_flops(scorer, *sizes[1:]) if by_entropy else 0.0,
+        paper=3 * step_bytes * family.paper_flops(model, N, P),
+        exact=training_flops(model, data.rows, N, P),
+        rematerialised=data.rows * family.recomputed_flops(model, N, P),
+        entropy_model=scoring,
     )
 
 

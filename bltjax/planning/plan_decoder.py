@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import jax
 
-from bltjax.config.model import ByteLMConfig
 from bltjax.config.run import MeshConfig, RunConfig
 from bltjax.distributed.sharding import make_mesh
 from bltjax.distributed.topology import Topology
+from bltjax.families import model_config, resolved
 from bltjax.inference.decoding.programs import decoder_programs
-from bltjax.model.build import resolved
+from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.planning.aot import TooLarge, compile_ahead, described_devices, shard_bytes, used_bytes
 from bltjax.planning.hlo import read_program
 from bltjax.planning.hlo_collectives import by_kind_and_axis, read_collectives
@@ -105,7 +105,8 @@ def plan_generate(
       ValueError: for a model without patches, more slices than one, a prompt beyond the context, or
         rows that groups of devices don't divide.
     """
-    if config.blt is None:
+    model = model_config(config)
+    if model.patching is None:
         raise ValueError("--generate plans a BLT: this config trains a byte model")
     if topology.slices > 1:
         raise ValueError(f"--generate plans one slice, not {topology.slices}: a decoder is one job")
@@ -117,20 +118,19 @@ def plan_generate(
         )
     begun = time.monotonic()
     mesh = make_mesh(MeshConfig(groups, 1, -1), described_devices(topology))
-    config = resolved(config, mesh.devices.flat[0])
-    mean_patch = config.data.row_bytes / config.data.row_patches
+    model = resolved(model, mesh.devices.flat[0])
+    mean_patch = model.max_bytes / model.max_patches
     # The released entropy model; the run's own is not read for a plan.
-    byte_lm = ByteLMConfig() if config.patching.mode == "entropy" else None
+    byte_lm = ByteLMConfig() if model.by_entropy else None
     made = decoder_programs(
-        config.blt,
-        config.patching,
+        model,
         byte_lm,
         mesh,
         rows=rows,
         prompt=prompt_bytes,
         patches=round(context / mean_patch),
-        dtype=jax.numpy.dtype(config.compute_dtype),
-        implementation=config.attention,
+        dtype=jax.numpy.dtype(model.compute_dtype),
+        implementation=model.attention,
     )
 
     def on_chip(tree) -> float:

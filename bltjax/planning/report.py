@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from bltjax.config.run import RunConfig
 from bltjax.distributed.topology import Topology
+from bltjax.families import model_config
 from bltjax.planning.aot import Memory
 from bltjax.planning.hlo_cost import Work
 from bltjax.planning.roofline import Bound
@@ -154,7 +155,7 @@ def text(found: Plan, name: str) -> str:
     )
     accumulate = found.config.optimizer.accumulate
     cut = f", in {accumulate} micro-batches" if accumulate > 1 else ""
-    patches = f" and {data.row_patches:,} patches" if found.config.blt else ""
+    patches = f" and {data.row_patches:,} patches" if model_config(found.config).patching else ""
     lines = [
         f"{name} on {slices}{topology.name}: {topology.chips} chips, {hosts} hosts; mesh {mesh}",
         f"a step is {data.rows} rows of {data.row_bytes:,} bytes{patches}{cut}",

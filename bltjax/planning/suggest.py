@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from bltjax.config.run import RunConfig
 from bltjax.distributed.topology import Topology, read_topology
+from bltjax.families import family_of
 
 COMPILED = 2  # changes at most, as each takes minutes
 
@@ -41,6 +42,7 @@ def changed(config: RunConfig, settings) -> RunConfig:
     """
     for name, value in settings:
         path = name.split(".")
+        path[0] = "model" if path[0] == config.model.group else path[0]
         groups = [config]
         for group in path[:-1]:
             groups.append(getattr(groups[-1], group))
@@ -58,21 +60,21 @@ def estimates(found) -> Iterator[Change]:
     gradients = memory.parameters * (2 if count > 1 else 1)  # and their sum so far
     rest = max(0.0, memory.total - states - gradients)
     narrow, saved = (), 0.0
-    if config.blt is not None and config.optimizer.table_moments == "float32":
+    tables = found.parameters.get("hash_tables", 0)
+    if tables and config.optimizer.table_moments == "float32":
         narrow = (("optimizer.table_moments", "bfloat16"),)
-        share = found.parameters.get("hash_tables", 0) / found.parameters["total"]
+        share = tables / found.parameters["total"]
         saved = memory.parameters * share  # two moments, of two bytes less each
         yield Change(narrow, "", memory.total - saved)
     for settings, less in (((), 0.0), (narrow, saved)):
         for more in doublings(count, config.data.rows // shards):
             total = states + 2 * memory.parameters + rest * count / more - less
             yield Change((*settings, ("optimizer.accumulate", more)), "", total)
-    if config.blt is not None:
-        stacks = ("local", "latent")
+    if family_of(config).rows == "patches":
         lean = tuple(
-            (f"blt.{name}.remat", "full")
-            for name in stacks
-            if getattr(config.blt, name).remat != "full"
+            (f"{config.model.group}.{field.name}.remat", "full")
+            for field in dataclasses.fields(config.model)
+            if getattr(getattr(config.model, field.name), "remat", "full") != "full"
         )
         if lean:
             # A block keeps its input, not a dozen arrays of its width and of its hidden width.

@@ -10,11 +10,46 @@ up to 16 products of ids below 2^9 fit in 32 bits; carries are propagated once; 
 is taken eight bits at a time, which fits while M <= 2^24.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bltjax.config.model import HASH_PRIMES, HashConfig
+# Hash tables are stored padded to a multiple of this many rows whatever the mesh, so that a
+# checkpoint fits every mesh whose axes divide it. The padding is never addressed.
+TABLE_ROW_MULTIPLE = 512
+# One prime per hash function, as the released models have them.
+HASH_PRIMES = (
+    1000000007, 5915587277, 1500450271, 3267000013, 5754853343, 4093082899,
+    9576890767, 3628273133, 2860486313, 5463458053, 3367900313,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class HashConfig:
+    """Hashed n-gram embeddings: one table per (function, size), summed onto the byte embedding."""
+
+    sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
+    functions: int = 1
+    rows: int = 500002  # M, as addressed
+    crosses_documents: bool = False  # the reference's windows do; ours stop at a document's start
+
+    def __post_init__(self):
+        if self.sizes and not 2 <= min(self.sizes) <= max(self.sizes) <= 16:
+            raise ValueError(f"hash.sizes {self.sizes} must lie in 2 ... 16")
+        if not 0 < self.functions <= len(HASH_PRIMES):
+            raise ValueError(f"hash.functions ({self.functions}) must be 1 ... {len(HASH_PRIMES)}")
+        if not 0 < self.rows <= 2**24:
+            raise ValueError(f"hash.rows ({self.rows}) must be 1 ... 2^24 = {2**24}")
+
+    @property
+    def tables(self) -> int:
+        return len(self.sizes) * self.functions
+
+    @property
+    def stored_rows(self) -> int:
+        return -(-self.rows // TABLE_ROW_MULTIPLE) * TABLE_ROW_MULTIPLE
 
 
 def limbs(value: int) -> list[int]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.text.alphabet import BOE, OFFSET
 from bltjax.text.bpe import token_starts
 
@@ -39,7 +39,7 @@ class Cursor(NamedTuple):
     waits: Any
 
 
-def patch_starts(config: PatchingConfig, ids_N, entropies_N=None):
+def patch_starts(config: Patching, ids_N, entropies_N=None):
     """bool [..., N + 1]: where patches of one document begin.
 
     ids_N: ids from the document's first position on. entropies_N: float32 nats, entry j of the
@@ -52,7 +52,7 @@ def patch_starts(config: PatchingConfig, ids_N, entropies_N=None):
     return trace_starts(config, ids_N, entropies_N).starts_N1
 
 
-def document_starts(config: PatchingConfig, ids_N, entropies: np.ndarray | None) -> np.ndarray:
+def document_starts(config: Patching, ids_N, entropies: np.ndarray | None) -> np.ndarray:
     """bool [N + 1]: where a whole document's patches begin, as rows have them; on the host.
 
     The first two positions always are starts, and so is the one after EOS: another document's BOS.
@@ -98,7 +98,7 @@ def check_finite(entropies_N: np.ndarray) -> None:
         )
 
 
-def trace_starts(config: PatchingConfig, ids_N, entropies_N=None) -> Trace:
+def trace_starts(config: Patching, ids_N, entropies_N=None) -> Trace:
     """`patch_starts`, and what `next_starts` needs to go on from any position."""
     xp = jnp if isinstance(ids_N, jax.Array) else np
     length = ids_N.shape[-1]
@@ -161,7 +161,7 @@ def cursor_at(trace: Trace, entropies_BN, index_B) -> Cursor:
     return Cursor(index_B, entropy_B, began_B, waits)
 
 
-def next_starts(config: PatchingConfig, cursor: Cursor, past_BT, entropies_B):
+def next_starts(config: Patching, cursor: Cursor, past_BT, entropies_B):
     """Whether the position after the cursor's opens a patch, [B], and the cursor there.
 
     past_BT: each row's last three ids or more, the newest last, BOE before the document.
@@ -184,7 +184,7 @@ def next_starts(config: PatchingConfig, cursor: Cursor, past_BT, entropies_B):
     return starts_B, Cursor(index_B, entropies_B, began_B, waits)
 
 
-def opens(xp, config: PatchingConfig, index, past, now, before):
+def opens(xp, config: Patching, index, past, now, before):
     """Whether position `index` opens a patch, by its mode alone; elementwise.
 
     past: ids 1, 2 and 3 positions earlier; now, before: the entropies known before it and before
@@ -212,7 +212,7 @@ def shifted(xp, x_N, by: int, fill):
     return xp.concatenate([before, kept_N], axis=-1)[..., :length]
 
 
-def entropy_opens(xp, config: PatchingConfig, index, now, before):
+def entropy_opens(xp, config: Patching, index, now, before):
     """Whether positions from 2 on are starts; H[0], the uncertainty after BOS, has no say there.
 
     What it says of positions 0 and 1 doesn't matter: they begin patches anyway.
@@ -246,7 +246,7 @@ def space_ended(xp, last, before):
     return (~is_word(last) & is_word(before)) | (last < OFFSET)
 
 
-def too_long(config: PatchingConfig, index, began):
+def too_long(config: Patching, index, began):
     """Cuts every patch into pieces of `max_patch_bytes` from its left end."""
     return (index - began) % config.max_patch_bytes == 0
 

@@ -19,8 +19,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bltjax.config.letters import check_shapes
+from bltjax.config.model import Patching
+from bltjax.text.alphabet import as_bytes, encode
+from bltjax.text.patching import force_starts, patch_starts
 
 
 class Ranges(NamedTuple):
@@ -132,3 +136,29 @@ def flat_patch(patch_of_BN, patches: int):
     """Patch ids of all rows, ascending: row b has those from b * (P + 1), its padding the last."""
     row_B1 = jnp.arange(patch_of_BN.shape[0], dtype=jnp.int32)[:, None]
     return (row_B1 * (patches + 1) + patch_of_BN).reshape(-1)
+
+
+def patches_of(text: str | bytes, patching: Patching, entropies_N=None) -> list[bytes]:
+    """The patches of a text, which join to it; the patch of BOS is left out.
+
+    entropies_N: [len + 1], nats, for a patching by entropy.
+
+    Raises:
+      ValueError: for a patching by entropy without entropies, or of another length than the text's.
+    """
+    data, ids_N = as_bytes(text), encode(text, eos=False)
+    if patching.mode == "entropy":
+        found = 0 if entropies_N is None else len(entropies_N)
+        if found != len(ids_N):
+            raise ValueError(
+                f"patching by entropy needs {len(ids_N)} entropies for a text of {len(data)} bytes"
+                f" (after BOS and after each byte), not {found}"
+            )
+    return split_at(data, force_starts(patch_starts(patching, ids_N, entropies_N)))
+
+
+def split_at(data: bytes, starts_N1) -> list[bytes]:
+    """A text split at the starts of [BOS, its bytes, the byte to come]."""
+    begins = np.flatnonzero(np.asarray(starts_N1)[1:-1])
+    ends = np.append(begins[1:], len(data)) if len(data) else begins
+    return [data[a:b] for a, b in zip(begins, ends, strict=True)]

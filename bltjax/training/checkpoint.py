@@ -25,18 +25,10 @@ from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Futur
 
 from bltjax.config.run import FaultsConfig, RunConfig
 from bltjax.distributed.coordinator import process_count
-from bltjax.distributed.processes import (
-    describe,
-    leave,
-    lost_another,
-    together,
-)
+from bltjax.distributed.processes import describe, leave, lost_another, together
 from bltjax.training.step import TrainState
 from bltjax.weights.damage import FORMAT, stored_name, unsealed_file
-from bltjax.weights.workdir import (
-    in_chunks,
-    sealed,
-)
+from bltjax.weights.workdir import in_chunks, sealed
 
 SAVE_SECONDS = 1200  # for all processes to write their parts
 

@@ -15,13 +15,16 @@ WORKDIR/goodput.json keeps the sums, so that they are the run's and not the proc
 import contextlib
 import json
 import math
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
+from etils import epath
 
 from bltjax.distributed.processes import is_writer
-from bltjax.system.storage import read_json, write_text
+from bltjax.system.paths import is_remote
+from bltjax.system.storage import read_json, scratch, write_text
 
 KINDS = ("steps", "input", "checkpoints", "evaluation", "compile", "start", "restarts", "lost")
 NAME = "goodput.json"
@@ -122,3 +125,58 @@ class Goodput:
         shares = self.shares()
         others = ", ".join(f"{kind} {shares[kind]:.1%}" for kind in KINDS[1:] if shares[kind])
         return f"goodput {shares['steps']:.1%} of {sum(self.seconds.values()):.0f} s ({others})"
+
+
+FOLDER = "profile"
+
+
+class Profile:
+    """The window of steps that is traced; of no steps if `spec` is empty."""
+
+    def __init__(self, spec: str, workdir: epath.Path):
+        """Raises ValueError unless spec is START:STOP with 2 <= START <= STOP."""
+        # The profiler writes to disks alone.
+        self.folder = (scratch() if is_remote(workdir) else workdir) / FOLDER
+        self.newest = None
+        self.traced: list[int] = []
+        self.first = self.last = -1
+        if spec:
+            numbers = re.fullmatch(r"(\d+):(\d+)", spec)
+            self.first, self.last = map(int, numbers.groups()) if numbers else (0, 0)
+            if not 2 <= self.first <= self.last:
+                raise ValueError(f"--profile is {spec!r}, not START:STOP with 2 <= START <= STOP")
+
+    def steps(self, numbers: Iterable[int]) -> Iterator[int]:
+        """The numbers of steps, each marked in the trace until the next is asked for.
+
+        What the trace holds is its steps alone: the end of the one before is waited for.
+        """
+        for number in numbers:
+            if self.first <= number <= self.last and self.newest is not None:
+                if not self.traced:
+                    jax.block_until_ready(self.newest)
+                    options = jax.profiler.ProfileOptions()
+                    options.python_tracer_level = 0
+                    jax.profiler.start_trace(str(self.folder), profiler_options=options)
+                self.traced.append(number)
+            with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                yield number
+            if number == self.last:
+                jax.block_until_ready(self.newest)
+                self.close()
+
+    def dispatched(self, out) -> None:
+        """The newest step is on its way to its outcome."""
+        self.newest = out
+
+    def close(self) -> None:
+        """Ends the trace, with what there is of it; says so if there is none."""
+        if self.traced:
+            jax.profiler.stop_trace()
+            steps = f"{self.traced[0]} to {self.traced[-1]}"
+            print(f"trace of steps {steps}: xprof --logdir={self.folder}")
+        elif self.first > 0:
+            wanted = f"{self.first} to {self.last}"
+            print(f"no trace: this start had none of steps {wanted}, or as its first alone")
+        self.first = self.last = -1
+        self.traced = []

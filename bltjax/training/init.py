@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.config.fields import MAY_CHANGE, SAME_CONTENT, changes
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.config.run import RunConfig
 from bltjax.distributed.sharding import fitting_meshes, make_mesh, tree_shardings
+from bltjax.families import check_mesh, model_config, model_shapes
 from bltjax.inference.entropy import EntropyModel, load_entropy_model
-from bltjax.model.build import check_mesh, model_shapes
 from bltjax.system.paths import is_remote, path_of
 from bltjax.training.resume import check_copy
 from bltjax.training.step import StepParts, step_parts
@@ -31,7 +31,7 @@ def entropy_model(config: RunConfig, workdir: Path) -> EntropyModel | None:
 
     A resumed run takes its own copy.
     """
-    if config.blt is None or config.patching.mode != "entropy":
+    if not model_config(config).by_entropy:
         return None
     if not config.entropy_model:
         raise ValueError(
@@ -53,7 +53,7 @@ def check_start(config: RunConfig, workdir: Path, resumes: bool) -> None:
     if resumes:
         return
     if config.latent_init.path:
-        llama_leaves(path_of(config.latent_init.path), config.blt.latent)
+        llama_leaves(path_of(config.latent_init.path), config.model.latent)
     if config.init_from:
         model = open_stored(config.init_from).config.model
         found = changes(model, config.model)
@@ -161,7 +161,7 @@ def started(config: RunConfig, params, shardings):
         return loaded.params
     if not config.latent_init.path:
         return params
-    leaves = llama_leaves(path_of(config.latent_init.path), config.blt.latent)
+    leaves = llama_leaves(path_of(config.latent_init.path), config.model.latent)
     blocks = params["latent"].pop("blocks")  # freed before the others come
     for name in blocks:
         blocks[name] = placed(leaves[f"latent/blocks/{name}"], shardings["latent"]["blocks"][name])
@@ -186,12 +186,12 @@ def placed(leaf, sharding):
     return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
-def placed_patches(config: RunConfig, workdir: Path) -> PatchingConfig | None:
+def placed_patches(config: RunConfig, workdir: Path) -> Patching | None:
     """How a BLT's patches are placed; None for a byte LM.
 
     A resumed run takes its own copy of a tokenizer, whatever has become of the original.
     """
-    if config.blt is None:
+    if model_config(config).patching is None:
         return None
     if config.patching.mode != "bpe" or not ckpt.saved_steps(workdir):
         return config.patching

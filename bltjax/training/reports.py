@@ -13,6 +13,7 @@ from etils import epath
 
 from bltjax.config.run import RunConfig
 from bltjax.distributed.processes import is_writer
+from bltjax.families import model_config
 from bltjax.model.flops import utilisation
 from bltjax.model.loss import Sums
 from bltjax.progress import duration, quantity
@@ -93,10 +94,14 @@ class Reports:
         flops: int,
         last_step: int,
         last_good: Callable[[], str],
+        watch: Callable[[int, dict], None] | None = None,
     ):
-        """flops: of a step. last_good: what is left of the run, if a batch ends it."""
+        """flops: of a step. last_good: what is left of the run, if a batch ends it. watch: is
+        called with each report's step and values, instead of printing a line."""
         self.config, self.reporter = config, reporter
         self.flops, self.last_step, self.last_good = flops, last_step, last_good
+        self.watch = watch or self.print
+        self.patched = model_config(config).patching is not None
         self.rate_of = learning_rate(config.optimizer)
         self.window = Window()
         self.values: dict[str, float] = {}
@@ -131,19 +136,19 @@ class Reports:
             }
             reached = self.flops * self.values["steps_per_second"]
             self.values |= utilisation(reached, jax.devices())
-            if self.config.blt:
+            if self.patched:
                 for name in ("gradient_norms", "update_norms"):
                     by_part = {f"{name}/{part}": float(norm) for part, norm in out[name].items()}
                     self.values |= by_part
             self.warn_of_idle_slots()
             self.reporter.write(step, self.values)
-            self.print(step)
+            self.watch(step, self.values)
         return int(out["notice"])
 
     def mean_patch(self) -> float:
         """Bytes; a byte LM's positions are its patches."""
         data = self.config.data
-        slots = data.row_patches if self.config.blt else data.row_bytes
+        slots = data.row_patches if self.patched else data.row_bytes
         return self.values["byte_fill"] * data.row_bytes / (self.values["patch_fill"] * slots)
 
     def pass_or_stop(self, step: int, out: dict) -> None:
@@ -163,7 +168,7 @@ class Reports:
     def warn_of_idle_slots(self) -> None:
         values, data = self.values, self.config.data
         fullest = min(values["byte_fill"], values["patch_fill"])
-        if self.warned or self.config.blt is None or fullest >= 0.9:
+        if self.warned or not self.patched or fullest >= 0.9:
             return
         self.warned = True
         used = values["mean_patch_bytes"]
@@ -174,8 +179,12 @@ class Reports:
             " the threshold, or change data.row_patches."
         )
 
-    def print(self, step: int) -> None:
-        values, steps = self.values, self.config.optimizer.steps
+    def print(self, step: int, values: dict[str, float]) -> None:
+        steps = self.config.optimizer.steps
+        if "loss" not in values:
+            bits = values["held_out_bits_per_byte"]
+            print(f"step {step}/{steps}  held out {bits:.4f} bits/byte", flush=True)
+            return
         left = (steps - step) / max(values["steps_per_second"], 1e-9)
         print(
             f"step {step}/{steps}  loss {values['loss']:.4f}"
@@ -196,10 +205,8 @@ class Reports:
     def held_out(self, step: int, bits: float) -> None:
         """Takes held-out bits per byte."""
         self.reporter.write(step, {"held_out_bits_per_byte": bits})
-        print(
-            f"step {step}/{self.config.optimizer.steps}  held out {bits:.4f} bits/byte", flush=True
-        )
         self.values["held_out_bits_per_byte"] = bits
+        self.watch(step, {"held_out_bits_per_byte": bits})
 
 
 class Window:

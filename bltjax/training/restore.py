@@ -12,11 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from bltjax.distributed.processes import (
-    Restart,
-    from_writer,
-    gathered,
-)
+from bltjax.distributed.processes import Restart, from_writer, gathered
 from bltjax.training.checkpoint import (
     StreamsHandler,
     StreamsRestore,
@@ -26,12 +22,7 @@ from bltjax.training.checkpoint import (
 )
 from bltjax.training.step import TrainState
 from bltjax.weights.damage import Misfit, Reason, read_progress, stored_name, why_not
-from bltjax.weights.workdir import (
-    quiet,
-    reader,
-    saved_steps,
-    stored_shapes,
-)
+from bltjax.weights.workdir import quiet, reader, saved_steps, stored_shapes
 
 
 class Restored(NamedTuple):

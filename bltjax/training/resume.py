@@ -18,9 +18,10 @@ from bltjax.config.fields import (
     changes,
     to_dict,
 )
-from bltjax.config.run import OptimizerConfig, RunConfig, from_json
+from bltjax.config.run import OptimizerConfig, RunConfig
 from bltjax.distributed.coordinator import process_index
 from bltjax.distributed.processes import from_writer, gathered, is_writer
+from bltjax.families import from_json
 from bltjax.system.paths import check_arrays_path, check_unused
 from bltjax.system.storage import check_writable
 from bltjax.training.optimizer import learning_rate

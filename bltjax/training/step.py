@@ -24,19 +24,19 @@ from bltjax.distributed.sharding import (
     under,
 )
 from bltjax.evaluation.scores import jitted_scores
-from bltjax.model.build import (
-    Model,
+from bltjax.families import (
     batch_logits,
     check_mesh,
     initial_params,
-    part_of,
+    model_config,
+    module_of,
+    positions_of,
     resolved,
-    run_model,
 )
 from bltjax.model.loss import Sums, target_sums
+from bltjax.model.params import part_of
 from bltjax.system.environment import random_key
-from bltjax.training.bad_batches import guarded, told
-from bltjax.training.optimizer import make_optimizer
+from bltjax.training.optimizer import guarded, make_optimizer, told
 
 
 class TrainState(NamedTuple):
@@ -76,9 +76,7 @@ def make_train_step(config: RunConfig, model, optimizer):
     """
 
     def loss_sums(params, batch):
-        sums = target_sums(
-            batch_logits(model, params, batch), batch["targets_BN"], batch["weights_BN"]
-        )
+        sums = target_sums(batch_logits(model, params, batch), batch)
         return sums.nats, sums
 
     def gradient(params, batch):
@@ -97,7 +95,7 @@ def make_train_step(config: RunConfig, model, optimizer):
         zero = (zero, Sums(*(jnp.zeros(()),) * 4))
         return jax.lax.scan(add, zero, micro_batches(batch, count))[0]
 
-    slots = config.data.row_patches if config.blt else config.data.row_bytes
+    slots = positions_of(model_config(config))
 
     def step(state: TrainState, batch):
         grads, sums = by_slices(gradient_sums)(state.params, batch)
@@ -147,7 +145,7 @@ class StepParts(NamedTuple):
     """What a run is made of on a mesh."""
 
     config: RunConfig  # resolved for the mesh's devices
-    model: Model
+    model: Any  # the family's module
     initial_state: Callable  # key -> TrainState
     shapes: TrainState  # of jax.ShapeDtypeStruct
     shardings: TrainState
@@ -163,11 +161,11 @@ def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
     """
     check_mesh(config.model, config.data.rows // config.optimizer.accumulate, mesh)
     config = resolved(config, mesh.devices.flat[0])
-    model = run_model(config)
+    model = module_of(model_config(config))
     optimizer = run_optimizer(config)
 
     def initial_state(key) -> TrainState:
-        params = initial_params(model, key)
+        params = initial_params(config.model, key)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     shapes = jax.eval_shape(initial_state, random_key(config.seed))

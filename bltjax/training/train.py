@@ -13,24 +13,20 @@ import functools
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
 from bltjax.config.arguments import path_argument
-from bltjax.config.fields import divides, to_dict
-from bltjax.config.load import load_config
-from bltjax.config.model import BLTConfig, ByteCNNConfig, ByteLMConfig
+from bltjax.config.fields import to_dict
 from bltjax.config.run import RunConfig
-from bltjax.data.pipeline import held_out_batches, training_batches, training_sources
 from bltjax.distributed.agreement import check_agreement
 from bltjax.distributed.coordinator import process_count
 from bltjax.distributed.preemption import INTERRUPTED, TERMINATED, Notice
 from bltjax.distributed.processes import (
     PATIENCE,
     Restart,
-    barrier,
     from_writer,
     is_writer,
     join,
@@ -38,37 +34,20 @@ from bltjax.distributed.processes import (
     together,
 )
 from bltjax.distributed.processes import add_arguments as add_process_arguments
-from bltjax.distributed.rows import global_batch, own_rows
-from bltjax.distributed.sharding import row_sharding
+from bltjax.distributed.rows import global_batch
 from bltjax.distributed.watchdog import Watchdog
 from bltjax.evaluation.scores import held_out_bits
-from bltjax.inference.entropy import scored_source
-from bltjax.model.build import parameter_count
-from bltjax.model.flops import training_flops
-from bltjax.progress import quantity
-from bltjax.system.environment import check_numbers, random_key
+from bltjax.families import load_config
+from bltjax.system.environment import check_numbers
 from bltjax.system.lock import held
 from bltjax.system.paths import path_of
 from bltjax.training import resume
 from bltjax.training.checkpoint import checksums, last_good, make_manager, save
-from bltjax.training.goodput import Goodput
-from bltjax.training.init import (
-    check_copies,
-    check_start,
-    entropy_model,
-    mesh_and_parts,
-    placed_patches,
-    started,
-)
-from bltjax.training.profiling import Profile
+from bltjax.training.goodput import Goodput, Profile
 from bltjax.training.reports import Reporter, Reports
-from bltjax.training.restore import restore_newest
-from bltjax.training.resume import change_lines, check_sources
+from bltjax.training.setup import Setup, claim, first_state, set_up, summary
 from bltjax.viz.page import write_page
 from bltjax.weights import workdir as ckpt
-from bltjax.weights.export import TOKENIZER
-
-KINDS = {BLTConfig: "BLT", ByteLMConfig: "byte LM", ByteCNNConfig: "byte CNN"}
 
 
 def train(
@@ -78,11 +57,13 @@ def train(
     stop_at: int | None = None,
     profiled: str = "",
     take_over: bool = False,
+    watch: Callable[[int, dict], None] | None = None,
 ) -> dict:
     """Trains to `optimizer.steps` (or until `stop_at`), resuming what is there; the last report.
 
     profiled: START:STOP, the steps of which a trace is written. take_over: doesn't wait to see
-    whether a run on another host still uses the work directory.
+    whether a run on another host still uses the work directory. watch: is called with each report's
+    step and values, instead of printing a line.
 
     Raises:
       ValueError: for a work directory of another run, or one in use; data that the config cannot
@@ -99,7 +80,7 @@ def train(
     settings = {"workdir": str(workdir), "stop_at": stop_at, "config": to_dict(config)}
     check_agreement(settings)
     with only_run(workdir, take_over) as check_lock:
-        return train_alone(config, workdir, begun, profile, stop_at, check_lock)
+        return train_alone(config, workdir, begun, profile, stop_at, check_lock, watch)
 
 
 @contextlib.contextmanager
@@ -120,6 +101,20 @@ def only_run(workdir: epath.Path, take_over: bool) -> Iterator[Callable[[], Any]
         yield lambda: [check() for check in checks]
 
 
+class Phases(NamedTuple):
+    """A phase of the loop is watched, charged to its kind of time, and traced."""
+
+    watchdog: Watchdog
+    goodput: Goodput
+
+    @contextlib.contextmanager
+    def __call__(self, step: int, doing: str, kind: str, seconds: float | None = None):
+        """seconds: how long it may take, unless as long as a step."""
+        self.watchdog.mark(step, doing, seconds)
+        with self.goodput.during(kind):
+            yield
+
+
 def train_alone(
     config: RunConfig,
     workdir: epath.Path,
@@ -127,117 +122,42 @@ def train_alone(
     profile: Profile,
     stop_at: int | None,
     check_lock: Callable[[], Any],
+    watch: Callable[[int, dict], None] | None,
 ) -> dict:
     """`train`, in a work directory that no other run uses."""
-    run = resume.check_workdir(workdir, config)
-    resumes = run is not None
-    check_start(config, workdir, resumes)
-    byte_lm = entropy_model(config, workdir)
-    notes = []  # of what a resumed run calls by another name
-    if resumes:
-        notes += from_writer(
-            "comparing copies", lambda: check_copies(run, config, workdir, byte_lm)
-        )
-    mesh, parts = mesh_and_parts(config)
-    if config.mesh.tensor == 1:
-        divides("the number of processes", process_count(), "data.rows", config.data.rows)
-    take_step, scores = together(parts.step), together(parts.scores)
-    rows = row_sharding(mesh)
-    patching = placed_patches(config, workdir)
-    expected = byte_lm.identity if byte_lm else None
-
-    streams = own_rows(rows, config.data.rows)
-    sources = training_sources(config.data, expected)
-    dataset = training_batches(
-        config.data, patching, seed=config.seed, streams=streams, sources=sources
-    )
-    fingerprints = from_writer(
-        "comparing sources", lambda: {name: found.fingerprint for name, found in sources.items()}
-    )
-    if resumes:
-        saved = from_writer(
-            "comparing sources", lambda: ckpt.newest_progress(workdir).get("sources", {})
-        )
-        notes += check_sources(run, config, workdir, saved, fingerprints)
-    batches = iter(dataset)
-    held_out = []
-    for name, source in config.data.held_out.items():
-        documents = scored_source(source, patching, byte_lm, skip_bad=config.data.skip_bad)
-        found, found_cuts = held_out_batches(documents, config.data, patching)
-        held_out += found
-        if found_cuts:
-            print(f"held-out {name}: {found_cuts} cuts in documents longer than a row")
-
-    counts = parameter_count(parts.shapes.params, config.model)
-    flops = training_flops(
-        config.model, config.data.rows, config.data.row_bytes, config.data.row_patches
-    )
-    print(
-        f"{KINDS[type(config.model)]}: {quantity(counts['total'])} parameters ("
-        + ", ".join(f"{part} {quantity(n)}" for part, n in counts.items() if part != "total")
-        + f"); {quantity(flops)}FLOP a step; mesh {dict(mesh.shape)}; {parts.config.compute_dtype}"
-        + (f"; {process_count()} processes" if process_count() > 1 else "")
-    )
-
-    # The data is there and the settings hold: from here on the directory is this run's.
-    if is_writer():
-        ckpt.write_config(workdir, config)
-    if is_writer() and not resumes:
-        if byte_lm:
-            ckpt.save_params(workdir / "byte_lm", byte_lm.run, byte_lm.params, 0)
-        if config.blt and config.patching.mode == "bpe":
-            epath.Path(config.patching.tokenizer).copy(workdir / TOKENIZER, overwrite=True)
-    barrier("beginning the work directory")
+    setup = set_up(config, workdir)
+    print(summary(setup))
+    claim(setup)  # the data is there and the settings hold
     goodput = Goodput(workdir, begun)
-    if not resumes:
-        key = random_key(config.seed)
-        initial_state = jax.jit(parts.initial_state, out_shardings=parts.shardings)
-        state = together(initial_state)(key)
-        state = state._replace(params=started(config, state.params, parts.shardings.params))
-        first = 0
-    else:
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            parts.shapes,
-            parts.shardings,
-        )
-        state, states, progress = restore_newest(workdir, target, streams)
-        first = progress["step"]
-        batches.set_state(states)
-        print(f"resumed {workdir} after step {first}")
-        for line in change_lines(run, config, first):
-            print(f"  changed: {line}")
-        for line in notes:
-            print(f"  {line}")
+    state, first = first_state(setup)
     goodput.resume(first)
-    manager = make_manager(workdir, config)
-    reporter = Reporter(workdir, first)
+    take_step, scores = together(setup.parts.step), together(setup.parts.scores)
+    manager, reporter = make_manager(workdir, config), Reporter(workdir, first)
     last_step = min(config.optimizer.steps, stop_at or config.optimizer.steps)
     reports = Reports(
-        config, reporter, flops, last_step, lambda: last_good(manager, workdir, config.faults)
-    )
-    notice = Notice(mesh)
-    watchdog = Watchdog(config.faults.hang_seconds)
+        config, reporter, setup.flops, last_step,
+        lambda: last_good(manager, workdir, config.faults), watch,
+    )  # fmt: skip
+    notice, watchdog = Notice(setup.mesh), Watchdog(config.faults.hang_seconds)
+    phase = Phases(watchdog, goodput)
     ending = 0  # the notice to end, if any process has been given one
 
     with contextlib.ExitStack() as exits:
-        exits.callback(batches.close)
+        exits.callback(setup.batches.close)
         exits.callback(reporter.close)
         exits.callback(profile.close)
         exits.push(lambda error, *_: close(manager, error))
         exits.enter_context(notice)
         exits.enter_context(watchdog)
-        exits.enter_context(jax.set_mesh(mesh))  # by which kernels are split among devices
+        exits.enter_context(jax.set_mesh(setup.mesh))  # by which kernels are split among devices
         # A transfer that nobody asked for would stall every step; it is an error here.
         exits.enter_context(jax.transfer_guard("disallow"))
         pending = None
         for step in profile.steps(range(first + 1, last_step + 1)):
-            watchdog.mark(step, "waits for data")
-            with goodput.during("input"):
-                batch = global_batch(next(batches), rows, config.data.rows)
+            with phase(step, "waits for data", "input"):
+                batch = global_batch(next(setup.batches), setup.rows, config.data.rows)
             if step == first + 1:
-                watchdog.mark(step, "compiles", PATIENCE)
-                with goodput.during("compile"):
+                with phase(step, "compiles", "compile", PATIENCE):
                     state, out = take_step(state, batch)
                     jax.block_until_ready((out, checksums(state)))  # of a first checkpoint
                 goodput.begin_steps()
@@ -252,37 +172,28 @@ def train_alone(
             pending = (step, out)
             ends = step == last_step
             # Whoever was given notice has little time, and saves at once.
-            evaluates = bool(held_out) and (
-                ends or (step % config.evaluate_every == 0 and not ending)
-            )
+            due = ends or (step % config.evaluate_every == 0 and not ending)
+            evaluates = bool(setup.held_out) and due
             saves = ends or ending or step % config.checkpoint.every == 0
             if evaluates or saves:
                 reports.take(*pending)  # nothing that is not finite may reach a checkpoint
                 pending = None
             if evaluates:
-                watchdog.mark(step, "evaluates", PATIENCE)
-                with goodput.during("evaluation"), reports.paused():
-                    bits = held_out_bits(scores, state.params, held_out, rows)
+                with phase(step, "evaluates", "evaluation", PATIENCE), reports.paused():
+                    bits = held_out_bits(scores, state.params, setup.held_out, setup.rows)
                 reports.held_out(step, bits)
             if saves:
-                watchdog.mark(step, "saves", PATIENCE)
-                progress = {
-                    "step": step,
-                    "config": to_dict(config),
-                    "sources": fingerprints,
-                    "held_out_bits_per_byte": reports.values.get("held_out_bits_per_byte"),
-                }
                 check_lock()
-                with goodput.during("checkpoints"):
-                    save(manager, state, batches.get_state(), progress)
+                with phase(step, "saves", "checkpoints", PATIENCE):
+                    progress = progress_of(setup, step, reports)
+                    save(manager, state, setup.batches.get_state(), progress)
                 goodput.save(step)
             manager.check_for_errors()
             if step % config.log_every == 0:
                 goodput.write()
             if ending:
                 break
-        watchdog.mark(last_step, "ends", PATIENCE)
-        with goodput.during("checkpoints"):
+        with phase(last_step, "ends", "checkpoints", PATIENCE):
             manager.wait_until_finished()
         goodput.write(ended=ending != TERMINATED)
         reporter.write(last_step, {f"goodput/{kind}": s for kind, s in goodput.shares().items()})
@@ -292,6 +203,16 @@ def train_alone(
     if ending and step < last_step:
         raise Restart(f"SIGTERM: step {step} is saved, and the same command goes on from there")
     return reports.values
+
+
+def progress_of(setup: Setup, step: int, reports: Reports) -> dict:
+    """What a checkpoint says of the run besides its arrays."""
+    return {
+        "step": step,
+        "config": to_dict(setup.config),
+        "sources": setup.fingerprints,
+        "held_out_bits_per_byte": reports.values.get("held_out_bits_per_byte"),
+    }
 
 
 def close(manager, error: type[BaseException] | None) -> None:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.inference.terminal import TERMINAL_COLOURS, is_hidden, visible
 from bltjax.text.alphabet import encode
 from bltjax.text.patching import force_starts, patch_starts
@@ -17,7 +17,7 @@ class Cut(NamedTuple):
     """A text under one scheme: where its patches begin, and the entropy before each byte."""
 
     title: str
-    patching: PatchingConfig
+    patching: Patching
     begins: np.ndarray  # byte offsets; the first is 0
     entropies: np.ndarray | None  # float32 [len], nats, known before the byte is
 
@@ -28,7 +28,7 @@ def spans(text: bytes, cut: Cut) -> list[tuple[int, int]]:
     return list(zip(begins, [*begins[1:], len(text)], strict=True))
 
 
-def cut_text(text: bytes, title: str, patching: PatchingConfig, entropies_by_reset: dict) -> Cut:
+def cut_text(text: bytes, title: str, patching: Patching, entropies_by_reset: dict) -> Cut:
     ids_N = encode(text, eos=False)
     entropies_N = entropies_by_reset.get(patching.newline_reset)
     entropies_N = entropies_N if patching.mode == "entropy" else None

@@ -13,7 +13,8 @@ from etils import epath
 
 from bltjax.config.fields import to_dict
 from bltjax.config.run import RunConfig
-from bltjax.model.build import flattened, model_shapes, parameter_count
+from bltjax.families import family_of, model_shapes
+from bltjax.model.params import flattened, parameter_count
 from bltjax.progress import duration, quantity
 from bltjax.system.paths import path_of
 from bltjax.system.storage import read_json, write_text
@@ -183,7 +184,8 @@ def run_page(workdir: epath.Path) -> str:
     """
     config = ckpt.read_config(workdir)
     reports = read_reports(workdir / "metrics.jsonl")
-    kind = "BLT" if config.blt else "Byte LM" if config.byte_lm else "Byte CNN"
+    kind = family_of(config).title
+    kind = kind[0].upper() + kind[1:]
     title = html.escape(f"{kind} in {workdir}")
     sources = ", ".join(source.path for source in config.data.train.values())
     samples = {}

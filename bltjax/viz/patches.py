@@ -9,8 +9,9 @@ import time
 import numpy as np
 
 from bltjax.config.arguments import add_workdir_argument, local_path_argument, parse_scheme
-from bltjax.config.model import PatchingConfig
-from bltjax.inference.entropy import EntropyModel, load_entropy_model, run_patching, score_documents
+from bltjax.config.model import Patching
+from bltjax.families import Model
+from bltjax.inference.entropy import score_documents
 from bltjax.inference.terminal import whole_characters_up_to
 from bltjax.progress import speed
 from bltjax.system.compiling import CompileTime
@@ -20,7 +21,7 @@ from bltjax.text.bpe import load_tokenizer
 from bltjax.viz.cuts import cut_text, summary, terminal
 from bltjax.viz.html import page
 from bltjax.viz.png import PNG_LIMIT, write_png
-from bltjax.weights.export import read_config
+from bltjax.weights.export import load_params, load_scorer, read_config, with_tokenizer
 
 logger = logging.getLogger("bltjax")
 LIMIT = 4000  # bytes that are drawn
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheme",
         action="append",
-        help="entropy, space, static, byte or bpe, with settings of PatchingConfig if need be:"
+        help="entropy, space, static, byte or bpe, with settings of Patching if need be:"
         " entropy:threshold=1.2,whole_characters=True or bpe:tokenizer=FILE. Several are drawn one"
         " under another. Default: the run's own; settings left out are the run's",
     )
@@ -54,18 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def asked_schemes(
     args: argparse.Namespace,
-) -> tuple[list[tuple[str, PatchingConfig]], EntropyModel | None]:
+) -> tuple[list[tuple[str, Patching]], Model | None]:
     """Schemes by title, and the byte LM whose entropies they may use.
 
     Raises:
       ValueError: for a scheme by entropy without a run that has a byte LM.
     """
-    own, run = PatchingConfig(mode="space"), None
+    own, run = Patching(mode="space"), None
     if args.workdir:
         run = read_config(args.workdir)
-        own = PatchingConfig() if run.blt is None else run.patching
-        if own.mode == "bpe":
-            own, _ = run_patching(run, args.workdir)
+        own = with_tokenizer(run, args.workdir).patching or Patching()
     schemes = [(text, parse_scheme(text, own)) for text in args.scheme or []]
     schemes = schemes or [(own.mode, own)]
     for _, patching in schemes:
@@ -73,10 +72,10 @@ def asked_schemes(
             load_tokenizer(patching.tokenizer)  # what is wrong with it is found before a model runs
     by_entropy = [title for title, patching in schemes if patching.mode == "entropy"]
     model = None
-    if by_entropy and run is not None and run.blt is None:
-        model = load_entropy_model(args.workdir, newline_reset=False)
+    if by_entropy and run is not None and run.patching is None:
+        model = load_params(args.workdir)
     elif by_entropy and run is not None:
-        _, model = run_patching(run, args.workdir)
+        model = load_scorer(args.workdir, run)
     if by_entropy and model is None:
         raise ValueError(
             f"scheme {by_entropy[0]!r} needs a byte LM: give --workdir of a run with one"
@@ -105,7 +104,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     entropies_by_reset, begun, compiling = {}, time.monotonic(), CompileTime()
     for reset in {patching.newline_reset for _, patching in schemes if patching.mode == "entropy"}:
         scored, _ = score_documents(
-            model.config,
+            model.config.model,
             model.params,
             [np.frombuffer(text, np.uint8)],
             newline_reset=reset,

@@ -89,7 +89,7 @@ def write_samples(
         size += model.decoder.counts.bytes
     if found["texts"]:
         logger.info("[%s]", speed(size, time.monotonic() - begun, compiling.seconds))
-    if config.blt and texts[0]:
+    if model.config.patching is not None and texts[0]:
         found["patches"] = cut_pieces(model, whole_characters_up_to(texts[0], CUT_BYTES))
     write_text(workdir / SAMPLES, json.dumps(found, allow_nan=False) + "\n")
     return found

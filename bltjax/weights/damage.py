@@ -13,13 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bltjax.distributed.messages import says
-from bltjax.distributed.processes import (
-    describe,
-)
+from bltjax.distributed.processes import describe
 from bltjax.system.storage import read_json
-from bltjax.weights.workdir import (
-    unsealed,
-)
+from bltjax.weights.workdir import unsealed
 
 FORMAT = 3  # of progress/; another one is refused, not taken for damage
 

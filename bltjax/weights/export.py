@@ -14,15 +14,15 @@ program takes one or the other.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore
 from etils import epath
 
-from bltjax.config.fields import from_dict
+from bltjax.config.model import ModelConfig
 from bltjax.config.run import RunConfig
-from bltjax.model.build import flattened, leaf_shapes
+from bltjax.families import Model, leaf_shapes, model_config, parse
+from bltjax.model.params import flattened
 from bltjax.system.paths import check_arrays_path, is_remote, path_of
 from bltjax.system.storage import read_json, refuse_pointer
 from bltjax.weights import workdir as ckpt
@@ -40,14 +40,6 @@ PARTS = {
 }  # fmt: skip
 CHANGED = "it was written by another version of bltjax, or changed afterwards"
 CACHE = {"cache_pool": {"total_bytes_limit": 256 << 20}}
-
-
-class Loaded(NamedTuple):
-    """A model in memory, of a run or an export."""
-
-    config: RunConfig
-    params: Any
-    step: int
 
 
 def is_export(path: epath.Path) -> bool:
@@ -112,8 +104,8 @@ def refuse_not_numbers(values, what: str) -> None:
         refuse_not_numbers(value, f"{what}.{name}")
 
 
-def read_config(path) -> RunConfig:
-    """The config of an export, or of a run's work directory.
+def read_config(path) -> ModelConfig:
+    """The config of the model of an export, or of a run's work directory.
 
     Raises:
       ValueError: for a folder that is neither.
@@ -124,7 +116,7 @@ def read_config(path) -> RunConfig:
         manifest = read_manifest(path)
         where = f"{path / MANIFEST}: config"
         try:
-            return from_dict(RunConfig, manifest["config"], where)
+            return model_config(parse(RunConfig, manifest["config"], where))
         except ValueError as error:
             said = str(error) if str(error).startswith(where) else f"{where}: {error}"
             raise ValueError(f"{said} ({CHANGED})") from None
@@ -132,7 +124,13 @@ def read_config(path) -> RunConfig:
         refuse_pointer(path / "config.json")
     if {"model_type", "args"} & ckpt.config_values(path).keys():
         raise ValueError(f"{path} holds released weights: `convert` makes an export of them first")
-    return ckpt.read_config(path)
+    return model_config(ckpt.read_config(path))
+
+
+def read_run(path) -> RunConfig | None:
+    """The config of the run in a work directory; None for an export, which keeps none."""
+    path = path_of(path)
+    return None if is_export(path) else ckpt.read_config(path)
 
 
 def params_folder(path: epath.Path) -> tuple[epath.Path, int]:
@@ -143,8 +141,9 @@ def params_folder(path: epath.Path) -> tuple[epath.Path, int]:
     return folder / "params", step
 
 
-def load_params(path, shardings=None, dtype=None) -> Loaded:
-    """The model of an export or of a run's newest checkpoint, on `shardings` (default: one device).
+def load_params(path, shardings=None, dtype=None) -> Model:
+    """The model of an export or of a run's newest checkpoint, without the byte LM that places its
+    patches, on `shardings` (default: one device).
 
     Raises:
       ValueError: if there is none, or it is damaged.
@@ -154,10 +153,47 @@ def load_params(path, shardings=None, dtype=None) -> Loaded:
     folder, step = params_folder(path)
     with reading(folder):
         check_shapes(config, flattened(ckpt.stored_shapes(folder)), folder)
-        return Loaded(config, ckpt.restore_params(folder, shardings, dtype), step)
+        return Model(config, ckpt.restore_params(folder, shardings, dtype), None, step)
 
 
-def check_shapes(config: RunConfig, stored: dict, folder: epath.Path) -> None:
+def load_model(path, shardings=None, dtype=None) -> Model:
+    """`load_params`, and what else the model needs: the byte LM that places its patches, on one
+    device, or its tokenizer file. They lie in the same folder, so that they travel together.
+
+    Raises:
+      ValueError: for entropy patching without a byte LM.
+    """
+    path = path_of(path)
+    scorer = load_scorer(path, read_config(path))  # whether it is there is known first
+    model = load_params(path, shardings, dtype)
+    return model._replace(config=with_tokenizer(model.config, path), entropy_model=scorer)
+
+
+def load_scorer(path: epath.Path, config: ModelConfig) -> Model | None:
+    """The byte LM beside a model whose patches are placed by entropy; None beside another.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    if not config.by_entropy:
+        return None
+    if not (path / "byte_lm").exists():
+        raise ValueError(
+            f"{path} has no byte LM, which its entropy patching needs: convert it again with"
+            " --byte_lm"
+        )
+    return load_params(path / "byte_lm")
+
+
+def with_tokenizer(config: ModelConfig, path: epath.Path) -> ModelConfig:
+    """The config with its tokenizer where the model's folder has it."""
+    if config.patching is None or config.patching.mode != "bpe":
+        return config
+    patching = dataclasses.replace(config.patching, tokenizer=str(path / TOKENIZER))
+    return dataclasses.replace(config, patching=patching)
+
+
+def check_shapes(config: ModelConfig, stored: dict, folder: epath.Path) -> None:
     """Raises ValueError unless the arrays in `folder` are just those of the config's model."""
     check_layers(config, len(stored), str(folder), stacked=True)
     expected = leaf_shapes(config)
@@ -229,12 +265,9 @@ def open_stored(path) -> ModelFiles:
         progress = folder.parent / "progress" / "metadata"
         bits = read_json(progress).get("held_out_bits_per_byte") if progress.exists() else None
         origin = {}
-    if config.blt and config.patching.mode == "bpe":
-        tokenizer = dataclasses.replace(config.patching, tokenizer=str(path / TOKENIZER))
-        config = dataclasses.replace(config, patching=tokenizer)
     byte_lm = path / "byte_lm"
     return ModelFiles(
-        config,
+        with_tokenizer(config, path),
         leaves,
         "export" if is_export(path) else "run",
         origin,

@@ -10,7 +10,7 @@ import tensorstore
 from etils import epath
 
 from bltjax.config.fields import to_dict
-from bltjax.config.run import RunConfig
+from bltjax.config.model import ModelConfig
 from bltjax.system.storage import refuse_pointer, write_text
 from bltjax.weights import workdir as ckpt
 from bltjax.weights.export import FORMAT, MANIFEST, TOKENIZER, VERSION, place_of
@@ -18,16 +18,13 @@ from bltjax.weights.lazy import BLOCK_BYTES, DTYPES, Leaf, blocks
 from bltjax.weights.stored import ModelFiles
 
 
-def without_sources(config: RunConfig) -> RunConfig:
-    """The config without paths of the machine that trained it."""
-    data = dataclasses.replace(config.data, train={}, held_out={})
-    return dataclasses.replace(
-        config,
-        data=data,
-        entropy_model="",
-        init_from="",
-        latent_init=dataclasses.replace(config.latent_init, path=""),
-    )
+def manifest_config(config: ModelConfig) -> dict:
+    """The settings of a model as a manifest has them: in the layout of a run's config.json."""
+    values = to_dict(config)
+    limits = {"row_bytes": values.pop("max_bytes"), "row_patches": values.pop("max_patches")}
+    if values["patching"] is None:
+        del values["patching"]
+    return values | {"data": limits}
 
 
 def chunk_shape(shape: tuple[int, ...], place: tuple[int, ...], dtype: np.dtype) -> list[int]:
@@ -78,8 +75,8 @@ def write_leaves(folder: epath.Path, leaves: dict[str, Leaf], written: Callable[
 def write_export(files: ModelFiles, folder: epath.Path, written: Callable[[int], None]) -> None:
     """Writes a model, and the byte LM that travels with it, as an export; the manifest last."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = without_sources(files.config)
-    if config.blt and config.patching.mode == "bpe":
+    config = files.config
+    if config.patching is not None and config.patching.mode == "bpe":
         tokenizer = epath.Path(config.patching.tokenizer)
         refuse_pointer(tokenizer)
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
@@ -93,7 +90,7 @@ def write_export(files: ModelFiles, folder: epath.Path, written: Callable[[int],
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "config": to_dict(config),
+        "config": manifest_config(config),
         "dtype": " and ".join(dtypes),
         "step": files.step,
         "held_out_bits_per_byte": files.bits_per_byte,

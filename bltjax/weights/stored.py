@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
-from bltjax.config.run import RunConfig
+from bltjax.config.model import ModelConfig
 from bltjax.weights.lazy import Leaf
 
 
 class ModelFiles(NamedTuple):
-    config: RunConfig
+    config: ModelConfig
     leaves: dict[str, Leaf]  # by path: "encoder/block_0/q_EGC"
     layout: str  # export, run, meta or transformers
     origin: dict  # what the release said of itself, verbatim, to be given back: JSON
@@ -22,15 +22,12 @@ class ModelFiles(NamedTuple):
         return own + (self.byte_lm.bytes if self.byte_lm else 0)
 
 
-def check_layers(config: RunConfig, arrays: int, where: str, *, stacked: bool) -> None:
+def check_layers(config: ModelConfig, arrays: int, where: str, *, stacked: bool) -> None:
     """Raises ValueError for more layers than there are arrays: a mangled number, whose model would
     take forever to build.
 
     stacked: the latent transformer's layers lie in one array.
     """
-    layers = getattr(config.model, "layers", 0)
-    if config.blt is not None:
-        layers = max(config.blt.local.encoder_layers, config.blt.local.decoder_layers)
-        layers = layers if stacked else max(layers, config.blt.latent.layers)
+    layers = config.model.layers_in_arrays(stacked)
     if layers > arrays:
         raise ValueError(f"{where} has {arrays} tensors; its config asks for {layers} layers")

@@ -26,10 +26,13 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 
+from bltjax.config.data import DataConfig
 from bltjax.config.fields import to_dict
-from bltjax.config.run import RunConfig, from_json
+from bltjax.config.model import Patching
+from bltjax.config.run import RunConfig
 from bltjax.distributed.coordinator import process_index
-from bltjax.model.build import is_norm
+from bltjax.families import Model, from_json
+from bltjax.model.params import is_norm
 from bltjax.system.paths import is_remote
 from bltjax.system.storage import parse_json, read_json, write_text
 
@@ -214,15 +217,21 @@ def restore_params(folder: Path, shardings=None, dtype=None) -> dict:
         return checkpointer.restore(folder.absolute(), target)
 
 
-def save_params(workdir: epath.Path, config: RunConfig, params, step: int) -> None:
-    """A work directory with parameters alone, of one process; replaces what is there."""
+def save_params(workdir: epath.Path, model: Model, step: int) -> None:
+    """A work directory of a model's parameters alone, of one process; replaces what is there."""
     workdir = epath.Path(workdir)
     workdir.rmtree(missing_ok=True)
     workdir.mkdir(parents=True)
     with reader() as checkpointer:
         path = (workdir / "checkpoints" / str(step) / "params").absolute()
-        checkpointer.save(path, jax.device_get(params), force=True)
-    write_config(workdir, config)
+        checkpointer.save(path, jax.device_get(model.params), force=True)
+    config = model.config
+    data = DataConfig(row_bytes=config.max_bytes, row_patches=config.max_patches)
+    run = RunConfig(
+        config.model, patching=config.patching or Patching(), data=data,
+        compute_dtype=config.compute_dtype, attention=config.attention,
+    )  # fmt: skip
+    write_config(workdir, run)
 
 
 @contextlib.contextmanager

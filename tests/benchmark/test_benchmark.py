@@ -17,7 +17,7 @@ from bltjax.benchmark.input import MEAN_PATCH, benchmark_slots, made_records
 from bltjax.benchmark.tables import UPDATES, random_case
 from bltjax.benchmark.train import MODEL, run_config, sample_batch
 from bltjax.benchmark.worker import SIDES, Worker, serve
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.config.run import OptimizerConfig
 from bltjax.data.calibrate import mean_patch_bytes
 from bltjax.data.records import (
@@ -35,8 +35,8 @@ def test_batch():
     config = run_config(4, 1024)
     batch = sample_batch(config.data)
     assert config.data.row_patches == 228
-    assert (batch["starts_BN1"][:, :-1].sum(axis=1) == 228).all()
-    assert (batch["targets_BN"][:, :-1] == batch["bytes_BN"][:, 1:]).all()
+    assert (batch.starts_BN1[:, :-1].sum(axis=1) == 228).all()
+    assert (batch.targets_BN[:, :-1] == batch.bytes_BN[:, 1:]).all()
 
 
 def test_a_peer_as_it_comes_and_tuned(monkeypatch):
@@ -47,10 +47,10 @@ def test_a_peer_as_it_comes_and_tuned(monkeypatch):
         own[json.loads(words[-1])[0]] = "GLIBC_TUNABLES" in env
 
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    monkeypatch.setattr("bltjax.benchmark.command.subprocess.Popen", started)
+    monkeypatch.setattr("bltjax.benchmark.worker.subprocess.Popen", started)
     monkeypatch.setattr(Worker, "answer", lambda self: {})
     monkeypatch.setattr("bltjax.benchmark.command.os.sched_setaffinity", lambda *_: None)
-    monkeypatch.setattr("bltjax.benchmark.command.keep_buffers", lambda: kept.append(side))
+    monkeypatch.setattr("bltjax.benchmark.worker.keep_buffers", lambda: kept.append(side))
     sides = ("ours", "transformers", "transformers_tuned")
     for side in sides:
         Worker(side, 1)
@@ -60,7 +60,7 @@ def test_a_peer_as_it_comes_and_tuned(monkeypatch):
             serve(side, 1)
     assert own == {"ours": True, "transformers": False, "transformers_tuned": True}
     assert kept == ["ours", "transformers_tuned"]
-    monkeypatch.setattr("bltjax.benchmark.command.transformers_step", lambda _, *, fused: fused)
+    monkeypatch.setattr("bltjax.benchmark.worker.transformers_step", lambda _, *, fused: fused)
     assert not SIDES["transformers"][0](1, 64) and SIDES["transformers_tuned"][0](1, 64)
 
 
@@ -266,7 +266,7 @@ def test_slots_of_a_mixed_corpus(tmp_path):
     for name in kinds:
         documents = RecordDocuments(tmp_path / name)
         every = (documents[i] for i in range(len(documents)))
-        means[name] = mean_patch_bytes(every, PatchingConfig(threshold=found["threshold"]))
+        means[name] = mean_patch_bytes(every, Patching(threshold=found["threshold"]))
     assert max(means.values()) > 1.5 * min(means.values()), means
     ahead, none = found["look_ahead_32"], found["look_ahead_1"]
     print(f"mean patches {means}; with look-ahead {ahead}, without {none}")
@@ -290,7 +290,7 @@ def test_made_records_have_the_patches_that_their_threshold_gives(tmp_path, monk
     made_records(tmp_path, 4096)
     documents = RecordDocuments(tmp_path)
     assert len(documents) == 16
-    patching = PatchingConfig(threshold=float(np.log(MEAN_PATCH)))
+    patching = Patching(threshold=float(np.log(MEAN_PATCH)))
     assert 4.3 < mean_patch_bytes((documents[i] for i in range(16)), patching) < 4.7
 
 

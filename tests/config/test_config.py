@@ -15,24 +15,32 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from bltjax.__main__ import main, program_of
+from bltjax.attention import rope
+from bltjax.attention.rope import RopeScalingConfig
+from bltjax.config import data as data_settings
 from bltjax.config import load
-from bltjax.config import run as settings
+from bltjax.config import model as model_settings
+from bltjax.config import run as run_settings
 from bltjax.config.arguments import parse_scheme
 from bltjax.config.data import DataConfig, SourceConfig
-from bltjax.config.fields import changes, differences, from_dict, to_dict
-from bltjax.config.load import load_config
-from bltjax.config.model import (
-    BLTConfig,
-    ByteCNNConfig,
-    ByteLMConfig,
-    LatentConfig,
-    PatchingConfig,
-    RopeScalingConfig,
-)
+from bltjax.config.fields import changes, differences, to_dict
+from bltjax.config.model import ModelConfig, Patching
 from bltjax.config.run import FaultsConfig, LatentInitConfig, MeshConfig, OptimizerConfig, RunConfig
 from bltjax.distributed.sharding import AXES, tree_shardings
-from bltjax.model.build import check_mesh, model_shapes
-from bltjax.model.flops import training_flops
+from bltjax.families import (
+    check_mesh,
+    load_config,
+    model_config,
+    model_shapes,
+    parse,
+    training_flops,
+)
+from bltjax.model import byte_cnn, byte_lm
+from bltjax.model.blt import config as config_of_blt
+from bltjax.model.blt.config import BLTConfig, LatentConfig
+from bltjax.model.byte_cnn import ByteCNNConfig
+from bltjax.model.byte_lm import ByteLMConfig
+from bltjax.text import ngram_hash
 from bltjax.weights.workdir import read_config
 
 CONFIGS = sorted(Path("configs").glob("*.py"))
@@ -48,7 +56,7 @@ SPECS = [f"{path}{argument}" for path in CONFIGS for argument in ARGUMENTS.get(p
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_config_loads_and_survives_json(spec):
     config = load_config(spec)
-    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert parse(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
 def test_quickstart_spends_equal_flops():
@@ -66,7 +74,7 @@ def test_overrides():
         "configs/blt_1b.py",
         ["optimizer.lr=1e-3", "blt.hash.sizes=(3,4)", "data.train.text.path=7", "optimizer.clip=2"],
     )
-    assert config.optimizer.lr == 1e-3 and config.blt.hash.sizes == (3, 4)
+    assert config.optimizer.lr == 1e-3 and config.model.hash.sizes == (3, 4)
     assert config.data.train["text"].path == "7" and config.optimizer.clip == 2.0
 
 
@@ -124,7 +132,7 @@ def test_settings_that_the_file_does_not_mention_can_be_overridden():
     ]
     config = load_config("configs/quickstart.py:blt", overrides)
     assert config.mesh.tensor == 2 and config.optimizer.b1 == 0.8
-    assert config.patching.threshold_add == 0.5 and config.blt.local.remat == "products"
+    assert config.patching.threshold_add == 0.5 and config.model.local.remat == "products"
 
 
 def test_arguments_of_a_config():
@@ -186,9 +194,9 @@ def test_values_of_text_settings_are_never_literals(tmp_path):
 def test_a_config_file_s_path_may_have_colons(folder, tmp_path):
     (tmp_path / folder).mkdir()
     shutil.copy("configs/quickstart.py", tmp_path / folder)
-    assert load_config(f"{tmp_path / folder}/quickstart.py:byte_cnn").byte_cnn
+    assert load_config(f"{tmp_path / folder}/quickstart.py:byte_cnn").model.group == "byte_cnn"
     shutil.copy("configs/blt_1b.py", tmp_path / folder)
-    assert load_config(f"{tmp_path / folder}/blt_1b.py").blt
+    assert load_config(f"{tmp_path / folder}/blt_1b.py").model.group == "blt"
 
 
 def test_configs_that_came_with_the_package(tmp_path, monkeypatch, caplog):
@@ -198,7 +206,7 @@ def test_configs_that_came_with_the_package(tmp_path, monkeypatch, caplog):
     (tmp_path / "here" / "configs").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     with caplog.at_level("INFO"):
-        assert load_config("configs/quickstart.py:byte_lm").byte_lm
+        assert load_config("configs/quickstart.py:byte_lm").model.group == "byte_lm"
     assert f"takes {tmp_path / 'installed' / 'quickstart.py'}" in caplog.text
     with pytest.raises(ValueError, match=r"did you mean 'configs/quickstart.py'"):
         load_config("configs/quikstart.py")
@@ -227,7 +235,7 @@ def test_variants_of_the_8b(variant, mean):
     config = load_config(f"configs/blt_8b.py{variant}")
     by_entropy = variant in ("", ":patch_6", ":patch_8")
     assert (config.patching.mode == "entropy") == by_entropy == bool(config.entropy_model)
-    assert config.blt.local.encoder_layers == (3 if variant == ":patch_8" else 1)
+    assert config.model.local.encoder_layers == (3 if variant == ":patch_8" else 1)
     # Rows are full of bytes just before they are full of patches of that mean.
     data = config.data
     assert 0.97 * mean <= data.row_bytes / data.row_patches <= mean
@@ -237,9 +245,9 @@ def test_variants_of_the_8b(variant, mean):
 
 def test_one_model_a_run():
     with pytest.raises(ValueError, match="one of byte_lm, byte_cnn and blt"):
-        RunConfig()
+        parse(RunConfig, {})
     with pytest.raises(ValueError, match="one of byte_lm, byte_cnn and blt"):
-        RunConfig(byte_lm=ByteLMConfig(), blt=BLTConfig())
+        parse(RunConfig, {"byte_lm": {}, "blt": {}})
 
 
 def test_small_rows_and_meshes():
@@ -250,8 +258,8 @@ def test_small_rows_and_meshes():
 
 
 def test_differences():
-    old = to_dict(RunConfig(byte_lm=ByteLMConfig()))
-    new = to_dict(dataclasses.replace(RunConfig(byte_lm=ByteLMConfig(layers=3)), seed=5))
+    old = to_dict(RunConfig(ByteLMConfig()))
+    new = to_dict(dataclasses.replace(RunConfig(ByteLMConfig(layers=3)), seed=5))
     assert differences(old, new) == ["byte_lm.layers: 14 -> 3", "seed: 0 -> 5"]
 
 
@@ -287,7 +295,7 @@ def test_the_commands_in_docstrings_are_valid(path):
         config = load_config(args.config, overrides)
         told.add(args.config)
         # Only who places patches by entropy needs a byte LM, its threshold and its records.
-        by_entropy = config.blt is not None and config.patching.mode == "entropy"
+        by_entropy = model_config(config).by_entropy
         named = {override.partition("=")[0] for override in overrides}
         assert by_entropy == ({"entropy_model", "patching.threshold"} <= named)
     assert told == {spec for spec in SPECS if spec.partition(":")[0] == str(path)}
@@ -374,10 +382,11 @@ def leaves(config, path: str = ""):
     """Dotted path, the group that holds it and its name there, of every setting."""
     named = config.items() if isinstance(config, dict) else vars(config).items()
     for name, value in named:
+        shown = f"{path}{getattr(value, 'group', name)}"  # a choice is called by its group
         if dataclasses.is_dataclass(value) or (isinstance(value, dict) and value):
-            yield from leaves(value, f"{path}{name}.")
+            yield from leaves(value, f"{shown}.")
         else:
-            yield f"{path}{name}", config, name
+            yield shown, config, name
 
 
 def models() -> list[RunConfig]:
@@ -385,9 +394,8 @@ def models() -> list[RunConfig]:
     source = {"text": SourceConfig("a")}
     data = DataConfig(train=source, held_out=copy.deepcopy(source))
     latent = LatentConfig(rope_scaling=RopeScalingConfig())
-    kinds = ({"byte_lm": ByteLMConfig()}, {"byte_cnn": ByteCNNConfig()})
-    kinds += ({"blt": BLTConfig(latent=latent)},)
-    return [RunConfig(**kind, data=data) for kind in kinds]
+    kinds = (ByteLMConfig(), ByteCNNConfig(), BLTConfig(latent=latent))
+    return [RunConfig(kind, data=data) for kind in kinds]
 
 
 def test_every_setting_has_a_rule_of_resuming():
@@ -408,14 +416,28 @@ def test_every_setting_has_a_rule_of_resuming():
     assert used == RESUME.keys() | {None}
 
 
-CLASSES = [kind for kind in vars(settings).values() if dataclasses.is_dataclass(kind)]
+CLASSES = [
+    kind
+    for module in (
+        run_settings,
+        data_settings,
+        model_settings,
+        config_of_blt,
+        byte_lm,
+        byte_cnn,
+        ngram_hash,
+        rope,
+    )
+    for kind in vars(module).values()
+    if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__
+]
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_numbers_are_finite(kind):
     """However a config is made: of JSON, which Python lets have NaN, or by a program."""
     required = {"path": "a"} if kind is SourceConfig else {}
-    required |= {"byte_lm": ByteLMConfig()} if kind is RunConfig else {}
+    required |= {"model": ByteLMConfig()} if kind in (RunConfig, ModelConfig) else {}
     for field in dataclasses.fields(kind):
         hint = typing.get_type_hints(kind)[field.name]
         if float not in (hint, *typing.get_args(hint)):
@@ -423,16 +445,19 @@ def test_numbers_are_finite(kind):
         for text in ("NaN", "Infinity", "-Infinity"):
             value = json.loads(text)
             if (kind, field.name, text) == (FaultsConfig, "hang_seconds", "Infinity"):
-                assert from_dict(kind, {field.name: value}) == kind(**{field.name: value})
+                assert parse(kind, {field.name: value}) == kind(**{field.name: value})
                 continue
             with pytest.raises(ValueError, match=rf"{field.name} is \S+, not a finite"):
-                from_dict(kind, to_dict_of(required) | {field.name: value})
+                parse(kind, to_dict_of(required) | {field.name: value})
             with pytest.raises(ValueError, match=f"{field.name}"):
                 kind(**required | {field.name: value})
 
 
 def to_dict_of(values: dict) -> dict:
-    return {k: to_dict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
+    return {
+        getattr(v, "group", k): to_dict(v) if dataclasses.is_dataclass(v) else v
+        for k, v in values.items()
+    }
 
 
 def test_thresholds_of_a_scheme_are_finite():
@@ -440,11 +465,11 @@ def test_thresholds_of_a_scheme_are_finite():
         with pytest.raises(ValueError, match=f"threshold is {value}, not "):
             parse_scheme(f"entropy:threshold={text}")
     with pytest.raises(ValueError, match=r"threshold_add is nan, not a finite number$"):
-        PatchingConfig(threshold_add=math.nan)
+        Patching(threshold_add=math.nan)
 
 
 def test_a_config_of_another_version_names_its_file(tmp_path):
-    values = to_dict(RunConfig(byte_lm=ByteLMConfig()))
+    values = to_dict(RunConfig(ByteLMConfig()))
     values["data"]["shuffle_buffer"] = 7
     (tmp_path / "config.json").write_text(json.dumps(values))
     message = rf"{tmp_path}/config.json: config.data.shuffle_buffer is no setting.*another version"
@@ -453,7 +478,7 @@ def test_a_config_of_another_version_names_its_file(tmp_path):
     # One of before there was a setting has its default.
     del values["data"]["shuffle_buffer"], values["optimizer"]["table_moments"], values["faults"]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    assert read_config(tmp_path) == RunConfig(byte_lm=ByteLMConfig())
+    assert read_config(tmp_path) == RunConfig(ByteLMConfig())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\x00", "[" * 100000])
@@ -469,4 +494,4 @@ def test_optimizers_that_can_be_meant():
     OptimizerConfig(b1=0, b2=0, weight_decay=0, final_lr_ratio=1, warmup_steps=1000)
     LatentInitConfig(lr_multiplier=0)
     FaultsConfig(spike=1.5, hang_seconds=math.inf)
-    RunConfig(byte_lm=ByteLMConfig(), seed=2**63 - 1)
+    RunConfig(ByteLMConfig(), seed=2**63 - 1)

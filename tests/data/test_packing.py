@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bltjax.config.data import DataConfig, SourceConfig
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.data.packing import Packer, batch_of, cut, fills, pack_exact
 from bltjax.data.pipeline import training_batches
 from bltjax.data.records import Document
@@ -17,12 +17,13 @@ from bltjax.text.alphabet import BOS, EOS, encode
 
 pytestmark = pytest.mark.smoke
 
-ENTROPY = PatchingConfig(threshold=3.0)
+ENTROPY = Patching(threshold=3.0)
 
 
 def written(pieces, row_bytes):
     """A row by itself."""
-    return {name: array[0] for name, array in batch_of([pieces], row_bytes).items()}
+    batch = batch_of([pieces], row_bytes)
+    return type(batch)(*(array[0] for array in batch))
 
 
 def random_documents(random, count, longest):
@@ -37,24 +38,24 @@ def random_documents(random, count, longest):
 
 
 def check_row(row, row_bytes, row_patches):
-    real_N = row["documents_BN"] > 0
-    starts_N1 = row["starts_BN1"]
+    real_N = row.documents_BN > 0
+    starts_N1 = row.starts_BN1
     assert (real_N[:-1] >= real_N[1:]).all(), "padding is at the end"
     assert (starts_N1[:-1] & real_N).sum() <= row_patches
     assert starts_N1[:2].all() or not real_N.any()
-    assert not row["bytes_BN"][~real_N].any() and not row["weights_BN"][~real_N].any()
+    assert not row.bytes_BN[~real_N].any() and not row.weights_BN[~real_N].any()
     inside = real_N[:-1] & real_N[1:]
-    same = row["documents_BN"][:-1] == row["documents_BN"][1:]
-    expected = np.where(inside & same, row["bytes_BN"][1:], row["targets_BN"][:-1])
-    assert (row["targets_BN"][:-1] == expected).all()
+    same = row.documents_BN[:-1] == row.documents_BN[1:]
+    expected = np.where(inside & same, row.bytes_BN[1:], row.targets_BN[:-1])
+    assert (row.targets_BN[:-1] == expected).all()
     # A document that begins inside the row begins with BOS, and both its first bytes open patches.
     for n in np.flatnonzero(inside & ~same) + 1:
-        assert row["bytes_BN"][n] == BOS and starts_N1[n] and starts_N1[n + 1]
-    assert (row["weights_BN"] == (row["targets_BN"] > BOS)).all()
+        assert row.bytes_BN[n] == BOS and starts_N1[n] and starts_N1[n + 1]
+    assert (row.weights_BN == (row.targets_BN > BOS)).all()
 
 
 def targets_of(rows):
-    kept = [row["targets_BN"][row["weights_BN"] > 0] for row in rows]
+    kept = [row.targets_BN[row.weights_BN > 0] for row in rows]
     return np.sort(np.concatenate(kept)) if kept else np.zeros(0, np.int32)
 
 
@@ -126,7 +127,7 @@ def test_state_is_exact():
     again.restore(json.loads(json.dumps(straight.state())))
     for _ in range(20):
         a, b = written(straight.next_row(), 64), written(again.next_row(), 64)
-        assert all((a[name] == b[name]).all() for name in a)
+        assert all((one == other).all() for one, other in zip(a, b, strict=True))
 
 
 def test_a_document_that_just_fits_and_one_too_long():
@@ -137,8 +138,8 @@ def test_a_document_that_just_fits_and_one_too_long():
     assert len(rows) == 2 and cuts == 1
     rows = [written(pieces, 8) for pieces in rows]
     # The second row begins with the first one's last target; the byte after it stays a target.
-    last = rows[0]["targets_BN"][rows[0]["weights_BN"] > 0][-1]
-    assert rows[1]["bytes_BN"][0] == last
+    last = rows[0].targets_BN[rows[0].weights_BN > 0][-1]
+    assert rows[1].bytes_BN[0] == last
 
 
 def test_bos_as_a_rows_last_byte_reads_its_own_patch():
@@ -146,13 +147,13 @@ def test_bos_as_a_rows_last_byte_reads_its_own_patch():
     document = cut(first, ENTROPY)
     packer = Packer(lambda: (0, document), lambda key: document, 8, 8, 1)
     row, following = (written(packer.next_row(), 8) for _ in range(2))
-    assert row["bytes_BN"][7] == BOS and row["starts_BN1"][8]
-    assert row["weights_BN"][7] == 1 and following["bytes_BN"][0] == row["targets_BN"][7]
+    assert row.bytes_BN[7] == BOS and row.starts_BN1[8]
+    assert row.weights_BN[7] == 1 and following.bytes_BN[0] == row.targets_BN[7]
 
 
 def test_empty_rows_and_byte_lm_documents():
     row = written([], 8)
-    assert not any(array.any() for array in row.values())
+    assert not any(array.any() for array in row)
     document = cut(Document(np.frombuffer(b"abc", np.uint8)), None)
     assert document.ids_N.tolist() == [1, 101, 102, 103, 2] and document.starts_N1.all()
 
@@ -177,7 +178,7 @@ def test_both_fills_over_97_percent_on_a_mixed_corpus(tmp_path):
     data = DataConfig(
         train={"text": SourceConfig(str(tmp_path))}, rows=4, row_bytes=2048, row_patches=500
     )
-    space = PatchingConfig(mode="space")
+    space = Patching(mode="space")
     ids, patches = 0, 0
     for file in tmp_path.iterdir():
         document = cut(Document(np.frombuffer(file.read_bytes(), np.uint8)), space)
@@ -192,7 +193,7 @@ def test_both_fills_over_97_percent_on_a_mixed_corpus(tmp_path):
 @pytest.mark.parametrize("patch_bytes", [1, 4])
 def test_exact_rows_waste_little(patch_bytes):
     random = np.random.default_rng(3)
-    static = PatchingConfig(mode="static", patch_bytes=patch_bytes)
+    static = Patching(mode="static", patch_bytes=patch_bytes)
     sizes = random.integers(3, 254, 3000)
     documents = [cut(Document(np.zeros(size, np.uint8)), static) for size in sizes]
     rows, cuts = pack_exact(documents, 256, round(256 / patch_bytes) + 8)

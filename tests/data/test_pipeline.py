@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from bltjax.config.data import DataConfig, SourceConfig
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.data.pipeline import training_batches
 
-SPACE = PatchingConfig(mode="space")
+SPACE = Patching(mode="space")
 
 
 def data_of(tmp_path, **settings):
@@ -30,7 +30,7 @@ def data_of(tmp_path, **settings):
 
 
 def equal(a, b):
-    return all((a[name] == b[name]).all() for name in a)
+    return all((one == other).all() for one, other in zip(a, b, strict=True))
 
 
 def test_restored_iterator_continues_bit_for_bit(tmp_path, seed):
@@ -56,7 +56,7 @@ def test_any_process_count_sees_the_same_batches(tmp_path):
     ]
     for _ in range(10):
         whole, first, second = map(next, iterators)
-        halves = {name: np.concatenate([first[name], second[name]]) for name in whole}
+        halves = [np.concatenate(pair) for pair in zip(first, second, strict=True)]
         assert equal(whole, halves)
     # And states regroup: two processes' states resume one process.
     states = iterators[1].get_state() | iterators[2].get_state()
@@ -90,7 +90,7 @@ def test_seeds_and_streams_differ_and_a_source_of_fewer_records_is_shared(tmp_pa
     first = next(iter(_rows(data, 3)))
     other = next(iter(_rows(data, 4)))
     assert not equal(first, other)
-    assert len({row.tobytes() for row in first["bytes_BN"]}) > 30
+    assert len({row.tobytes() for row in first.bytes_BN}) > 30
 
 
 def test_fewer_records_than_streams_are_refused(tmp_path):
@@ -110,7 +110,7 @@ def test_one_byte_documents(tmp_path):
     data = DataConfig(train={"x": SourceConfig(str(tmp_path / "x.jsonl"))}, rows=1, row_bytes=8,
                       row_patches=8)  # fmt: skip
     batch = next(iter(_rows(data, 0)))
-    assert batch["bytes_BN"][0].tolist() == [1, 124, 2, 1, 124, 2, 1, 124]
+    assert batch.bytes_BN[0].tolist() == [1, 124, 2, 1, 124, 2, 1, 124]
 
 
 def test_streams_that_wait_for_the_same_document_share_it(tmp_path):
@@ -139,7 +139,7 @@ def test_streams_that_wait_for_the_same_document_share_it(tmp_path):
 
 def test_raw_text_and_entropy_patching_is_refused_before_the_first_batch(tmp_path):
     with pytest.raises(ValueError, match=r"'a' \(.*a.jsonl\) is raw text, but entropy patching"):
-        training_batches(data_of(tmp_path), PatchingConfig(), seed=3, streams=range(4))
+        training_batches(data_of(tmp_path), Patching(), seed=3, streams=range(4))
 
 
 def test_a_state_without_a_stream_is_refused(tmp_path):
@@ -160,6 +160,6 @@ def test_a_rare_source_does_not_come_to_all_streams_at_once(tmp_path):
     train = {n: SourceConfig(str(tmp_path / f"{n}.jsonl"), weight=w) for n, w in weights.items()}
     data = DataConfig(train=train, rows=16, row_bytes=256, row_patches=256, look_ahead=1)
     batches = iter(training_batches(data, None, seed=3, streams=range(16)))
-    found = [(next(batches)["bytes_BN"] == ord("r") + 4).any(axis=1).sum() for _ in range(100)]
+    found = [(next(batches).bytes_BN == ord("r") + 4).any(axis=1).sum() for _ in range(100)]
     batches.close()
     assert sum(found) > 100 and max(found) < 8, found

@@ -75,7 +75,7 @@ def test_processes_that_differ_are_named(runs, tmp_path):
 
 
 def test_a_process_count_that_does_not_divide_the_batch(runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("bltjax.training.train.process_count", lambda: 3)
+    monkeypatch.setattr("bltjax.training.setup.process_count", lambda: 3)
     assert main(command(runs, "byte_lm", tmp_path)) == 1
     error = capsys.readouterr().err
     assert "the number of processes (3) must divide data.rows (4)" in error

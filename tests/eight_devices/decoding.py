@@ -10,23 +10,17 @@ import pytest
 
 import bltjax
 from bltjax.__main__ import main
-from bltjax.config.model import (
-    BLTConfig,
-    ByteLMConfig,
-    CrossConfig,
-    HashConfig,
-    LatentConfig,
-    LocalConfig,
-    PatchingConfig,
-)
-from bltjax.config.run import MeshConfig, RunConfig
+from bltjax.config.model import ModelConfig, Patching
+from bltjax.config.run import MeshConfig
 from bltjax.distributed.sharding import make_mesh
+from bltjax.families import Model, initial_params, make_model
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.loop import run
 from bltjax.inference.decoding.placement import decoding_mesh, on_mesh, read_mesh
 from bltjax.inference.decoding.sampling import GREEDY
-from bltjax.inference.entropy import EntropyModel
-from bltjax.model.build import initial_params, make_model
+from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
+from bltjax.model.byte_lm import ByteLMConfig
+from bltjax.text.ngram_hash import HashConfig
 from bltjax.weights.workdir import save_params
 
 # Byte heads (6) that 4 does not divide, grouped latent heads, tables of 512 rows.
@@ -43,17 +37,21 @@ PROMPTS = [b"", "A BLT 日本 has\n".encode(), b"twelve patches, or more"]
 @functools.cache
 def random_params(config, seed: int):
     random, model = np.random.default_rng(seed), make_model(config, 2, jnp.float32, None)
-    shapes = jax.eval_shape(lambda key: initial_params(model, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: initial_params(model.config, key), jax.random.key(0))
     return jax.tree.map(
         lambda x: (random.standard_normal(x.shape) * 0.25).astype(np.float32), shapes
     )
 
 
 def made(**more) -> Decoder:
-    config = RunConfig(blt=BLT_CONFIG, compute_dtype="float32")
-    byte_lm = EntropyModel(BYTE_LM, random_params(BYTE_LM, 1), "", False, config, 0)
-    patching = PatchingConfig(threshold=5.1, max_patch_bytes=6)
-    return Decoder(config, random_params(BLT_CONFIG, 0), patching, byte_lm, **more)
+    return Decoder(random_model(), **more)
+
+
+def random_model() -> Model:
+    byte_lm = Model(ModelConfig(BYTE_LM, compute_dtype="float32"), random_params(BYTE_LM, 1))
+    patching = Patching(threshold=5.1, max_patch_bytes=6)
+    config = ModelConfig(BLT_CONFIG, patching, compute_dtype="float32")
+    return Model(config, random_params(BLT_CONFIG, 0), byte_lm)
 
 
 def written(decoder: Decoder, prompts=PROMPTS, max_bytes=40):
@@ -129,11 +127,9 @@ def test_weights_stay_where_they_lie():
 
 def saved(folder):
     """A run's work directory with the parameters of `made`."""
-    patching = PatchingConfig(threshold=5.1, max_patch_bytes=6)
-    config = RunConfig(blt=BLT_CONFIG, patching=patching, compute_dtype="float32")
-    save_params(folder, config, random_params(BLT_CONFIG, 0), 1)
-    byte_lm = RunConfig(byte_lm=BYTE_LM, compute_dtype="float32")
-    save_params(folder / "byte_lm", byte_lm, random_params(BYTE_LM, 1), 1)
+    model = random_model()
+    save_params(folder, model, 1)
+    save_params(folder / "byte_lm", model.entropy_model, 1)
     return folder
 
 
@@ -165,9 +161,9 @@ def test_bfloat16_on_request(tmp_path, capsys):
 
 
 def test_a_byte_lm_is_split_as_well():
-    config = RunConfig(byte_lm=BYTE_LM, compute_dtype="float32")
+    model = random_model().entropy_model
     alone, split = (
-        written(Decoder(config, random_params(BYTE_LM, 1), None, None, mesh=mesh), max_bytes=12)
+        written(Decoder(model, mesh=mesh), max_bytes=12)
         for mesh in (None, read_mesh("data=2,tensor=2"))
     )
     for (text, log_probs), (found, found_log_probs) in zip(alone, split, strict=True):

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bltjax.config.run import MeshConfig
 from bltjax.distributed.sharding import make_mesh, tree_shardings
-from bltjax.model.hash_tables import capacity_of, looked_up
+from bltjax.model.blt.hash_tables import capacity_of, looked_up
 
 R, M, E, B, N = 2, 4096, 8, 8, 48
 SHAPES = [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1)]

@@ -14,18 +14,13 @@ import pytest
 from random_batch import random_batch
 
 from bltjax.config.data import DataConfig, SourceConfig
-from bltjax.config.model import (
-    BLTConfig,
-    ByteLMConfig,
-    CrossConfig,
-    HashConfig,
-    LatentConfig,
-    LocalConfig,
-)
 from bltjax.config.run import MeshConfig, OptimizerConfig, RunConfig
 from bltjax.distributed.sharding import make_mesh, row_sharding
 from bltjax.evaluation.evaluate import evaluate, evaluation_mesh
-from bltjax.model.build import initial_params, make_model
+from bltjax.families import Model, initial_params, model_config
+from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
+from bltjax.model.byte_lm import ByteLMConfig
+from bltjax.text.ngram_hash import HashConfig
 from bltjax.training.step import step_parts
 from bltjax.weights.workdir import save_params
 
@@ -44,7 +39,7 @@ QUICK = [(1, 2, 4), (2, 2, 2)]
 def run_config(rows: int, **settings) -> RunConfig:
     """Grouped key/value heads, two slots a patch, tables; byte heads that 8 doesn't divide."""
     return RunConfig(
-        blt=BLTConfig(
+        BLTConfig(
             LocalConfig(encoder_layers=1, decoder_layers=1, width=32, heads=4, hidden=48, window=9),
             CrossConfig(slots=2, heads=4),
             LatentConfig(layers=2, width=64, heads=16, key_value_heads=8, hidden=96),
@@ -109,12 +104,12 @@ def test_any_mesh_equals_one_device(shape):
 def test_evaluation_takes_any_number_of_devices(tmp_path, caplog):
     """Those that don't divide the parameters share the rows; the figure stays what it was."""
     config = RunConfig(
-        byte_lm=ByteLMConfig(layers=1, width=32, heads=4, hidden=48, window=8),
+        ByteLMConfig(layers=1, width=32, heads=4, hidden=48, window=8),
         data=DataConfig(rows=2, row_bytes=32, row_patches=32),
         compute_dtype="float32",
     )
-    params = initial_params(make_model(config.model, 2, "float32", "dense"), jax.random.key(0))
-    save_params(tmp_path / "run", config, params, 1)
+    params = initial_params(config.model, jax.random.key(0))
+    save_params(tmp_path / "run", Model(model_config(config), params), 1)
     (tmp_path / "text.txt").write_text("a text of a few lines\n\n" * 9)
     source = SourceConfig(str(tmp_path / "text.txt"), split_bytes=20)
     caplog.set_level("INFO", "bltjax")

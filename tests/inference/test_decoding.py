@@ -11,27 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config.model import (
-    BLTConfig,
-    ByteCNNConfig,
-    ByteLMConfig,
-    CrossConfig,
-    HashConfig,
-    LatentConfig,
-    LocalConfig,
-    PatchingConfig,
-)
-from bltjax.config.run import RunConfig
+from bltjax.config.model import ModelConfig, Patching
+from bltjax.data.batches import PatchBatch
+from bltjax.families import Model, batch_logits, initial_params, make_model
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.loop import kept_places, run
 from bltjax.inference.decoding.prefill import grow, padded_length, prefill, score
 from bltjax.inference.decoding.sampling import GREEDY, Sampling
 from bltjax.inference.decoding.speculation import run_rounds
-from bltjax.inference.entropy import EntropyModel, contexts
-from bltjax.model.build import batch_logits, initial_params, make_model
-from bltjax.model.byte_cnn import entropy_table, table_entropies
-from bltjax.model.byte_lm import ByteLM, entropies_of
+from bltjax.inference.entropy import contexts
+from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
+from bltjax.model.byte_cnn import ByteCNNConfig, entropy_table, table_entropies
+from bltjax.model.byte_lm import ByteLM, ByteLMConfig, entropies_of
 from bltjax.text.alphabet import encode
+from bltjax.text.ngram_hash import HashConfig
 from bltjax.text.patching import force_starts, patch_starts
 
 WINDOW = 8
@@ -46,17 +39,17 @@ BLT_CONFIG = BLTConfig(
 TEXT = "Ein kurzer Text.\nA BLT 日本 has é no tokens;\n\nzażółć 🥓 gęślą jaźń, 12 x 34 = 408.\n" * 2
 # Entropies of this byte LM: 4.84 to 5.23 nats, a quarter of them above 5.14; of the CNN, 5.31.
 MODES = {
-    "entropy": (PatchingConfig(threshold=5.14), {}),
-    "one long patch": (PatchingConfig(threshold=9.0), {"encoder": "all"}),
-    "longest 3": (PatchingConfig(threshold=5.14, max_patch_bytes=3), {"encoder": "none"}),
-    "monotonic": (PatchingConfig(threshold=0.05, monotonic=True), {"decoder": "first"}),
-    "relative": (PatchingConfig(threshold=5.05, threshold_add=0.0), {"decoder": "none"}),
-    "newline": (PatchingConfig(threshold=5.14, newline_reset=True), {"encoder": "all"}),
-    "whole": (PatchingConfig(threshold=5.1, whole_characters=True, max_patch_bytes=5), {}),
-    "space": (PatchingConfig(mode="space"), {"slots": 1}),
-    "static": (PatchingConfig(mode="static", patch_bytes=5), {}),
-    "byte": (PatchingConfig(mode="byte", whole_characters=True), {}),
-    "cnn": (PatchingConfig(threshold=5.31, newline_reset=True), {}),
+    "entropy": (Patching(threshold=5.14), {}),
+    "one long patch": (Patching(threshold=9.0), {"encoder": "all"}),
+    "longest 3": (Patching(threshold=5.14, max_patch_bytes=3), {"encoder": "none"}),
+    "monotonic": (Patching(threshold=0.05, monotonic=True), {"decoder": "first"}),
+    "relative": (Patching(threshold=5.05, threshold_add=0.0), {"decoder": "none"}),
+    "newline": (Patching(threshold=5.14, newline_reset=True), {"encoder": "all"}),
+    "whole": (Patching(threshold=5.1, whole_characters=True, max_patch_bytes=5), {}),
+    "space": (Patching(mode="space"), {"slots": 1}),
+    "static": (Patching(mode="static", patch_bytes=5), {}),
+    "byte": (Patching(mode="byte", whole_characters=True), {}),
+    "cnn": (Patching(threshold=5.31, newline_reset=True), {}),
 }
 
 
@@ -65,7 +58,7 @@ def random_params(config, seed=0):
     """Like fresh parameters, but with uneven norms, and without compiling an initialiser."""
     random = np.random.default_rng(seed)
     model = make_model(config, 2, jnp.float32, None)
-    shapes = jax.eval_shape(lambda key: initial_params(model, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: initial_params(model.config, key), jax.random.key(0))
 
     def draw(path, leaf):
         if "norm" in path[-1].key:
@@ -76,19 +69,18 @@ def random_params(config, seed=0):
 
 
 @functools.cache
-def made(
-    mode: str, window: int = WINDOW, **more
-) -> tuple[Decoder, BLTConfig, PatchingConfig, EntropyModel]:
+def made(mode: str, window: int = WINDOW, **more) -> tuple[Decoder, BLTConfig, Patching, Model]:
     patching, cross = MODES[mode]
     config = dataclasses.replace(
         BLT_CONFIG,
         local=dataclasses.replace(BLT_CONFIG.local, window=window),
         cross=dataclasses.replace(BLT_CONFIG.cross, **cross),
     )
-    run = RunConfig(blt=config, compute_dtype="float32")
     scorer = BYTE_CNN if mode == "cnn" else dataclasses.replace(BYTE_LM, window=window)
-    byte_lm = EntropyModel(scorer, random_params(scorer, 1), "", patching.newline_reset, run, 0)
-    return Decoder(run, random_params(config), patching, byte_lm, **more), config, patching, byte_lm
+    byte_lm = Model(ModelConfig(scorer), random_params(scorer, 1))
+    settings = ModelConfig(config, patching, compute_dtype="float32")
+    model = Model(settings, random_params(config), byte_lm)
+    return Decoder(model, **more), config, patching, byte_lm
 
 
 def full_forward(mode: str, texts: list[bytes], window: int = WINDOW):
@@ -101,12 +93,12 @@ def full_forward(mode: str, texts: list[bytes], window: int = WINDOW):
     for row, text in enumerate(texts):
         ids = encode(text, eos=False)
         bytes_BN[row, : len(ids)] = ids
-        contexts_BN[row, : len(ids)] = contexts(ids, byte_lm.newline_reset)
+        contexts_BN[row, : len(ids)] = contexts(ids, patching.newline_reset)
     if mode == "cnn":
-        table = entropy_table(byte_lm.config, byte_lm.params)
+        table = entropy_table(byte_lm.config.model, byte_lm.params)
         entropies_BN = table_entropies(table, bytes_BN, contexts_BN)
     else:
-        score = jax.jit(ByteLM(byte_lm.config).apply)
+        score = jax.jit(ByteLM(byte_lm.config.model).apply)
         scored, _ = score({"params": byte_lm.params}, bytes_BN, contexts_BN)
         entropies_BN = np.asarray(entropies_of(scored))
     near = 9.0
@@ -117,7 +109,7 @@ def full_forward(mode: str, texts: list[bytes], window: int = WINDOW):
         near = min(near, abs(entropies_BN[row, :size] - patching.threshold).min())
     documents_BN = (np.arange(length) <= np.array([[len(text)] for text in texts])).astype(np.int32)
     model = make_model(config, length, jnp.float32, None)
-    batch = {"bytes_BN": bytes_BN, "documents_BN": documents_BN, "starts_BN1": starts_BN1}
+    batch = PatchBatch(bytes_BN, documents_BN, starts_BN1)
     logits_BNV = jax.jit(lambda params, batch: batch_logits(model, params, batch))(
         random_params(config), batch
     )
@@ -333,9 +325,8 @@ def test_drafts_are_refused_with_a_reason():
     decoder, _, _, byte_lm = made("newline", draft=4)
     with pytest.raises(ValueError, match="drafts are verified greedily"):
         decoder.generate(["x"], max_bytes=1, sampling=Sampling(temperature=0.5))
-    run = RunConfig(byte_lm=BYTE_LM)
     with pytest.raises(ValueError, match="only a BLT drafts"):
-        Decoder(run, byte_lm.params, None, None, draft=2)
+        Decoder(byte_lm, draft=2)
     with pytest.raises(ValueError, match="draft is -1"):
         made("newline", draft=-1)
 

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config.model import ByteLMConfig
+from bltjax.families import initial_params
 from bltjax.inference.entropy import score_documents
-from bltjax.model.build import initial_params
-from bltjax.model.byte_lm import ByteLM, entropies_of
+from bltjax.model.byte_lm import ByteLM, ByteLMConfig, entropies_of
 from bltjax.text.alphabet import encode
 
 CONFIG = ByteLMConfig(layers=3, width=16, heads=2, hidden=32, window=16)
@@ -22,7 +21,7 @@ TEXTS = [RANDOM.integers(0, 256, n).astype(np.uint8) for n in (1, 700, 5, 3, 64,
 @functools.cache
 def params():
     # A sharper head than at the start of training, so that entropies vary.
-    fresh = initial_params(ByteLM(CONFIG), jax.random.key(0))
+    fresh = initial_params(CONFIG, jax.random.key(0))
     return fresh | {"head_EV": fresh["head_EV"] * 2}
 
 

@@ -11,9 +11,10 @@ import pytest
 from test_decoding import followed
 
 from bltjax.__main__ import main
-from bltjax.inference.decoding.decoder import Decoder, Piece, Rest
+from bltjax.inference.decoding.decoder import Decoder
+from bltjax.inference.decoding.pieces import Piece, Rest
 from bltjax.inference.decoding.uncached import Predictor
-from bltjax.inference.entropy import run_patching, score_documents
+from bltjax.inference.entropy import score_documents
 from bltjax.inference.prompts import (
     Prompt,
     begin_results,
@@ -23,15 +24,13 @@ from bltjax.inference.prompts import (
 )
 from bltjax.inference.terminal import Painter
 from bltjax.text.alphabet import EOS, OFFSET, encode
-from bltjax.weights.export import load_params
+from bltjax.weights.export import load_model, load_params
 
 
 @pytest.fixture(scope="module", params=["byte_lm", "blt"])
 def trained(request, runs):
-    workdir = getattr(runs, request.param)
-    config, params, _ = load_params(workdir)
-    model = (config, params, *run_patching(config, workdir))
-    return Decoder(*model), Predictor(*model)
+    model = load_model(getattr(runs, request.param))
+    return Decoder(model), Predictor(model)
 
 
 @pytest.fixture
@@ -63,15 +62,16 @@ def test_trained_logits_at_every_position(runs):
     """With the bytes of held-out documents, rather than what the model writes."""
     lines = (runs.root / "held_out.jsonl").read_text().splitlines()
     texts = [text for line in lines if len(text := json.loads(line)["text"].encode()) > 60][:3]
-    config, params, _ = load_params(runs.blt)
-    patching, byte_lm = run_patching(config, runs.blt)
+    model = load_model(runs.blt)
+    byte_lm = model.entropy_model
     # At the run's own threshold so small a byte LM finds a boundary at every byte.
-    entropies_N, _ = score_documents(byte_lm.config, byte_lm.params, [np.frombuffer(texts[0], "B")])
+    text = np.frombuffer(texts[0], "B")
+    entropies_N, _ = score_documents(byte_lm.config.model, byte_lm.params, [text])
     patching = dataclasses.replace(
-        patching, threshold=float(np.quantile(entropies_N[0], 0.7)) + 1e-4
+        model.config.patching, threshold=float(np.quantile(entropies_N[0], 0.7)) + 1e-4
     )
-    model = (config, params, patching, byte_lm)
-    decoder, predictor = Decoder(*model), Predictor(*model)
+    model = model._replace(config=dataclasses.replace(model.config, patching=patching))
+    decoder, predictor = Decoder(model), Predictor(model)
     prompts, count = [0, 3, 24], 36
     logits, opens, _ = followed(decoder, texts, prompts, count)
     assert len(texts) == 3 and 0 < opens.mean() < 1
@@ -345,7 +345,6 @@ def test_bad_input(runs, tmp_path, capsys):
 def test_errors_come_before_the_model_is_loaded(runs, tmp_path, monkeypatch, capsys):
     """Whatever can be known first is, and nothing is written."""
     monkeypatch.setattr("bltjax.inference.generate.load_onto", None)
-    monkeypatch.setattr("bltjax.inference.generate.run_patching", None)
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     prompts.write_text("".join(json.dumps("a" * n) + "\n" for n in (1, 5, 9, 99, 2)))
 
@@ -395,9 +394,10 @@ def test_bytes_of_any_kind_are_a_prompt(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_patches_that_cannot_be_placed_while_writing_are_refused(runs):
-    config, params, _ = load_params(runs.blt)
+    model = load_params(runs.blt)
     with pytest.raises(ValueError, match="needs a byte LM"):
-        Decoder(config, params, config.patching, None)
-    ports = dataclasses.replace(config.patching, looks_past_end=False)
+        Decoder(model)
+    ports = dataclasses.replace(model.config.patching, looks_past_end=False)
+    config = dataclasses.replace(model.config, patching=ports)
     with pytest.raises(ValueError, match=r"looks_past_end is False.*without --as_port"):
-        Decoder(config, params, ports, None)
+        Decoder(model._replace(config=config))

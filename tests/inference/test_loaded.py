@@ -7,8 +7,9 @@ import pytest
 import bltjax
 from bltjax.__main__ import main
 from bltjax.attention.dense import dense
-from bltjax.model import cross_attention
-from bltjax.model.build import batch_logits, make_model
+from bltjax.data.batches import one_row
+from bltjax.families import batch_logits, make_model
+from bltjax.model.blt import cross_attention
 from bltjax.text.patching import patch_starts
 from bltjax.weights.export import load_params
 from bltjax.weights.workdir import save_params
@@ -28,8 +29,9 @@ def byte_lm(runs):
 
 def test_config(blt, byte_lm):
     assert blt.config.threshold == 4.0 and blt.config.patching.max_patch_bytes == 12
-    assert blt.config.blt.latent.width == 32 and blt.config.byte_lm == byte_lm.config.byte_lm
-    assert byte_lm.config.blt is None and byte_lm.config.threshold is None
+    assert blt.config.model.latent.width == 32
+    assert blt.model.entropy_model.config.model == byte_lm.config.model
+    assert byte_lm.config.patching is None and byte_lm.config.threshold is None
 
 
 def test_logits_are_the_models(blt, byte_lm):
@@ -37,11 +39,11 @@ def test_logits_are_the_models(blt, byte_lm):
         logits = model.logits(TEXT)
         assert logits.shape == (len(TEXT.encode()) + 1, 260) and logits.dtype == np.float32
         ids = np.concatenate([[1], np.frombuffer(TEXT.encode(), np.uint8) + 4]).astype(np.int32)
-        batch = {"bytes_BN": jnp.asarray(ids)[None], "documents_BN": jnp.ones((1, len(ids)), int)}
+        starts = None
         if model is blt:
             starts = patch_starts(model.config.patching, ids, model.entropies(TEXT))
-            batch["starts_BN1"] = jnp.asarray(starts)[None]
-        module = make_model(model.run.model, len(ids), jnp.float32, "dense")
+        batch = one_row(ids, starts, len(ids))
+        module = make_model(model.config.model, len(ids), jnp.float32, "dense")
         whole = batch_logits(module, model.params, batch)[0]
         np.testing.assert_allclose(logits, whole, atol=2e-5, rtol=0)
         for prefix in ("", TEXT[:7]):  # nothing that follows changes a row
@@ -76,7 +78,7 @@ def test_generation(blt):
 
 def test_cross_weights_are_those_of_the_attention(blt, monkeypatch):
     """Values, weighted by them, are what each cross-attention gave."""
-    met, length, slots = [], len(TEXT.encode()) + 1, blt.config.blt.cross.slots
+    met, length, slots = [], len(TEXT.encode()) + 1, blt.config.model.cross.slots
 
     def attention(q_BQGC, k_BTGC, v_BTGC, *ranges, **options):
         out_BQGC = dense(q_BQGC, k_BTGC, v_BTGC, *ranges)
@@ -106,11 +108,11 @@ def test_cross_weights_are_those_of_the_attention(blt, monkeypatch):
 @pytest.fixture(scope="module")
 def broken(runs, tmp_path_factory):
     """A byte LM with one NaN among its parameters, as a work directory."""
-    config, params, step = load_params(runs.byte_lm)
-    block = params["block_0"]
+    model = load_params(runs.byte_lm)
+    block = model.params["block_0"]
     block["down_FE"] = block["down_FE"].at[0, 0].set(jnp.nan)
     folder = tmp_path_factory.mktemp("broken") / "lm"
-    save_params(folder, config, params, step)
+    save_params(folder, model, model.step)
     return folder
 
 

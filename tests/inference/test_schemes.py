@@ -138,12 +138,12 @@ def test_calibration_says_which_context_the_records_have(runs, scorers, capsys):
 def test_raw_text_scored_while_evaluating_is_the_same(runs, scorers, tmp_path):
     """newline_reset holds for records and for text that is scored in memory."""
     from bltjax.config.data import SourceConfig
-    from bltjax.config.model import PatchingConfig
+    from bltjax.config.model import Patching
     from bltjax.inference.entropy import load_entropy_model, scored_source
 
     byte_lm, records = scorers["newline_reset"]
     model = load_entropy_model(byte_lm, newline_reset=True)
-    patching = PatchingConfig(newline_reset=True)
+    patching = Patching(newline_reset=True)
     raw = scored_source(SourceConfig(str(runs.root / "held_out.jsonl")), patching, model)
     kept = scored_source(SourceConfig(str(records / "held_out")), patching, model)
     for a, b in zip(raw, (kept[i] for i in range(len(kept))), strict=True):

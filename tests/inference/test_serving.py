@@ -15,14 +15,13 @@ from test_commands import error_of
 from test_decoding import BYTE_LM, TEXT, made, random_params
 
 from bltjax.benchmark.generate import without_specials
-from bltjax.config.model import PatchingConfig
-from bltjax.config.run import RunConfig
+from bltjax.config.model import ModelConfig, Patching
+from bltjax.families import Model
 from bltjax.inference.decoding.decoder import Decoder
-from bltjax.inference.entropy import run_patching
 from bltjax.inference.serving import Programs, ServingConfig
-from bltjax.model.build import flattened
+from bltjax.model.params import flattened
 from bltjax.text.alphabet import OFFSET, encode
-from bltjax.weights.export import load_params
+from bltjax.weights.export import load_model
 from bltjax.weights.lazy import leaf_of
 from bltjax.weights.stored import ModelFiles
 
@@ -80,7 +79,7 @@ def test_bad_input(runs, tmp_path, capsys):
     config = ServingConfig(64, 32, 1)
     with pytest.raises(ValueError, match="needs a byte LM"):
         Programs(files._replace(byte_lm=None), config)
-    bpe = PatchingConfig(mode="bpe", tokenizer="tokenizer.json")
+    bpe = Patching(mode="bpe", tokenizer="tokenizer.json")
     with pytest.raises(ValueError, match="where a token ends"):
         Programs(files._replace(config=dataclasses.replace(files.config, patching=bpe)), config)
 
@@ -93,8 +92,7 @@ def test_a_server_without_our_code_writes_the_same(runs, tmp_path, capsys):
     words = [SERVER, str(folder), *(prompt.hex() for prompt in prompts)]
     done = without_us(RUN, words)
     assert done.returncode == 0, done.stderr.decode()
-    config, params, _ = load_params(folder)
-    decoder = Decoder(config, params, *run_patching(config, folder))
+    decoder = Decoder(load_model(folder))
     *expected, beginning = [greedy(decoder, prompt, 40) for prompt in prompts]
     *found, cut = [bytes.fromhex(line) for line in done.stdout.decode().splitlines()]
     assert found == expected and len(expected[1]) > 10
@@ -137,13 +135,12 @@ def files_of(mode: str) -> ModelFiles:
         return {name: leaf_of(np.asarray(x)) for name, x in flattened(params).items()}
 
     if mode == "byte LM":
-        run = RunConfig(byte_lm=BYTE_LM, compute_dtype="float32")
-        return ModelFiles(run, leaves(endless_params(BYTE_LM)), "run", {})
+        config = ModelConfig(BYTE_LM, compute_dtype="float32")
+        return ModelFiles(config, leaves(endless_params(BYTE_LM)), "run", {})
     _, config, patching, scorer = made(mode)
-    kind = "byte_cnn" if mode == "cnn" else "byte_lm"
-    byte_lm = ModelFiles(RunConfig(**{kind: scorer.config}), leaves(scorer.params), "run", {})
-    run = RunConfig(blt=config, patching=patching, compute_dtype="float32")
-    return ModelFiles(run, leaves(endless_params(config)), "run", {}, byte_lm=byte_lm)
+    byte_lm = ModelFiles(scorer.config, leaves(scorer.params), "run", {})
+    settings = ModelConfig(config, patching, compute_dtype="float32")
+    return ModelFiles(settings, leaves(endless_params(config)), "run", {}, byte_lm=byte_lm)
 
 
 SLOW = ("one long patch", "longest 3", "monotonic", "whole", "space", "cnn", "byte LM")
@@ -196,8 +193,8 @@ def files_leaf(files: ModelFiles, path: str):
 
 def decoder_of(mode: str) -> Decoder:
     if mode == "byte LM":
-        run = RunConfig(byte_lm=BYTE_LM, compute_dtype="float32")
-        return Decoder(run, endless_params(BYTE_LM), None, None)
+        config = ModelConfig(BYTE_LM, compute_dtype="float32")
+        return Decoder(Model(config, endless_params(BYTE_LM)))
     _, config, patching, byte_lm = made(mode)
-    run = RunConfig(blt=config, compute_dtype="float32")
-    return Decoder(run, endless_params(config), patching, byte_lm)
+    settings = ModelConfig(config, patching, compute_dtype="float32")
+    return Decoder(Model(settings, endless_params(config), byte_lm))

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config.model import ByteCNNConfig
+from bltjax import families
 from bltjax.inference.entropy import contexts, score_documents
-from bltjax.model.byte_cnn import ByteCNN, entropy_table, table_entropies
+from bltjax.model.byte_cnn import ByteCNN, ByteCNNConfig, entropy_table, table_entropies
 from bltjax.model.byte_lm import entropies_of
 
 CONFIG = ByteCNNConfig(context=2, width=16, layers=1, hidden=32)
@@ -45,7 +45,8 @@ def test_the_table_is_made_once_for_a_model(monkeypatch):
         made.append(config)
         return entropy_table(config, params)
 
-    monkeypatch.setattr("bltjax.inference.entropy.entropy_table", counted)
+    family = families.FAMILIES["byte_cnn"]._replace(entropy_table=counted)
+    monkeypatch.setitem(families.FAMILIES, "byte_cnn", family)
     ids_BN = np.ones((1, 4), np.int32)
     text = np.frombuffer(b"ab", np.uint8)
     models = [ByteCNN(CONFIG).init(jax.random.key(n), ids_BN, ids_BN)["params"] for n in (7, 8)]

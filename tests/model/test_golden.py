@@ -8,18 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config.model import (
-    BLTConfig,
-    ByteLMConfig,
-    CrossConfig,
-    HashConfig,
-    LatentConfig,
-    LocalConfig,
-)
-from bltjax.model.blt import BLT
-from bltjax.model.byte_lm import ByteLM, entropies_of
+from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
+from bltjax.model.blt.model import BLT
+from bltjax.model.byte_lm import ByteLM, ByteLMConfig, entropies_of
 from bltjax.text.alphabet import EOS
-from bltjax.text.ngram_hash import hash_ids
+from bltjax.text.ngram_hash import HashConfig, hash_ids
 
 pytestmark = pytest.mark.smoke
 

@@ -9,22 +9,16 @@ import numpy as np
 import pytest
 
 from bltjax.attention.pattern import Sliding
-from bltjax.config.load import load_config
-from bltjax.config.model import (
-    BLTConfig,
-    ByteLMConfig,
-    CrossConfig,
-    HashConfig,
-    LatentConfig,
-    LocalConfig,
-    PatchingConfig,
-)
-from bltjax.model.blt import BLT
-from bltjax.model.build import initial_params, make_model, parameter_count
-from bltjax.model.byte_lm import ByteLM
-from bltjax.model.latent_transformer import block_size
+from bltjax.config.model import Patching
+from bltjax.families import initial_params, load_config, make_model
+from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
+from bltjax.model.blt.latent_transformer import block_size
+from bltjax.model.blt.model import BLT
+from bltjax.model.byte_lm import ByteLM, ByteLMConfig
 from bltjax.model.layers import Block
+from bltjax.model.params import parameter_count
 from bltjax.text.alphabet import encode
+from bltjax.text.ngram_hash import HashConfig
 from bltjax.text.patching import force_starts, patch_starts
 from bltjax.text.segments import row_patches
 
@@ -35,14 +29,14 @@ CONFIG = BLTConfig(
     HashConfig(sizes=(3, 5), functions=2, rows=101),
 )
 N, P = 64, 40
-SPACE = PatchingConfig(mode="space")
+SPACE = Patching(mode="space")
 TEXTS = ("A BLT has no tokens.", "Patches scale better", "than tokens do")
 
 
 @functools.cache
 def params():
     model = BLT(CONFIG, P)
-    return jax.jit(lambda key: initial_params(model, key))(jax.random.key(0))
+    return jax.jit(lambda key: initial_params(model.config, key))(jax.random.key(0))
 
 
 @functools.cache
@@ -185,7 +179,7 @@ def test_scan_equals_loop_and_remat_equals_none(policy):
 def test_cross_attention_layers(encoder, decoder):
     config = dataclasses.replace(CONFIG, cross=CrossConfig(2, 2, encoder, decoder))
     model = BLT(config, P)
-    shapes = jax.eval_shape(lambda key: initial_params(model, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: initial_params(model.config, key), jax.random.key(0))
     crosses = [name for name in shapes["encoder"] if name.startswith("cross")]
     assert len(crosses) == {"none": 0, "last": 1, "all": 2}[encoder]
     crosses = [name for name in shapes["decoder"] if name.startswith("cross")]
@@ -209,7 +203,7 @@ def test_cross_attention_layers(encoder, decoder):
 def test_released_sizes(name, total):
     config = load_config(f"configs/{name}.py")
     model = make_model(config.model, config.data.row_patches, jnp.bfloat16, None)
-    shapes = jax.eval_shape(lambda key: initial_params(model, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: initial_params(model.config, key), jax.random.key(0))
     assert parameter_count(shapes, config.model)["total"] == total
 
 
@@ -222,7 +216,7 @@ def test_hash_table_padding_is_zero():
 def test_byte_lm_sees_its_window_and_no_more():
     config = ByteLMConfig(layers=1, width=16, heads=2, hidden=16, window=5)
     model = ByteLM(config)
-    params = initial_params(model, jax.random.key(0))
+    params = initial_params(model.config, jax.random.key(0))
     run = jax.jit(lambda ids: model.apply({"params": params}, ids, jnp.ones_like(ids))[0])
     ids = jnp.asarray(encode("windows of five bytes"), jnp.int32)[None]
     change = np.asarray(run(ids.at[0, 8].add(1)) != run(ids)).any(-1)[0]

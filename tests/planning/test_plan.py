@@ -15,16 +15,10 @@ import pytest
 import bltjax.planning.plan as plans
 import bltjax.planning.roofline as roofline
 from bltjax.__main__ import main
-from bltjax.config.load import load_config
 from bltjax.distributed.sharding import make_mesh
 from bltjax.distributed.topology import read_topology
-from bltjax.model.flops import (
-    cross_layers,
-    paper_flops,
-    recomputed_flops,
-    row_forward_flops,
-    utilisation,
-)
+from bltjax.families import family_of, load_config
+from bltjax.model.flops import cross_layers, utilisation
 from bltjax.planning import report
 from bltjax.planning.aot import Memory, described_devices, shard_bytes
 from bltjax.planning.suggest import changed, nearest_changes
@@ -62,7 +56,7 @@ def planned(program):
 def test_a_chip_holds_its_own_rows_of_tables(program):
     """No table is gathered, and no gradient of a whole one is made, in what a TPU would run."""
     planned, text = program
-    config = planned.config.blt
+    config = planned.config.model
     R, M, E = config.hash.tables, config.hash.stored_rows, config.local.width
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\w+\[([\d,]+)\]", text)}
     assert (R, M // 4, E) in shapes
@@ -104,10 +98,10 @@ def test_a_plan_in_json(planned):
 
 def kernel_flops(config) -> int:
     """FLOPs of attention itself in a row, by exact shapes: those that kernels do."""
-    blt, data = config.blt, config.data
-    bare = changed(config, [("blt.local.window", 1)]).blt
+    blt, data = config.model, config.data
+    bare = changed(config, [("blt.local.window", 1)]).model
     N, P = data.row_bytes, data.row_patches
-    windows = row_forward_flops(blt, N, P) - row_forward_flops(bare, N, P)
+    windows = family_of(blt).forward_flops(blt, N, P) - family_of(blt).forward_flops(bare, N, P)
     once = 4 * blt.local.width * N * (blt.local.encoder_layers + blt.local.decoder_layers)
     latent = 4 * blt.latent.width * blt.latent.layers * P * (P + 1) // 2
     reads = sum(cross_layers(blt)) * 4 * blt.local.width * N * blt.cross.slots
@@ -222,8 +216,9 @@ def test_the_papers_formula():
     """The 8B is near ours; an 8B's terms by hand are within a hundredth of the latent's alone."""
     config = load_config("configs/blt_8b.py")
     data = config.data
-    paper = paper_flops(config.model, data.row_bytes, data.row_patches)
-    exact = row_forward_flops(config.model, data.row_bytes, data.row_patches) / data.row_bytes
+    family = family_of(config)
+    paper = family.paper_flops(config.model, data.row_bytes, data.row_patches)
+    exact = family.forward_flops(config.model, data.row_bytes, data.row_patches) / data.row_bytes
     assert paper == pytest.approx(exact, rel=0.03)
     D, E = 4096, 1280
     latent = 32 * (24 * D * D + 4 * D * 4097 / 2) / 4
@@ -236,14 +231,15 @@ def test_the_papers_formula():
 def test_what_is_recomputed():
     config = load_config("configs/blt_8b.py")
     sizes = (config.data.row_bytes, config.data.row_patches)
-    assert {config.blt.local.remat, config.blt.latent.remat} <= {"none", "products", "full"}
+    assert {config.model.local.remat, config.model.latent.remat} <= {"none", "products", "full"}
     everything = changed(config, [("blt.local.remat", "full"), ("blt.latent.remat", "full")])
     nothing = changed(config, [("blt.local.remat", "none"), ("blt.latent.remat", "products")])
     # Scores: half of what attention is forward.
-    scores = recomputed_flops(nothing.model, *sizes)
+    family = family_of(config)
+    scores = family.recomputed_flops(nothing.model, *sizes)
     assert scores == kernel_flops(config) // 2
-    forward = row_forward_flops(config.model, *sizes)
-    assert 0.7 < recomputed_flops(everything.model, *sizes) / forward < 0.85
+    forward = family.forward_flops(config.model, *sizes)
+    assert 0.7 < family.recomputed_flops(everything.model, *sizes) / forward < 0.85
 
 
 @needs_libtpu

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from bltjax.config.load import load_config
 from bltjax.distributed.topology import read_topology
+from bltjax.families import load_config
 from bltjax.planning.plan_decoder import plan_generate, text
 
 SIZES = {"groups": 1, "rows": 1, "prompt_bytes": 2048, "context": 32768}
@@ -22,7 +22,7 @@ def test_the_8b_decodes_on(topology):
     found = plan_generate(config, chips, **SIZES)
     assert found.fits and found.mesh == {"data": 1, "fsdp": 1, "tensor": chips.chips}
     # bf16 weights, split: 13 GB of latent layers, 7.7 GB of tables; but widen_KED, of 42 MB, whole.
-    widen = 4 * config.blt.local.width * config.blt.latent.width
+    widen = 4 * config.model.local.width * config.model.latent.width
     assert found.weights["latent"] < 1.01 * 2 * ((6.5e9 - widen) / chips.chips + widen)
     assert found.total > sum(found.weights.values()) + found.state
     # A step moves its weights once; no table, and none of what other chips hold.

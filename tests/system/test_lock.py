@@ -271,7 +271,7 @@ def test_a_process_that_ends_while_it_is_asked_after_is_gone(tmp_path, monkeypat
         process.kill()
         process.wait()
 
-    monkeypatch.setattr("bltjax.system.lock.state_and_start", ends)
+    monkeypatch.setattr("bltjax.system.owner.state_and_start", ends)
     assert owner.runs(left) is False
 
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config.model import HASH_PRIMES, HashConfig
-from bltjax.text.ngram_hash import hash_ids
+from bltjax.text.ngram_hash import HASH_PRIMES, HashConfig, hash_ids
 
 pytestmark = pytest.mark.smoke
 

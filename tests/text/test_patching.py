@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.data.packing import Packer, batch_of, cut, pack_exact
 from bltjax.data.records import Document
 from bltjax.text.alphabet import OFFSET, encode
@@ -29,12 +29,12 @@ pytestmark = pytest.mark.smoke
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 H = [0, 5, 9, 13, 17, 3, 9, 9]
-GLOBAL = PatchingConfig(threshold=1.0)
-MONOTONIC = PatchingConfig(threshold=1.0, monotonic=True)
-RELATIVE = PatchingConfig(threshold=1.0, threshold_add=0.5)
+GLOBAL = Patching(threshold=1.0)
+MONOTONIC = Patching(threshold=1.0, monotonic=True)
+RELATIVE = Patching(threshold=1.0, threshold_add=0.5)
 
 
-@pytest.mark.parametrize("config", [GLOBAL, MONOTONIC, PatchingConfig(max_patch_bytes=3)])
+@pytest.mark.parametrize("config", [GLOBAL, MONOTONIC, Patching(max_patch_bytes=3)])
 def test_entropies_that_are_not_finite_are_refused_with_their_place(config):
     for value in (np.nan, np.inf):
         entropies_N = np.array([*H, value, 1], np.float32)
@@ -87,7 +87,7 @@ def test_relative_mode_blocks_only_the_position_after_the_forced_start():
 
 
 def test_high_threshold_leaves_one_patch():
-    config = PatchingConfig(threshold=100.0)
+    config = Patching(threshold=100.0)
     assert lengths(config, np.linspace(0, 5.5, 81), next_byte=False) == [1, 80]
 
 
@@ -95,8 +95,8 @@ def test_lengths_of_the_reference():
     golden = np.load(GOLDEN / "entropy_lm.npz")
     expected = json.loads((GOLDEN / "meta.json").read_text())["entropy_lm"]
     for config, key in (
-        (PatchingConfig(threshold=float(golden["thr"])), "patch_lengths_thr"),
-        (PatchingConfig(threshold=0.05, monotonic=True), "patch_lengths_mono"),
+        (Patching(threshold=float(golden["thr"])), "patch_lengths_thr"),
+        (Patching(threshold=0.05, monotonic=True), "patch_lengths_mono"),
     ):
         starts_BN1 = patch_starts(config, golden["x"], golden["entropies"])
         # These lengths place the byte not yet seen, too: they sum to N + 1.
@@ -108,7 +108,7 @@ def test_the_threshold_itself_opens_no_patch():
 
 
 def test_longest_patch():
-    config = PatchingConfig(threshold=1.0, max_patch_bytes=4)
+    config = Patching(threshold=1.0, max_patch_bytes=4)
     assert lengths(config, [0] * 11, next_byte=False) == [1, 4, 4, 2]
     assert lengths(config, [0] * 9, next_byte=False) == [1, 4, 4]
     assert lengths(config, [0, 0, 0, 0, 0, 0, 9, 0, 0], next_byte=False) == [1, 4, 2, 2]
@@ -124,30 +124,30 @@ def test_longest_patch():
     ],
 )
 def test_space(text, expected):
-    starts_N1 = patch_starts(PatchingConfig(mode="space"), encode(text))
+    starts_N1 = patch_starts(Patching(mode="space"), encode(text))
     assert patch_lengths(starts_N1[:-1]).tolist() == expected
 
 
 def test_space_knows_every_byte():
     letters = set(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
     for byte in range(256):
-        starts_N1 = patch_starts(PatchingConfig(mode="space"), encode(b"ab" + bytes([byte])))
+        starts_N1 = patch_starts(Patching(mode="space"), encode(b"ab" + bytes([byte])))
         assert starts_N1[4] == (byte not in letters and not 0x80 <= byte <= 0xBF)
 
 
 def test_space_ends_a_patch_at_every_special():
     # The space after "a" ends a patch, the second space doesn't; a special does wherever it is.
     ids = np.array([1, 101, 36, 36, 2, 1, 0, 3, 101, 101], np.int32)
-    starts_N1 = patch_starts(PatchingConfig(mode="space"), ids)
+    starts_N1 = patch_starts(Patching(mode="space"), ids)
     assert patch_lengths(starts_N1).tolist() == [1, 2, 2, 1, 1, 1, 3]
 
 
 def test_static_and_byte():
     ids = encode("eleven text")[:11]
-    static = patch_starts(PatchingConfig(mode="static", patch_bytes=4), ids)
+    static = patch_starts(Patching(mode="static", patch_bytes=4), ids)
     assert patch_lengths(static[:-1]).tolist() == [4, 4, 3]
     assert patch_lengths(force_starts(static)[:-1]).tolist() == [1, 3, 4, 3]
-    assert patch_starts(PatchingConfig(mode="byte"), ids).all()
+    assert patch_starts(Patching(mode="byte"), ids).all()
 
 
 def test_entropies_must_fit():
@@ -160,15 +160,15 @@ def test_entropies_must_fit():
 CONFIGS = [
     dataclasses.replace(config, max_patch_bytes=longest)
     for config in (
-        PatchingConfig(threshold=3.0),
-        PatchingConfig(threshold=0.5, monotonic=True),
-        PatchingConfig(threshold=2.0, threshold_add=0.0),
-        PatchingConfig(mode="space"),
-        PatchingConfig(mode="static", patch_bytes=5),
-        PatchingConfig(mode="byte"),
-        PatchingConfig(threshold=3.0, whole_characters=True),
-        PatchingConfig(mode="static", patch_bytes=3, whole_characters=True),
-        PatchingConfig(mode="byte", whole_characters=True),
+        Patching(threshold=3.0),
+        Patching(threshold=0.5, monotonic=True),
+        Patching(threshold=2.0, threshold_add=0.0),
+        Patching(mode="space"),
+        Patching(mode="static", patch_bytes=5),
+        Patching(mode="byte"),
+        Patching(threshold=3.0, whole_characters=True),
+        Patching(mode="static", patch_bytes=3, whole_characters=True),
+        Patching(mode="byte", whole_characters=True),
     )
     for longest in (None, 3)
 ]
@@ -243,9 +243,7 @@ WHOLE = [
 @given(text=st.text(max_size=30), seed=st.integers(0, 2**32 - 1))
 def test_no_patch_begins_inside_a_character(byte_level_tokenizer, config, text, seed):
     if config == "bpe":  # whose tokens of one byte begin inside every character
-        config = PatchingConfig(
-            mode="bpe", tokenizer=str(byte_level_tokenizer), whole_characters=True
-        )
+        config = Patching(mode="bpe", tokenizer=str(byte_level_tokenizer), whole_characters=True)
     ids = encode(text)
     entropies = np.random.default_rng(seed).uniform(0, 6, len(ids)).astype(np.float32)
     starts = force_starts(patch_starts(config, ids, entropies))[:-1]
@@ -266,20 +264,19 @@ def test_whole_characters_by_hand():
     entropies = np.zeros(len(ids), np.float32)
     entropies[3] = 9  # uncertain inside the first character
     plain, whole = (
-        patch_starts(PatchingConfig(whole_characters=flag), ids, entropies)
-        for flag in (False, True)
+        patch_starts(Patching(whole_characters=flag), ids, entropies) for flag in (False, True)
     )
     assert np.flatnonzero(plain).tolist() == [0, 1, 4]
     assert np.flatnonzero(whole).tolist() == [0, 1, 5]
     # A promise that is broken ends with the byte that breaks it.
     broken = encode(b"\xe4a\xbdb\xff\xf0\x9f", eos=False)
-    byte = PatchingConfig(mode="byte", whole_characters=True)
+    byte = Patching(mode="byte", whole_characters=True)
     assert np.flatnonzero(~patch_starts(byte, broken)).tolist() == [2, 7, 8]
 
 
 def test_pieces_of_a_long_patch_end_with_characters():
     ids = encode("你" * 4, eos=False)
-    config = PatchingConfig(threshold=9, max_patch_bytes=4, whole_characters=True)
+    config = Patching(threshold=9, max_patch_bytes=4, whole_characters=True)
     starts = patch_starts(config, ids, np.zeros(len(ids), np.float32))
     assert np.flatnonzero(starts).tolist() == [0, 1, 7, 10, 13]
 
@@ -293,7 +290,7 @@ def test_pieces_of_a_long_patch_end_with_characters():
 def test_only_the_first_two_positions_of_a_cut_row_may_lie_inside_a_character(
     text, row_bytes, exact
 ):
-    config = PatchingConfig(mode="byte", whole_characters=True)
+    config = Patching(mode="byte", whole_characters=True)
     document = cut(Document(np.frombuffer(text.encode(), np.uint8)), config)
     if exact:
         rows, _ = pack_exact([document], row_bytes, row_bytes)
@@ -302,28 +299,28 @@ def test_only_the_first_two_positions_of_a_cut_row_may_lie_inside_a_character(
         rows = [packer.next_row() for _ in range(12)]
     assert len(rows) > 1
     batch = batch_of(rows, row_bytes)
-    continuation_BN = (batch["bytes_BN"] >= OFFSET + 0x80) & (batch["bytes_BN"] <= OFFSET + 0xBF)
-    _, inside = np.nonzero(batch["starts_BN1"][:, :-1] & continuation_BN)
+    continuation_BN = (batch.bytes_BN >= OFFSET + 0x80) & (batch.bytes_BN <= OFFSET + 0xBF)
+    _, inside = np.nonzero(batch.starts_BN1[:, :-1] & continuation_BN)
     assert set(inside) <= {0, 1}
 
 
 def test_a_cut_row_opens_patches_at_its_first_two_positions():
     document = cut(
         Document(np.frombuffer("你好你好".encode(), np.uint8)),
-        PatchingConfig(mode="byte", whole_characters=True),
+        Patching(mode="byte", whole_characters=True),
     )
     rows, _ = pack_exact([document], 5, 5)  # the second row begins with the second byte of 好
-    first_N1, second_N1 = batch_of(rows, 5)["starts_BN1"][:2]
+    first_N1, second_N1 = batch_of(rows, 5).starts_BN1[:2]
     assert np.flatnonzero(first_N1).tolist() == [0, 1, 4]
     assert np.flatnonzero(second_N1[:-1]).tolist() == [0, 1, 2]
 
 
 def test_bpe_is_not_for_a_device_and_takes_a_tokenizer():
     with pytest.raises(ValueError, match="takes a tokenizer file"):
-        PatchingConfig(mode="bpe")
+        Patching(mode="bpe")
     with pytest.raises(ValueError, match="on the host"):
-        patch_starts(PatchingConfig(mode="bpe", tokenizer="x"), jnp.zeros((1, 3), jnp.int32))
+        patch_starts(Patching(mode="bpe", tokenizer="x"), jnp.zeros((1, 3), jnp.int32))
     with pytest.raises(ValueError, match=r"takes one document, ids \[N\], not \(2, 3\)"):
-        patch_starts(PatchingConfig(mode="bpe", tokenizer="x"), np.zeros((2, 3), np.int32))
+        patch_starts(Patching(mode="bpe", tokenizer="x"), np.zeros((2, 3), np.int32))
     with pytest.raises(ValueError, match="newline_reset is for entropy mode"):
-        PatchingConfig(mode="space", newline_reset=True)
+        Patching(mode="space", newline_reset=True)

@@ -8,8 +8,7 @@ from test_train import command, losses
 
 from bltjax.__main__ import main
 from bltjax.config.run import FaultsConfig, OptimizerConfig
-from bltjax.training.bad_batches import SETTLED, guarded
-from bltjax.training.optimizer import make_optimizer
+from bltjax.training.optimizer import SETTLED, guarded, make_optimizer
 
 SKIP = FaultsConfig(bad_batch="skip", spike=2.0)
 

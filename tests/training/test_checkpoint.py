@@ -21,9 +21,9 @@ import tensorstore
 from test_train import command, losses
 
 from bltjax.__main__ import main
-from bltjax.config.model import ByteLMConfig
 from bltjax.config.run import CheckpointConfig, RunConfig
 from bltjax.distributed.processes import Restart
+from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.training.checkpoint import StreamsHandler, Writing, checksums, make_manager, save
 from bltjax.training.restore import damage, restore, restore_newest
 from bltjax.training.step import TrainState
@@ -34,7 +34,7 @@ from bltjax.weights.workdir import saved_steps
 # Orbax leaves other readings unfinished when one fails, which then find no event loop.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 CONFIG = RunConfig(
-    byte_lm=ByteLMConfig(layers=1, width=8, heads=1, hidden=8, window=4),
+    ByteLMConfig(layers=1, width=8, heads=1, hidden=8, window=4),
     checkpoint=CheckpointConfig(every=1, keep=1, keep_every=2),
 )
 
@@ -169,7 +169,7 @@ def test_other_arrays_than_the_settings_ask_for(saved, monkeypatch):
     for remembered in (True, False):
         if not remembered:
             monkeypatch.setattr(
-                "bltjax.training.checkpoint.unsealed_file",
+                "bltjax.weights.damage.unsealed_file",
                 lambda path, name: {k: v for k, v in progress.items() if k != "shapes"},
             )
         for told, other in others.items():
@@ -287,7 +287,7 @@ def test_a_storage_that_is_away_is_no_damage(monkeypatch, tmp_path):
         read()
     assert reason(error.value).kind == "away", error.value
     save_steps(tmp_path, [1])
-    monkeypatch.setattr("bltjax.training.checkpoint.restore", read)
+    monkeypatch.setattr("bltjax.training.restore.restore", read)
     with pytest.raises(Restart, match="1 can't be read now: "):
         restore_newest(tmp_path, target_like(small_state(0)), [0])
     server.shutdown()
@@ -331,7 +331,7 @@ def test_an_error_of_one_process_ends_all(saved, monkeypatch, capsys):
     target = target_like(small_state(0))
     for mine in (None, ["damaged", "a checksum"]):
         monkeypatch.setattr(
-            "bltjax.training.checkpoint.gathered", lambda what, value, mine=mine: [mine, theirs]
+            "bltjax.training.restore.gathered", lambda what, value, mine=mine: [mine, theirs]
         )
         with pytest.raises(ValueError, match="5 can't be restored: PERMISSION_DENIED"):
             restore_newest(saved, target, [0])

@@ -15,11 +15,13 @@ import pytest
 from test_golden import META, arrays, blt_weights, eos_documents, starts_from_lengths, weights_of
 
 from bltjax.config.data import DataConfig
-from bltjax.config.model import BLTConfig, CrossConfig, HashConfig, LatentConfig, LocalConfig
 from bltjax.config.run import OptimizerConfig, RunConfig
-from bltjax.model.build import run_model
+from bltjax.data.batches import PatchBatch, target_bytes_of
+from bltjax.families import model_config, module_of
+from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
 from bltjax.model.loss import Sums
 from bltjax.text.alphabet import BOS, EOS
+from bltjax.text.ngram_hash import HashConfig
 from bltjax.training.step import TrainState, make_train_step, run_optimizer
 
 pytestmark = pytest.mark.smoke
@@ -43,20 +45,21 @@ EXPECTED = {
 }
 
 
-def golden_batch(golden) -> tuple[dict, int]:
+def golden_batch(golden) -> tuple[PatchBatch, int]:
     """The golden rows as a batch of training, and their patches per row."""
     x_BN, length = golden["x"].astype(np.int32), golden["x"].shape[1]
     targets_BN = np.roll(x_BN, -1, axis=1)
     weights_BN = (targets_BN != BOS).astype(np.float32)
     weights_BN[:, -1] = 0  # the last byte's target lies in no row
     weights_BN[:, :-1] *= x_BN[:, :-1] != EOS  # and EOS is the last of its document
-    batch = {
-        "bytes_BN": x_BN,
-        "targets_BN": targets_BN,
-        "weights_BN": weights_BN,
-        "starts_BN1": starts_from_lengths(golden["patch_lengths"], length),
-        "documents_BN": eos_documents(golden["x"]).astype(np.int32),
-    }
+    batch = PatchBatch(
+        x_BN,
+        eos_documents(golden["x"]).astype(np.int32),
+        starts_from_lengths(golden["patch_lengths"], length),
+        targets_BN,
+        weights_BN,
+        target_bytes_of(targets_BN, weights_BN),
+    )
     return batch, golden["patch_lengths"].shape[1]
 
 
@@ -65,7 +68,7 @@ def two_steps() -> dict[str, float]:
     batch, patches = golden_batch(golden)
     rows, length = golden["x"].shape
     config = RunConfig(
-        blt=BLTConfig(
+        BLTConfig(
             LocalConfig(
                 encoder_layers=2,
                 decoder_layers=2,
@@ -89,9 +92,9 @@ def two_steps() -> dict[str, float]:
         compute_dtype="float32",
         attention="xla",
     )
-    params = jax.tree.map(jnp.asarray, blt_weights(weights_of(golden), config.blt))
+    params = jax.tree.map(jnp.asarray, blt_weights(weights_of(golden), config.model))
     before, optimizer = params, run_optimizer(config)
-    step = jax.jit(make_train_step(config, run_model(config), optimizer))
+    step = jax.jit(make_train_step(config, module_of(model_config(config)), optimizer))
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     state, first = step(state, batch)
     state, second = step(state, batch)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.config.model import BLTConfig
 from bltjax.config.run import OptimizerConfig
-from bltjax.model.build import initial_params, make_model
+from bltjax.data.batches import ByteBatch, target_bytes_of
+from bltjax.families import initial_params, make_model
+from bltjax.model.blt.config import BLTConfig
 from bltjax.model.loss import target_sums
 from bltjax.training.optimizer import decays, learning_rate, make_optimizer
 
@@ -28,7 +29,7 @@ def test_without_warm_up():
 
 def test_norms_embeddings_and_tables_do_not_decay():
     model = make_model(BLTConfig(), 8, jnp.float32, None)
-    shapes = jax.eval_shape(lambda key: initial_params(model, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: initial_params(model.config, key), jax.random.key(0))
     kept = {
         path[-1].key
         for path, decayed in jax.tree_util.tree_leaves_with_path(decays(shapes))
@@ -85,7 +86,9 @@ def test_small_moments_of_tables(kind):
 def test_bits_count_text_bytes_only():
     logits = jnp.zeros((1, 4, 260)).at[0, 3, 0].set(jnp.inf)  # padding may hold anything
     targets = jnp.array([[100, 101, 2, 0]], jnp.int32)  # two bytes, EOS, padding
-    sums = target_sums(logits, targets, jnp.array([[1.0, 1.0, 1.0, 0.0]]))
+    weights = jnp.array([[1.0, 1.0, 1.0, 0.0]])
+    batch = ByteBatch(targets, None, targets, weights, target_bytes_of(targets, weights))
+    sums = target_sums(logits, batch)
     assert float(sums.weight) == 3 and float(sums.text_bytes) == 2
     np.testing.assert_allclose(sums.bits_per_byte, math.log2(260), rtol=1e-6)
     np.testing.assert_allclose(sums.loss, math.log(260), rtol=1e-6)

@@ -36,6 +36,8 @@ def interruptible():
 def replaced(config, path: str, value):
     """The config with one setting at a dotted path."""
     name, _, rest = path.partition(".")
+    if name == getattr(getattr(config, "model", None), "group", ""):
+        name = "model"
     inner = config[name] if isinstance(config, dict) else getattr(config, name)
     value = replaced(inner, rest, value) if rest else value
     if isinstance(config, dict):
@@ -141,7 +143,7 @@ def test_ctrl_c_before_the_first_step_says_what_there_is(runs, tmp_path, capsys,
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bltjax.training.train.training_sources", interrupted)
+    monkeypatch.setattr("bltjax.training.setup.training_sources", interrupted)
     assert main(command(runs, "byte_lm", tmp_path)) == 130
     assert "nothing is saved yet; the same command starts again" in capsys.readouterr().err
     assert main(command(runs, "byte_lm", runs.byte_lm)) == 130

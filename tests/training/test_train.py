@@ -15,9 +15,8 @@ import pytest
 from random_batch import random_batch
 
 from bltjax.__main__ import main
-from bltjax.config.load import load_config
-from bltjax.model.build import initial_params, resolved, run_model
-from bltjax.training.profiling import Profile
+from bltjax.families import initial_params, load_config, model_config, module_of, resolved
+from bltjax.training.goodput import Profile
 from bltjax.training.step import TrainState, make_train_step, run_optimizer
 from bltjax.weights.export import load_params
 
@@ -61,7 +60,8 @@ def test_the_loss_falls_and_everything_is_reported(runs):
         assert 1 <= line["mean_patch_bytes"] < 12 and line["bytes_per_second_per_chip"] > 0
     tables = load_params(runs.blt)[1]["encoder"]["ngrams_RME"]
     assert not np.asarray(tables)[:, 300:].any(), "rows that only pad a table stay zero"
-    assert load_params(runs.blt)[2] == 12 and load_params(runs.blt / "byte_lm")[0].byte_lm
+    assert load_params(runs.blt).step == 12
+    assert load_params(runs.blt / "byte_lm").config.model.group == "byte_lm"
 
 
 def test_a_window_of_steps_is_traced(runs, tmp_path, capsys):
@@ -179,8 +179,8 @@ def test_accumulation_equals_one_batch():
         paths = ["data.train.text.path=x", "data.held_out.text.path=x"]
         config = load_config(f"{TINY}:blt", [f"optimizer.accumulate={count}", *paths])
         config = resolved(config, jax.devices()[0])
-        model, optimizer = run_model(config), run_optimizer(config)
-        params = jax.jit(lambda key, model=model: initial_params(model, key))(jax.random.key(0))
+        model, optimizer = module_of(model_config(config)), run_optimizer(config)
+        params = jax.jit(lambda key: initial_params(model.config, key))(jax.random.key(0))  # noqa: B023
         state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
         batch = random_batch(config.data, np.random.default_rng(0))
         _, report = jax.jit(make_train_step(config, model, optimizer))(state, batch)

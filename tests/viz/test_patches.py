@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bltjax.__main__ import main
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.inference.terminal import visible, whole_characters_up_to
 from bltjax.viz.cuts import cut_text, glyph, patch_strings, terminal
 from bltjax.viz.html import page
@@ -27,7 +27,7 @@ def test_strings_show_every_byte():
 
 
 def test_terminal_and_page():
-    cut = cut_text(TEXT.encode(), "space <1>", PatchingConfig(mode="space"), {})
+    cut = cut_text(TEXT.encode(), "space <1>", Patching(mode="space"), {})
     plain = terminal(TEXT.encode(), cut, colour=False)
     assert plain.replace("|", "").startswith("if x:↵\n→return")
     coloured = terminal(TEXT.encode(), cut, colour=True)
@@ -56,7 +56,7 @@ TERRORS = "\x1b\x07\x85\x9b\u200b\u202e\u2066\u2028\u2029\ufeff\u00ad\U000e0041\
 
 def test_nothing_that_commands_a_terminal_reaches_it():
     text = f"a\t{TERRORS}👩\u200d🚀\ufe0f\n".encode()
-    cut = cut_text(text, "space", PatchingConfig(mode="space"), {})
+    cut = cut_text(text, "space", Patching(mode="space"), {})
     shown = terminal(text, cut, colour=False) + page(text, [cut], "")
     assert not set(TERRORS) & set(shown)
     assert [visible(c) for c in "\x1b\x9b\u202e\U000e0041\t\r"] == [
@@ -70,7 +70,7 @@ def test_nothing_that_commands_a_terminal_reaches_it():
 
 
 # One patch, but for the first byte.
-WHOLE = PatchingConfig(mode="static", patch_bytes=10**6)
+WHOLE = Patching(mode="static", patch_bytes=10**6)
 
 
 def texts(figure) -> list[str]:
@@ -90,7 +90,7 @@ def test_png_with_dollars_and_long_titles(tmp_path):
     title = "entropy:threshold=1.5,max_patch_bytes=12,whole_characters=True,newline_reset=True"
     path = "bpe:tokenizer=/a/rather/long/folder/$HOME/$USER/that/has/no/comma/tokenizer.json"
     cuts = [
-        cut_text(b"cost: $1", title, PatchingConfig(newline_reset=True), {True: entropies}),
+        cut_text(b"cost: $1", title, Patching(newline_reset=True), {True: entropies}),
         cut_text(b"cost: $1", path, WHOLE, {}),
     ]
     figure, missing = draw(b"cost: $1", cuts)
@@ -113,7 +113,7 @@ def test_two_curves_have_a_legend_and_one_has_none():
     entropies = {reset: np.full(101, 1 + reset, np.float32) for reset in (False, True)}
     text = b"x" * 100
     cuts = [
-        cut_text(text, str(reset), PatchingConfig(newline_reset=reset), entropies)
+        cut_text(text, str(reset), Patching(newline_reset=reset), entropies)
         for reset in (False, True)
     ]
     legends = [axes.get_legend() for axes in draw(text, cuts)[0].axes]
@@ -171,7 +171,7 @@ def test_a_reader_that_stops_reading(tmp_path):
 
 
 def test_outputs_are_checked_before_the_model_is_loaded(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bltjax.viz.patches.run_patching", None)
+    monkeypatch.setattr("bltjax.viz.patches.load_scorer", None)
     text = tmp_path / "text"
     text.write_text("a text")
     words = ["patches", f"--workdir={runs.blt}", f"--file={text}"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bltjax.__main__ import main
-from bltjax.model.build import flattened
+from bltjax.model.params import flattened
 from bltjax.weights.export import load_params
 
 READER = """
@@ -22,8 +22,8 @@ jax.distributed.initialize(f"localhost:{port}", 2, rank)
 from bltjax.config.run import MeshConfig
 from bltjax.weights.export import load_params, read_config
 from bltjax.distributed.sharding import make_mesh, tree_shardings
-from bltjax.weights.stored import model_shapes
-from bltjax.weights.lazy import flattened
+from bltjax.families import model_shapes
+from bltjax.model.params import flattened
 mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
 shardings = tree_shardings(model_shapes(read_config(export)), mesh)
 found = flattened(load_params(export, shardings).params)

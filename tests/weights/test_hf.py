@@ -8,7 +8,7 @@ import port
 import pytest
 from etils import epath
 
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.convert.verify import our_model
 from bltjax.text.alphabet import encode
 from bltjax.text.patching import patch_lengths
@@ -67,7 +67,7 @@ def test_released_meaning_is_the_default(tmp_path):
     """Pooling once, a patch that begins after the end: the port's ways must be asked for."""
     written(tmp_path / "pools", "pools_each_layer")
     model = our_model(read_port(epath.Path(tmp_path / "pools")))
-    assert not model.config.blt.cross.repools
+    assert not model.config.model.cross.repools
     assert np.abs(scores(model, port.TEXT)[1] - RECORDED["pools_each_layer/logits_1"]).max() > 0.1
     written(tmp_path / "longest", "longest_patch")
     model = our_model(read_port(epath.Path(tmp_path / "longest")))
@@ -104,7 +104,7 @@ def test_what_the_conversion_of_metas_files_leaves():
 
 def test_patches_of_a_byte_need_no_byte_lm():
     run, _ = port.configs_of(port.CASES["projected"], 1.5)
-    run = dataclasses.replace(run, patching=PatchingConfig(mode="byte"))
+    run = dataclasses.replace(run, patching=Patching(mode="byte"))
     for as_port in (False, True):
         again = read_settings(port_settings(run, None), "written", as_port)
         assert again[0].patching.mode == "byte" and again[1] is None
@@ -226,7 +226,7 @@ def test_spellings_of_rotary_settings():
     own = {k: v for k, v in config["global_config"].items() if k != "rope_parameters"}
     scaling = {k: v for k, v in port.LLAMA3.items() if k != "rope_theta"}
     found = [
-        read_settings(config | {"global_config": own | stack}, "x", False)[0].blt.latent
+        read_settings(config | {"global_config": own | stack}, "x", False)[0].model.latent
         for stack in (
             {"rope_parameters": port.LLAMA3 | {"partial_rotary_factor": 1.0}},
             {"rope_theta": 5e5, "rope_scaling": scaling},
@@ -307,7 +307,7 @@ def test_buffers_of_rotary_rates(tmp_path):
     """Older checkpoints carry them: left out where the config says the same, else refused."""
     rates = 5e5 ** (-np.arange(0, 8, 2) / 8)
     slow = 1e4 ** (-np.arange(0, 8, 2) / 8)
-    latent = latent_rotary(port.configs_of(port.CASES["grouped_and_scaled"], 1.0)[0].blt.latent)
+    latent = latent_rotary(port.configs_of(port.CASES["grouped_and_scaled"], 1.0)[0].model.latent)
     assert not np.allclose(latent.rates, 5e5 ** (-np.arange(0, 12, 2) / 12), rtol=0.1)
     good = {
         "model.local_encoder.rotary_emb.inv_freq": rates.astype(np.float32),
@@ -325,8 +325,8 @@ def test_buffers_of_rotary_rates(tmp_path):
         bad = array.copy()
         bad[2] *= 1.1
         tensors = {name: Tensor(bad.shape, bad.dtype, lambda a, b, x=bad: x[a:b], "the file")}
-        stacks = rotary_stacks(PORT, files.config.blt) | rotary_stacks(
-            PORT, files.byte_lm.config.byte_lm
+        stacks = rotary_stacks(PORT, files.config.model) | rotary_stacks(
+            PORT, files.byte_lm.config.model
         )
         with pytest.raises(ValueError, match=rf"the file: {name} is [\d.e-]+ at 2; .* is [\d.e-]+"):
             without_leftovers(tensors, set(), stacks, [])
@@ -362,7 +362,7 @@ def test_dtypes_of_each_tensor(tmp_path):
     port.write_tensors(tmp_path, tensors)
     (tmp_path / "config.json").write_text(json.dumps(config))
     files = read_port(epath.Path(tmp_path))
-    back = tensors_of(files.leaves, blt_pieces(PORT, files.config.blt), {})
+    back = tensors_of(files.leaves, blt_pieces(PORT, files.config.model), {})
     assert back.keys() < tensors.keys() and len(back) > 30
     for name, tensor in back.items():
         stored = tensors[name].all()
@@ -433,6 +433,6 @@ def test_transformers_loads_what_we_write(runs, tmp_path):
 def test_every_tensor_has_one_place():
     for name, config in port.CASES.items():
         run, byte_lm = port.configs_of(config, 1.0)
-        pieces = blt_pieces(PORT, run.blt) + byte_lm_pieces(PORT, byte_lm.byte_lm)
+        pieces = blt_pieces(PORT, run.model) + byte_lm_pieces(PORT, byte_lm.model)
         places = [(piece.path, piece.place) for piece in pieces]
         assert len(places) == len(set(places)), name

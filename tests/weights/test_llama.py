@@ -10,9 +10,9 @@ import port
 import pytest
 from etils import epath
 
-from bltjax.config.model import BLTConfig, CrossConfig, LocalConfig
 from bltjax.config.run import LatentInitConfig, OptimizerConfig
-from bltjax.model.latent_transformer import LatentTransformer
+from bltjax.model.blt.config import BLTConfig, CrossConfig, LocalConfig
+from bltjax.model.blt.latent_transformer import LatentTransformer
 from bltjax.text.segments import Ranges
 from bltjax.training.optimizer import make_optimizer
 from bltjax.weights.lazy import Tensor, blocks, tree_of

@@ -61,12 +61,12 @@ def pickled_folder(folder, byte_lm=True):
 
 def test_settings(tmp_path):
     files = read_meta(hub_folder(tmp_path))
-    blt, patching = files.config.blt, files.config.patching
+    blt, patching = files.config.model, files.config.patching
     assert (blt.local.width, blt.latent.width, blt.cross.slots, blt.cross.heads) == (32, 48, 2, 2)
     assert (blt.local.hidden, blt.latent.hidden, blt.local.window) == (96, 128, 6)
     assert blt.hash.sizes == (3, 4, 8) and blt.hash.functions == 2 and blt.hash.rows == 97
     assert (patching.mode, patching.threshold, patching.monotonic) == ("entropy", 1.5, False)
-    assert files.byte_lm.config.byte_lm.window == 6 and not files.notes
+    assert files.byte_lm.config.model.window == 6 and not files.notes
 
 
 def test_released_hidden_widths():
@@ -86,7 +86,7 @@ def test_what_is_left_out_is_said(tmp_path):
     del args["local_attention_window_len"]
     (tmp_path / "config.json").write_text(json.dumps({"args": args}))
     files = read_meta(folder)
-    assert files.config.blt.local.window == 512 and files.byte_lm is None
+    assert files.config.model.local.window == 512 and files.byte_lm is None
     assert [note.partition(" ")[0] for note in files.notes] == [
         "cross_attn_window_encoder=512",
         "local_attention_window_len",
@@ -98,7 +98,7 @@ def test_a_byte_lm_with_its_whole_training_file(tmp_path):
     write_tensors(tmp_path, tensors("entropy_lm"))
     settings = {"model": ARGS, "entropy_model": BYTE_LM}
     (tmp_path / "params.json").write_text(json.dumps(settings))
-    assert read_meta(epath.Path(tmp_path)).config.byte_lm.layers == 2
+    assert read_meta(epath.Path(tmp_path)).config.model.layers == 2
 
 
 def same_files(one: epath.Path, other: epath.Path) -> None:

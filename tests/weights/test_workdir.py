@@ -6,24 +6,24 @@ import jax
 import numpy as np
 import pytest
 
-from bltjax.config.model import ByteLMConfig
 from bltjax.config.run import RunConfig
-from bltjax.model.build import initial_params, make_model
+from bltjax.families import Model, initial_params, model_config
+from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.training.checkpoint import make_manager, save
 from bltjax.training.resume import check_workdir
 from bltjax.training.step import TrainState
 from bltjax.weights.export import load_params
 from bltjax.weights.workdir import identity, save_params, saved_steps, stored_shapes
 
-CONFIG = RunConfig(byte_lm=ByteLMConfig(layers=1, width=8, heads=1, hidden=8, window=4))
+CONFIG = RunConfig(ByteLMConfig(layers=1, width=8, heads=1, hidden=8, window=4))
 
 
 def test_parameters_round_trip_with_their_identity(tmp_path):
-    model = make_model(CONFIG.model, 2, np.float32, None)
-    params = jax.tree.map(np.array, initial_params(model, jax.random.key(0)))
-    save_params(tmp_path / "run", CONFIG, params, 3)
-    config, restored, step = load_params(tmp_path / "run")
-    assert (config, step) == (CONFIG, 3) and identity(restored) == identity(params)
+    params = jax.tree.map(np.array, initial_params(CONFIG.model, jax.random.key(0)))
+    saved = Model(model_config(CONFIG), params)
+    save_params(tmp_path / "run", saved, 3)
+    config, restored, _, step = load_params(tmp_path / "run")
+    assert (config, step) == (saved.config, 3) and identity(restored) == identity(params)
     assert isinstance(restored["block_0"]["q_EGC"], jax.Array)
     params["block_0"]["q_EGC"][0, 0, 0] = 1e-3
     assert identity(restored) != identity(params)
@@ -46,7 +46,7 @@ def test_damaged_checkpoints_are_named(runs, tmp_path):
     ):
         load_params(copy)
     shutil.rmtree(copy / "checkpoints" / "12")
-    assert load_params(copy)[2] == 8
+    assert load_params(copy).step == 8
     (copy / "config.json").write_text("{broken")
     with pytest.raises(ValueError, match=r"config.json is not JSON"):
         load_params(copy)

@@ -16,12 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.attention import fastest
-from bltjax.config.model import PatchingConfig
-from bltjax.config.run import RunConfig
-from bltjax.inference.decoding.byte_models import CachedBytes
+from bltjax.families import Model, resolved
 from bltjax.inference.decoding.loop import (
     AT_LIMIT,
-    AT_STOP,
     NOT_FINITE,
     RUNNING,
     WHY,
@@ -30,6 +27,7 @@ from bltjax.inference.decoding.loop import (
     State,
     run,
 )
+from bltjax.inference.decoding.pieces import Piece, Rest
 from bltjax.inference.decoding.placement import on_mesh, row_shardings, weight_shardings
 from bltjax.inference.decoding.prefill import (
     CHUNK,
@@ -46,25 +44,13 @@ from bltjax.inference.decoding.prefill import (
 from bltjax.inference.decoding.request import CONTEXT, fitting_prompts, prompt_names
 from bltjax.inference.decoding.sampling import GREEDY, Sampling, utf8_state
 from bltjax.inference.decoding.speculation import run_rounds
-from bltjax.inference.entropy import EntropyModel
 from bltjax.inference.finite import not_finite
-from bltjax.model.build import resolved
+from bltjax.model.blt.decoding import CachedBLT
 from bltjax.system.environment import random_key
-from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY, as_bytes, encode
+from bltjax.text.alphabet import OFFSET, VOCABULARY, as_bytes, encode
 
 ENDED = -1  # the row of a place in the batch that has none
 STOPS = (4, 16)  # stop strings, and their bytes, that the first program is compiled for
-
-
-class Piece(NamedTuple):
-    """What one row wrote since it was last heard of."""
-
-    row: int
-    text: bytes
-    log_probs: np.ndarray  # float32 [len(text)], nats, under the model before any sampling setting
-    entropies: np.ndarray  # float32 [len(text)], nats, known before each byte
-    opens: np.ndarray  # bool [len(text)]: whether the byte opens a patch
-    why: str  # "" while the row goes on; then eos, stop or max_bytes
 
 
 class Counts(NamedTuple):
@@ -81,20 +67,15 @@ class Decoder:
 
     def __init__(
         self,
-        config: RunConfig,
-        params,
-        patching: PatchingConfig | None,
-        byte_lm: EntropyModel | None,
+        model: Model,
         *,
         context: int = CONTEXT,
         draft: int = 0,
         mesh: Mesh | None = None,
         dtype=None,
     ):
-        """patching, byte_lm: what places the patches of a BLT, as `run_patching` gives it.
-
-        context: the most bytes that a prompt and its continuation may have together. draft: bytes
-        that the local decoder drafts for the whole model to verify (`speculation.py`), greedily.
+        """context: the most bytes of a prompt and its continuation together. draft: bytes that the
+        local decoder drafts for the whole model to verify (`speculation.py`), greedily.
         mesh: a `decoding_mesh`; None is one device. dtype: of weights, caches and products (not of
         the byte LM that places patches, whose entropies are exact); None: weights as they are,
         the rest as in training.
@@ -114,10 +95,12 @@ class Decoder:
                 " of them of this process"
             )
         device = mesh.devices.flat[0] if mesh else jax.devices()[0]
-        dtype = jnp.dtype(dtype or resolved(config, device).compute_dtype)
-        scorer = byte_lm and byte_lm.config
-        self.model = cached_model(config, patching, scorer, dtype, draft, fastest(device))
-        weights = (self.placed(params), byte_lm and self.placed(byte_lm.params))
+        dtype = jnp.dtype(dtype or resolved(model.config, device).compute_dtype)
+        scorer = model.entropy_model if model.config.by_entropy else None
+        self.model = cached_model(
+            model.config, scorer and scorer.config, dtype, draft, fastest(device)
+        )
+        weights = (self.placed(model.params), scorer and self.placed(scorer.params))
         with on_mesh(self.mesh):
             self.params = prepare(self.model, *weights)
 
@@ -249,7 +232,7 @@ class Decoder:
         """The error for a row whose next byte can't be chosen. given: bytes of its prompt."""
         made, memory = int(jax.device_get(state.made_B)[place]), state.memory
         found = "logits"
-        if not isinstance(self.model, CachedBytes):
+        if isinstance(self.model, CachedBLT):
             entropy_B = jax.device_get(memory.cursor.entropy_B)
             found = "logits" if np.isfinite(entropy_B[place]) else "entropies"
         written = f" and {made} that were written" if made else ""
@@ -267,7 +250,7 @@ class Decoder:
             bytes_BN[row, : len(ids)] = ids
         inputs = (self.params, bytes_BN, np.array(lengths, np.int32))
         with on_mesh(self.mesh):
-            if isinstance(self.model, CachedBytes):
+            if not isinstance(self.model, CachedBLT):
                 return prefill_bytes(self.model, *inputs)
             scored = score(self.model, *inputs)
         sound_B, closed_B, open_B = jax.device_get((scored.sound_B, scored.closed_B, scored.open_B))
@@ -292,31 +275,3 @@ class Decoder:
         offered = memory.offered[0].k_BJTC.shape[2] if memory.offered else 1
         with on_mesh(self.mesh):
             return grow(self.model, latent, offered * (1 + int(open_slots)), memory)
-
-
-class Rest:
-    """Holds back the bytes of a row that might begin a stop string, until they don't."""
-
-    def __init__(self, stops: list[bytes]):
-        self.stops = stops
-        self.ids = np.zeros(0, np.int32)
-        self.rest = [np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(0, bool)]
-
-    def piece(self, row: int, ids, rest: list, why: str) -> Piece:
-        """What may be shown of the row, now that this was written."""
-        ids = np.concatenate([self.ids, ids])
-        rest = [np.concatenate(pair) for pair in zip(self.rest, rest, strict=True)]
-        if ids.size and ids[-1] == EOS:
-            ids = ids[:-1]
-        text = (ids - OFFSET).astype(np.uint8).tobytes()
-        keep = 0
-        if why == WHY[AT_STOP]:
-            keep = max(len(stop) for stop in self.stops if text.endswith(stop))
-        elif not why:
-            begun = (
-                k for stop in self.stops for k in range(1, len(stop)) if text.endswith(stop[:k])
-            )
-            keep = max(begun, default=0)
-        shown = len(text) - keep
-        self.ids, self.rest = ids[shown:], [x[shown : len(text)] for x in rest]
-        return Piece(row, text[:shown], *(x[:shown] for x in rest), why)

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bltjax.inference.decoding.blt import CachedBLT
-from bltjax.inference.decoding.byte_models import CachedBytes
 from bltjax.inference.decoding.placement import in_groups
 from bltjax.inference.decoding.sampling import BYTES, UTF8_NEXT, Numbers, Steps, candidates, chosen
+from bltjax.model.blt.decoding import CachedBLT
+from bltjax.model.byte_decoding import CachedBytes
 from bltjax.model.byte_lm import entropies_of
 from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY
 

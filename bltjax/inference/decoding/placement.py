@@ -18,8 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bltjax.config.arguments import mesh_config
 from bltjax.distributed.sharding import AXES, dividing, make_mesh, set_mesh_or_none, spec_of
-from bltjax.model.build import model_shapes
-from bltjax.weights.export import Loaded, load_params, read_config
+from bltjax.families import Model, model_shapes
+from bltjax.weights.export import load_model, read_config
 
 
 def decoding_mesh(mesh: Mesh) -> Mesh:
@@ -59,12 +59,13 @@ def weight_shardings(params, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
-def load_onto(mesh: Mesh | None, path, dtype=None) -> Loaded:
-    """The model of a run or an export, its weights restored to where they lie on the mesh."""
+def load_onto(mesh: Mesh | None, path, dtype=None) -> Model:
+    """The model of a run or an export, with the byte LM that places its patches; its weights
+    restored to where they lie on the mesh."""
     if mesh is None:
-        return load_params(path, dtype=dtype)
+        return load_model(path, dtype=dtype)
     shapes = model_shapes(read_config(path))
-    return load_params(path, weight_shardings(shapes, mesh), dtype)
+    return load_model(path, weight_shardings(shapes, mesh), dtype)
 
 
 def row_spec(path, leaf, mesh) -> PartitionSpec:

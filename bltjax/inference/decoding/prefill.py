@@ -4,20 +4,11 @@ import functools
 
 import jax
 
-from bltjax.config.model import ByteCNNConfig, ByteLMConfig, PatchingConfig
-from bltjax.config.run import RunConfig
-from bltjax.inference.decoding.blt import CachedBLT
-from bltjax.inference.decoding.byte_models import CachedBytes, Scorer
-from bltjax.inference.decoding.loop import (
-    State,
-)
-from bltjax.inference.decoding.placement import (
-    held,
-    in_groups,
-)
-from bltjax.inference.decoding.request import (
-    check_decodable,
-)
+from bltjax.config.model import ModelConfig
+from bltjax.families import family_of
+from bltjax.inference.decoding.loop import State
+from bltjax.inference.decoding.placement import held, in_groups
+from bltjax.inference.decoding.request import check_decodable
 
 SHORTEST = 64  # bytes and patches of the smallest buffers
 CHUNK = 32  # bytes between two looks of the host
@@ -61,27 +52,22 @@ def grow(model, patches, open_slots, memory):
 
 
 def cached_model(
-    config: RunConfig,
-    patching: PatchingConfig | None,
-    scorer: ByteLMConfig | ByteCNNConfig | None,
+    config: ModelConfig,
+    scorer: ModelConfig | None,
     dtype,
     draft: int = 0,
     implementation: str | None = None,
-) -> CachedBLT | CachedBytes:
+):
     """The model that a config describes, as it decodes; `implementation` of attention.
+
+    scorer: of the byte LM that places its patches, if one does.
 
     Raises:
       ValueError: as `check_decodable`.
     """
-    check_decodable(config, patching, scorer is not None, draft)
-    if config.blt is None:
-        return CachedBytes(config.model, dtype, implementation)
-    if patching.mode != "entropy":
-        return CachedBLT(
-            config.model, patching, Scorer(None, False, draft), dtype, draft, implementation
-        )
-    entropies = Scorer(scorer, patching.newline_reset, draft, implementation)
-    return CachedBLT(config.model, patching, entropies, dtype, draft, implementation)
+    check_decodable(config, scorer is not None, draft)
+    make = family_of(config).require("decoding")
+    return make(config, scorer and scorer.model, dtype, draft, implementation)
 
 
 @jax.jit

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bltjax.config.fields import divides
-from bltjax.config.model import BLTConfig, ByteLMConfig, PatchingConfig
-from bltjax.inference.decoding.blt import CachedBLT
-from bltjax.inference.decoding.byte_models import Scorer
+from bltjax.config.model import ModelConfig
+from bltjax.families import family_of, traced_shapes
 from bltjax.inference.decoding.loop import (
     RUNNING,
     Asked,
@@ -33,7 +32,6 @@ from bltjax.inference.decoding.loop import (
 )
 from bltjax.inference.decoding.placement import in_groups, row_shardings, weight_shardings
 from bltjax.inference.decoding.sampling import GREEDY
-from bltjax.model.build import initial_params, make_model
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import VOCABULARY
 
@@ -60,15 +58,9 @@ def lying(shapes, shardings):
     )
 
 
-def weight_shapes(config: BLTConfig | ByteLMConfig):
-    model = make_model(config, 2, jnp.float32, "dense")  # no attention is part of a shape
-    return jax.eval_shape(lambda key: initial_params(model, key), random_key(0))
-
-
 def decoder_programs(
-    config: BLTConfig,
-    patching: PatchingConfig,
-    byte_lm: ByteLMConfig | None,
+    config: ModelConfig,
+    byte_lm,
     mesh: Mesh,
     *,
     rows: int,
@@ -80,16 +72,16 @@ def decoder_programs(
     """Every program of a decoder on a `decoding_mesh`, for `rows` prompts of `prompt` bytes and
     latent caches with room for `patches`.
 
-    byte_lm: what places the patches by entropy, in fp32; None where something else does.
+    config: of a model with patches. byte_lm: the settings of what places them by entropy, in fp32;
+    None where something else does.
 
     Raises:
       ValueError: if groups of devices don't divide the rows, with both numbers.
     """
     divides("the mesh's groups of devices", mesh.shape["data"], "rows", rows)
-    scorer = Scorer(byte_lm, patching.newline_reset, implementation=implementation)
-    model = CachedBLT(config, patching, scorer, dtype, implementation=implementation)
-    scorer_shapes = None if byte_lm is None else weight_shapes(byte_lm)
-    weights = jax.eval_shape(model.prepared, weight_shapes(config), scorer_shapes)
+    model = family_of(config).require("decoding")(config, byte_lm, dtype, 0, implementation)
+    scorer_shapes = None if byte_lm is None else traced_shapes(byte_lm)
+    weights = jax.eval_shape(model.prepared, traced_shapes(config.model), scorer_shapes)
     weights = lying(weights, weight_shardings(weights, mesh))
 
     def described(tree):

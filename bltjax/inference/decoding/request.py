@@ -6,8 +6,8 @@ strings, prompts that fit into the context, and whether a model of such a config
 
 from collections.abc import Sequence
 
-from bltjax.config.model import PatchingConfig
-from bltjax.config.run import RunConfig
+from bltjax.config.model import ModelConfig
+from bltjax.families import family_of
 from bltjax.inference.decoding.sampling import GREEDY, Sampling
 from bltjax.text.alphabet import as_bytes
 
@@ -15,9 +15,7 @@ CONTEXT = 32768  # bytes, prompt and text together
 MOST_SEED = 2**31  # seeds of rows are int32
 
 
-def check_decodable(
-    config: RunConfig, patching: PatchingConfig | None, has_byte_lm: bool, draft: int
-) -> None:
+def check_decodable(config: ModelConfig, has_byte_lm: bool, draft: int) -> None:
     """Checks that a model of this config can write.
 
     Raises:
@@ -26,9 +24,11 @@ def check_decodable(
     """
     if draft < 0:
         raise ValueError(f"draft is {draft}, not >= 0")
-    if config.blt is None:
-        if draft:
-            raise ValueError("only a BLT drafts: a byte LM has no latent transformer to spare")
+    family, patching = family_of(config), config.patching
+    family.require("decoding")
+    if draft and "draft" in family.verbs:
+        raise ValueError(family.verbs["draft"])
+    if patching is None:
         return
     if patching.mode == "bpe":
         raise ValueError(

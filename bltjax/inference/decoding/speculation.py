@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from bltjax.attention.kv_cache import written
-from bltjax.inference.decoding.blt import HISTORY, CachedBLT, Memory, rows_where
 from bltjax.inference.decoding.loop import (
     AT_EOS,
     AT_LIMIT,
@@ -37,7 +36,8 @@ from bltjax.inference.decoding.loop import (
 )
 from bltjax.inference.decoding.placement import in_groups
 from bltjax.inference.decoding.sampling import GREEDY, permitted
-from bltjax.model.latent_transformer import LatentTransformer
+from bltjax.model.blt.decoding import HISTORY, CachedBLT, Memory, rows_where
+from bltjax.model.blt.latent_transformer import LatentTransformer
 from bltjax.text.alphabet import EOS
 from bltjax.text.patching import Cursor, next_starts
 

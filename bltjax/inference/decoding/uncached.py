@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bltjax.attention import fastest
-from bltjax.config.model import ByteCNNConfig, PatchingConfig
-from bltjax.config.run import RunConfig
-from bltjax.inference.entropy import EntropyModel, contexts
-from bltjax.model.build import batch_logits, make_model, resolved
-from bltjax.model.byte_cnn import entropy_table, table_entropies
-from bltjax.model.byte_lm import ByteLM, entropies_of
+from bltjax.data.batches import ByteBatch, one_row
+from bltjax.families import Model, batch_logits, family_of, make_model, resolved
+from bltjax.inference.entropy import contexts
+from bltjax.model.byte_cnn import table_entropies
+from bltjax.model.byte_lm import entropies_of
 from bltjax.text.alphabet import EOS, OFFSET, encode
 from bltjax.text.patching import force_starts, patch_starts
 
@@ -30,60 +29,55 @@ def bucket(size: int) -> int:
 class Predictor:
     """Logits of the byte after a prefix, for a byte LM or a BLT with the byte LM it needs."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        params,
-        patching: PatchingConfig | None,
-        byte_lm: EntropyModel | None,
-    ):
-        self.config, self.params, self.patching, self.byte_lm = config, params, patching, byte_lm
+    def __init__(self, model: Model):
+        self.params, self.patching = model.params, model.config.patching
+        self.byte_lm = model.entropy_model if model.config.by_entropy else None
         self.table = None
-        if byte_lm is not None and isinstance(byte_lm.config, ByteCNNConfig):
-            self.table = entropy_table(byte_lm.config, byte_lm.params)
+        if self.byte_lm is not None:
+            scorer = self.byte_lm.config.model
+            make_table = family_of(scorer).entropy_table
+            self.table = make_table and make_table(scorer, self.byte_lm.params)
 
         device = jax.devices()[0]
-        dtype, attention = jnp.dtype(resolved(config, device).compute_dtype), fastest(device)
+        dtype = jnp.dtype(resolved(model.config, device).compute_dtype)
+        attention = fastest(device)
 
         # Compiled once per bucket of N and P.
         @jax.jit
         def entropies(params, bytes_BN, documents_BN):
-            model = ByteLM(byte_lm.config, implementation=attention)
+            module = make_model(self.byte_lm.config.model, 0, jnp.float32, attention)
             with jax.default_matmul_precision("highest"):
-                logits_BNV, _ = model.apply({"params": params}, bytes_BN, documents_BN)
+                logits_BNV = batch_logits(module, params, ByteBatch(bytes_BN, documents_BN))
             return entropies_of(logits_BNV)
 
         @functools.partial(jax.jit, static_argnames="patches")
         def last_logits(params, batch, last, patches):
-            model = make_model(config.model, patches, dtype, attention)
-            return batch_logits(model, params, batch)[0, last]
+            module = make_model(model.config.model, patches, dtype, attention)
+            return batch_logits(module, params, batch)[0, last]
 
         self.entropies, self.last_logits = entropies, last_logits
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
         """float32 [V]: logits of the byte after `ids`, which begin with BOS."""
         length, patches = bucket(len(ids)), 0
-        bytes_BN = np.zeros((1, length), np.int32)
-        bytes_BN[0, : len(ids)] = ids
-        documents_BN = (np.arange(length) < len(ids)).astype(np.int32)[None]
-        batch = {"bytes_BN": bytes_BN, "documents_BN": documents_BN}
+        starts_N1 = None
         if self.patching is not None:
-            entropies_N = self.prefix_entropies(ids, bytes_BN)
+            entropies_N = self.prefix_entropies(ids, length)
             starts_N1 = force_starts(patch_starts(self.patching, ids, entropies_N))
-            batch["starts_BN1"] = np.zeros((1, length + 1), bool)
-            batch["starts_BN1"][0, : len(ids) + 1] = starts_N1
             patches = min(length, bucket(int(starts_N1[:-1].sum())))
+        batch = one_row(ids, starts_N1, length)
         return np.asarray(self.last_logits(self.params, batch, len(ids) - 1, patches=patches))
 
-    def prefix_entropies(self, ids: np.ndarray, bytes_BN: np.ndarray) -> np.ndarray | None:
+    def prefix_entropies(self, ids: np.ndarray, length: int) -> np.ndarray | None:
         """float32 [len]: the entropy after each position of the prefix, if patches need it."""
         if self.byte_lm is None:
             return None
-        contexts_N = contexts(ids, self.byte_lm.newline_reset)
+        contexts_N = contexts(ids, self.patching.newline_reset)
         if self.table is not None:
             return table_entropies(self.table, ids, contexts_N)
-        documents_BN = np.zeros(bytes_BN.shape, np.int32)
+        documents_BN = np.zeros((1, length), np.int32)
         documents_BN[0, : len(ids)] = contexts_N
+        bytes_BN = one_row(ids, None, length).bytes_BN
         scored_BN = self.entropies(self.byte_lm.params, bytes_BN, documents_BN)
         return np.asarray(scored_BN)[0, : len(ids)]
 

@@ -14,18 +14,13 @@ from pathlib import Path
 
 from etils import epath
 
-from bltjax.config.model import (
-    RopeScalingConfig,
-)
-from bltjax.config.run import RunConfig
+from bltjax.attention.rope import RopeScalingConfig
+from bltjax.config.model import ModelConfig
 from bltjax.weights.lazy import DTYPES, read_object
 from bltjax.weights.released.hf_settings import read_settings
 from bltjax.weights.released.leftovers import without_wrappers
-from bltjax.weights.released.mapping import PORT, blt_pieces, byte_lm_pieces
-from bltjax.weights.released.settings import (
-    model_files,
-    refuse,
-)
+from bltjax.weights.released.mapping import PIECES, PORT
+from bltjax.weights.released.settings import model_files, refuse
 from bltjax.weights.released.tensors import tensors_of
 from bltjax.weights.safetensors import read_folder, write_folder
 from bltjax.weights.stored import ModelFiles
@@ -90,13 +85,13 @@ def rope_settings(theta: float, scaling: RopeScalingConfig | None = None) -> dic
     }
 
 
-def port_settings(config: RunConfig, byte_lm: RunConfig | None, dtype: str = "float32") -> dict:
+def port_settings(config: ModelConfig, byte_lm: ModelConfig | None, dtype: str = "float32") -> dict:
     """The port's config.json of our models.
 
     Raises:
       ValueError: for a setting that the port has no way to say.
     """
-    blt, patching = config.blt, config.patching
+    blt, patching = config.model, config.patching
     local, cross, latent, hashed = blt.local, blt.cross, blt.latent, blt.hash
     pools_otherwise = cross.encoder == "all" and local.encoder_layers > 1 and not cross.repools
     refused = {
@@ -115,7 +110,7 @@ def port_settings(config: RunConfig, byte_lm: RunConfig | None, dtype: str = "fl
     byte_stack = {
         "cross_attn_k": cross.slots,
         "hidden_size_global": latent.width,
-        "max_position_embeddings": config.data.row_bytes,
+        "max_position_embeddings": config.max_bytes,
         "rms_norm_eps": local.norm_eps,
         "rope_parameters": rope_settings(local.rope_theta),
         "vocab_size": 260,
@@ -123,7 +118,7 @@ def port_settings(config: RunConfig, byte_lm: RunConfig | None, dtype: str = "fl
     settings = {
         "architectures": ["BltForCausalLM"], "model_type": "blt", "dtype": dtype,
         "vocab_size": 260, "tie_word_embeddings": False, "use_cache": False,
-        "max_position_embeddings": config.data.row_patches,
+        "max_position_embeddings": config.max_patches,
         "patch_in_forward": byte_lm is not None, "patching_mode": patching.mode, "patch_size": 4,
         "patching_threshold": patching.threshold, "max_patch_length": patching.max_patch_bytes,
         "local_attention_window_len": local.window, "cross_attn_k": cross.slots,
@@ -141,15 +136,15 @@ def port_settings(config: RunConfig, byte_lm: RunConfig | None, dtype: str = "fl
         ),
         "global_config": stack_settings(
             "blt_global_transformer", latent.width, latent.heads, latent.hidden, latent.layers,
-            max_position_embeddings=config.data.row_patches, rms_norm_eps=latent.norm_eps,
+            max_position_embeddings=config.max_patches, rms_norm_eps=latent.norm_eps,
             rope_parameters=rope_settings(latent.rope_theta, latent.rope_scaling),
         ) | {"num_key_value_heads": latent.key_value_heads},
     }  # fmt: skip
     if byte_lm is not None:
-        lm = byte_lm.byte_lm
+        lm = byte_lm.model
         settings["patcher_config"] = stack_settings(
             "blt_patcher", lm.width, lm.heads, lm.hidden, lm.layers, vocab_size=260,
-            max_position_embeddings=byte_lm.data.row_bytes, rms_norm_eps=lm.norm_eps,
+            max_position_embeddings=byte_lm.max_bytes, rms_norm_eps=lm.norm_eps,
             rope_parameters=rope_settings(lm.rope_theta), sliding_window=lm.window,
         )  # fmt: skip
     return settings
@@ -162,12 +157,12 @@ def write_port(files: ModelFiles, folder: Path, written) -> None:
       ValueError: for a byte LM alone, which the port has no class for, a byte CNN, or a setting
         that the port has no way to say.
     """
-    if files.config.blt is None:
+    if files.config.patching is None:
         raise ValueError("transformers has no class for a byte LM alone; write --to orbax or meta")
     byte_lm = files.byte_lm
-    if byte_lm is not None and byte_lm.config.byte_lm is None:
+    if byte_lm is not None and byte_lm.config.model.group not in PIECES:
         raise ValueError("transformers' patcher is a byte LM; this model's patches come from a CNN")
-    pieces = blt_pieces(PORT, files.config.blt)
+    pieces = PIECES["blt"](PORT, files.config.model)
     leaves = dict(files.leaves)
     names = {dtype: name for name, dtype in DTYPES.items()}
     main_dtype = names[leaves["decoder/head_EV"].dtype]
@@ -183,7 +178,7 @@ def write_port(files: ModelFiles, folder: Path, written) -> None:
         dtypes = byte_lm.origin.get("dtypes", {}) if from_port else {}
         tensors |= tensors_of(
             byte_lm.leaves,
-            byte_lm_pieces(PORT, byte_lm.config.byte_lm),
+            PIECES["byte_lm"](PORT, byte_lm.config.model),
             {name: DTYPES[dtype] for name, dtype in dtypes.items()},
         )
     write_folder(epath.Path(folder), tensors, written)

@@ -3,19 +3,12 @@
 Every key is read, known to change nothing, or refused.
 """
 
-from bltjax.config.data import DataConfig
+from bltjax.attention.rope import RopeScalingConfig
 from bltjax.config.fields import divides
-from bltjax.config.model import (
-    BLTConfig,
-    ByteLMConfig,
-    CrossConfig,
-    HashConfig,
-    LatentConfig,
-    LocalConfig,
-    PatchingConfig,
-    RopeScalingConfig,
-)
-from bltjax.config.run import RunConfig
+from bltjax.config.model import ModelConfig, Patching
+from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
+from bltjax.model.byte_lm import ByteLMConfig
+from bltjax.text.ngram_hash import HashConfig
 from bltjax.weights.released.settings import (
     check_fields,
     check_heads,
@@ -180,7 +173,7 @@ def read_rotary(
 
 def read_settings(
     found: dict, where: str, as_port: bool
-) -> tuple[RunConfig, RunConfig | None, list[str]]:
+) -> tuple[ModelConfig, ModelConfig | None, list[str]]:
     """The BLT's and the byte LM's configs of a config.json, and what was assumed.
 
     Raises:
@@ -192,7 +185,7 @@ def read_settings(
 
 def settings_of(
     found: dict, where: str, as_port: bool
-) -> tuple[RunConfig, RunConfig | None, list[str]]:
+) -> tuple[ModelConfig, ModelConfig | None, list[str]]:
     check_fields(found, TOP, REQUIRED.keys() | WITHOUT_EFFECT, where, OPTIONAL)
     check_values(found, REQUIRED, where)
     top, notes = TOP | found, []
@@ -266,7 +259,7 @@ def settings_of(
             relative = {"threshold_add": float(top["patching_threshold_add"])}
     if mode == "entropy" and top["patching_threshold"] is None:
         raise ValueError(f"{where}: patching_mode is 'entropy' and patching_threshold is null")
-    patching = PatchingConfig(
+    patching = Patching(
         mode=mode,
         **relative,
         threshold=float(top["patching_threshold"] or TOP["patching_threshold"]),
@@ -274,17 +267,15 @@ def settings_of(
         looks_past_end=not (as_port and top["max_patch_length"] is not None),
     )
     row_bytes = encoder["max_position_embeddings"]
-    data = DataConfig(
-        row_bytes=row_bytes, row_patches=min(row_bytes, latent["max_position_embeddings"])
-    )
-    config = RunConfig(blt=blt, patching=patching, data=data)
+    row_patches = min(row_bytes, latent["max_position_embeddings"])
+    config = ModelConfig(blt, patching, row_bytes, row_patches)
     if not top["patch_in_forward"]:
         notes.append("the port was saved without its byte LM (patch_in_forward is False)")
         return config, None, notes
     return config, byte_lm_config(top["patcher_config"], where), notes
 
 
-def byte_lm_config(found: dict | None, where: str) -> RunConfig:
+def byte_lm_config(found: dict | None, where: str) -> ModelConfig:
     stack = read_stack(found, BYTE_LM, f"{where}: patcher_config")
     longest = stack["max_position_embeddings"]
     check_byte_stack(stack, f"{where}: patcher_config")
@@ -297,7 +288,7 @@ def byte_lm_config(found: dict | None, where: str) -> RunConfig:
         rope_theta=stack["theta"],
         norm_eps=stack["rms_norm_eps"],
     )
-    return RunConfig(byte_lm=config, data=DataConfig(row_bytes=longest, row_patches=longest))
+    return ModelConfig(config, None, longest, longest)
 
 
 def check_byte_stack(stack: dict, where: str) -> None:

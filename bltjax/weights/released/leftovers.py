@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bltjax.attention.rope import scaled_rates
-from bltjax.config.model import BLTConfig, ByteLMConfig, LatentConfig, RopeScalingConfig
+from bltjax.attention.rope import RopeScalingConfig, scaled_rates
+from bltjax.model.blt.config import BLTConfig, LatentConfig
+from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.weights.lazy import DTYPES, Tensor, row_runs
 from bltjax.weights.released.mapping import Names
 
@@ -40,7 +41,7 @@ def latent_rotary(config: LatentConfig) -> Rotary:
 
 def rotary_stacks(names: Names, config: BLTConfig | ByteLMConfig) -> dict[str, Rotary]:
     """The rotary settings of each stack, by the prefix of its tensors."""
-    if isinstance(config, ByteLMConfig):
+    if config.group == ByteLMConfig.group:
         return {names.byte_lm: Rotary(config.width // config.heads, config.rope_theta)}
     local = Rotary(config.local.width // config.local.heads, config.local.rope_theta)
     return {

@@ -10,7 +10,7 @@ import logging
 
 from etils import epath
 
-from bltjax.config.model import LatentConfig
+from bltjax.model.blt.config import LatentConfig
 from bltjax.weights.lazy import Leaf, read_object
 from bltjax.weights.released.hf_settings import read_rotary
 from bltjax.weights.released.hub import of_hub_cache

@@ -14,7 +14,8 @@ A `Piece` says that one place of one of our leaves is one tensor of theirs (or r
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from bltjax.config.model import BLTConfig, ByteLMConfig, LatentConfig
+from bltjax.model.blt.config import BLTConfig, LatentConfig
+from bltjax.model.byte_lm import ByteLMConfig
 
 
 class Piece(NamedTuple):
@@ -159,3 +160,7 @@ def byte_lm_pieces(names: Names, config: ByteLMConfig) -> list[Piece]:
         theirs = f"{names.byte_lm}layers.{layer}"
         pieces += block_pieces(names, f"block_{layer}", theirs, "EGG")
     return pieces
+
+
+# How the tensors of a family lie, by its name; others are in no released layout.
+PIECES = {"blt": blt_pieces, "byte_lm": byte_lm_pieces}

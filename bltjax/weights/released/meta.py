@@ -11,10 +11,11 @@ from pathlib import Path
 
 from etils import epath
 
-from bltjax.config.run import RunConfig
+from bltjax.config.model import ModelConfig
+from bltjax.families import family_of
 from bltjax.weights.lazy import DTYPES, read_object
 from bltjax.weights.released.leftovers import without_wrappers
-from bltjax.weights.released.mapping import META, blt_pieces, byte_lm_pieces
+from bltjax.weights.released.mapping import META, PIECES
 from bltjax.weights.released.meta_settings import (
     BYTE_LM,
     blt_config,
@@ -23,10 +24,7 @@ from bltjax.weights.released.meta_settings import (
     byte_lm_settings,
     read_patching,
 )
-from bltjax.weights.released.settings import (
-    model_files,
-    naming,
-)
+from bltjax.weights.released.settings import model_files, naming
 from bltjax.weights.released.tensors import tensors_of
 from bltjax.weights.released.torch_file import read_pth, write_pth
 from bltjax.weights.safetensors import read_folder, write_folder
@@ -74,10 +72,11 @@ def read_meta(folder: epath.Path) -> ModelFiles:
         trained = folder / "train_args.json"
         patched_by = str(trained) if "params.json" not in json_files and trained.exists() else where
         with naming(where):
-            blt, data = blt_config(args, where, notes)
+            blt, *limits = blt_config(args, where, notes)
         with naming(patched_by):
             patching = read_patching(settings, patched_by, notes)
-        config = RunConfig(blt=blt, patching=patching, data=data)
+        with naming(where):
+            config = ModelConfig(blt, patching, *limits)
         files = model_files(META, config, tensors, "meta", origin, notes, str(folder))
         beside = folder / BYTE_LM
         return files._replace(byte_lm=read_meta(beside) if beside.exists() else None)
@@ -90,18 +89,18 @@ def read_meta(folder: epath.Path) -> ModelFiles:
 
 def write_meta(files: ModelFiles, folder: Path, written) -> None:
     """Writes a model in the container that it came in from Meta, or as consolidated.pth."""
-    if files.config.byte_cnn is not None:
-        raise ValueError("Meta's files have no byte CNN; write --to orbax")
+    family = family_of(files.config)
+    if family.name not in PIECES:
+        raise ValueError(f"Meta's files have no {family.title}; write --to orbax")
     from_meta = files.origin.get("layout") == "meta"
     if from_meta:
         json_files = files.origin["json"]
-    elif files.config.blt is not None:
+    elif files.config.patching is not None:
         json_files = {"params.json": blt_settings(files.config)}
     else:
         json_files = {"params.json": {BYTE_LM: byte_lm_settings(files.config)}}
-    make = blt_pieces if files.config.blt is not None else byte_lm_pieces
     dtypes = {name: DTYPES[dtype] for name, dtype in files.origin.get("dtypes", {}).items()}
-    pieces = make(META, files.config.model)
+    pieces = PIECES[family.name](META, files.config.model)
     tensors = tensors_of(files.leaves, pieces, dtypes if from_meta else {})
     if from_meta and files.origin["container"] == "safetensors":
         write_folder(epath.Path(folder), tensors, written)

@@ -5,17 +5,10 @@ leaves out has the default of Meta's classes; patching settings, and windows, th
 which the log reports.
 """
 
-from bltjax.config.data import DataConfig
-from bltjax.config.model import (
-    BLTConfig,
-    ByteLMConfig,
-    CrossConfig,
-    HashConfig,
-    LatentConfig,
-    LocalConfig,
-    PatchingConfig,
-)
-from bltjax.config.run import RunConfig
+from bltjax.config.model import ModelConfig, Patching
+from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
+from bltjax.model.byte_lm import ByteLMConfig
+from bltjax.text.ngram_hash import HashConfig
 from bltjax.weights.released.settings import (
     check_fields,
     check_heads,
@@ -99,7 +92,8 @@ def hidden_width(width: int, multiplier: float | None, multiple_of: int) -> int:
     return -(-hidden // multiple_of) * multiple_of
 
 
-def blt_config(args: dict, where: str, notes: list[str]) -> tuple[BLTConfig, DataConfig]:
+def blt_config(args: dict, where: str, notes: list[str]) -> tuple[BLTConfig, int, int]:
+    """The settings of a BLT, and the most bytes and patches of a row."""
     check_fields(args, BLT, REQUIRED.keys() | WITHOUT_EFFECT, where, OPTIONAL)
     found = BLT | args
     check_values(found, REQUIRED, where)
@@ -159,11 +153,10 @@ def blt_config(args: dict, where: str, notes: list[str]) -> tuple[BLTConfig, Dat
     blt = BLTConfig(local=local, cross=cross, latent=latent, hash=hashed)
     row_bytes = found["max_encoder_seq_length"] or found["max_seqlen"]
     row_patches = min(found["max_seqlen"], row_bytes)
-    data = DataConfig(row_bytes=row_bytes, row_patches=row_patches)
-    return blt, data
+    return blt, row_bytes, row_patches
 
 
-def read_patching(settings: dict, where: str, notes: list[str]) -> PatchingConfig:
+def read_patching(settings: dict, where: str, notes: list[str]) -> Patching:
     """The settings that the training data was patched with: those of data.patcher_args."""
     data = settings.get("data")
     data = {} if data is None else data
@@ -187,17 +180,17 @@ def read_patching(settings: dict, where: str, notes: list[str]) -> PatchingConfi
         raise ValueError(f"{where}: patching_mode is 'entropy' and threshold is null")
     if mode == "static" and found["patch_size"] != int(found["patch_size"]):
         raise ValueError(f"{where}: static patches of {found['patch_size']} bytes are not whole")
-    return PatchingConfig(
+    return Patching(
         mode=mode,
         threshold=float(found["threshold"]),
         threshold_add=None if found["monotonicity"] else found["threshold_add"],
         monotonic=found["monotonicity"],
-        patch_bytes=int(found["patch_size"]) if mode == "static" else PatchingConfig.patch_bytes,
+        patch_bytes=int(found["patch_size"]) if mode == "static" else Patching.patch_bytes,
         max_patch_bytes=found["max_patch_length"],
     )
 
 
-def byte_lm_config(args: dict, where: str, notes: list[str]) -> RunConfig:
+def byte_lm_config(args: dict, where: str, notes: list[str]) -> ModelConfig:
     check_fields(args, TRANSFORMER, REQUIRED.keys() | WITHOUT_EFFECT, where, OPTIONAL)
     check_values(args, REQUIRED, where)
     found = TRANSFORMER | args
@@ -219,8 +212,7 @@ def byte_lm_config(args: dict, where: str, notes: list[str]) -> RunConfig:
         rope_theta=float(found["rope_theta"]),
         norm_eps=found["norm_eps"],
     )
-    data = DataConfig(row_bytes=found["max_seqlen"], row_patches=found["max_seqlen"])
-    return RunConfig(byte_lm=byte_lm, data=data)
+    return ModelConfig(byte_lm, None, found["max_seqlen"], found["max_seqlen"])
 
 
 def feed_forward_rule(stacks: list[tuple[int, int]]) -> dict:
@@ -239,9 +231,9 @@ def feed_forward_rule(stacks: list[tuple[int, int]]) -> dict:
     )
 
 
-def blt_settings(config: RunConfig) -> dict:
+def blt_settings(config: ModelConfig) -> dict:
     """What params.json says of a BLT that did not come from Meta's files."""
-    blt, patching = config.blt, config.patching
+    blt, patching = config.model, config.patching
     local, cross, latent, hashed = blt.local, blt.cross, blt.latent, blt.hash
     refused = {
         "cross.encoder": cross.encoder == "none",
@@ -268,7 +260,7 @@ def blt_settings(config: RunConfig) -> dict:
         "n_layers_local_decoder": local.decoder_layers, "n_heads_local_encoder": local.heads,
         "n_heads_local_decoder": local.heads, "local_attention_window_len": local.window,
         "norm_eps": local.norm_eps, "rope_theta": local.rope_theta,
-        "max_encoder_seq_length": config.data.row_bytes, "max_seqlen": config.data.row_patches,
+        "max_encoder_seq_length": config.max_bytes, "max_seqlen": config.max_patches,
         "attn_impl": "xformers", "attn_bias_type": "block_causal",
         "use_local_encoder_transformer": True, "downsampling_by_pooling": "max",
         "cross_attn_encoder": True, "cross_attn_decoder": True, "cross_attn_k": cross.slots,
@@ -289,11 +281,11 @@ def blt_settings(config: RunConfig) -> dict:
     return {"model": model, "data": {"patcher_args": patcher, "tokenizer_args": tokenizer}}
 
 
-def byte_lm_settings(config: RunConfig) -> dict:
-    lm = config.byte_lm
+def byte_lm_settings(config: ModelConfig) -> dict:
+    lm = config.model
     return feed_forward_rule([(lm.width, lm.hidden)]) | {
         "dim": lm.width, "n_layers": lm.layers, "n_heads": lm.heads, "vocab_size": 260,
-        "max_seqlen": config.data.row_bytes, "norm_eps": lm.norm_eps, "rope_theta": lm.rope_theta,
+        "max_seqlen": config.max_bytes, "norm_eps": lm.norm_eps, "rope_theta": lm.rope_theta,
         "sliding_window": lm.window, "attn_impl": "xformers",
         "attn_bias_type": "local_block_causal",
     }  # fmt: skip

@@ -7,21 +7,20 @@ file, the field and the value.
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from bltjax.config.fields import nearest
-from bltjax.config.run import RunConfig
-from bltjax.model.build import leaf_shapes
+from bltjax.config.model import ModelConfig
+from bltjax.families import leaf_shapes
 from bltjax.weights.lazy import Tensor
 from bltjax.weights.released.leftovers import rotary_stacks, without_leftovers
-from bltjax.weights.released.mapping import Names, Piece, blt_pieces, byte_lm_pieces
+from bltjax.weights.released.mapping import PIECES, Names, Piece
 from bltjax.weights.released.tensors import check_stacked, check_tensors, leaves_of, odd_dtypes
 from bltjax.weights.stored import ModelFiles, check_layers
 
 
 def model_files(
     names: Names,
-    config: RunConfig,
+    config: ModelConfig,
     tensors: dict[str, Tensor],
     layout: str,
     origin: dict,
@@ -30,8 +29,7 @@ def model_files(
 ) -> ModelFiles:
     """A released model's files, after checking every tensor against its config."""
     check_layers(config, len(tensors), where, stacked=False)
-    make: Any = blt_pieces if config.blt is not None else byte_lm_pieces
-    pieces: list[Piece] = make(names, config.model)
+    pieces: list[Piece] = PIECES[config.model.group](names, config.model)
     shapes, notes = leaf_shapes(config), list(notes)
     check_stacked(shapes, pieces)
     expected = {piece.name for piece in pieces}

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from bltjax.attention.kv_cache import Cache, ring_of, ring_places
-from bltjax.config.model import ByteCNNConfig, ByteLMConfig
-from bltjax.model.byte_cnn import ByteCNN, table_entropies, whole_table
-from bltjax.model.byte_lm import ByteLM, entropies_of
+from bltjax.config.model import ModelConfig
+from bltjax.model.byte_cnn import ByteCNN, ByteCNNConfig, table_entropies, whole_table
+from bltjax.model.byte_lm import ByteLM, ByteLMConfig, entropies_of
 from bltjax.text.alphabet import OFFSET
 
 HISTORY = 3  # ids kept: the longest context of a byte CNN
@@ -74,6 +74,13 @@ class CachedBytes:
             caches,
             jnp.where(go_B1, logits_BQV[:, -1], memory.logits_BV),
         )
+
+
+def cached_bytes(
+    config: ModelConfig, scorer, dtype, draft: int = 0, implementation: str | None = None
+) -> CachedBytes:
+    """A byte model as it decodes; scorer and draft are of models with patches."""
+    return CachedBytes(config.model, dtype, implementation)
 
 
 NEWLINE = OFFSET + ord("\n")

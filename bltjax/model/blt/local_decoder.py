@@ -9,11 +9,11 @@ from flax import linen as nn
 
 from bltjax.attention.kv_cache import Cache, Places, stored
 from bltjax.attention.pattern import Reading, Sliding
-from bltjax.config.model import BLTConfig
 from bltjax.distributed.sharding import constrained, gathered
-from bltjax.model.cross_attention import CrossAttention, attending_layers
+from bltjax.model.blt.config import BLTConfig
+from bltjax.model.blt.cross_attention import CrossAttention, attending_layers
+from bltjax.model.blt.local_encoder import block_size
 from bltjax.model.layers import project, rematerialised, rms_norm, truncated_normal
-from bltjax.model.local_encoder import block_size
 from bltjax.text.alphabet import VOCABULARY
 from bltjax.text.segments import Patches, slot_ranges
 

@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from bltjax.config.fields import divides
-from bltjax.config.model import HashConfig
 from bltjax.distributed.sharding import (
     LETTER_AXES,
     dividing,
@@ -37,6 +36,7 @@ from bltjax.distributed.sharding import (
     set_mesh_or_none,
 )
 from bltjax.model.layers import truncated_normal
+from bltjax.text.ngram_hash import HashConfig
 
 OWNERS = LETTER_AXES["M"]
 

@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from bltjax.config.data import DataConfig, SourceConfig
-from bltjax.config.model import PatchingConfig
+from bltjax.config.model import Patching
 from bltjax.data.pipeline import training_batches
 from bltjax.data.sources.by_path import open_source
 
@@ -164,7 +164,7 @@ def test_tfds_that_is_not_there(data_dir, name, settings, message):
 def test_tfds_prepared_elsewhere(data_dir):
     """Where a dataset's code is not, its folder tells what there is."""
     code = (
-        "import sys; from bltjax.config.run import SourceConfig as S;"
+        "import sys; from bltjax.config.data import SourceConfig as S;"
         " from bltjax.data.sources.by_path import open_source as o\n"
         "for name in sys.argv[2:]:\n"
         "    try: print(len(o(S(name, data_dir=sys.argv[1]))))\n"
@@ -193,12 +193,10 @@ def test_mixture_of_all_kinds(tmp_path, data_dir):
         "tfds": SourceConfig("tfds:tiny", data_dir=data_dir, weight=1.0),
     }
     data = DataConfig(train=sources, rows=2, row_bytes=256, row_patches=128, look_ahead=2)
-    batches = iter(
-        training_batches(data, PatchingConfig(mode="space"), seed=5, streams=range(data.rows))
-    )
+    batches = iter(training_batches(data, Patching(mode="space"), seed=5, streams=range(data.rows)))
     text = b""
     for _ in range(40):
-        ids = next(batches)["bytes_BN"]
+        ids = next(batches).bytes_BN
         text += (ids[ids >= 4] - 4).astype(np.uint8).tobytes()
     batches.close()
     sizes = {b"parquet ": 8, b"jsonl": 17 / 3, b"plain ": 6, b"text number": 18}

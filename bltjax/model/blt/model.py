@@ -9,11 +9,11 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.config.model import BLTConfig
 from bltjax.distributed.sharding import by_rows
-from bltjax.model.latent_transformer import LatentTransformer
-from bltjax.model.local_decoder import LocalDecoder
-from bltjax.model.local_encoder import LocalEncoder
+from bltjax.model.blt.config import BLTConfig
+from bltjax.model.blt.latent_transformer import LatentTransformer
+from bltjax.model.blt.local_decoder import LocalDecoder
+from bltjax.model.blt.local_encoder import LocalEncoder
 from bltjax.text.segments import row_patches
 
 

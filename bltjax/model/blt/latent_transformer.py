@@ -11,8 +11,8 @@ from flax import linen as nn
 from bltjax.attention.kv_cache import Places, stored
 from bltjax.attention.pattern import Sliding
 from bltjax.attention.rope import rotary_angles
-from bltjax.config.model import BLTConfig
 from bltjax.distributed.sharding import constrained, gathered
+from bltjax.model.blt.config import BLTConfig
 from bltjax.model.layers import Block, BlockSize, project, rematerialised, truncated_normal
 from bltjax.text.segments import Ranges
 

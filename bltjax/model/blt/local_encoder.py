@@ -15,10 +15,10 @@ from flax import linen as nn
 
 from bltjax.attention.kv_cache import Places, stored
 from bltjax.attention.pattern import Pooling, Sliding
-from bltjax.config.model import BLTConfig, LocalConfig
 from bltjax.distributed.sharding import by_rows, constrained, gathered
-from bltjax.model.cross_attention import CrossAttention, attending_layers
-from bltjax.model.hash_tables import hash_tables, looked_up
+from bltjax.model.blt.config import BLTConfig, LocalConfig
+from bltjax.model.blt.cross_attention import CrossAttention, attending_layers
+from bltjax.model.blt.hash_tables import hash_tables, looked_up
 from bltjax.model.layers import BlockSize, embedded, project, rematerialised, truncated_normal
 from bltjax.text.alphabet import VOCABULARY
 from bltjax.text.ngram_hash import hash_ids

@@ -23,14 +23,15 @@ import jax.numpy as jnp
 
 from bltjax.attention.kv_cache import Cache, Places, ring_of, ring_places, written
 from bltjax.attention.rope import rotary_angles, rotate
-from bltjax.config.model import BLTConfig, PatchingConfig
+from bltjax.config.model import ModelConfig, Patching
 from bltjax.distributed.sharding import constrained_tree
-from bltjax.inference.decoding.byte_models import Scorer
-from bltjax.model.blt import BLT
-from bltjax.model.build import narrowed
-from bltjax.model.latent_transformer import LatentTransformer, unscanned
-from bltjax.model.local_decoder import LocalDecoder
-from bltjax.model.local_encoder import LocalEncoder
+from bltjax.model.blt.config import BLTConfig
+from bltjax.model.blt.latent_transformer import LatentTransformer, unscanned
+from bltjax.model.blt.local_decoder import LocalDecoder
+from bltjax.model.blt.local_encoder import LocalEncoder
+from bltjax.model.blt.model import BLT
+from bltjax.model.byte_decoding import Scorer
+from bltjax.model.params import narrowed
 from bltjax.text.patching import Cursor, cursor_at, force_starts, next_starts, trace_starts
 from bltjax.text.segments import index_like
 
@@ -86,7 +87,7 @@ class CachedBLT:
     """A BLT's two ways to a `Memory`: whole prompts at once, and byte by byte."""
 
     config: BLTConfig
-    patching: PatchingConfig
+    patching: Patching
     scorer: Scorer
     dtype: Any
     extra: int = 0  # slots that the rings have beyond their windows
@@ -289,3 +290,18 @@ class CachedBLT:
         before = {name: old for name, old in memory._asdict().items() if name in changed}
         changed = rows_where(go_B, changed, before)
         return memory._replace(**changed, scorer=scorer, encoder=encoder, offered=offered)
+
+
+def cached_blt(
+    config: ModelConfig, scorer, dtype, draft: int = 0, implementation: str | None = None
+) -> CachedBLT:
+    """A BLT as it decodes. scorer: settings of the byte model that places its patches, if one does.
+
+    draft: bytes that may be taken back. implementation: of attention over whole prompts.
+    """
+    patching = config.patching
+    if config.by_entropy:
+        entropies = Scorer(scorer, patching.newline_reset, draft, implementation)
+    else:
+        entropies = Scorer(None, False, draft)
+    return CachedBLT(config.model, patching, entropies, dtype, draft, implementation)

@@ -1,0 +1,249 @@
+"""The table of model families: what each can do, and how a config names it.
+
+Everything that differs between families is asked of `family_of(config)`; nobody else looks at a
+config's type. A family is one entry here, and one file (or folder) that has its settings and its
+computations. An ability that a family lacks is None, and `require` gives the reason.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bltjax.attention import fastest
+from bltjax.config.fields import divides, from_dict
+from bltjax.config.load import read_config_file
+from bltjax.config.model import ModelConfig
+from bltjax.config.run import RunConfig
+from bltjax.model import byte_cnn, byte_lm, flops
+from bltjax.model.blt.config import BLTConfig
+from bltjax.model.blt.decoding import cached_blt
+from bltjax.model.blt.model import BLT
+from bltjax.model.byte_decoding import cached_bytes
+from bltjax.model.params import flattened
+from bltjax.system.environment import random_key
+
+
+class Model(NamedTuple):
+    """A model in memory."""
+
+    config: ModelConfig
+    params: Any
+    entropy_model: "Model | None" = None  # the byte LM that places the patches, if one does
+    step: int = 0  # of its training
+
+
+class Family(NamedTuple):
+    """A kind of model: its settings, computations and refusals.
+
+    N and P are a row's bytes and patches; a module is what `module` makes, which has `config`.
+    """
+
+    name: str  # the group of its settings in a config, and its Config's `group`
+    title: str  # for people
+    Config: type  # a frozen dataclass
+    rows: str  # the kind of its batches: a key of data/batches.py's BATCHES
+    limits: tuple[str, ...]  # of a row, by their names in a ModelConfig; the last counts positions
+    module: Callable  # (config, P, dtype, attention) -> module
+    init: Callable  # (config, key) -> params
+    logits: Callable  # (module, params, batch) -> float32 [B, N, V]
+    forward_flops: Callable  # (config, N, P) -> FLOPs of one row
+    recomputed_flops: Callable  # (config, N, P) -> of one row, by the backward pass
+    paper_flops: Callable  # (config, N, P) -> FLOPs of one byte, as the paper counts
+    decoding: Callable | None = None  # (ModelConfig, scorer's config, dtype, draft, attention)
+    empty_carry: Callable | None = None  # (config, lanes) -> what chunks of a long text carry
+    entropy_table: Callable | None = None  # (config, params) -> entropies of all its contexts
+    verbs: Mapping[str, str] = MappingProxyType({})  # reasons why one or an ability is refused
+
+    def require(self, ability: str) -> Any:
+        """An ability by its field's name.
+
+        Raises:
+          ValueError: with the reason, if the family lacks it.
+        """
+        found = getattr(self, ability, None)
+        if found is None or ability in self.verbs:
+            raise ValueError(self.verbs.get(ability, f"a {self.title} has no {ability}"))
+        return found
+
+
+def flax_init(module: Callable, *inputs) -> Callable:
+    """(config, key) -> params of a flax module; sizes don't depend on the row, so the shortest one
+    will do."""
+    return lambda config, key: module(config).init(key, *map(jnp.asarray, inputs))["params"]
+
+
+def flax_logits(*names: str) -> Callable:
+    """(module, params, batch) -> logits of a flax module that is given those arrays of a batch."""
+
+    def logits(module, params, batch) -> jax.Array:
+        return module.apply({"params": params}, *(getattr(batch, name) for name in names))[0]
+
+    return logits
+
+
+TWO_BN = np.ones((1, 2), np.int32)
+THREE_BN1 = np.ones((1, 3), bool)
+NO_LATENT = "only a BLT drafts: a byte LM has no latent transformer to spare"
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "byte_lm", "byte LM", byte_lm.ByteLMConfig, "bytes", ("max_bytes",),
+            lambda config, P, dtype, attention: byte_lm.ByteLM(config, dtype, attention),
+            flax_init(byte_lm.ByteLM, TWO_BN, TWO_BN),
+            flax_logits("bytes_BN", "documents_BN"),
+            flops.byte_lm_forward, flops.byte_lm_recomputed, flops.byte_lm_paper,
+            cached_bytes, empty_carry=byte_lm.empty_carry, verbs={"draft": NO_LATENT},
+        ),
+        Family(
+            "byte_cnn", "byte CNN", byte_cnn.ByteCNNConfig, "bytes", ("max_bytes",),
+            lambda config, P, dtype, attention: byte_cnn.ByteCNN(config, dtype),
+            flax_init(byte_cnn.ByteCNN, TWO_BN, TWO_BN),
+            flax_logits("bytes_BN", "documents_BN"),
+            flops.byte_cnn_forward, flops.byte_cnn_recomputed, flops.byte_cnn_paper,
+            cached_bytes, entropy_table=byte_cnn.entropy_table, verbs={"draft": NO_LATENT},
+        ),
+        Family(
+            "blt", "BLT", BLTConfig, "patches", ("max_bytes", "max_patches"),
+            BLT,
+            flax_init(lambda config: BLT(config, 2), TWO_BN, TWO_BN, THREE_BN1),
+            flax_logits("bytes_BN", "documents_BN", "starts_BN1"),
+            flops.blt_forward, flops.blt_recomputed, flops.blt_paper,
+            cached_blt,
+        ),
+    )
+}  # fmt: skip
+
+
+def groups() -> dict[str, type]:
+    """The settings' class of each family, by the group that names it."""
+    return {name: family.Config for name, family in FAMILIES.items()}
+
+
+def family_of(config) -> Family:
+    """The family of a ModelConfig, a RunConfig, or a family's own settings."""
+    return FAMILIES[getattr(config, "model", config).group]
+
+
+def parse(kind: type, values, where: str = "config"):
+    """A RunConfig or ModelConfig of nested dicts, whose group named after a family is its model's.
+
+    Raises:
+      ValueError: as `from_dict`.
+    """
+    return from_dict(kind, values, where, groups())
+
+
+def load_config(spec: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """The RunConfig of `configs/FILE.py[:ARG]` after overrides such as `data.rows=4`.
+
+    Raises:
+      ValueError: naming the file or the key, and the nearest key where there is one.
+    """
+    return read_config_file(spec, overrides, RunConfig, groups())
+
+
+def from_json(values, path) -> RunConfig:
+    """The RunConfig that the values of a JSON file are.
+
+    Raises:
+      ValueError: as `parse`, naming the file.
+    """
+    try:
+        return parse(RunConfig, values)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: {error}. Most likely another version of bltjax wrote it, and can read it"
+        ) from None
+
+
+def model_config(run: RunConfig) -> ModelConfig:
+    """The model of a run, without the run."""
+    patching = run.patching if family_of(run).rows == "patches" else None
+    return ModelConfig(
+        run.model, patching, run.data.row_bytes, run.data.row_patches, run.compute_dtype,
+        run.attention,
+    )  # fmt: skip
+
+
+def resolved(config, device):
+    """A ModelConfig or RunConfig with `auto` replaced by what is fastest on a device, which may
+    only be described.
+
+    Products are in bfloat16 where there are units for it, in float32 on a CPU.
+    """
+    changes = {}
+    if config.attention == "auto":
+        changes["attention"] = fastest(device)
+    if config.compute_dtype == "auto":
+        changes["compute_dtype"] = "float32" if device.platform == "cpu" else "bfloat16"
+    return dataclasses.replace(config, **changes)
+
+
+def make_model(config, row_patches: int, dtype, attention: str | None):
+    """The module of a family's settings; `row_patches` is how many patches a row may hold."""
+    return family_of(config).module(config, row_patches, dtype, attention)
+
+
+def module_of(config: ModelConfig):
+    """The module of a `resolved` config."""
+    dtype = jnp.dtype(config.compute_dtype)
+    return make_model(config.model, config.max_patches, dtype, config.attention)
+
+
+def batch_logits(module, params, batch) -> jax.Array:
+    """Logits, float32 [B, N, V], of a batch (data/batches.py)."""
+    return family_of(module.config).logits(module, params, batch)
+
+
+def initial_params(config, key) -> dict:
+    """Fresh parameters of a family's settings."""
+    return family_of(config).init(config, key)
+
+
+def positions_of(config: ModelConfig) -> int:
+    """Positions of a row of its main stack: patches, or bytes without patches."""
+    return getattr(config, family_of(config).limits[-1])
+
+
+def check_mesh(config, rows: int | None, mesh: Mesh) -> None:
+    """Checks what a mesh splits, by the names of the config; `rows` at a time, None for any.
+
+    config: a family's settings.
+
+    Raises:
+      ValueError: with the rule and both numbers.
+    """
+    if rows is not None:
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        divides("mesh data x fsdp", shards, "the rows of a (micro-)batch", rows)
+    for name, size in getattr(config, "split_by_tensor", {}).items():
+        divides("mesh tensor", mesh.shape["tensor"], name, size)
+
+
+def model_shapes(config) -> dict:
+    """The shapes of the parameters of a ModelConfig or RunConfig, nested as they are; nothing is
+    allocated."""
+    return jax.tree.map(lambda leaf: leaf, traced_shapes(config.model))
+
+
+@functools.lru_cache(maxsize=16)  # a folder's config is read by one check after another
+def traced_shapes(config) -> dict:
+    return jax.eval_shape(lambda key: initial_params(config, key), random_key(0))
+
+
+def leaf_shapes(config) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of a ModelConfig or RunConfig, by its path."""
+    return {path: leaf.shape for path, leaf in flattened(model_shapes(config)).items()}
+
+
+def training_flops(config, rows: int, row_bytes: int, row_patches: int) -> int:
+    """FLOPs of one optimizer step over `rows` rows, of a family's settings."""
+    return 3 * rows * family_of(config).forward_flops(config, row_bytes, row_patches)

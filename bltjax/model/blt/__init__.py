@@ -1,0 +1,1 @@
+"""BLT: local encoder, latent transformer, local decoder; and its incremental decoding."""

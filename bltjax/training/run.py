@@ -1,0 +1,70 @@
+"""A training run as a Python object: train it here, then look at it."""
+
+import functools
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from bltjax.config.run import RunConfig
+from bltjax.inference.loaded import LoadedModel, load
+from bltjax.system.paths import path_of
+from bltjax.training.train import train
+from bltjax.viz.page import write_page
+from bltjax.weights.workdir import METRICS, read_reports, saved_steps
+
+
+class Run:
+    """A run's work directory, trained or still in training.
+
+    losses: [(step, nats per weighted target)] of its reports. evaluations: [(step, held-out bits
+    per byte)]. model: the newest checkpoint, as a LoadedModel.
+    """
+
+    def __init__(self, workdir):
+        self.workdir = path_of(workdir)
+
+    def values(self, name: str) -> list[tuple[int, float]]:
+        """[(step, value)] of a figure that the run reported, such as "gradient_norm"."""
+        reports = read_reports(self.workdir / METRICS)
+        return [(report["step"], report[name]) for report in reports if name in report]
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        return self.values("loss")
+
+    @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        return self.values("held_out_bits_per_byte")
+
+    @functools.cached_property
+    def model(self) -> LoadedModel:
+        return load(self.workdir)
+
+    def page(self) -> Path:
+        """Writes the run's page, one HTML file with its curves, samples and settings."""
+        return write_page(self.workdir)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.workdir)!r})"
+
+
+def train_run(config: RunConfig, workdir, *, resume: bool = True) -> Run:
+    """As `bltjax.train`."""
+    workdir = path_of(workdir)
+    steps = saved_steps(workdir)
+    if steps and not resume:
+        raise ValueError(
+            f"{workdir} has a run, saved at step {steps[-1]}: resume it, or give another workdir"
+        )
+    total = config.optimizer.steps
+    with tqdm(total=total, unit="step", initial=steps[-1] if steps else 0) as bar:
+
+        def watch(step: int, values: dict) -> None:
+            if "held_out_bits_per_byte" in values:
+                bar.set_postfix_str(f"held out {values['held_out_bits_per_byte']:.3f} bits/byte")
+            else:
+                bar.set_postfix_str(f"{values['bits_per_byte']:.3f} bits/byte")
+            bar.update(step - bar.n)
+
+        train(config, workdir, watch=watch)
+    return Run(workdir)

@@ -1,0 +1,152 @@
+"""The parts of a run, built once above its loop: mesh, programs, data, and the first state."""
+
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+
+from bltjax.config.fields import divides
+from bltjax.config.model import Patching
+from bltjax.config.run import RunConfig
+from bltjax.data.batches import Batch
+from bltjax.data.pipeline import held_out_batches, training_batches, training_sources
+from bltjax.distributed.coordinator import process_count
+from bltjax.distributed.processes import barrier, from_writer, is_writer, together
+from bltjax.distributed.rows import own_rows
+from bltjax.distributed.sharding import row_sharding
+from bltjax.families import family_of, training_flops
+from bltjax.inference.entropy import EntropyModel, scored_source
+from bltjax.model.params import parameter_count
+from bltjax.progress import quantity
+from bltjax.system.environment import random_key
+from bltjax.training.init import (
+    check_copies,
+    check_start,
+    entropy_model,
+    mesh_and_parts,
+    placed_patches,
+    started,
+)
+from bltjax.training.restore import restore_newest
+from bltjax.training.resume import change_lines, check_sources, check_workdir
+from bltjax.training.step import StepParts, TrainState
+from bltjax.weights import workdir as ckpt
+from bltjax.weights.export import TOKENIZER
+
+
+class Setup(NamedTuple):
+    """What the loop of a run is made of, before it has a state."""
+
+    config: RunConfig
+    workdir: epath.Path
+    resumed: RunConfig | None  # the settings of the run that is resumed
+    mesh: Mesh
+    parts: StepParts
+    rows: NamedSharding  # of a batch
+    patching: Patching | None
+    byte_lm: EntropyModel | None
+    streams: list[int]  # of this process
+    batches: Any  # grain's iterator
+    held_out: list[Batch]
+    fingerprints: dict[str, str]  # of the training sources
+    flops: int  # of a step
+    notes: list[str]  # of what a resumed run calls by another name
+
+
+def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
+    """Builds a run's parts; nothing is written but a check that the directory can be.
+
+    Raises:
+      ValueError: for a work directory of another run, a mesh that doesn't fit, or data that the
+        config cannot use.
+    """
+    resumed = check_workdir(workdir, config)
+    check_start(config, workdir, resumed is not None)
+    byte_lm = entropy_model(config, workdir)
+    notes = []
+    if resumed is not None:
+        notes += from_writer(
+            "comparing copies", lambda: check_copies(resumed, config, workdir, byte_lm)
+        )
+    mesh, parts = mesh_and_parts(config)
+    if config.mesh.tensor == 1:
+        divides("the number of processes", process_count(), "data.rows", config.data.rows)
+    rows, patching = row_sharding(mesh), placed_patches(config, workdir)
+    streams = own_rows(rows, config.data.rows)
+    sources = training_sources(config.data, byte_lm.identity if byte_lm else None)
+    dataset = training_batches(
+        config.data, patching, seed=config.seed, streams=streams, sources=sources
+    )
+    fingerprints = from_writer(
+        "comparing sources", lambda: {name: found.fingerprint for name, found in sources.items()}
+    )
+    if resumed is not None:
+        saved = from_writer(
+            "comparing sources", lambda: ckpt.newest_progress(workdir).get("sources", {})
+        )
+        notes += check_sources(resumed, config, workdir, saved, fingerprints)
+    held_out = []
+    for name, source in config.data.held_out.items():
+        documents = scored_source(source, patching, byte_lm, skip_bad=config.data.skip_bad)
+        found, cuts = held_out_batches(documents, config.data, patching)
+        held_out += found
+        if cuts:
+            print(f"held-out {name}: {cuts} cuts in documents longer than a row")
+    flops = training_flops(
+        config.model, config.data.rows, config.data.row_bytes, config.data.row_patches
+    )
+    return Setup(
+        config, workdir, resumed, mesh, parts, rows, patching, byte_lm, streams, iter(dataset),
+        held_out, fingerprints, flops, notes,
+    )  # fmt: skip
+
+
+def summary(setup: Setup) -> str:
+    """The run in a line."""
+    config, parts = setup.config, setup.parts
+    counts = parameter_count(parts.shapes.params, config.model)
+    return (
+        f"{family_of(config).title}: {quantity(counts['total'])} parameters ("
+        + ", ".join(f"{part} {quantity(n)}" for part, n in counts.items() if part != "total")
+        + f"); {quantity(setup.flops)}FLOP a step; mesh {dict(setup.mesh.shape)};"
+        + f" {parts.config.compute_dtype}"
+        + (f"; {process_count()} processes" if process_count() > 1 else "")
+    )
+
+
+def claim(setup: Setup) -> None:
+    """Makes the work directory this run's: its config, byte LM and tokenizer are written there."""
+    config, workdir, patching = setup.config, setup.workdir, setup.patching
+    if is_writer():
+        ckpt.write_config(workdir, config)
+    if is_writer() and setup.resumed is None:
+        if setup.byte_lm:
+            ckpt.save_params(workdir / "byte_lm", setup.byte_lm.model, 0)
+        if patching is not None and patching.mode == "bpe":
+            epath.Path(config.patching.tokenizer).copy(workdir / TOKENIZER, overwrite=True)
+    barrier("beginning the work directory")
+
+
+def first_state(setup: Setup) -> tuple[TrainState, int]:
+    """The state that the loop begins with, and its step: fresh, or of the newest checkpoint."""
+    config, parts = setup.config, setup.parts
+    if setup.resumed is None:
+        initial_state = jax.jit(parts.initial_state, out_shardings=parts.shardings)
+        state = together(initial_state)(random_key(config.seed))
+        params = started(config, state.params, parts.shardings.params)
+        return state._replace(params=params), 0
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        parts.shapes,
+        parts.shardings,
+    )
+    state, streams, progress = restore_newest(setup.workdir, target, setup.streams)
+    step = progress["step"]
+    setup.batches.set_state(streams)
+    print(f"resumed {setup.workdir} after step {step}")
+    for line in change_lines(setup.resumed, config, step):
+        print(f"  changed: {line}")
+    for line in setup.notes:
+        print(f"  {line}")
+    return state, step
