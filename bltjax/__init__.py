@@ -2,29 +2,42 @@
 
     import bltjax
 
-    blt = bltjax.load("runs/quickstart/blt")      # or an export, or gs://bucket/export
-    blt.config                                    # settings of both models, patching, threshold
-    blt.logits(text)                              # float32 [len + 1, 260]: row i follows i bytes
-    blt.entropies(text)                           # float32 [len + 1], nats
-    blt.patches(text)                             # list of bytes that joins to the text
+    config = bltjax.load_config("configs/quickstart.py:byte_lm", ["optimizer.steps=90"])
+    run = bltjax.train(config, "runs/byte_lm")     # the same call resumes it
+    run.losses, run.evaluations, run.page()
+
+    blt = bltjax.load("runs/quickstart/blt")       # a run or an export, on disk or gs://BUCKET/...
+    blt.logits(text)                               # float32 [len + 1, 260]: row i follows i bytes
+    blt.entropies(text)                            # float32 [len + 1], nats
+    blt.patches(text)                              # list of bytes that joins to the text
     blt.bits_per_byte(text)
-    blt.cross_weights(text)                       # what slots and bytes look at, to draw
     for piece in blt.generate("A BLT has", max_bytes=200):
         print(piece, end="")
+    bltjax.evaluate(blt, "held_out/*.txt").bits_per_byte
 
-This is the whole of the promised interface; a text is str or bytes. `python -m bltjax` has the
-programs.
+A text is str or bytes. What is imported starts no jax before it is used. `python -m bltjax` has the
+programs; bltjax/README.md has more examples.
 """
 
-from bltjax.inference import loaded
-from bltjax.system import versions
+import typing
+
+if typing.TYPE_CHECKING:
+    from bltjax.attention import range_attention
+    from bltjax.config.model import Patching
+    from bltjax.families import Model
+    from bltjax.model import BLT, ByteLM
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+__all__ = [
+    "BLT", "ByteLM", "Model", "Patching", "evaluate", "load", "load_config", "patch",
+    "range_attention", "threshold", "train", "training_batches",
+]  # fmt: skip
 
 
 def load(path, *, mesh: str | None = None, dtype: str | None = None):
     """The model of an export or of a training run's work directory, as a `LoadedModel`.
+
+        blt = bltjax.load("runs/quickstart/blt")
 
     path: a folder, or gs://BUCKET/...
     mesh: devices to split it over: "tensor=4", or "data=2,tensor=4" for two such groups, which
@@ -35,6 +48,134 @@ def load(path, *, mesh: str | None = None, dtype: str | None = None):
       ValueError: naming the folder, if it holds neither or is damaged; for a mesh of more devices
         than there are.
     """
+    from bltjax.inference import loaded  # jax starts only when a model is asked for
+    from bltjax.system import versions
 
     versions.warn_outside_bounds()
     return loaded.load(path, mesh=mesh, dtype=dtype)
+
+
+def load_config(path: str, overrides: typing.Sequence[str] = ()):
+    """The `RunConfig` of a config file, after overrides.
+
+        config = bltjax.load_config("configs/quickstart.py:blt", ["optimizer.steps=90"])
+
+    path: FILE.py[:ARGUMENT]; `configs/...` is also found where bltjax is installed. overrides:
+    settings as the command line has them after `--config.`.
+
+    Raises:
+      ValueError: naming the file or the setting, and the nearest name.
+    """
+    from bltjax import families
+
+    return families.load_config(path, overrides)
+
+
+def train(config, workdir, *, resume: bool = True):
+    """Trains a model in this process, with a progress bar; returns the `Run`.
+
+        run = bltjax.train(config, "runs/blt")
+        run.losses          # [(step, nats)]
+        run.evaluations     # [(step, held-out bits per byte)]
+        run.model           # a LoadedModel of the newest checkpoint
+        run.page()          # the path of an HTML page with curves and settings
+
+    workdir: where the run lives; what is there is resumed, or, with resume=False, refused.
+
+    Raises:
+      ValueError: for a workdir of another run or one in use, or data that the config cannot use.
+      FloatingPointError: at a step whose loss or gradient is not finite.
+      KeyboardInterrupt: when interrupted, once the state is saved.
+    """
+    from bltjax.system import versions
+    from bltjax.training import run
+
+    versions.warn_outside_bounds()
+    return run.train_run(config, workdir, resume=resume)
+
+
+def evaluate(model, source):
+    """Bits per byte of a `LoadedModel` on a source: `Evaluation(bits_per_byte, text_bytes,
+    documents, cuts)`.
+
+        bltjax.evaluate(blt, "held_out/*.txt").bits_per_byte
+
+    source: a path or pattern of text, JSON lines, Parquet or records, or a `SourceConfig`.
+
+    Raises:
+      ValueError: for a source that can't be read.
+      FloatingPointError: for a figure that is not finite, naming the parameter or the text.
+    """
+    from bltjax.evaluation import scores
+
+    return scores.evaluate_model(model.model, source)
+
+
+def patch(text: str | bytes, patching, entropies=None) -> list[bytes]:
+    """The patches of a text, which join to it.
+
+        bltjax.patch("Patches scale.", bltjax.Patching("space"))
+
+    patching: a `Patching`. entropies: float32 [len + 1], nats, after BOS and after each byte, as
+    `LoadedModel.entropies` gives them; for a patching by entropy.
+
+    Raises:
+      ValueError: for a patching by entropy without entropies, or of another length than the text's.
+    """
+    from bltjax.text import segments
+
+    return segments.patches_of(text, patching, entropies)
+
+
+def training_batches(config):
+    """An iterator of the batches that a run of this config trains on: NamedTuples of numpy arrays
+    (data/batches.py). Its state is exact: `get_state()`, `set_state(state)`.
+
+        batch = next(bltjax.training_batches(config))
+        batch.bytes_BN      # int32 [rows, row_bytes]
+
+    Raises:
+      ValueError: for data that the config cannot use.
+    """
+    from bltjax.data import pipeline
+    from bltjax.families import model_config
+
+    streams = list(range(config.data.rows))
+    patching = model_config(config).patching
+    return iter(pipeline.training_batches(config.data, patching, seed=config.seed, streams=streams))
+
+
+def threshold(records, mean: float) -> float:
+    """The threshold in nats at which patches of a folder of records average `mean` bytes.
+
+        byte_lm.write_records("train/*.txt", "records")
+        nats = bltjax.threshold("records", 4.5)
+
+    Raises:
+      ValueError: if no threshold comes near it, or the folder holds no records.
+    """
+    from bltjax.data import calibrate
+
+    return calibrate.threshold_of(records, mean)
+
+
+def __getattr__(name: str):
+    """Classes and functions of the rooms, imported when they are asked for."""
+    match name:
+        case "BLT":
+            from bltjax.model import BLT as found
+        case "ByteLM":
+            from bltjax.model import ByteLM as found
+        case "Model":
+            from bltjax.families import Model as found
+        case "Patching":
+            from bltjax.config.model import Patching as found
+        case "range_attention":
+            from bltjax.attention import range_attention as found
+        case _:
+            raise AttributeError(f"module 'bltjax' has no attribute {name!r}")
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
