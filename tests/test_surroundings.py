@@ -269,7 +269,8 @@ def test_a_value_that_jax_refuses_ends_in_a_line():
 
 def test_neither_the_package_nor_help_imports_jax():
     code = (
-        "import runpy, sys, bltjax; sys.argv = ['bltjax', '--help']\n"
+        "import runpy, sys, bltjax; dir(bltjax), bltjax.load, bltjax.train, help(bltjax.patch)\n"
+        "sys.argv = ['bltjax', '--help']\n"
         "try: runpy.run_module('bltjax', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code\n"
         "heavy = {'jax', 'jaxlib', 'flax', 'orbax', 'tensorstore', 'numpy', 'pyarrow', 'grain'}\n"

@@ -22,7 +22,7 @@ from bltjax.distributed.sharding import (
     under,
 )
 from bltjax.families import Model, batch_logits, model_shapes, module_of, resolved
-from bltjax.inference.entropy import PREVIEW, scored_source, scorer_of
+from bltjax.inference.entropy import PREVIEW, device_of, scored_source, scorer_of
 from bltjax.inference.finite import not_finite
 from bltjax.model.loss import Sums, target_sums
 from bltjax.progress import Progress
@@ -119,7 +119,7 @@ def broken_row(batch: Batch, sums_of: Callable[[Batch], Sums]) -> str:
 
 
 def evaluate_model(model: Model, source: SourceConfig | str) -> Evaluation:
-    """Bits per byte of a loaded model on a source, on the device that its parameters lie on.
+    """Bits per byte of a loaded model on a source, on a device that its parameters lie on.
 
     Raises:
       ValueError: for a source that can't be read, or entropy patching without a byte LM.
@@ -127,7 +127,6 @@ def evaluate_model(model: Model, source: SourceConfig | str) -> Evaluation:
     """
     source = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
     documents = scored_source(source, model.config.patching, scorer_of(model))
-    (device,) = jax.tree.leaves(model.params)[0].devices()
-    mesh = make_mesh(MeshConfig(), [device])
+    mesh = make_mesh(MeshConfig(), [device_of(model.params)])
     params = jax.device_put(model.params, tree_shardings(model_shapes(model.config), mesh))
     return evaluate_documents(model._replace(params=params), documents, source.path, mesh)

@@ -139,6 +139,10 @@ def test_a_run_is_loaded_onto_a_mesh(tmp_path):
     assert tables_RME.sharding.shard_shape(tables_RME.shape) == (2, 128, 24)
     text = "".join(model.generate(PROMPTS[1], max_bytes=40))
     assert text == on_one()[1][0].decode(errors="replace")
+    source = tmp_path / "text.txt"
+    source.write_text("A BLT has no tokenizer.", encoding="utf-8")
+    expected = bltjax.evaluate(bltjax.load(tmp_path / "run"), source)
+    assert bltjax.evaluate(model, source) == expected  # on one of the devices
 
 
 @pytest.mark.slow
