@@ -43,6 +43,9 @@ class Family(NamedTuple):
     """A kind of model: its settings, computations and refusals.
 
     N and P are a row's bytes and patches; a module is what `module` makes, which has `config`.
+    What `decoding` makes is hashable and has `patched`, `prepared`, `prefill`, `predict` and
+    `advance`, as `CachedBytes` (model/byte_decoding.py); its memory has `count_B`.
+    tests/toy_family.py is the smallest family.
     """
 
     name: str  # the group of its settings in a config, and its Config's `group`

@@ -32,7 +32,6 @@ from jax import export
 
 from bltjax.inference.decoding.loop import when
 from bltjax.inference.decoding.prefill import SHORTEST, cached_model
-from bltjax.model.blt.decoding import CachedBLT
 from bltjax.text.alphabet import BOE, BOS, BPE, EOS, OFFSET, VOCABULARY
 from bltjax.weights.lazy import DTYPES
 from bltjax.weights.stored import ModelFiles
@@ -152,7 +151,7 @@ class Programs:
         scorer = files.byte_lm and files.byte_lm.config
         self.config, self.dtype = config, serving_dtype(files)
         self.model = cached_model(model, scorer, self.dtype, implementation="xla")
-        self.patched = isinstance(self.model, CachedBLT)
+        self.patched = self.model.patched
         self.arrays = arrays_of(files)
         # An open patch may be as long as the text, unless patches have a longest.
         longest = (model.patching and model.patching.max_patch_bytes) or config.positions

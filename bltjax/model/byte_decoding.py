@@ -1,7 +1,7 @@
 """Byte models, byte by byte: entropies that place patches, and decoding without patches."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,10 @@ class ByteMemory(NamedTuple):
 
 @dataclass(frozen=True)
 class CachedBytes:
+    """A byte model's two ways to a `ByteMemory`: whole prompts at once, and byte by byte."""
+
+    patched: ClassVar[bool] = False
+
     config: ByteLMConfig | ByteCNNConfig
     dtype: Any
     implementation: str | None = None  # of attention over whole prompts
@@ -113,6 +117,14 @@ class Scorer:
     newline_reset: bool
     extra: int = 0
     implementation: str | None = None  # of attention over whole prompts
+
+    def __post_init__(self):
+        """Raises ValueError for a family whose entropies can't be had byte by byte."""
+        if not isinstance(self.config, ByteLMConfig | ByteCNNConfig | None):
+            raise ValueError(
+                f"patches are placed by a {self.config.group}, which can't score a text while it is"
+                " being written: a byte LM or a byte CNN can"
+            )
 
     def prepared(self, params):
         """What it reads: a byte LM's parameters, a byte CNN's table, or nothing."""

@@ -45,7 +45,6 @@ from bltjax.inference.decoding.request import CONTEXT, fitting_prompts, prompt_n
 from bltjax.inference.decoding.sampling import GREEDY, Sampling, utf8_state
 from bltjax.inference.decoding.speculation import run_rounds
 from bltjax.inference.finite import not_finite
-from bltjax.model.blt.decoding import CachedBLT
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import OFFSET, VOCABULARY, as_bytes, encode
 
@@ -232,7 +231,7 @@ class Decoder:
         """The error for a row whose next byte can't be chosen. given: bytes of its prompt."""
         made, memory = int(jax.device_get(state.made_B)[place]), state.memory
         found = "logits"
-        if isinstance(self.model, CachedBLT):
+        if self.model.patched:
             entropy_B = jax.device_get(memory.cursor.entropy_B)
             found = "logits" if np.isfinite(entropy_B[place]) else "entropies"
         written = f" and {made} that were written" if made else ""
@@ -250,7 +249,7 @@ class Decoder:
             bytes_BN[row, : len(ids)] = ids
         inputs = (self.params, bytes_BN, np.array(lengths, np.int32))
         with on_mesh(self.mesh):
-            if not isinstance(self.model, CachedBLT):
+            if not self.model.patched:
                 return prefill_bytes(self.model, *inputs)
             scored = score(self.model, *inputs)
         sound_B, closed_B, open_B = jax.device_get((scored.sound_B, scored.closed_B, scored.open_B))

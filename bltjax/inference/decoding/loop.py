@@ -24,7 +24,6 @@ import numpy as np
 from bltjax.inference.decoding.placement import in_groups
 from bltjax.inference.decoding.sampling import BYTES, UTF8_NEXT, Numbers, Steps, candidates, chosen
 from bltjax.model.blt.decoding import CachedBLT
-from bltjax.model.byte_decoding import CachedBytes
 from bltjax.model.byte_lm import entropies_of
 from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY
 
@@ -137,14 +136,14 @@ def sound(logits_V, entropy):
 
 def tick(model, steps: Steps, params, asked: Asked, state: State, out: Written):
     """One byte in each row that can write one, after a latent step if it is time for one."""
-    if isinstance(model, CachedBLT):
+    if model.patched:
         state = close_waiting(model, params, state)
     return write_bytes(model, steps, params, asked, state, out)
 
 
 def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Written):
     """One byte in each row that waits for no latent step."""
-    patches = isinstance(model, CachedBLT)
+    patches = model.patched
     go_B = state.why_B == RUNNING
     if patches:
         go_B &= ~state.memory.closes_B
@@ -196,9 +195,7 @@ def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Wr
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def run(
-    model: CachedBLT | CachedBytes, steps: Steps, chunk: int, params, asked: Asked, state: State
-):
+def run(model, steps: Steps, chunk: int, params, asked: Asked, state: State):
     """Ticks until a row has written `chunk` ids, all have ended, or one needs more room.
 
     Returns the state, what was written, and bool [B, 2]: whether a row needs room for patches, and
@@ -207,7 +204,7 @@ def run(
 
     def full(state: State):
         running_B1 = (state.why_B == RUNNING)[:, None]
-        if isinstance(model, CachedBytes):
+        if not model.patched:
             return running_B1 & np.zeros((1, 2), bool)
         return model.full(state.memory) & running_B1
 

@@ -16,7 +16,7 @@ and the host doubles it.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,8 @@ def rows_where(go_B, new, old):
 @dataclass(frozen=True)
 class CachedBLT:
     """A BLT's two ways to a `Memory`: whole prompts at once, and byte by byte."""
+
+    patched: ClassVar[bool] = True  # it has a latent step, and memory that grows with the text
 
     config: BLTConfig
     patching: Patching
