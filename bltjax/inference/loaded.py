@@ -25,7 +25,15 @@ from bltjax.inference.entropy import score_documents
 from bltjax.inference.finite import first_not_finite, not_finite
 from bltjax.system.environment import check_numbers, check_platform
 from bltjax.system.paths import hidden_beside, path_of
-from bltjax.text.alphabet import OFFSET, as_bytes, encode, text_stream
+from bltjax.text.alphabet import (
+    EOS,
+    OFFSET,
+    VOCABULARY,
+    as_bytes,
+    decode,
+    encode,
+    text_stream,
+)
 from bltjax.text.patching import force_starts, patch_starts
 from bltjax.text.segments import split_at
 from bltjax.weights.export import open_stored
@@ -80,6 +88,17 @@ class LoadedModel:
         if (place := first_not_finite(logits_NV)) is not None:
             raise not_finite(f"logits after the text's first {place} bytes are", {"": self.params})
         return logits_NV
+
+    def next_bytes(self, text: str | bytes, count: int = 5) -> list[tuple[bytes, float]]:
+        """The likeliest next bytes and their probabilities, likeliest first; b"" is the text's end.
+
+        Raises:
+          ValueError, FloatingPointError: as `logits`.
+        """
+        chances_V = np.asarray(jax.nn.softmax(self.logits(text)[-1]))
+        ids = np.array([EOS, *range(OFFSET, VOCABULARY)])
+        likeliest = ids[np.argsort(-chances_V[ids], kind="stable")][:count]
+        return [(decode([id]), float(chances_V[id])) for id in likeliest]
 
     def cross_weights(self, text: str | bytes) -> CrossWeights:
         """What the cross-attentions look at in a text, by layer, slot, head and byte.

@@ -69,6 +69,22 @@ def test_bits_per_byte(blt, byte_lm):
             model.bits_per_byte("")
 
 
+def test_next_bytes_are_the_likeliest(blt, byte_lm):
+    for model in (blt, byte_lm):
+        chances = np.exp(model.logits(TEXT)[-1].astype(np.float64))
+        chances /= chances.sum()
+        found = model.next_bytes(TEXT, 257)
+        assert {byte for byte, _ in found} == {b"", *(bytes([value]) for value in range(256))}
+        assert [chance for _, chance in found] == sorted(dict(found).values(), reverse=True)
+        for byte, chance in found:
+            assert chance == pytest.approx(chances[byte[0] + 4 if byte else 2], abs=1e-6)
+        assert model.next_bytes(TEXT) == found[:5]
+        first, chance = model.next_bytes(TEXT)[0]
+        assert first and "".join(model.generate(TEXT, max_bytes=1)) == first.decode(
+            errors="replace"
+        )
+
+
 def test_generation(blt):
     pieces = list(blt.generate("the ", max_bytes=6))
     assert all(isinstance(piece, str) for piece in pieces)
