@@ -61,9 +61,10 @@ def train_run(config: RunConfig, workdir, *, resume: bool = True) -> Run:
 
         def watch(step: int, values: dict) -> None:
             if "held_out_bits_per_byte" in values:
-                bar.set_postfix_str(f"held out {values['held_out_bits_per_byte']:.3f} bits/byte")
+                shown = f"held out {values['held_out_bits_per_byte']:.3f} bits/byte"
             else:
-                bar.set_postfix_str(f"{values['bits_per_byte']:.3f} bits/byte")
+                shown = f"{values['bits_per_byte']:.3f} bits/byte"
+            bar.set_postfix_str(shown, refresh=False)  # with the step that it is of
             bar.update(step - bar.n)
 
         train(config, workdir, watch=watch)
