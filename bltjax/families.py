@@ -1,8 +1,8 @@
 """The table of model families: what each can do, and how a config names it.
 
-Everything that differs between families is asked of `family_of(config)`; nobody else looks at a
-config's type. A family is one entry here, and one file (or folder) that has its settings and its
-computations. An ability that a family lacks is None, and `require` gives the reason.
+All differences between families go through `family_of(config)`; no other code looks at a config's
+type. A family is one entry here, and one file (or folder) with its settings and its computations.
+An ability that a family lacks is None, and `require` gives the reason.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ class Model(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A kind of model: its settings, computations and refusals.
+    """A kind of model: its settings, its computations, and the reasons for abilities that it lacks.
 
-    N and P are a row's bytes and patches; a module is what `module` makes, which has `config`.
+    N and P are a row's bytes and patches; a module is the result of `module`, which has `config`.
     What `decoding` makes is hashable and has `patched`, `prepared`, `prefill`, `predict` and
     `advance`, as `CachedBytes` (model/byte_decoding.py); its memory has `count_B`.
     tests/toy_family.py is the smallest family.
@@ -77,13 +77,14 @@ class Family(NamedTuple):
 
 
 def flax_init(module: Callable, *inputs) -> Callable:
-    """(config, key) -> params of a flax module; sizes don't depend on the row, so the shortest one
-    will do."""
+    """(config, key) -> params of a flax module; sizes don't depend on the row, so a minimal one is
+    used."""
     return lambda config, key: module(config).init(key, *map(jnp.asarray, inputs))["params"]
 
 
 def flax_logits(*names: str) -> Callable:
-    """(module, params, batch) -> logits of a flax module that is given those arrays of a batch."""
+    """(module, params, batch) -> logits of a flax module whose inputs are those arrays of a
+    batch."""
 
     def logits(module, params, batch) -> jax.Array:
         return module.apply({"params": params}, *(getattr(batch, name) for name in names))[0]
@@ -126,7 +127,7 @@ FAMILIES = {
 
 
 def groups() -> dict[str, type]:
-    """The settings' class of each family, by the group that names it."""
+    """The settings class of each family, by the config group that names it."""
     return {name: family.Config for name, family in FAMILIES.items()}
 
 
@@ -136,7 +137,7 @@ def family_of(config) -> Family:
 
 
 def parse(kind: type, values, where: str = "config"):
-    """A RunConfig or ModelConfig of nested dicts, whose group named after a family is its model's.
+    """A RunConfig or ModelConfig from nested dicts; the group named after a family holds its model.
 
     Raises:
       ValueError: as `from_dict`.
@@ -154,7 +155,7 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def from_json(values, path) -> RunConfig:
-    """The RunConfig that the values of a JSON file are.
+    """The RunConfig from the values of a JSON file.
 
     Raises:
       ValueError: as `parse`, naming the file.
@@ -168,7 +169,7 @@ def from_json(values, path) -> RunConfig:
 
 
 def model_config(run: RunConfig) -> ModelConfig:
-    """The model of a run, without the run."""
+    """The ModelConfig of a RunConfig."""
     patching = run.patching if family_of(run).rows == "patches" else None
     return ModelConfig(
         run.model, patching, run.data.row_bytes, run.data.row_patches, run.compute_dtype,
@@ -177,10 +178,10 @@ def model_config(run: RunConfig) -> ModelConfig:
 
 
 def resolved(config, device):
-    """A ModelConfig or RunConfig with `auto` replaced by what is fastest on a device, which may
-    only be described.
+    """A ModelConfig or RunConfig with `auto` replaced by the fastest choice for a device, present
+    or only described.
 
-    Products are in bfloat16 where there are units for it, in float32 on a CPU.
+    Products are in bfloat16 on devices with units for it, in float32 on a CPU.
     """
     changes = {}
     if config.attention == "auto":
@@ -191,7 +192,7 @@ def resolved(config, device):
 
 
 def make_model(config, row_patches: int, dtype, attention: str | None):
-    """The module of a family's settings; `row_patches` is how many patches a row may hold."""
+    """The module of a family's settings; `row_patches` is the most patches per row."""
     return family_of(config).module(config, row_patches, dtype, attention)
 
 
@@ -212,12 +213,12 @@ def initial_params(config, key) -> dict:
 
 
 def positions_of(config: ModelConfig) -> int:
-    """Positions of a row of its main stack: patches, or bytes without patches."""
+    """Positions per row of the main stack: patches, or bytes for a model without patches."""
     return getattr(config, family_of(config).limits[-1])
 
 
 def check_mesh(config, rows: int | None, mesh: Mesh) -> None:
-    """Checks what a mesh splits, by the names of the config; `rows` at a time, None for any.
+    """Checks the sizes that a mesh splits, by their config names; `rows` per batch, None for any.
 
     config: a family's settings.
 
@@ -232,7 +233,7 @@ def check_mesh(config, rows: int | None, mesh: Mesh) -> None:
 
 
 def model_shapes(config) -> dict:
-    """The shapes of the parameters of a ModelConfig or RunConfig, nested as they are; nothing is
+    """The shapes of the parameters of a ModelConfig or RunConfig, as a nested dict; nothing is
     allocated."""
     return jax.tree.map(lambda leaf: leaf, traced_shapes(config.model))
 

@@ -1,4 +1,5 @@
-"""Range attention: every query sees one contiguous range of keys. One meaning, several ways.
+"""Range attention: every query has one contiguous range of keys. One definition, several
+implementations.
 
 where                      query           keys     range
 local self-attention       byte n          bytes    [max(n - W + 1, document start), n + 1)
@@ -6,8 +7,8 @@ encoder cross-attention    slot of patch   bytes    the patch's bytes
 latent self-attention      patch p         patches  [document's first patch, p + 1)
 decoder cross-attention    byte n          slots    the slots of the patch that n reads
 
-Each implementation runs where it was written for: the Pallas kernels on a TPU, or on a GPU. With
-`_interpreted` after their names they run anywhere, step by step and slowly, to be tested.
+Each implementation runs on the platform that it was written for: Pallas kernels for TPU and for
+GPU. With the suffix `_interpreted` the kernels run anywhere, slowly, for tests.
 """
 
 import functools
@@ -45,7 +46,8 @@ _logged: set[str] = set()
 
 
 def fastest(device) -> str:
-    """The implementation for a device, here or only described: its kernels, where they compile.
+    """The fastest implementation on a device, present or only described: its kernels, if they
+    compile.
 
     The choice is logged once per kind of device.
     """
@@ -68,12 +70,12 @@ def range_attention(
 ) -> jax.Array:
     """softmax(q k / sqrt(C)) v over keys start <= t < end, [B, Q, H, C] in v's dtype.
 
-    Starts and ends never decrease along Q and keep the `pattern`'s promise. An empty range gives
-    zeros. Query head h uses key/value head h // (H / J). Scores and softmax are fp32.
+    Starts and ends never decrease along Q and satisfy the `pattern`. An empty range gives zeros.
+    Query head h uses key/value head h // (H / J). Scores and softmax are fp32.
 
-    implementation: a name works or raises (a kernel that is compiled for a platform that it was
-    not written for raises there). None is the `fastest` of this process' first device; whoever
-    compiles for other devices names one.
+    implementation: a name works or raises (a kernel compiled for another platform than its own
+    raises there). None is the `fastest` of this process' first device; name one when compiling for
+    other devices.
 
     Raises:
       ValueError: for an unknown implementation, or sizes that differ or don't divide.

@@ -1,4 +1,4 @@
-"""The meaning of range attention, written for reading: one mask, one softmax, any pattern."""
+"""The definition of range attention, written for reading: one mask, one softmax, any pattern."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ def dense(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ):
 
 
 def masked_softmax(scores, seen):
-    """Softmax over the last axis among what is seen; zeros, and zero gradients, if nothing is."""
+    """Softmax over the last axis where `seen`; zeros, and zero gradients, where the mask is
+    empty."""
     top = jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-1e30)
     weights = jnp.where(seen, jnp.exp(jnp.where(seen, scores - jax.lax.stop_gradient(top), 0.0)), 0)
     total = weights.sum(axis=-1, keepdims=True)

@@ -1,18 +1,18 @@
-"""Keys and values that a decoder keeps, so that a new position costs one position.
+"""KV caches for incremental decoding: a ring for bytes, a list for patches.
 
-Bytes see a window, so their cache is a ring: position n lies in slot n % T, and the slots of a text
-of any length are enough. Patches see all patches before them: patch p lies in slot p.
+Bytes see a window, so their cache is a ring: position n lies in slot n % T, and a fixed number of
+slots serves texts of any length. Patches see all patches before them: patch p lies in slot p.
 
     ring, T = 8, W = 6      slot      0   1   2   3   4   5   6   7
     after position 10       position  8   9  10   3   4   5   6   7
     position 11 sees itself and       x   x   x               x   x
 
-New positions see the cache as it was, and themselves; then they are `stored`, in place. Written
-first and read with the others they would cost copies of the whole cache, several a step of one row.
+New positions attend to the old cache and to themselves; only then are they `stored`, in place.
+Writing first and reading afterwards would copy the whole cache, several times per step of one row.
 
-Keys are kept turned by their positions. In a ring the angles are those of `endless_angles`, exact
-at any distance from the text's start. What lies in slots that no position has reached, or in those
-of positions that were taken back, is never seen, so nothing has to be cleared.
+Keys are stored after rotation. In a ring the angles are those of `endless_angles`, exact at any
+distance from the text's start. Slots that no position has reached, or whose positions were taken
+back, are masked, so nothing has to be cleared.
 """
 
 from typing import NamedTuple
@@ -26,16 +26,16 @@ from bltjax.attention.rope import endless_angles, rotate
 
 
 class Cache(NamedTuple):
-    """Turned keys and values by slot; heads first, so that a step's products are plain."""
+    """Rotated keys and values by slot; heads first, so that a step's products are plain."""
 
     k_BJTC: jax.Array
     v_BJTC: jax.Array
 
 
 class Places(NamedTuple):
-    """The next positions of each row: their slots, what they see, and their angles.
+    """The next positions of each row: their slots, masks and rotary angles.
 
-    seen_BQT: of the cache's slots, then of the new positions themselves.
+    seen_BQT: the mask over the cache's slots, then over the new positions themselves.
     """
 
     slot_BQ: jax.Array
@@ -44,16 +44,16 @@ class Places(NamedTuple):
 
 
 def ring_positions(last_B, slots: int):
-    """int32 [B, T]: the newest position up to `last` that lies in each slot; negative for none."""
+    """int32 [B, T]: the newest position up to `last` in each slot; negative for none."""
     last_B1 = last_B[:, None]
     return last_B1 - (last_B1 - jnp.arange(slots)[None]) % slots
 
 
 def ring_places(count_B, begin_BQ, slots: int, window: int, channels: int, theta: float) -> Places:
-    """Places of the positions from `count` on; each sees `window` of them, none before `begin`.
+    """Places of the positions from `count` on; each sees `window` positions, none before `begin`.
 
-    The ring needs W + Q - 1 slots, or the last of positions that are taken back would have
-    overwritten what the first one still sees when it comes again.
+    The ring needs W + Q - 1 slots. With fewer, positions that are taken back would have overwritten
+    keys that the first of them still needs when it is run again.
     """
     queries = begin_BQ.shape[1]
     if slots < window + queries - 1:
@@ -86,10 +86,10 @@ def written(caches, fresh, slot_BQ) -> tuple[Cache, ...]:
 
 
 def stored(caches, fresh, slot_BQ, after) -> tuple[Cache, ...]:
-    """The caches of a stack, `written` once all of it has read them.
+    """The caches of a stack, `written` once all of its layers have read them.
 
-    after: the stack's outcome. XLA writes in place only where it can tell that whatever reads the
-    old values comes first. So the slots are made to depend on what all layers' reads lead to.
+    after: the output of the stack. XLA writes in place only if every read of the old values
+    provably comes first, so the slot indices are made to depend on this output.
     """
     slots = caches[0].k_BJTC.shape[2]
     no_bound = jnp.where(after.ravel()[0] > 0, slots, slots + 1)
@@ -97,7 +97,7 @@ def stored(caches, fresh, slot_BQ, after) -> tuple[Cache, ...]:
 
 
 def ring_of(k_BNJC, v_BNJC, length_B, slots: int, theta: float) -> Cache:
-    """The ring of rows whose first `length` positions were run at once; keys come unturned."""
+    """The ring of rows whose first `length` positions were run at once; keys come unrotated."""
     position_BT = ring_positions(length_B - 1, slots)
 
     def gathered(x_BNJC):
@@ -110,7 +110,7 @@ def ring_of(k_BNJC, v_BNJC, length_B, slots: int, theta: float) -> Cache:
 
 
 def cached_attention(q_BQHC, cache: Cache, seen_BQT, fresh=None):
-    """softmax(q k / sqrt(C)) v over the slots that each query sees; zeros where it sees none.
+    """softmax(q k / sqrt(C)) v over the slots in each query's mask; zeros where it is empty.
 
     fresh: (k, v) [B, Q, J, C] of the queries' own positions, which follow the slots in `seen`.
     """

@@ -1,19 +1,19 @@
 """Range attention for GPUs (Triton): the same staircase, with a loop where a TPU has a work list.
 
-A program owns one tile and walks over the tiles that it meets, of which the staircase tells the
-first and the last; programs of one row and head run side by side, in any order, and write no
-other's tile. So each step is a pair that sees, and a tile that meets none writes its zeros at once.
+A program owns one tile and walks over the tiles that it meets, from the first to the last in the
+staircase. Programs of one row and head run in parallel, in any order, and none writes another's
+tile. So each step is a pair that sees, and a tile that meets none writes its zeros at once.
 
     forward, dq   a program per tile of queries; steps over key tiles
     dk, dv        a program per tile of keys; steps over the query tiles, for each query head that
                   shares the keys
 
-Arrays keep the model's layout, [B, Q, H, C]: a GPU reads rows of a head wherever they lie. Weights
-are powers of two, as on TPUs.
+Arrays keep the model's layout, [B, Q, H, C]: a GPU reads rows of a head wherever they lie. Softmax
+weights are powers of two, as on TPUs.
 
-Where exact products of float32 are asked for, each is three of TF32, on tensor cores: as near as
-float32 itself. Those of float32 have no such units, and their unrolled loops take ten times as long
-to compile (24 s instead of 2 for the three kernels, on two slow CPUs).
+Where exact float32 products are requested, each is three TF32 products on tensor cores, with the
+accuracy of float32. Tensor cores have no float32 products, whose unrolled loops take ten times as
+long to compile (24 s instead of 2 for the three kernels, on two slow CPUs).
 """
 
 import functools
@@ -34,7 +34,7 @@ LEAST = 16  # a side of the smallest matrix that a tensor core multiplies
 
 
 class Plan(NamedTuple):
-    """What is fixed when the kernels are compiled."""
+    """Static parameters of the kernels."""
 
     forward: Tiles
     backward: Tiles
@@ -45,13 +45,13 @@ class Plan(NamedTuple):
 
 
 def product_precision(dtype) -> jax.lax.DotAlgorithmPreset | None:
-    """What serves `jax.default_matmul_precision` on tensor cores."""
+    """The tensor-core algorithm for `jax.default_matmul_precision`."""
     exact = jax.config.jax_default_matmul_precision in ("highest", "float32")
     return jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if exact and dtype == FP32 else None
 
 
 def tile_sizes(queries: int, keys: int, channel_bytes: int) -> tuple[Tiles, Tiles]:
-    """Tiles forward and backward; each backward step holds twice as many operands.
+    """Tile sizes, forward and backward; each backward step holds twice as many operands.
 
     They are as large as the 99 KiB of shared memory of the smaller cards (8.6, 8.9) allow.
     """
@@ -156,7 +156,7 @@ attend.defvjp(attend_forward, attend_backward)
 
 
 def call(kernel, inputs, outputs, tiles: Tiles, plan: Plan, *, products: int):
-    """Runs a kernel with one program for each tile; other arrays it sees whole, of one head."""
+    """Runs a kernel with one program per tile; it gets the other arrays of its head whole."""
     rows, queries, heads, channels = inputs["q"].shape
     keys, shared = inputs["k"].shape[1:3]
     group, by_keys = heads // shared, kernel is keys_kernel

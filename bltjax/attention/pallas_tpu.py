@@ -1,29 +1,29 @@
 """Range attention for TPUs (Mosaic): one kernel forward, one or two backward, over a staircase.
 
-A grid step takes one pair of a work list: a tile of queries and a tile of keys. Everything is laid
-with positions along the lanes, [C, positions], and scores with keys along the sublanes:
+A grid step takes one pair of a work list: a tile of queries and a tile of keys. All arrays have
+positions along the lanes, [C, positions], and scores have keys along the sublanes:
 
     scores   [keys, queries] = k^T q      softmax reduces over sublanes: mostly plain additions
     out      [C, queries]   += v p        maximum, sum, bounds, gradients' delta: [1, queries] rows
     dq       [C, queries]   += k ds
     dv, dk   [C, keys]      += g p^T, q ds^T
 
-So heads of 64 channels waste no lane, bounds cost 4 bytes a query, a key's position needs no array
-at all, and only k and v are ever transposed, a tile at a time. XLA lays the model's [B, Q, H, C]
-out as [B, H, C, Q] of itself, so nothing is copied on the way in or out. The query heads that share
-a key/value head stand side by side in a step, as if they were more queries.
+So heads of 64 channels waste no lane, bounds cost 4 bytes per query, a key's position needs no
+array at all, and only k and v are ever transposed, a tile at a time. XLA by itself lays the model's
+[B, Q, H, C] out as [B, H, C, Q], so nothing is copied on the way in or out. The query heads that
+share a key/value head stand side by side in a step, as if they were more queries.
 
 Backward, a list in the order of the queries gives dq and one in the order of the keys dk and dv, so
-scores and the weights' gradients are computed twice: seven products a pair of tiles. In a long
-context, where they are what a step spends its time on, the second kernel holds dq of a whole row in
-VMEM and adds it up as it goes: five products, and no other kernel.
+scores and the gradients of the softmax weights are computed twice: seven products per pair of
+tiles. In a long context, where the products dominate, the second kernel holds dq of a whole row in
+VMEM and accumulates it: five products, and no other kernel.
 
-Weights are powers of two, which saves a multiplication a score; the logarithms that the forward
-pass leaves to the backward pass are to base 2.
+Softmax weights are powers of two, which saves a multiplication per score; the logarithms that the
+forward pass saves for the backward pass are to base 2.
 
 Self-attention uses these kernels too, not jax's own (`splash_attention`, 512 x 512 tiles). Compiled
-for a v5e, bf16, one row, forward and backward; cycles are those of the static schedules, for what
-512 queries of a head in the middle of a row see, forward, dq, and dk with dv:
+for a v5e, bf16, one row, forward and backward; cycles are those of the static schedules, for
+512 queries of a head in the middle of a row, forward, dq, and dk with dv:
 
                                            temporaries   code       cycles
     window of 512, N = 16384    splash     482 MiB       1292 KiB   2428, 3162, 3968
@@ -31,9 +31,9 @@ for a v5e, bf16, one row, forward and backward; cycles are those of the static s
     latent, P = 4096, a tile    splash      68 MiB       3784 KiB   1187, 1465, 1839
     32 heads of 128 channels    here        65 MiB       1214 KiB   1455, then one kernel
 
-Of the latent's row, one document, both visit the same 36 tiles; but splash has 64 steps whatever
-the documents are, where a row of eight documents here visits 8 to 15, and it multiplies seven times
-backward where one kernel here does five. (As two kernels ours took 1518 and 2000 cycles.)
+For a latent row of one document, both visit the same 36 tiles. But splash always has 64 steps,
+where a row of eight documents here visits 8 to 15, and it has seven products backward where one
+kernel here has five. (As two kernels ours took 1518 and 2000 cycles.)
 """
 
 import functools
@@ -67,7 +67,7 @@ LONG = 512  # a window beyond this is a long context
 
 @dataclass(frozen=True)
 class Plan:
-    """What is fixed when the kernels are compiled."""
+    """Static parameters of the kernels."""
 
     pattern: Pattern
     tiles: Tiles
@@ -82,7 +82,7 @@ class Plan:
         return self.tiles.queries * self.group
 
     def vmem_bytes(self, channels: int, itemsize: int) -> int:
-        """What the hungriest kernel, that of dk and dv, keeps in VMEM."""
+        """VMEM of the largest kernel, the one for dk and dv, in bytes."""
         query = self.heads * channels * self.lanes  # elements of a step's tile
         key = self.heads * channels * self.tiles.keys
         scores = self.tiles.keys * self.lanes
@@ -103,16 +103,16 @@ class Plan:
 
 
 def make_plan(pattern: Pattern, queries: int, keys: int, shared: int, group: int, head) -> Plan:
-    """Tiles that are multiples of the lanes and split no patch's slots, and heads of a step.
+    """Tile sizes, multiples of the lanes that split no patch's slots, and heads per step.
 
     Cycles here are those of v5e's static schedule; v5p's is the same within 3 %, v6e's up to 30 %
     shorter, so all chips have the same plan. A step costs 200 cycles by itself (v6e 280, v5p 360).
-    A long context fills tiles of 512 x 512, 1205 cycles forward. A cross-attention needs few scores
-    of a tile, so its tiles are 256 x 256: 433 cycles, or 389 a head when a step takes four, whose
-    instructions interleave, at a quarter of the step's own cost. So are those of a window of 512
-    or less: 512 queries see three quarters as many scores in them, in 6 % fewer cycles.
+    A long context fills tiles of 512 x 512: 1205 cycles forward. A cross-attention needs few scores
+    of a tile, so its tiles are 256 x 256: 433 cycles, or 389 per head when a step takes four heads,
+    whose instructions interleave, at a quarter of the step's own cost. A window of 512 or less uses
+    256 x 256 too: 512 queries compute three quarters as many scores, in 6 % fewer cycles.
 
-    head: channels and bytes of each, which decide how many heads a step can hold.
+    head: channels and bytes per channel, which decide how many heads fit in a step.
 
     Raises:
       ValueError: if not even one head fits, with both numbers.
@@ -238,7 +238,7 @@ attend.defvjp(attend_forward, attend_backward)
 
 
 def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: int):
-    """Runs a kernel over a work list, each array cut into the tiles that its name calls for."""
+    """Runs a kernel over a work list, with each array cut into tiles by its name."""
     rows, shared, channels, _ = inputs["k"].shape
     steps, tiles = work.tile.shape[1], plan.tiles
     by_keys = kernel in (keys_kernel, gradients_kernel)
@@ -272,7 +272,7 @@ def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: 
     scores = rows * shared * steps * plan.lanes * tiles.keys
 
     def moved(name: str, x) -> int:
-        """Bytes: an array of the tiles that the list goes through once, another one every step."""
+        """Bytes moved: an array of the list's own tiles is read once, another one every step."""
         if name == "dq" or (name in "kv") == by_keys:
             return x.size * x.dtype.itemsize
         tile = math.prod(filter(None, specs[name].block_shape))

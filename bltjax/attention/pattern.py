@@ -1,11 +1,11 @@
-"""What is known, when a program is compiled, of the ranges that it will see.
+"""Static description of an attention pattern, used to pick tile shapes at trace time.
 
-The ranges themselves are data; their pattern is a promise about them that lets an implementation
-choose static shapes. Each of BLT's attentions keeps one of three:
+The ranges themselves are data; the pattern is a promise about them that lets an implementation
+choose static shapes. Each of BLT's attentions has one of three:
 
     Sliding(span)    query i sees keys from i + (T - Q) - span + 1 to i + (T - Q), or some of them
     Pooling(slots)   each run of `slots` queries shares a range; ranges of different runs are
-                     disjoint and ascending: every key is seen by one run, or by none
+                     disjoint and ascending: every key belongs to at most one run
     Reading(slots)   a range is empty or exactly `slots` keys, aligned to a multiple of `slots`
 """
 

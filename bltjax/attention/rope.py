@@ -11,10 +11,10 @@ from bltjax.config.fields import positive
 
 @dataclasses.dataclass(frozen=True)
 class RopeScalingConfig:
-    """Llama 3.1's scaling of rotary rates, for contexts longer than they were trained at.
+    """Llama 3.1's scaling of rotary rates, for contexts longer than in pretraining.
 
-    Channels that turn fewer than `low_turns` times within `positions` turn `factor` times slower,
-    those that turn more than `high_turns` times as before, and those between partly.
+    Channels that turn fewer than `low_turns` times within `positions` turn `factor` times slower;
+    those that turn more than `high_turns` times are unchanged; those between are interpolated.
     """
 
     factor: float = 8.0
@@ -32,7 +32,7 @@ class RopeScalingConfig:
 
 
 def scaled_rates(rate_C, scaling: RopeScalingConfig):
-    """Llama 3.1's rates: slow channels slowed down by `factor`, fast ones kept, a ramp between."""
+    """Llama 3.1's rates: slow channels divided by `factor`, fast ones unchanged, a ramp between."""
     turns_C = rate_C * (scaling.positions / (2 * math.pi))
     kept_C = (turns_C - scaling.low_turns) / (scaling.high_turns - scaling.low_turns)
     kept_C = jnp.clip(kept_C, 0.0, 1.0)
@@ -51,11 +51,11 @@ def rotary_angles(
 
 
 def endless_angles(position_BT, channels: int, theta: float):
-    """As `rotary_angles`, for positions of which only differences matter, however large they are.
+    """As `rotary_angles`, for attention that depends only on differences of positions, of any size.
 
-    Angles are counted in 2^-32 turns by integers that wrap, so two positions 512 apart are turned
-    against each other by the same angle, to 1e-6, at the start of a text and after gigabytes of it;
-    fp32 products are off by 7e-2 at position 5 million.
+    Angles are counted in 2^-32 turns by integers that wrap. So two positions 512 apart differ by
+    the same angle, to 1e-6, at the start of a text and after gigabytes of it; fp32 products are off
+    by 7e-2 at position 5 million.
     """
     rate_C = theta ** (-np.arange(0, channels, 2) / channels)
     units_C = jnp.asarray(np.round(rate_C * 2**31 / np.pi).astype(np.uint32))
@@ -65,7 +65,7 @@ def endless_angles(position_BT, channels: int, theta: float):
 
 
 def rotate(x_BTHC, angles):
-    """x with each channel pair turned by its position's angle; computed in fp32, dtype kept."""
+    """x with each channel pair rotated by its position's angle; computed in fp32, dtype kept."""
     cos, sin = (a[:, :, None, :] for a in angles)
     pairs = x_BTHC.astype(jnp.float32).reshape(*x_BTHC.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]

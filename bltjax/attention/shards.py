@@ -1,9 +1,9 @@
 """A kernel under a mesh: each device runs it on its own rows and heads.
 
-XLA splits its own operations as it likes, but not a kernel. Rows and heads don't concern each other
-in attention, so the kernel needs no communication: rows are split over the axes that split a
-batch, heads over the axis that splits the parameters' heads. An axis that doesn't divide what it
-should split (12 heads over 8) is left out, and its devices all compute the same.
+XLA can partition its own operations, but not a kernel. Attention treats rows and heads
+independently, so the kernel needs no communication: rows are split over the axes that split a
+batch, heads over the axis that splits the parameters' heads. An axis that doesn't divide its size
+(12 heads over 8) is left out, and its devices all compute the same.
 """
 
 from jax.sharding import PartitionSpec
@@ -14,7 +14,7 @@ from bltjax.distributed.sharding import LETTER_AXES, dividing, on_devices, set_m
 def by_rows_and_heads(kernel, q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ):
     """`kernel` of the arrays, under `jax.shard_map` if `jax.set_mesh` set a mesh.
 
-    An axis that is manual already, since the caller is itself under shard_map, is left alone.
+    An axis that is already manual, because the caller is under shard_map, is left alone.
     """
     mesh = set_mesh_or_none()
     arrays = (q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ)

@@ -1,16 +1,16 @@
-"""The staircase: which tiles of queries and keys meet, found on the device, of bounded number.
+"""The staircase: pairs of query and key tiles that meet, found on the device, of bounded number.
 
     key tiles       0   1   2   3   4   5       Ranges never decrease, so the tiles that a query
     query tile 0  | A   B                       tile sees follow one another, and the next tile's
-    query tile 1  |     C                       begin no earlier. The pairs, row by row, are a
+    query tile 1  |     C                       start no earlier. The pairs, row by row, are a
     query tile 2  |     D   E   F               kernel's work list: A B C D E F G. Column by column,
     query tile 3  |             G               A B C D E F G too, for the gradients of the keys.
 
 For both cross-attentions there are at most nQ + nT - 1 pairs, whatever the patches' lengths: two
-neighbouring rows share at most one column, if no tile's edge splits what one patch sees or reads. A
-row without any key counts as one pair, because its zeros must be written. For a window there are as
-many as the window's span reaches. So a list's length is known when a program is compiled, and what
-is left over at its end is idle.
+neighbouring rows share at most one column, if no tile's edge splits the slots of a patch. A row
+without any key counts as one pair, because its zeros must be written. For a window there are as
+many as the window's span reaches. So a list's length is known at trace time; unused steps at its
+end are idle.
 
 In this file a tile is called by its number; `tiles` are the sizes.
 """
@@ -31,7 +31,7 @@ OPENS, SEES, CLOSES = 1, 2, 4
 
 @dataclass(frozen=True)
 class Tiles:
-    """How many positions one tile of queries, and one of keys, holds."""
+    """Positions per tile of queries, and per tile of keys."""
 
     queries: int
     keys: int
@@ -41,10 +41,10 @@ class Tiles:
 
 
 class Work(NamedTuple):
-    """One step after the other, int32 [B, steps]: a tile, the tile that it meets, what to do.
+    """A list of steps, int32 [B, steps]: a tile, the tile that it meets, and flags.
 
     A tile's steps are neighbours: the first one OPENS it and the last one CLOSES it. A tile that
-    meets none has one step, which does not SEE.
+    meets no other has one step, which does not SEE.
     """
 
     tile: jax.Array
@@ -53,7 +53,7 @@ class Work(NamedTuple):
 
 
 def whole_patches(tile: int, unit: int, slots: int) -> int:
-    """The least multiple of `unit` and of `slots` that is no less than `tile`, or that of both."""
+    """The least multiple of `unit` and of `slots` that is at least `tile`."""
     both = math.lcm(unit, slots)
     return -(-tile // both) * both
 
@@ -103,9 +103,9 @@ def seen_tiles(start_BQ, end_BQ, tiles: Tiles):
 
 
 def seeing_tiles(first, end, columns: int):
-    """Query tiles [first, end) that see each of the key tiles, from what `seen_tiles` gives.
+    """Query tiles [first, end) that see each of the key tiles, from the result of `seen_tiles`.
 
-    A query tile that sees nothing, between two that see the same key tile, is among them.
+    A query tile that sees nothing, between two that see the same key tile, is included.
     """
     # Both limits of the tiles that see something ascend; the others take a neighbour's.
     low = jax.lax.cummin(jnp.where(end == first, columns, first), axis=1, reverse=True)
@@ -115,10 +115,10 @@ def seeing_tiles(first, end, columns: int):
 
 
 def passed(limits, places: int):
-    """How many of each row's ascending limits are no more than 0, 1, ..., int32 [B, places].
+    """How many of each row's ascending limits are at most 0, 1, ..., int32 [B, places].
 
-    Counted by a product with ones, of a few hundred tiles by as many steps: a binary search goes
-    one by one on a TPU, and XLA unrolls a sum over comparisons into megabytes of code.
+    Counted by a product with ones, of a few hundred tiles by as many steps: a binary search is
+    sequential on a TPU, and XLA unrolls a sum over comparisons into megabytes of code.
     """
     shape = (*limits.shape, places)
     under = limits[..., None] <= jax.lax.broadcasted_iota(jnp.int32, shape, 2)

@@ -1,14 +1,15 @@
-"""Sliding attention tile by tile: linear in what is seen, and no scores are ever kept.
+"""Sliding attention tile by tile: linear in the keys that are seen, and scores are never stored.
 
     keys      0 . . . . . . . . . . . . . . . . . . T
-    queries  [tile 0]  |lo ==== hi|                     a tile of queries sees keys lo ... hi, which
-             [tile 1]      |lo ======== hi|             its first start and its last end say;
+    queries  [tile 0]  |lo ==== hi|                     a tile of queries sees keys lo ... hi, from
+             [tile 1]      |lo ======== hi|             its first start to its last end;
              [tile 2]          |lo == tk ==|== tk ==|   it walks over them tk at a time
 
-A running maximum and sum make one softmax of the steps; the backward pass computes the scores once
-more. So memory is linear in the row, and time in the keys that are seen: a causal half, a window or
-another document costs nothing. A CPU takes the rows one after the other, so that a tile's scores
-stay in its cache (ten times faster than one large product); other devices take them side by side.
+A running maximum and sum combine the steps into one softmax; the backward pass recomputes the
+scores. So memory is linear in the row, and time in the keys that are seen: keys after the query,
+outside the window or in another document cost nothing. A CPU runs the rows in turn, so that a
+tile's scores stay in its cache (ten times faster than one large product); other devices run them
+in parallel.
 """
 
 import functools
@@ -33,7 +34,7 @@ class Tiles(NamedTuple):
 
 
 def tile_sizes(queries: int, keys: int, span: int) -> Tiles:
-    """One step per query tile for a window; at most 1024 keys a step for what sees further."""
+    """One step per query tile for a window; at most 1024 keys per step for longer spans."""
     tile = min(128, queries)
     return Tiles(tile, min(keys, 1024, -(-(span + tile - 1) // 64) * 64))
 
@@ -55,7 +56,7 @@ def sliding(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, span: int):
 
 
 def each_row(one_row, *arrays):
-    """Rows one by one on a CPU, side by side elsewhere.
+    """Maps over rows: in turn on a CPU, in parallel elsewhere.
 
     Decided when the program is lowered: one traced here may be compiled for another platform.
     """
@@ -95,16 +96,16 @@ def cut(x, at, size: int, axis: int):
 
 
 def steps(start_Q, end_Q, tiles: Tiles):
-    """First key that a query tile sees, and how many steps its keys take."""
+    """The first key that a query tile sees, and its number of steps."""
     low = start_Q[0]
     return low, -(-jnp.maximum(end_Q[-1] - low, 0) // tiles.keys)
 
 
 def scores(q_JIQC, k_JTC, start_Q, end_Q, low, step, tiles: Tiles):
-    """fp32 scores [J, keys, I, queries] of one step, and where its keys begin.
+    """fp32 scores [J, keys, I, queries] of one step, and the index of its first key.
 
-    Keys come first so that the softmax reduces over a major axis, which a CPU vectorises. The last
-    step may reach past the last key; it is moved back, and keys of the step before are hidden.
+    Keys come first so that the softmax reduces over a major axis, which a CPU vectorises. A last
+    step that would reach past the last key is moved back, and keys of the step before are masked.
     """
     wanted = low + step * tiles.keys
     at = jnp.minimum(wanted, k_JTC.shape[1] - tiles.keys)

@@ -1,8 +1,8 @@
-"""What a step of the TPU's attention kernels does with its tile of queries and its tile of keys.
+"""One step of the TPU's attention kernels: a tile of queries and a tile of keys.
 
-`pallas_tpu.py` says how everything is laid, and walks the steps. `tile`, `meets` and `does` are the
-work list: a tile of what the list goes through, the one that it meets, and whether this step opens,
-sees and closes that tile. All else are references to tiles, [heads, rows, positions].
+`pallas_tpu.py` gives the layouts and walks the steps. `tile`, `meets` and `does` are the work list:
+a tile of the list's own axis, the tile that it meets, and whether this step opens, sees and closes
+the tile. All other arguments are references to tiles, [heads, rows, positions].
 """
 
 import math
@@ -29,13 +29,13 @@ def product(a, b, over_a: int, over_b: int):
 
 
 def abreast(x, head: int, heads: int):
-    """What meets one key/value head, of [query heads, rows, positions], as [rows, positions]."""
+    """The part of [query heads, rows, positions] for one key/value head, as [rows, positions]."""
     group = x.shape[0] // heads
     return jnp.concatenate([x[head * group + each] for each in range(group)], axis=1)
 
 
 def write_abreast(out, head: int, heads: int, x, at=slice(None)) -> None:
-    """The other way about; `at` which positions of `out`, all unless said."""
+    """The inverse of `abreast`; `at` selects positions of `out`, all by default."""
     group = out.shape[0] // heads
     width = x.shape[1] // group
     for each in range(group):
@@ -44,7 +44,8 @@ def write_abreast(out, head: int, heads: int, x, at=slice(None)) -> None:
 
 
 def unseen_keys(start, end, key_tile, q, k):
-    """Which scores [keys, queries] of a pair of tiles are hidden, the same for every head."""
+    """Mask of the scores [keys, queries] of a pair of tiles: True is hidden, the same for every
+    head."""
     shape, group = (k.shape[2], q.shape[2]), q.shape[0] // k.shape[0]
     key = key_tile * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return jnp.concatenate([(key < start[...]) | (key >= end[...])] * group, axis=1)
@@ -165,7 +166,7 @@ def keys_kernel(
 
 
 def gradients_kernel(*refs, steps):
-    """dk and dv, and dq of the row besides: `keys_kernel` with dq's total, tile by tile."""
+    """dk and dv, and also dq of the row: `keys_kernel` with a running sum of dq, tile by tile."""
     *inputs, dq, dk, dv, total_q, total_k, total_v = refs
     step = pl.program_id(2)
 

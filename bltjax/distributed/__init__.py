@@ -1,1 +1,1 @@
-"""Meshes and shardings; many processes as one. The only room that touches jax's private names."""
+"""Meshes, shardings and many processes. The only room that touches jax's private names."""

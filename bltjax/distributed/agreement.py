@@ -22,9 +22,9 @@ def code_version() -> str:
 
 
 def check_agreement(settings: dict) -> None:
-    """Raises ValueError, naming hosts and differences, unless all run the same on the same.
+    """Raises ValueError, naming hosts and differences, unless all processes match.
 
-    settings: what this process was told to do, as JSON.
+    settings: the settings of this process, as JSON. Versions and sources are compared too.
     """
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "sources": code_version()}
     mine = {"bltjax": settings, "versions": versions}

@@ -1,8 +1,8 @@
 """All private names of other libraries that the package imports, behind functions of ours.
 
-A private name may change with any release, so each stands here with its reason, and with what will
-take its place. Most of them lead to jax's coordinator: process 0 keeps a store of keys and values,
-which works while no device does. A test searches the package for private names in other files.
+A private name may change with any release, so each stands here with its reason and its expected
+replacement. Most of them lead to jax's coordinator: process 0 keeps a key-value store, which works
+while no device does. A test searches the package for private names in other files.
 """
 
 import jax
@@ -26,33 +26,34 @@ def devices_started() -> bool:
 
 
 def process_index() -> int:
-    """Number of this process. Unlike jax.process_index, it starts no device."""
+    """Index of this process. Unlike jax.process_index, it starts no device."""
     return distributed.global_state.process_id
 
 
 def process_count() -> int:
-    """How many processes there are. Unlike jax.process_count, it starts no device."""
+    """Number of processes. Unlike jax.process_count, it starts no device."""
     return distributed.global_state.num_processes
 
 
 def place_in_cluster() -> tuple[int, int] | None:
-    """Number of this process and of all, if jax knows the cluster; it joins nobody."""
+    """Index of this process and number of processes, if jax knows the cluster; connects to
+    nothing."""
     kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
     cluster = next((kind for kind in kinds if kind.is_env_present()), None)
     return cluster and (cluster.get_process_id(), cluster.get_process_count())
 
 
 def put(key: str, value: str, overwrite: bool = False) -> None:
-    """Keeps a value in the store.
+    """Stores a value in the key-value store.
 
     Raises:
-      JaxRuntimeError: if the key has one and may not be overwritten, or nobody answers.
+      JaxRuntimeError: if the key exists and may not be overwritten, or the coordinator is gone.
     """
     distributed.global_state.client.key_value_set(key, value, allow_overwrite=overwrite)
 
 
 def values_by_process(folder: str) -> dict[int, str]:
-    """Values under `folder/INDEX`, as far as they have been put there."""
+    """Values under `folder/INDEX` that have been stored so far, by process."""
     found = distributed.global_state.client.key_value_dir_get(folder)
     return {int(key.rpartition("/")[2]): value for key, value in found}
 
@@ -61,6 +62,6 @@ def wait_for_all(name: str, seconds: float) -> None:
     """Returns once every process has called this with the name.
 
     Raises:
-      JaxRuntimeError: if one doesn't in time.
+      JaxRuntimeError: on timeout.
     """
     distributed.global_state.client.wait_at_barrier(name, int(seconds * 1000))

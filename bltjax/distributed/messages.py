@@ -1,8 +1,9 @@
 """Messages of other libraries on which a decision depends, all in one table.
 
-Where a library raises one kind of error for many reasons, only its text tells them apart, and a new
-version may word it differently. So each text stands here once, and a test makes the library raise
-the error for real (tests/distributed/test_messages.py); an entry without such a test fails it.
+Where a library raises one kind of error for many reasons, only the text distinguishes them, and a
+new version may word it differently. So each text stands here once, and a test makes the library
+raise the error for real (tests/distributed/test_messages.py); an entry without such a test fails
+it.
 """
 
 import errno
@@ -83,7 +84,7 @@ OWN_FAULTS = ("out of memory", "invalid argument", "unimplemented", "not found")
 
 
 def says(error: BaseException, *names: str) -> re.Match | None:
-    """Where the error's text is one of the known messages; None if it is none of those named."""
+    """The match of the error's text with one of the named messages, or None."""
     matches = (re.search(KNOWN_MESSAGES[name].pattern, str(error)) for name in names)
     return next(filter(None, matches), None)
 

@@ -1,11 +1,11 @@
-"""Notice to end: a SIGTERM or a Ctrl-C to any process ends the run after the same step in all.
+"""Preemption: a SIGTERM or a Ctrl-C to any process ends the run after the same step in all.
 
 A signal reaches processes at different moments, but a checkpoint needs all of them at one step. So
-beside every step the devices agree on whether any process has been given notice: the answer for
-step n is read with that step's report, and is the same everywhere.
+at every step the devices agree on whether any process has received a signal: the answer for step n
+is read with that step's report, and is the same everywhere.
 
 A SIGTERM comes before a preemption, and asks for a restart. A Ctrl-C is a person's: whichever
-process it reached, all end with a code that nothing starts again.
+process it reached, all end with a code after which nothing restarts them.
 """
 
 import os
@@ -24,7 +24,7 @@ NONE, TERMINATED, INTERRUPTED = range(3)  # of several notices the highest count
 
 
 class Notice:
-    """Remembers a SIGTERM or SIGINT; as a context it restores what was done about them before."""
+    """Records a SIGTERM or SIGINT; a context manager that restores the previous handlers."""
 
     def __init__(self, mesh: Mesh):
         self.given = NONE
@@ -40,7 +40,7 @@ class Notice:
         self.anyone = together(jax.jit(jnp.max, out_shardings=replicated(mesh)))
 
     def asked(self) -> jax.Array:
-        """The notice that any process has been given by now: a scalar to be read later."""
+        """Whether any process has received a signal by now: a device scalar to be read later."""
         return self.anyone(self.answers[self.given])
 
     def __enter__(self) -> "Notice":
@@ -48,7 +48,7 @@ class Notice:
         return self
 
     def catch(self, number: signal.Signals) -> None:
-        """Takes a signal as a notice from now on, unless whoever started this has it ignored."""
+        """Handles a signal from now on, unless the parent process had it ignored."""
         # No other thread can catch signals.
         if threading.current_thread() is not threading.main_thread():
             return

@@ -1,17 +1,17 @@
-"""Many processes as one: how they find each other, agree, and end.
+"""Many processes as one job: how they connect, agree, and exit.
 
 `join` is called before jax touches a device. On Cloud TPU, GKE and SLURM jax itself knows the
-coordinator, the number of processes and which of them this is; elsewhere three options say so.
-From then on process 0 alone prints and writes (`is_writer`); what the others print goes nowhere,
-except for errors. What processes tell each other here are small values of JSON in the
-coordinator's key-value store, so that it works while no device does.
+coordinator, the number of processes and this process's index; elsewhere three options give them.
+From then on only process 0 prints and writes (`is_writer`); the output of the others is dropped,
+except for errors. Processes exchange small JSON values through the coordinator's key-value store,
+which works while no device does.
 
-A program ends with one of these codes, and the scripts in launch/ act on them:
+A program exits with one of these codes, and the scripts in launch/ act on them:
 
     0     finished
     1     an error that a restart would meet again: a setting, data, a loss that is not finite
-    75    RESTART: the same command goes on where it stopped (notice of preemption, a lost process)
-    130   CTRL_C: a person's Ctrl-C; nothing starts it again by itself
+    75    RESTART: the same command resumes the run (preemption, a lost process)
+    130   CTRL_C: a person's Ctrl-C; nothing restarts it automatically
 """
 
 import argparse
@@ -41,11 +41,11 @@ calls = itertools.count()  # every process makes the same calls, so a number nam
 
 
 class Restart(Exception):
-    """Ends a program with the code RESTART; its message says why."""
+    """Ends a program with the exit code RESTART; its message is the reason."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--coordinator, --processes, --process of the programs that run as many processes."""
+    """Adds --coordinator, --processes and --process, for programs that run as many processes."""
     group = parser.add_argument_group(
         "many processes",
         "found by themselves on Cloud TPU, GKE and SLURM; elsewhere give all three",
@@ -62,11 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def join(args: argparse.Namespace) -> None:
-    """Makes this process one of many, if the options or the cluster say so.
+    """Connects this process to the others, if the options or the cluster name any.
 
     Raises:
       ValueError: for options that don't fit together.
-      Restart: if the coordinator, or another process, isn't there in time.
+      Restart: if the coordinator, or another process, doesn't answer in time.
     """
     if joined():
         return
@@ -93,12 +93,12 @@ def join(args: argparse.Namespace) -> None:
 
 
 def placed(args: argparse.Namespace) -> tuple[int, int]:
-    """Which process this is, and of how many, told without meeting the others.
+    """Index of this process and number of processes, without connecting to the others.
 
-    For work that is divided and not shared: a process that is lost, or late, holds up nobody.
+    For work that is divided and not shared: a lost or late process delays no other.
 
     Raises:
-      ValueError: for --process without --processes, or one that doesn't fit it.
+      ValueError: for --process without --processes, or out of range.
     """
     index, count = args.process, args.processes
     if index is None and count is None:
@@ -157,7 +157,7 @@ def join_at(address: str, count: int, index: int, seconds: int) -> None:
 
 
 def wait_for_listener(host: str, port: int, address: str, index: int, seconds: int) -> None:
-    """Returns once somebody listens at the coordinator's address."""
+    """Returns once something listens at the coordinator's address."""
     deadline, reason = time.monotonic() + seconds, ""
     while time.monotonic() < deadline:
         try:
@@ -178,7 +178,7 @@ def is_writer() -> bool:
 
 
 def lost_another(error: Exception) -> bool:
-    """Whether an error most likely comes of another process' end; a restart is the way on."""
+    """Whether an error was most likely caused by the end of another process; a restart helps."""
     if not joined():
         return False
     if isinstance(error, TimeoutError):  # of one of Orbax's barriers, if jax is the cause
@@ -190,7 +190,7 @@ def lost_another(error: Exception) -> bool:
 
 
 def describe(error: Exception) -> str:
-    """An error's message, for OSError with the file that it is about."""
+    """An error's message, with the file's name for an OSError."""
     if disk_is_full(error):
         return (
             "the disk is full. What was saved before is whole: make room, then run the same command"
@@ -202,7 +202,7 @@ def describe(error: Exception) -> str:
 
 
 def leave(code: int, message: str = "") -> NoReturn:
-    """Ends this process now; at an ordinary end jax would wait for others that may wait for it."""
+    """Exits this process at once; an ordinary exit of jax would wait for the other processes."""
     if message:
         print(f"bltjax: {message}", file=sys.stderr)
     sys.stdout.flush()
@@ -213,13 +213,13 @@ def leave(code: int, message: str = "") -> NoReturn:
 
 
 def gathered(what: str, value: Any, seconds: int = AGREE_SECONDS) -> list:
-    """The value of every process, by its number; `what` names it if a process doesn't come.
+    """The value of every process, by process index; `what` names it in the error on a timeout.
 
     value: small, and JSON.
     seconds: how long the first may wait for the last.
 
     Raises:
-      Restart: naming the processes that didn't give theirs in time.
+      Restart: on a timeout, naming the missing processes.
     """
     if not joined():
         return [value]
@@ -240,16 +240,16 @@ def gathered(what: str, value: Any, seconds: int = AGREE_SECONDS) -> list:
 
 
 def barrier(what: str, seconds: int = AGREE_SECONDS) -> None:
-    """Returns once every process has come here."""
+    """Returns once every process has called it."""
     gathered(what, None, seconds)
 
 
 def together(jitted: Callable) -> Callable:
     """A jitted function that no process calls before all have compiled it.
 
-    Processes may compile for minutes, and end as far apart as their hosts' load is; but gloo gives
-    them 30 s to come to the first collective of a group of devices. Every process calls it with the
-    same shapes in the same order; each set of them, and each mesh, has a program of its own.
+    Processes may compile for minutes and finish far apart, but gloo allows 30 s for all of them to
+    reach the first collective of a group of devices. Every process calls it with the same shapes
+    in the same order; each set of shapes, and each mesh, has a program of its own.
     """
     programs = {}
 
@@ -270,7 +270,8 @@ def together(jitted: Callable) -> Callable:
 
 
 def from_writer(what: str, make: Callable[[], Any]) -> Any:
-    """What process 0 makes, in every process; what it raises as ValueError or OSError, too."""
+    """The value that process 0 makes, in every process; its ValueError or OSError is raised in
+    all."""
     made, problem = None, ""
     if is_writer():
         try:

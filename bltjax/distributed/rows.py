@@ -1,7 +1,8 @@
-"""Which rows of the global batch a process builds, and global arrays made of every process' rows.
+"""Rows of the global batch: which ones a process builds, and global arrays of all of them.
 
-Row b of the global batch is stream b, whoever builds it. A process builds the rows that its devices
-hold; where the mesh gives one row to several processes (`tensor` across hosts), each builds it.
+Row b of the global batch is stream b, whichever process builds it. A process builds the rows that
+its devices hold; where the mesh gives one row to several processes (`tensor` across hosts), each
+builds it.
 """
 
 import jax
@@ -16,7 +17,7 @@ def own_rows(sharding: NamedSharding, rows: int) -> list[int]:
 
 
 def global_batch(batch, sharding: NamedSharding, rows: int):
-    """Arrays [rows, ...] over all processes, of the [own rows, ...] that each has built."""
+    """Global arrays [rows, ...] from the [own rows, ...] that each process has built."""
     own = own_rows(sharding, rows)
     place_of = {row: place for place, row in enumerate(own)}
 
@@ -34,7 +35,7 @@ def global_batch(batch, sharding: NamedSharding, rows: int):
 
 
 def own_part(batch, sharding: NamedSharding):
-    """Global arrays of a batch that every process has whole."""
+    """Global arrays of a batch that every process holds in full."""
     rows = len(batch.documents_BN)
     own = own_rows(sharding, rows)
     return global_batch(jax.tree.map(lambda array: array[own], batch), sharding, rows)

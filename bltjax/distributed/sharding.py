@@ -4,13 +4,14 @@
     fsdp    within a slice: rows of the batch, and one axis of every parameter
     tensor  within a slice: heads and feed-forward hidden
 
-An array's name ends in its letters, so its spec is read off its name; each mesh axis is used once
-per array, by the leftmost letter that asks for it. So an activation, whose B comes first, is split
+An array's name ends in its letters, so its spec follows from its name. Each mesh axis is used once
+per array, by the leftmost letter that maps to it. So an activation, whose B comes first, is split
 by rows and not by width. V, vectors and the letters not listed are never split.
 
-Where a mesh is set, `constrained` holds activations to their specs, `gathered` brings a weight
-together where it is used and scatters its gradient, and `by_rows` runs what the partitioner can't
-see through on each device's own rows. Without a mesh, or with one device, all three do nothing.
+Where a mesh is set, `constrained` constrains activations to their specs, `gathered` all-gathers a
+weight where it is used and reduce-scatters its gradient, and `by_rows` runs functions that the
+partitioner can't split on each device's own rows. Without a mesh, or with one device, all three do
+nothing.
 """
 
 import functools
@@ -44,8 +45,8 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """The mesh of all devices; on TPUs of several slices, which share no links, `data` goes across.
 
     Raises:
-      ValueError: if the sizes' product is not the number of devices, or slices don't divide `data`,
-        with both numbers.
+      ValueError: if the product of the sizes is not the number of devices, or slices don't divide
+        `data`, with both numbers.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -72,7 +73,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 def fitting_meshes(count: int, fits: Callable[[AbstractMesh], None]) -> list[MeshConfig]:
     """The meshes of `count` devices for which `fits` raises no ValueError.
 
-    Those with least `tensor` come first, and of these those with most `fsdp`.
+    Those with the smallest `tensor` come first, and of these those with the largest `fsdp`.
     """
     found, kinds = [], (AxisType.Auto,) * 3
     for tensor in (n for n in range(1, count + 1) if count % n == 0):
@@ -88,9 +89,9 @@ def fitting_meshes(count: int, fits: Callable[[AbstractMesh], None]) -> list[Mes
 
 
 def dividing(axes: tuple[str, ...], mesh, size: int) -> tuple[str, ...]:
-    """Those of the axes that are free and whose product divides a size.
+    """The leading free axes whose product divides a size.
 
-    An axis that is manual already, since the caller is itself under shard_map, is not free.
+    An axis that is already manual, because the caller is under shard_map, is not free.
     """
     taken: tuple[str, ...] = ()
     for axis in axes:
@@ -106,7 +107,7 @@ def free_axes(mesh) -> frozenset[str]:
 
 
 def set_mesh_or_none():
-    """The mesh that is set, if it has free axes of more than one device in all; else None."""
+    """The mesh that is set, if its free axes have more than one device in total; else None."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if math.prod(mesh.shape[name] for name in free_axes(mesh)) > 1 else None
 
@@ -124,7 +125,7 @@ def spec_of(name: str, shape: tuple[int, ...], mesh, *, but: tuple[str, ...] = (
 
 
 def wanted_axes(name: str) -> list[tuple[str, ...]]:
-    """The mesh axes that each letter of a name is the first to ask for; none in a vector."""
+    """The mesh axes of each letter of a name, each axis at its first letter; none in a vector."""
     letters = [letter for letter, _ in suffix_axes(name)]
     is_vector = len([letter for letter in letters if letter != "L"]) < 2
     taken, wanted = set(), []
@@ -141,7 +142,7 @@ def tree_shardings(tree, mesh: Mesh):
     Works on parameters and on optimizer states alike, since Adam's moments keep the names.
 
     Raises:
-      ValueError: where an axis does not divide what it should split, with both numbers.
+      ValueError: where an axis does not divide the size that it splits, with both numbers.
     """
 
     def of_leaf(path, leaf):
@@ -160,7 +161,7 @@ def tree_shardings(tree, mesh: Mesh):
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp, everything else whole: the sharding of every array of a batch."""
+    """The sharding of every array of a batch: rows over data and fsdp, other axes not split."""
     return NamedSharding(mesh, PartitionSpec(LETTER_AXES["B"]))
 
 
@@ -169,7 +170,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrained(x, name: str):
-    """x, held to the spec of its letters where a mesh is set."""
+    """x, constrained to the spec of its letters where a mesh is set."""
     mesh = set_mesh_or_none()
     if mesh is None:
         return x
@@ -177,22 +178,22 @@ def constrained(x, name: str):
 
 
 def constrained_tree(tree):
-    """Each leaf held to the spec of its own name: gradients lie as their parameters do."""
+    """Each leaf constrained to the spec of its own name: gradients lie as their parameters do."""
     return jax.tree_util.tree_map_with_path(lambda path, x: constrained(x, path[-1].key), tree)
 
 
 def gathered(weight, name: str, dtype):
-    """A weight in `dtype`, whole along fsdp and still split over tensor, to be used at once.
+    """A weight in `dtype`, all-gathered along fsdp and still split over tensor, for immediate use.
 
-    It is cast before it travels; its gradient is summed where the parameter lies, so that the sum
-    over devices is a reduce-scatter. Under rematerialisation the backward pass gathers anew.
+    It is cast before the all-gather; its gradient is a reduce-scatter to where the parameter lies.
+    Under rematerialisation the backward pass gathers again.
     """
     weight = weight.astype(dtype)
     return weight if set_mesh_or_none() is None else brought_together(weight, name)
 
 
 def gathers() -> bool:
-    """Whether weights are split over fsdp, so that using one brings it together."""
+    """Whether weights are split over fsdp, so that using one is an all-gather."""
     mesh = set_mesh_or_none()
     return mesh is not None and mesh.shape["fsdp"] > 1
 
@@ -211,7 +212,7 @@ brought_together.defvjp(
 
 
 def on_devices(function, mesh, in_specs, out_specs):
-    """The function run by each device on its own parts, over all axes that are not manual yet."""
+    """The function run by each device on its own shards, over all axes that are not manual yet."""
     return jax.shard_map(
         function,
         mesh=mesh,
@@ -223,9 +224,11 @@ def on_devices(function, mesh, in_specs, out_specs):
 
 
 def by_rows(function, *arrays):
-    """function(*arrays) on each device's own rows; rows come first in all that goes in and out.
+    """function(*arrays) on each device's own rows; rows are the first axis of all inputs and
+    outputs.
 
-    For what concerns no other row but is written so that the partitioner would gather all of them.
+    For functions that treat rows independently, but for which the partitioner would gather all
+    rows.
     """
     mesh, axes = row_axes(arrays)
     if not axes:
@@ -234,7 +237,7 @@ def by_rows(function, *arrays):
 
 
 def summed_by_rows(function, *arrays):
-    """As `by_rows`, for a function that sums over rows: the sum of all devices' outcomes."""
+    """As `by_rows`, for a function that sums over rows: the sum over all devices."""
     mesh, axes = row_axes(arrays)
     if not axes:
         return function(*arrays)
@@ -253,7 +256,7 @@ def row_axes(arrays):
 
 
 def under(mesh: Mesh, function):
-    """The function, traced with that mesh set, whoever calls it."""
+    """The function, traced with that mesh set, whatever mesh the caller has."""
 
     @functools.wraps(function)
     def traced(*args):

@@ -1,6 +1,6 @@
-"""TPUs as they are sold: what a chip can do, and which slices of a pod there are.
+"""TPU chips and slices: the figures of a chip, and the slices of a pod that can be rented.
 
-Figures are of one chip, from the pages v4, v5e, v5p, v6e and tpu7x under cloud.google.com/tpu/docs,
+Figures are per chip, from the pages v4, v5e, v5p, v6e and tpu7x under cloud.google.com/tpu/docs,
 except where a comment says otherwise. Those pages give the interconnect as the sum over a chip's
 links, both ways; here it is one link, one way. libtpu compiles for shapes that nobody rents out, so
 the shapes are checked here.
@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One TPU as jax counts devices, and the slices that it comes in."""
+    """One TPU as jax counts devices, and its slices."""
 
     kind: str  # what jax calls it: `device.device_kind`
     flops: float  # bf16, per second
@@ -33,7 +33,7 @@ class Chip:
 
     @property
     def shapes(self) -> tuple[str, ...]:
-        """Every slice that is offered, the smallest first."""
+        """Every slice on offer, the smallest first."""
         if self.flat:
             return self.flat
         # The v5p page: A <= B <= C, multiples of 4, and four smaller ones.
@@ -114,7 +114,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """Slices of one chip, as `v5p:4x4x8` names them."""
+    """Slices of one chip, named as in `v5p:4x4x8`."""
 
     name: str
     chip: Chip
@@ -131,17 +131,17 @@ class Topology:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """For each side, whether its ends are linked: cubes', and the whole of a flat pod's."""
+        """For each side, whether its ends are linked: in cubes, and in a whole flat pod."""
         if self.chip.flat:
             return tuple(side == 16 for side in self.sides)
         return (all(side % 4 == 0 for side in self.sides),) * 3
 
 
 def read_topology(name: str, slices: int = 1) -> Topology:
-    """`v5p:4x4x8` as a topology, if one can have it.
+    """The topology that `v5p:4x4x8` names.
 
     Raises:
-      ValueError: for a chip or a shape that isn't offered, with those that are.
+      ValueError: for an unknown chip or shape, with the known ones.
     """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS:
@@ -158,7 +158,7 @@ def read_topology(name: str, slices: int = 1) -> Topology:
 
 
 def offered(kind: str, shape: str) -> str:
-    """What there is of a chip, and what is nearest to a shape that there isn't."""
+    """The slices of a chip, and the nearest ones to a shape that doesn't exist."""
     chip = CHIPS[kind]
     if chip.flat:
         return f"{kind} comes as {', '.join(chip.flat)}"
@@ -180,5 +180,5 @@ def chips_of(shape: str) -> int:
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip whose devices jax calls so; None if it isn't known here."""
+    """The chip with this jax device kind; None if it isn't known here."""
     return next((chip for chip in CHIPS.values() if chip.kind == device_kind), None)

@@ -1,9 +1,9 @@
-"""A watchdog: when no step ends for too long, it names the process that keeps the others waiting.
+"""A watchdog: when no step ends for too long, it names the process that blocks the others.
 
-Every process tells the coordinator's key-value store where it is and that it lives. In a hang all
-but one usually wait in the same collective operation, so the one to look at either says nothing any
-more or is behind the others. The run then ends with the code RESTART: a restart is the only cure
-from inside.
+Every process writes its position and a heartbeat to the coordinator's key-value store. In a hang
+all but one usually wait in the same collective operation, so the culprit either has no new
+heartbeat or is behind the others. The run then ends with the code RESTART: a restart is the only
+cure from inside.
 """
 
 import json
@@ -20,9 +20,9 @@ FOLDER = "bltjax/heartbeat/"
 
 
 class Watchdog:
-    """A thread that watches the marks of the loop; as a context it stops at its end.
+    """A thread that watches the marks of the loop; as a context manager it stops on exit.
 
-    seconds: how long a mark may stand, unless it says otherwise.
+    seconds: how long the loop may stay at a mark, unless the mark has its own limit.
     """
 
     def __init__(self, seconds: float):
@@ -34,7 +34,8 @@ class Watchdog:
         self.mark(0, "starts", 3600)
 
     def mark(self, step: int, doing: str, seconds: float | None = None) -> None:
-        """Says where the loop is. Compiling takes longer than a step: such marks have seconds."""
+        """Records the loop's position. Compiling takes longer than a step: such marks pass
+        seconds."""
         self.last = (time.monotonic(), step, doing, seconds or self.seconds)
 
     def __enter__(self) -> "Watchdog":
@@ -61,7 +62,7 @@ class Watchdog:
             coordinator.put(f"{FOLDER}{process_index()}", value, overwrite=True)
 
     def diagnosis(self) -> str:
-        """Who keeps the others waiting, as far as the heartbeats tell."""
+        """The processes that block the others, as far as the heartbeats show."""
         _, step, doing, _ = self.last
         if not joined():
             return f"This process {doing} at step {step}."
@@ -86,7 +87,7 @@ def beats_twice(watchdog: Watchdog) -> list[dict[int, list]]:
 
 
 def silent_or_behind(before: dict[int, list], after: dict[int, list], count: int) -> str:
-    """Names processes without a new heartbeat, or else those that are least far.
+    """Names processes without a new heartbeat, or else those that are furthest behind.
 
     before, after: [host, step, doing, number of beats] of each process.
     """

@@ -3,7 +3,7 @@
     x[n - 1] x[n]  --embed--> one convolution --> pointwise layers --> logits of x[n + 1]
 
 So small a receptive field has few contexts: the entropy after each is computed once, and scoring a
-text is looking it up (paper 4.2). Bytes before the document count as BOE.
+text is a table look-up (paper 4.2). Bytes before the document count as BOE.
 """
 
 import dataclasses
@@ -44,11 +44,11 @@ class ByteCNNConfig:
             raise ValueError(f"byte_cnn.context ({self.context}) must be 1 ... 3")
 
     def summary(self) -> str:
-        """Its sizes in a line."""
+        """The sizes, in one line."""
         return f"context {self.context}, {self.layers} layers of {self.width}"
 
     def layers_in_arrays(self, stacked: bool) -> int:
-        """The layers, whose arrays are apart."""
+        """The number of layers, each with arrays of its own."""
         return self.layers
 
 
@@ -58,7 +58,7 @@ class ByteCNN(nn.Module):
 
     @nn.compact
     def __call__(self, bytes_BN, documents_BN):
-        """Logits, float32 [B, N, V], of the byte after each byte; None, as it carries nothing."""
+        """Logits, float32 [B, N, V], of the byte after each byte; None, as there is no carry."""
         config = self.config
         E, F = config.width, config.hidden
 
@@ -87,7 +87,7 @@ class ByteCNN(nn.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def whole_table(config: ByteCNNConfig, params):
-    """float32 [V, ..., V], as many axes as the context is long: nats after each context."""
+    """float32 [V, ..., V], one axis per byte of context: nats after each context."""
     model, sizes = ByteCNN(config), (VOCABULARY,) * config.context
     run = VOCABULARY ** min(2, config.context)  # contexts that are run at once
 

@@ -1,4 +1,4 @@
-"""Byte models, byte by byte: entropies that place patches, and decoding without patches."""
+"""Incremental decoding of byte models: entropies for patch starts, and models without patches."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -16,7 +16,7 @@ HISTORY = 3  # ids kept: the longest context of a byte CNN
 
 
 class ByteMemory(NamedTuple):
-    """What rows of a batch go on from, after `count` positions."""
+    """Decoding state of the rows of a batch after `count` positions."""
 
     past_BT: jax.Array
     count_B: jax.Array
@@ -57,7 +57,7 @@ class CachedBytes:
         return memory.logits_BV, memory
 
     def advance(self, params, memory: ByteMemory, id_B, go_B) -> ByteMemory:
-        """Takes one byte more in some rows; the others are as before."""
+        """Appends one byte to the rows in go_B; the others are unchanged."""
         past_BT = jnp.concatenate([memory.past_BT[:, 1:], id_B[:, None]], axis=1)
         caches = memory.caches
         if isinstance(self.config, ByteCNNConfig):
@@ -83,7 +83,7 @@ class CachedBytes:
 def cached_bytes(
     config: ModelConfig, scorer, dtype, draft: int = 0, implementation: str | None = None
 ) -> CachedBytes:
-    """A byte model as it decodes; scorer and draft are of models with patches."""
+    """The incremental decoder of a byte model; scorer and draft are for models with patches."""
     return CachedBytes(config.model, dtype, implementation)
 
 
@@ -111,7 +111,8 @@ def run_byte_lm(
 
 @dataclass(frozen=True)
 class Scorer:
-    """What places the patches; `extra` slots in the rings let so many positions be taken back."""
+    """The model that gives the entropies; `extra` ring slots let as many positions be taken
+    back."""
 
     config: ByteLMConfig | ByteCNNConfig | None
     newline_reset: bool
@@ -127,13 +128,13 @@ class Scorer:
             )
 
     def prepared(self, params):
-        """What it reads: a byte LM's parameters, a byte CNN's table, or nothing."""
+        """Its weights for decoding: a byte LM's parameters, a byte CNN's table, or nothing."""
         if isinstance(self.config, ByteCNNConfig):
             return whole_table(self.config, params)
         return {} if self.config is None else params
 
     def begins(self, bytes_BQ, count_B, begin_B):
-        """int32 [B, Q]: where the context of each position from `count` on begins."""
+        """int32 [B, Q]: start of the context of each position from `count` on."""
         begin_BQ = jnp.broadcast_to(begin_B[:, None], bytes_BQ.shape)
         if not self.newline_reset:
             return begin_BQ
@@ -143,7 +144,7 @@ class Scorer:
         return jax.lax.cummax(new_BQ, axis=1)
 
     def run(self, params, bytes_BN, length_B):
-        """Entropies [B, N] of rows of `length` positions, caches, and where contexts begin."""
+        """Entropies [B, N] of rows of `length` positions, caches, and context starts."""
         zero_B = jnp.zeros_like(length_B)
         if self.config is None:
             return jnp.zeros(bytes_BN.shape), (), zero_B
@@ -168,7 +169,7 @@ class Scorer:
         return entropies_of(logits_BNV), caches, begin_B
 
     def step(self, params, past_BT, queries: int, count_B, begin_B, caches):
-        """Entropies [B, Q] after the newest `queries` ids, where contexts begin [B, Q], caches."""
+        """Entropies [B, Q] after the newest `queries` ids, context starts [B, Q], caches."""
         bytes_BQ = past_BT[:, -queries:]
         begin_BQ = self.begins(bytes_BQ, count_B, begin_B)
         if self.config is None:

@@ -1,8 +1,8 @@
 """The byte language model: a plain windowed transformer whose entropies place the patches.
 
-A long text is scored in chunks that carry, for every layer, the keys (before rotation) and values
-of the last W - 1 positions; positions count from the oldest carried key, because fp32 rotary
-angles lose precision far from zero. Scores don't depend on how a text was chunked.
+A long text is scored in chunks. Each passes on, for every layer, the keys (before rotation) and
+values of the last W - 1 positions. Positions count from the oldest key passed on, because fp32
+rotary angles lose precision far from zero. Scores don't depend on the chunk sizes.
 """
 
 import dataclasses
@@ -52,16 +52,17 @@ class ByteLMConfig:
         divides("2", 2, "byte_lm channels per head", self.width // self.heads)
 
     def summary(self) -> str:
-        """Its sizes in a line."""
+        """The sizes, in one line."""
         return f"{self.layers} layers of {self.width}, window {self.window}"
 
     def layers_in_arrays(self, stacked: bool) -> int:
-        """The layers, whose arrays are apart."""
+        """The number of layers, each with arrays of its own."""
         return self.layers
 
 
 class Carry(NamedTuple):
-    """What a chunk leaves to the next: (k, v) of each layer, and those positions' documents."""
+    """State passed from chunk to chunk: (k, v) of each layer, and the documents of those
+    positions."""
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
     documents_BT: jax.Array
@@ -78,7 +79,7 @@ def empty_carry(config: ByteLMConfig, rows: int, dtype=jnp.float32) -> Carry:
 def carried_ranges(documents_BT, past: int, window: int) -> Ranges:
     """Ranges of the positions after the first `past`, over all of them.
 
-    documents_BT: 0 where nothing was yet, then ascending, then 0 in padding.
+    documents_BT: 0 before the text, then ascending, then 0 in padding.
     """
     index_BT = index_like(documents_BT)
     real_BT = documents_BT > 0
@@ -108,7 +109,7 @@ class ByteLM(nn.Module):
         self.head_EV = self.param("head_EV", truncated_normal(E), (E, VOCABULARY))
 
     def stack(self, bytes_BN, ranges: Ranges | Places, past):
-        """Logits, float32 [B, N, V], and what each block returned of its keys and values."""
+        """Logits, float32 [B, N, V], and the keys and values that each block returned."""
         x_BNE = embedded(gathered(self.bytes_VE, "bytes_VE", self.dtype), bytes_BN)
         x_BNE = constrained(x_BNE, "x_BNE")
         layers = []
@@ -133,7 +134,7 @@ class ByteLM(nn.Module):
         return logits_BNV, Carry(layers, documents_BT[:, documents_BN.shape[1] :])
 
     def step(self, bytes_BQ, places: Places, caches):
-        """Logits [B, Q, V] of new bytes, and the caches with them."""
+        """Logits [B, Q, V] of new bytes, and the updated caches."""
         logits_BQV, fresh = self.stack(bytes_BQ, places, caches)
         return logits_BQV, stored(caches, fresh, places.slot_BQ, logits_BQV)
 

@@ -1,11 +1,11 @@
-"""Floating-point operations, by our exact shapes and by the paper's formula; and what share of a
-chip's peak they reach.
+"""Floating-point operations, by our exact shapes and by the paper's formula; and the share of a
+chip's peak that they reach.
 
 Convention: a multiply-add is 2; matrix products and attention only (norms, rotary angles, softmax
 and table look-ups are 0, so hash tables cost nothing); attention counts the keys that a query may
 see in a row that is one document, so causal attention is halved; patches count at the row's full
-P. Training is three times the forward pass. What the backward pass computes anew is no use to the
-model: it is counted apart, and not in a model's FLOPs utilisation (MFU).
+P. Training is three times the forward pass. Recomputation in the backward pass is counted apart,
+and not in a model's FLOPs utilisation (MFU).
 """
 
 from bltjax.distributed.topology import chip_of
@@ -62,19 +62,19 @@ def blt_forward(config: BLTConfig, N: int, P: int) -> int:
 
 
 def cross_layers(config: BLTConfig) -> tuple[int, int]:
-    """How many layers of the encoder and of the decoder cross-attend."""
+    """Number of cross-attention layers of the encoder and of the decoder."""
     local, cross = config.local, config.cross
     encoder = {"none": 0, "last": 1, "all": local.encoder_layers}[cross.encoder]
     return encoder, {"none": 0, "first": 1, "all": local.decoder_layers}[cross.decoder]
 
 
 def block_again(policy, positions, span, width, hidden, key_value_width) -> int:
-    """FLOPs of one block that the backward pass computes anew.
+    """FLOPs of one block that the backward pass recomputes.
 
-    That is the scores of every attention, once, for kernels don't keep them: half of what attention
-    is forward. And what the policies of the config say: of a block, "full" computes all again but
-    its last product, whose result nobody asks for; the other policies keep the results of products
-    and of attention.
+    That is the scores of every attention, once, because kernels don't store them: half of the
+    forward pass of attention. Besides, by the config's policy: "full" recomputes the whole block
+    but its last product, whose result is not needed; the other policies keep the results of
+    products and of attention.
     """
     scores = 2 * width * seen_keys(positions, span)
     if policy != "full":
@@ -84,18 +84,18 @@ def block_again(policy, positions, span, width, hidden, key_value_width) -> int:
 
 
 def byte_cnn_recomputed(config: ByteCNNConfig, N: int, P: int) -> int:
-    """FLOPs of one row that the backward pass computes anew."""
+    """FLOPs of one row that the backward pass recomputes."""
     return 0
 
 
 def byte_lm_recomputed(config: ByteLMConfig, N: int, P: int) -> int:
-    """FLOPs of one row that the backward pass computes anew."""
+    """FLOPs of one row that the backward pass recomputes."""
     width = config.width
     return config.layers * block_again(config.remat, N, config.window, width, config.hidden, width)
 
 
 def blt_recomputed(config: BLTConfig, N: int, P: int) -> int:
-    """FLOPs of one row that the backward pass computes anew."""
+    """FLOPs of one row that the backward pass recomputes."""
     local, latent = config.local, config.latent
     E, D = local.width, latent.width
     key_value_width = D // latent.heads * latent.key_value_heads
@@ -118,15 +118,15 @@ def paper_cross(width, layers, context, ratio) -> float:
 def paper_transformer(width, layers, context, vocabulary=0) -> float:
     """FLOPs of one position, forward, as the paper estimates them (equations 13 to 17, table 11).
 
-    Every hidden layer counts as four times the width, and cross-attention as if it were causal;
-    what is not in its formula (pooling, projections between widths) is left out.
+    Every feed-forward hidden layer counts as four times the width, and cross-attention as causal;
+    terms that its formula lacks (pooling, projections between widths) are left out.
     """
     hidden = 2 * layers * 2 * width * 4 * width
     return hidden + paper_cross(width, layers, context, 1) + 2 * width * vocabulary
 
 
 def byte_cnn_paper(config: ByteCNNConfig, N: int, P: int) -> float:
-    """FLOPs of one byte, forward; the paper has no formula for a CNN, so ours is taken."""
+    """FLOPs of one byte, forward; the paper has no formula for a CNN, so this is our count."""
     return byte_cnn_forward(config, N, P) / N
 
 
@@ -151,7 +151,7 @@ def blt_paper(config: BLTConfig, N: int, P: int) -> float:
 
 
 def utilisation(flops_per_second: float, devices) -> dict[str, float]:
-    """What a run reaches on each device: FLOP/s, and as a share of the peak where that is known."""
+    """FLOP/s per device, and as a share of the peak where that is known."""
     reached = flops_per_second / len(devices)
     chip = chip_of(devices[0].device_kind)
     return {"flops_per_second_per_chip": reached} | ({"mfu": reached / chip.flops} if chip else {})

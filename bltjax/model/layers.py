@@ -1,9 +1,9 @@
-"""The parts that every stack shares: RMS norm, projections by letters, and the transformer block.
+"""Shared parts of every stack: RMS norm, projections by letters, and the transformer block.
 
 Choices, all of the released models: pre-norm, SwiGLU, rotary positions on interleaved pairs, no
 biases, no dropout. Parameters are fp32 and named by their shape (`q_EGC`); compute is in `dtype`;
 norms and softmax are fp32. Initial values are truncated normals, cut at 3 sigma, of sigma
-1 / sqrt(fan in); norms begin at 1.
+1 / sqrt(fan in); norm scales start at 1.
 """
 
 import math
@@ -36,7 +36,8 @@ def rms_norm(x, scale_D, eps: float):
 
 @jax.custom_vjp
 def embedded(bytes_VE, bytes_BN):
-    """The row of each byte; the gradient adds up in fp32, since some bytes are very frequent."""
+    """The embedding of each byte; its gradient is summed in fp32, since some bytes are very
+    frequent."""
     return bytes_VE[bytes_BN]
 
 
@@ -95,7 +96,7 @@ def all_but_weights(primitive, *_, **__) -> bool:
 
 
 def rematerialised(remat: str, *, scanned: bool = False):
-    """Block, keeping for the backward pass what `config.REMAT` says."""
+    """Block, rematerialised by the policy of `config.REMAT`."""
     policies = jax.checkpoint_policies
     if remat == "none":
         if not gathers():
@@ -114,9 +115,10 @@ class Block(nn.Module):
     """One pre-norm transformer block over `ranges`.
 
     `past`, if given, is (k, v) of the keys before x's own, not yet rotated; `ranges` then counts
-    from the oldest of them, and the block returns the newest of all keys, as many as came in.
-    Without it the block returns x's own. With a `Cache` instead, and `Places` for ranges, x sees
-    the cache and its own positions, whose keys and values are returned as a cache keeps them.
+    from the oldest of them, and the block returns the newest keys, as many as came in. Without it
+    the block returns x's own keys and values. With a `Cache` instead, and `Places` for ranges, x
+    attends to the cache and to its own positions, whose keys and values are returned rotated, as a
+    cache stores them.
     """
 
     size: BlockSize

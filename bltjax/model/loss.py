@@ -1,4 +1,4 @@
-"""The loss, and the one number that compares any two models: bits per byte of text."""
+"""The loss, and bits per byte of text, the one number that compares any two models."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Sums(NamedTuple):
-    """Sums over targets, to be added across micro-batches, batches and devices; then divided."""
+    """Sums over targets; added across micro-batches, batches and devices, then divided."""
 
     nats: jax.Array  # over weighted targets: text bytes and EOS
     weight: jax.Array
@@ -27,7 +27,7 @@ class Sums(NamedTuple):
 def target_sums(logits_BNV, batch) -> Sums:
     """Cross-entropy sums in fp32; targets with weight 0 add nothing, whatever their logits.
 
-    batch: of any kind that has targets [B, N], weights and target_bytes.
+    batch: any batch with targets [B, N], weights and target_bytes.
     """
     targets_BN, weights_BN = batch.targets_BN, batch.weights_BN
     logits_BNV = logits_BNV.astype(jnp.float32)

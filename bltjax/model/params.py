@@ -6,19 +6,19 @@ from bltjax.model.blt.config import BLTConfig
 
 
 def part_of(path, config) -> str:
-    """Which part of a model the parameter at a path of its tree belongs to."""
+    """The part of a model to which the parameter at a path of its tree belongs."""
     if path[-1].key == "ngrams_RME":
         return "hash_tables"
     return path[0].key if isinstance(config, BLTConfig) else "all"
 
 
 def is_norm(path) -> bool:
-    """Whether a norm's scales are at a path: few, and never in less than fp32."""
+    """Whether a path holds a norm's scales: these are few, and never in less than fp32."""
     return "norm" in path[-1].key
 
 
 def narrowed(params, dtype) -> dict:
-    """Parameters in `dtype`, but for norms."""
+    """Parameters cast to `dtype`, except norms."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x if is_norm(path) else x.astype(dtype), params
     )

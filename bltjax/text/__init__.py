@@ -1,1 +1,1 @@
-"""Bytes as ids, where patches begin, and n-gram hashes; once for numpy and jax."""
+"""Bytes as ids, patch starts and n-gram hashes, written once for numpy and jax."""

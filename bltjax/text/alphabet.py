@@ -1,10 +1,10 @@
-"""Bytes and ids: 256 bytes after four specials, as the released models have them.
+"""The alphabet: four specials followed by 256 bytes, as in the released models.
 
     id   0    1    2    3    4 ........ 259
          BOE  BOS  EOS  BPE  0x00 ... 0xFF
 
 BOE fills rows and is never text; BOS opens a document and EOS closes it; BPE delimits tokens in
-BPE patching. Text is UTF-8 without normalisation; what is not UTF-8 is still bytes, and trains.
+BPE patching. Text is UTF-8 without normalisation. Invalid UTF-8 is fine: the model reads raw bytes.
 """
 
 import codecs
@@ -17,14 +17,14 @@ VOCABULARY = 256 + OFFSET
 
 
 def as_bytes(text: str | bytes) -> bytes:
-    """UTF-8 of a str; lone surrogates, which have none, are dropped as the reference drops them."""
+    """UTF-8 of a str; lone surrogates, which have no encoding, are dropped as in the reference."""
     return text.encode("utf-8", errors="ignore") if isinstance(text, str) else bytes(text)
 
 
 def encode(
     text: str | bytes | np.ndarray, *, bos: bool = True, eos: bool = True, dtype=np.int32
 ) -> np.ndarray:
-    """Ids of a text, or of its bytes as uint8 [len], as integers [bos + bytes + eos]."""
+    """Ids of a text, given as a str, bytes or uint8 [len]: integers [bos + len + eos]."""
     body = text if isinstance(text, np.ndarray) else np.frombuffer(as_bytes(text), np.uint8)
     ids_N = np.empty(bos + len(body) + eos, dtype)
     if bos:
@@ -38,7 +38,7 @@ def encode(
 
 
 def decode(ids, *, cut_at_eos: bool = False) -> bytes:
-    """Bytes of a sequence of ids; specials vanish.
+    """Bytes of a sequence of ids; specials are dropped.
 
     Raises:
       ValueError: for an id of 260 or more, which is no byte.
@@ -54,6 +54,6 @@ def decode(ids, *, cut_at_eos: bool = False) -> bytes:
 def text_stream():
     """An incremental UTF-8 decoder: `.decode(piece)` returns only whole characters.
 
-    Bytes that can never become a character show as U+FFFD; `.decode(b"", True)` ends the stream.
+    Invalid bytes are shown as U+FFFD; `.decode(b"", True)` ends the stream.
     """
     return codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -1,7 +1,7 @@
 """Patches at the tokens of a Hugging Face `tokenizers` file: the paper's BPE baseline.
 
-Not incremental: how a prefix is cut into tokens may change with what follows, so a model cannot
-know, while it writes, where its patches begin (paper 2.4). Good for training, scoring, pictures.
+Not incremental: the tokens of a prefix may change with the text that follows, so a model cannot
+know its patch starts while it generates (paper 2.4). Use it for training, scoring and pictures.
 """
 
 import functools
@@ -17,11 +17,11 @@ NOT_UTF8 = re.compile("([\udc80-\udcff])")  # what surrogateescape makes of such
 
 @functools.lru_cache(maxsize=8)
 def load_tokenizer(path: str):
-    """The tokenizer, without the limits of length that its file may set for a model.
+    """The tokenizer, without the length limits that its file may set for a model.
 
     Raises:
-      ValueError: for a file that is no tokenizer.
-      OSError: for one that isn't there.
+      ValueError: if the file is not a tokenizer.
+      OSError: if there is no such file.
     """
     try:
         from tokenizers import Tokenizer
@@ -41,13 +41,13 @@ def load_tokenizer(path: str):
 
 
 def token_lengths(path: str, text: bytes) -> list[int]:
-    """Bytes of each token, in order; together they are the text.
+    """The length in bytes of each token, in order; the tokens join to the text.
 
-    Tokens of a byte-level tokenizer may end inside a character; those of another kind that share a
-    character count as one. A byte that is not UTF-8 is a token of its own.
+    Tokens of a byte-level tokenizer may end inside a character. With other tokenizers, tokens that
+    share a character count as one. A byte that is not UTF-8 is a token of its own.
 
     Raises:
-      ValueError: for text that the tokenizer can't cut: some know no token for an unknown word.
+      ValueError: if the tokenizer can't tokenize the text: some have no token for an unknown word.
     """
     lengths: list[int] = []
     for piece in NOT_UTF8.split(text.decode(errors="surrogateescape")):

@@ -1,13 +1,13 @@
-"""Rolling polynomial hashes of byte n-grams, exact to 64-bit wraparound, in uint32 alone.
+"""Rolling polynomial hashes of byte n-grams, exact to 64-bit wraparound, in uint32 only.
 
 For function f and size g, at position n over the ids x (zeros before the document):
 
     h  = sum over m < g of x[n - g + 1 + m] * q_f^m     in signed 64-bit arithmetic that wraps
     id = h mod M                                         in [0, M)
 
-Accelerators have no 64-bit integers by default, so q^m is held as four 16-bit limbs: limb sums of
-up to 16 products of ids below 2^9 fit in 32 bits; carries are propagated once; and the remainder
-is taken eight bits at a time, which fits while M <= 2^24.
+Accelerators have no 64-bit integers by default, so q^m is held as four 16-bit limbs. Limb sums of
+up to 16 products of ids below 2^9 fit in 32 bits; carries are propagated once. The remainder is
+taken eight bits at a time, which fits while M <= 2^24.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def limbs(value: int) -> list[int]:
 def hash_ids(config: HashConfig, bytes_BN, begins_BN=None):
     """int32 [R, B, N]: the row of each table at each position, tables in order function, size.
 
-    begins_BN: where in the row each position's document begins; ids before it count as zeros
+    begins_BN: index in the row where each position's document starts; ids before it count as zeros
     unless the config lets windows cross documents. None: the row is one document.
     """
     xp = jnp if isinstance(bytes_BN, jax.Array) else np

@@ -1,11 +1,11 @@
-"""Scores -> patch starts, in every mode, written once for numpy and jax.numpy arrays.
+"""Patch starts from scores, in every mode, written once for numpy and jax.numpy arrays.
 
-Starts cover N + 1 positions: the last says whether the byte not yet seen opens a patch. All modes
-but bpe are incremental (paper 2.4): the starts of a prefix are the prefix of the starts. They
-reproduce the reference, side effects included; each quirk is named where it is made.
+Starts cover N + 1 positions: the last one says whether the byte after the text opens a patch. All
+modes but bpe are incremental (paper 2.4): the starts of a prefix are the prefix of the starts.
+They reproduce the reference, side effects included; a comment marks each quirk.
 
 Every rule is one elementwise function. `trace_starts` applies it to all positions of a text at
-once; `next_starts` to one more position of rows that are being written.
+once; `next_starts` applies it to one more position of rows that are being generated.
 """
 
 from typing import Any, NamedTuple
@@ -20,9 +20,9 @@ from bltjax.text.bpe import token_starts
 
 
 class Trace(NamedTuple):
-    """Starts of a whole text and, for each position, what those to come depend on.
+    """Starts of a whole text and, for each position, the state that later starts depend on.
 
-    An entry that the config has no use for is None.
+    An entry that the config does not use is None.
     """
 
     starts_N1: Any
@@ -31,7 +31,7 @@ class Trace(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """The end of rows' traces, from which `next_starts` goes on."""
+    """State at the end of each row's trace, from which `next_starts` continues."""
 
     index_B: jax.Array  # the position that was decided last
     entropy_B: jax.Array  # known before it
@@ -40,24 +40,24 @@ class Cursor(NamedTuple):
 
 
 def patch_starts(config: Patching, ids_N, entropies_N=None):
-    """bool [..., N + 1]: where patches of one document begin.
+    """bool [..., N + 1]: the patch starts of one document.
 
-    ids_N: ids from the document's first position on. entropies_N: float32 nats, entry j of the
-    byte after x[:j + 1]; only the entropy mode reads it.
+    ids_N: ids from the document's first position on. entropies_N: float32 nats; entry j is the
+    entropy of the byte after x[:j + 1]. Only the entropy mode reads it.
 
     Raises:
-      ValueError: if the entropies that the mode needs are missing or of another length; for bpe
+      ValueError: if the mode needs entropies and they are missing or have another length; for bpe
         mode on a device, where there is no tokenizer, or with several documents at once.
     """
     return trace_starts(config, ids_N, entropies_N).starts_N1
 
 
 def document_starts(config: Patching, ids_N, entropies: np.ndarray | None) -> np.ndarray:
-    """bool [N + 1]: where a whole document's patches begin, as rows have them; on the host.
+    """bool [N + 1]: the patch starts of a whole document, as rows have them; on the host.
 
-    The first two positions always are starts, and so is the one after EOS: another document's BOS.
+    The first two positions are always starts, and so is the one after EOS: another document's BOS.
 
-    ids_N: BOS, bytes, EOS. entropies: float32 [N - 1]; what follows EOS is never predicted.
+    ids_N: BOS, bytes, EOS. entropies: float32 [N - 1]; the position after EOS is never predicted.
 
     Raises:
       ValueError: as `patch_starts`.
@@ -86,8 +86,8 @@ def document_starts(config: Patching, ids_N, entropies: np.ndarray | None) -> np
 
 
 def check_finite(entropies_N: np.ndarray) -> None:
-    """Raises ValueError, with the position, for an entropy that is not finite: no patch would begin
-    where it is NaN, and nothing would say so."""
+    """Raises ValueError, with the position, for an entropy that is not finite: a NaN would silently
+    never start a patch."""
     finite_N = np.isfinite(entropies_N)
     if not finite_N.all():
         place = np.argwhere(~finite_N)[0]
@@ -99,7 +99,7 @@ def check_finite(entropies_N: np.ndarray) -> None:
 
 
 def trace_starts(config: Patching, ids_N, entropies_N=None) -> Trace:
-    """`patch_starts`, and what `next_starts` needs to go on from any position."""
+    """`patch_starts`, together with the state that `next_starts` needs at any position."""
     xp = jnp if isinstance(ids_N, jax.Array) else np
     length = ids_N.shape[-1]
     index_N1 = xp.arange(length + 1, dtype=xp.int32)
@@ -151,7 +151,7 @@ def trace_starts(config: Patching, ids_N, entropies_N=None) -> Trace:
 
 
 def cursor_at(trace: Trace, entropies_BN, index_B) -> Cursor:
-    """Where rows stand whose last decided position is `index`; entropies_BN may be None."""
+    """The cursor of rows whose last decided position is `index`; entropies_BN may be None."""
 
     def at(x_BN, index_B):
         return jnp.take_along_axis(x_BN, index_B[:, None], axis=1)[:, 0]
@@ -162,10 +162,10 @@ def cursor_at(trace: Trace, entropies_BN, index_B) -> Cursor:
 
 
 def next_starts(config: Patching, cursor: Cursor, past_BT, entropies_B):
-    """Whether the position after the cursor's opens a patch, [B], and the cursor there.
+    """bool [B], whether the position after the cursor's opens a patch, and the cursor there.
 
     past_BT: each row's last three ids or more, the newest last, BOE before the document.
-    entropies_B: nats, after the newest; any number where the mode has no use for them.
+    entropies_B: nats, after the newest id; ignored by modes that don't use entropies.
     """
     index_B = cursor.index_B + 1
     past = [past_BT[:, -by] for by in (1, 2, 3)]
@@ -185,10 +185,10 @@ def next_starts(config: Patching, cursor: Cursor, past_BT, entropies_B):
 
 
 def opens(xp, config: Patching, index, past, now, before):
-    """Whether position `index` opens a patch, by its mode alone; elementwise.
+    """Whether position `index` opens a patch by the rule of the mode alone; elementwise.
 
-    past: ids 1, 2 and 3 positions earlier; now, before: the entropies known before it and before
-    the position before it, which only the relative modes read.
+    past: ids 1, 2 and 3 positions earlier. now, before: the entropies known before this position
+    and before the one before it, which only the relative modes read.
     """
     if config.mode == "byte":
         return index >= 0
@@ -213,9 +213,9 @@ def shifted(xp, x_N, by: int, fill):
 
 
 def entropy_opens(xp, config: Patching, index, now, before):
-    """Whether positions from 2 on are starts; H[0], the uncertainty after BOS, has no say there.
+    """Whether positions from 2 on are starts; H[0], the entropy after BOS, is ignored.
 
-    What it says of positions 0 and 1 doesn't matter: they begin patches anyway.
+    The values at positions 0 and 1 don't matter: these open patches anyway.
     """
     high = now > xp.float32(config.threshold)
     if not config.monotonic and config.threshold_add is None:
@@ -254,8 +254,8 @@ def too_long(config: Patching, index, began):
 def inside_character(xp, past):
     """Whether the bytes before a position leave a UTF-8 character unfinished.
 
-    It looks at nothing from the position on. Where a lead byte's promise is broken, the position
-    after the break is no longer inside.
+    It reads nothing from the position on. Where a continuation byte is missing, the position after
+    the break is no longer inside.
     """
     inside, unbroken = False, True
     for distance, ids in enumerate(past, start=1):
@@ -268,16 +268,16 @@ def inside_character(xp, past):
 
 
 def wait_for_end(starts, inside, waits):
-    """Moves a start inside a character on, three positions at most: there are no more inside one.
+    """Moves a start inside a character to its end, by at most three positions.
 
-    waits: the starts that had waited for 0, 1 and 2 positions already at the position before.
+    waits: the starts that have already been moved by 0, 1 and 2 positions at the position before.
     """
     result = (starts | waits[0] | waits[1] | waits[2]) & ~inside
     return result, (starts & inside, waits[0] & inside, waits[1] & inside)
 
 
 def after_character(xp, starts_N1, inside_N1):
-    """`wait_for_end` for all positions: the starts, and what waits at each."""
+    """`wait_for_end` for all positions: the starts, and the waiting starts at each."""
     waits = [starts_N1 & inside_N1]
     before = [shifted(xp, waits[0], 1, False)[..., :-1]]
     for _ in range(2):

@@ -1,16 +1,16 @@
-"""From patch starts to everything the model asks about patches, in O(N), on the device.
+"""Patch ids and attention ranges from patch starts, in O(N), on the device.
 
 A row of bytes and its starts; the patch of byte n is the number of starts up to n, less one. To
-predict byte n + 1, byte n reads the patch *before* the one that holds byte n + 1: when n closes a
-patch, that is the patch it has just closed; otherwise its own patch is still open, so it reads
-the one before. That is the one-patch lag, and nothing leaks:
+predict byte n + 1, byte n reads the patch *before* the one that holds byte n + 1. When n closes a
+patch, that is the patch just closed; otherwise its own patch is still open, so it reads the one
+before. That is the one-patch lag, and nothing leaks:
 
     byte     n     0  1  2  3  4  5  6  7  8        (bytes_BN, N = 9)
     starts         1  1  1  0  0  1  0  0  0  1     (starts_BN1: the last looks past the row)
     patch_of       0  1  2  2  2  3  3  3  3 (4)
     reads          0  1  1  1  2  2  2  2  3        = patch_of[n + 1] - 1
 
-Every attention sees one contiguous range [start, end) per query, and starts and ends never
+Every attention has one contiguous range [start, end) of keys per query, and starts and ends never
 decrease along the queries. Padding (documents == 0, always at a row's end) belongs to no patch and
 its ranges are empty.
 """
@@ -28,7 +28,8 @@ from bltjax.text.patching import force_starts, patch_starts
 
 
 class Ranges(NamedTuple):
-    """What each query of one attention sees, and the rotary position of each key (or None)."""
+    """The key range of each query of one attention, and the rotary position of each key (or
+    None)."""
 
     start_BQ: jax.Array
     end_BQ: jax.Array
@@ -46,12 +47,13 @@ class Patches(NamedTuple):
 
 
 def index_like(x_BN) -> jax.Array:
-    """int32 [B, N]: each position's place in its row."""
+    """int32 [B, N]: each position's index in its row."""
     return jax.lax.broadcasted_iota(jnp.int32, x_BN.shape, 1)
 
 
 def document_begins(documents_BN: jax.Array) -> jax.Array:
-    """int32 [B, N]: where in the row each position's document begins (padding counts as one)."""
+    """int32 [B, N]: index in the row where each position's document starts (padding counts as
+    one)."""
     changed_BN = jnp.diff(documents_BN, axis=1, prepend=documents_BN[:, :1]) != 0
     return jax.lax.cummax(jnp.where(changed_BN, index_like(documents_BN), 0), axis=1)
 
@@ -74,7 +76,7 @@ def window_ranges(documents_BN: jax.Array, window: int) -> Ranges:
 
 
 def row_patches(documents_BN, starts_BN1, patches: int, window: int) -> Patches:
-    """All ids and ranges of rows with at most `patches` patches that hold bytes."""
+    """All patch ids and ranges of rows with at most `patches` patches that hold bytes."""
     sizes = check_shapes(documents_BN=documents_BN, starts_BN1=starts_BN1)
     real_BN = documents_BN > 0
     length_B1 = real_BN.sum(axis=1, keepdims=True, dtype=jnp.int32)
@@ -109,7 +111,8 @@ def row_patches(documents_BN, starts_BN1, patches: int, window: int) -> Patches:
 
 
 def slot_ranges(ranges: Ranges, slots: int, *, queries: bool) -> Ranges:
-    """Ranges of patches as ranges of slots: repeated if those are the queries, else scaled."""
+    """Ranges of patches as ranges of slots: repeated if the patches are the queries, else
+    scaled."""
     if queries:
         return Ranges(
             jnp.repeat(ranges.start_BQ, slots, axis=1), jnp.repeat(ranges.end_BQ, slots, axis=1)
@@ -120,7 +123,7 @@ def slot_ranges(ranges: Ranges, slots: int, *, queries: bool) -> Ranges:
 def pool_max(x_BNE, patch_of_BN, patches: int):
     """Elementwise maximum over the bytes of each patch, [B, P, E]; zeros for an empty patch.
 
-    On a TPU a scatter by sorted ids, E channels at a time for each byte, and so is its gradient.
+    On a TPU this is a scatter by sorted ids, E channels per byte, and so is its gradient.
     """
     rows, _, width = x_BNE.shape
     pooled = jax.ops.segment_max(
@@ -133,7 +136,7 @@ def pool_max(x_BNE, patch_of_BN, patches: int):
 
 
 def flat_patch(patch_of_BN, patches: int):
-    """Patch ids of all rows, ascending: row b has those from b * (P + 1), its padding the last."""
+    """Patch ids of all rows, ascending: row b has ids from b * (P + 1), its padding the last."""
     row_B1 = jnp.arange(patch_of_BN.shape[0], dtype=jnp.int32)[:, None]
     return (row_B1 * (patches + 1) + patch_of_BN).reshape(-1)
 
@@ -141,10 +144,10 @@ def flat_patch(patch_of_BN, patches: int):
 def patches_of(text: str | bytes, patching: Patching, entropies_N=None) -> list[bytes]:
     """The patches of a text, which join to it; the patch of BOS is left out.
 
-    entropies_N: [len + 1], nats, for a patching by entropy.
+    entropies_N: [len + 1], nats, for patching by entropy.
 
     Raises:
-      ValueError: for a patching by entropy without entropies, or of another length than the text's.
+      ValueError: for patching by entropy without entropies, or with the wrong number of them.
     """
     data, ids_N = as_bytes(text), encode(text, eos=False)
     if patching.mode == "entropy":
@@ -158,7 +161,7 @@ def patches_of(text: str | bytes, patching: Patching, entropies_N=None) -> list[
 
 
 def split_at(data: bytes, starts_N1) -> list[bytes]:
-    """A text split at the starts of [BOS, its bytes, the byte to come]."""
+    """A text split at the starts of [BOS, its bytes, the next byte]."""
     begins = np.flatnonzero(np.asarray(starts_N1)[1:-1])
     ends = np.append(begins[1:], len(data)) if len(data) else begins
     return [data[a:b] for a, b in zip(begins, ends, strict=True)]

@@ -11,8 +11,8 @@ from bltjax.text.ngram_hash import HashConfig
 
 @dataclasses.dataclass(frozen=True)
 class LocalConfig:
-    """The two byte stacks; they share width, heads and window (the decoder starts from the
-    encoder's states)."""
+    """The two byte stacks; they share width, heads and window (the decoder's input is the encoder's
+    states)."""
 
     encoder_layers: int = 1
     decoder_layers: int = 9
@@ -93,7 +93,7 @@ class BLTConfig:
         return self.local.window
 
     def summary(self) -> str:
-        """Its sizes in a line."""
+        """The sizes, in one line."""
         local, latent = self.local, self.latent
         return (
             f"latent {latent.layers} layers of {latent.width}, encoder {local.encoder_layers} and"
@@ -102,13 +102,14 @@ class BLTConfig:
         )
 
     def layers_in_arrays(self, stacked: bool) -> int:
-        """The most layers of a stack with arrays of their own; stacked latent ones share one."""
+        """The most layers of a stack with arrays of their own; stacked latent layers share
+        theirs."""
         local = max(self.local.encoder_layers, self.local.decoder_layers)
         return local if stacked else max(local, self.latent.layers)
 
     @property
     def split_by_tensor(self) -> dict[str, int]:
-        """Sizes that a mesh's `tensor` must divide, by the names of their settings."""
+        """Sizes that must be divisible by a mesh's `tensor`, by the names of their settings."""
         latent = self.latent
         return {
             "latent.heads": latent.heads, "latent.key_value_heads": latent.key_value_heads,

@@ -1,7 +1,7 @@
-"""Cross-attention between bytes and patch slots (paper 3.2, 3.3), both ways.
+"""Cross-attention between bytes and patch slots (paper 3.2, 3.3), in both directions.
 
 The released models add the input twice, once inside the module and once around it, so that one
-application maps x to 2x + O. It is kept: their weights were trained with it.
+application maps x to 2x + O. We do the same, because their weights were trained with it.
 """
 
 import jax.numpy as jnp
@@ -73,5 +73,5 @@ class CrossAttention(nn.Module):
         return self.added(x_BQE, out_BQGC)
 
     def step(self, x_BQE, sources: Cache, seen_BQT):
-        """The same over keys and values that `source` gave and a decoder kept."""
+        """The same, over cached keys and values that `source` returned."""
         return self.added(x_BQE, cached_attention(self.queries(x_BQE), sources, seen_BQT))

@@ -1,18 +1,18 @@
-"""What a BLT remembers of a text, and how one byte more changes it.
+"""Incremental decoding state of a BLT, and the one-byte update.
 
     byte n ──► scorer ──► does byte n + 1 open a patch?            once per byte
       └──────► encoder ─► state n, its share of the open patch     once per byte
-                               │ the patch is whole: `closes`
+                               │ the patch is complete: `closes`
                                ▼
                pool, cross-attend, latent transformer              once per patch
-                               │ what bytes read from now on
+                               │ input of the bytes that follow
                                ▼
                decoder of state n ──► logits of byte n + 1         once per byte
 
-A patch's slots depend on the maximum over all its bytes, so they can't be built up: until the patch
-closes, the keys and values that its bytes offer to the encoder's cross-attention are kept. That
-buffer and the latent caches are the only parts that grow with the text; a full one stops the loop,
-and the host doubles it.
+A patch's slots depend on the maximum over all its bytes, so they can't be built up incrementally:
+until the patch closes, its bytes' keys and values for the encoder's cross-attention are buffered.
+That buffer and the latent caches are the only parts that grow with the text; a full one stops the
+loop, and the host doubles it.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ HISTORY = 16  # ids kept: the longest n-gram
 
 
 class Scored(NamedTuple):
-    """Prompts after the scorer: where their patches begin, and what the scorer goes on from."""
+    """Prompts after the scorer: their patch starts, and the scorer's state."""
 
     bytes_BN: jax.Array
     length_B: jax.Array
@@ -53,7 +53,7 @@ class Scored(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What rows of a batch go on from, after `count` positions (BOS is the first)."""
+    """Decoding state of the rows of a batch after `count` positions (BOS is the first)."""
 
     past_BT: jax.Array  # the newest ids, the newest last
     count_B: jax.Array
@@ -74,7 +74,7 @@ class Memory(NamedTuple):
 
 
 def rows_where(go_B, new, old):
-    """Trees of arrays with a row for each of B: `new` where it goes, else `old`."""
+    """Selects rows of trees of arrays [B, ...]: `new` where go_B, else `old`."""
 
     def chosen(a, b):
         return jnp.where(go_B.reshape(-1, *[1] * (a.ndim - 1)), a, b)
@@ -84,7 +84,7 @@ def rows_where(go_B, new, old):
 
 @dataclass(frozen=True)
 class CachedBLT:
-    """A BLT's two ways to a `Memory`: whole prompts at once, and byte by byte."""
+    """The incremental decoder of a BLT: `prefill` of whole prompts, then one byte per step."""
 
     patched: ClassVar[bool] = True  # it has a latent step, and memory that grows with the text
 
@@ -104,8 +104,8 @@ class CachedBLT:
         return LocalDecoder(self.config, self.dtype, None)
 
     def prepared(self, params, scorer_params) -> dict:
-        """Parameters as decoding reads them: latent layers apart, all but norms in its dtype;
-        beside them what the scorer reads."""
+        """Parameters for decoding: latent layers unstacked, all but norms cast to its dtype, and
+        the scorer's parameters."""
         params = dict(params) | {"latent": unscanned(params["latent"])}
         cast = constrained_tree(narrowed(params, self.dtype))
         return {"model": cast, "scorer": self.scorer.prepared(scorer_params)}
@@ -119,7 +119,8 @@ class CachedBLT:
     # Prompts, in one pass.
 
     def score(self, params, bytes_BN, length_B) -> Scored:
-        """The first half: entropies and patches, whose number sets the shapes of the second."""
+        """First half of the prefill: entropies and patches, whose number sets the shapes of the
+        second."""
         entropies_BN, caches, context_B = self.scorer.run(params["scorer"], bytes_BN, length_B)
         trace = trace_starts(self.patching, bytes_BN, entropies_BN)
         starts_BN1 = force_starts(trace.starts_N1)
@@ -137,7 +138,7 @@ class CachedBLT:
         )
 
     def prefill(self, params, scored: Scored, patches: int, open_slots: int) -> Memory:
-        """The second half: BLT over the prompts, of at most `patches` patches that hold bytes."""
+        """Second half: BLT over the prompts, with at most `patches` patches that hold bytes."""
         local, latent = self.config.local, self.config.latent
         bytes_BN, length_B = scored.bytes_BN, scored.length_B
         rows, length = bytes_BN.shape
@@ -199,7 +200,7 @@ class CachedBLT:
         )
 
     def grown(self, memory: Memory, patches: int, open_slots: int) -> Memory:
-        """The same memory with room for so many patches, and so many bytes in an open one."""
+        """The memory, enlarged to `patches` patches and `open_slots` bytes in an open patch."""
 
         def widen(caches, slots):
             extra = slots - caches[0].k_BJTC.shape[2] if caches else 0
@@ -212,13 +213,14 @@ class CachedBLT:
     # Byte by byte.
 
     def full(self, memory: Memory, ahead: int = 1):
-        """bool [B, 2]: rows without room for so many bytes more: as patches, in the open one."""
+        """bool [B, 2]: rows without room for `ahead` more bytes: in patches, in the open patch."""
         latent = memory.patches_B + ahead > memory.latent[0].k_BJTC.shape[2]
         slots = memory.offered[0].k_BJTC.shape[2] if memory.offered else jnp.inf
         return jnp.stack([latent, memory.open_B + ahead > slots], axis=1)
 
     def close(self, params, memory: Memory, go_B) -> Memory:
-        """Runs the latent transformer on the whole patches of some rows; others are as before."""
+        """Runs the latent transformer on the complete patches of some rows; others are
+        unchanged."""
         go_B11 = go_B[:, None, None]
         slots = memory.offered[0].k_BJTC.shape[2] if memory.offered else 1
         seen_BPT = (jnp.arange(slots)[None] < memory.open_B[:, None])[:, None]
@@ -249,7 +251,7 @@ class CachedBLT:
         )
 
     def predict(self, params, memory: Memory):
-        """(logits [B, V] of the next byte, memory); of no use in a row whose patch has to close."""
+        """(logits [B, V] of the next byte, memory); undefined in a row whose patch has to close."""
         logits_BQV, caches = self.decoder.apply(
             {"params": params["model"]["decoder"]},
             memory.state_B1E,
@@ -262,9 +264,9 @@ class CachedBLT:
         return logits_BQV[:, 0], memory._replace(decoder=caches)
 
     def advance(self, params, memory: Memory, id_B, go_B) -> Memory:
-        """Takes one byte more in some rows; the others are as before.
+        """Appends one byte to the rows in go_B; the others are unchanged.
 
-        What a row that does not go writes, it writes where its own next byte will.
+        Other rows write only to the slot that their own next byte will overwrite.
         """
         past_BT = jnp.concatenate([memory.past_BT[:, 1:], id_B[:, None]], axis=1)
         entropies_BQ, context_BQ, scorer = self.scorer.step(
@@ -297,7 +299,8 @@ class CachedBLT:
 def cached_blt(
     config: ModelConfig, scorer, dtype, draft: int = 0, implementation: str | None = None
 ) -> CachedBLT:
-    """A BLT as it decodes. scorer: settings of the byte model that places its patches, if one does.
+    """The incremental decoder of a BLT. scorer: settings of the byte model for its entropies, or
+    None.
 
     draft: bytes that may be taken back. implementation: of attention over whole prompts.
     """

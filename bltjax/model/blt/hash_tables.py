@@ -6,16 +6,16 @@ padded to a TPU's 128 lanes, and every device would have to look up every id of 
 table, each device
 
     sorts its ids and keeps each once          [9 4 9 7] -> [4 7 9]
-    sends every owner what it owns             in rounds of fixed capacity, as static shapes ask
+    sends every owner its ids                  in rounds of fixed capacity, for static shapes
     gets rows back, in the compute dtype       and adds each where its id stood
 
-A round is an all-to-all; as many are run as the fullest device of the slice needs, normally one, so
-no id is ever dropped, however skewed they are. Gradients go the same way: summed by id where they
-arise, sent in the same rounds, summed into the owner's rows. Nobody ever holds a whole table, nor
-the gradient of one. Of a batch's positions, which `tensor` doesn't split, each of its devices
-takes a part.
+A round is an all-to-all. There are as many rounds as the fullest device of the slice needs,
+normally one, so no id is ever dropped, however skewed they are. Gradients go the same way: summed
+by id where they arise, sent in the same rounds, summed into the owner's rows. No device ever holds
+a whole table or the gradient of one. A batch's positions are not split by `tensor`, so each of its
+devices takes a part of them.
 
-What became of it on a TPU: gathers of whole rows, one sort of ids for each table and way, and sums
+On a TPU this compiles to gathers of whole rows, one sort of ids per table and direction, and sums
 as one fused pass over sorted rows (`scatter_custom_fusion`), E numbers at a time.
 """
 
@@ -42,7 +42,7 @@ OWNERS = LETTER_AXES["M"]
 
 
 def hash_tables(config: HashConfig, width: int):
-    """Initialiser of [R, M, E]: rows past the addressed ones are zero, and stay so."""
+    """Initialiser of [R, M, E]: rows past the addressed ones are zero, and remain zero."""
 
     def initialise(key, shape, dtype=jnp.float32):
         tables_RME = truncated_normal(width)(key, shape, dtype)
@@ -53,7 +53,7 @@ def hash_tables(config: HashConfig, width: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def looked_up(tables_RME, ids_RBN, dtype):
-    """Sum over the tables of the row, in `dtype`, that each position has; float32 [B, N, E]."""
+    """float32 [B, N, E]: for each position the sum over tables of its row, each in `dtype`."""
     mesh = owned_mesh(tables_RME.shape)
     if mesh is None:
         rows = (
@@ -100,7 +100,7 @@ looked_up.defvjp(looked_up_forward, looked_up_backward)
 
 
 def rows_of(table_ME, ids, dtype):
-    """Rows in `dtype`; the barrier keeps XLA from casting the whole table before it looks."""
+    """Rows in `dtype`; the barrier keeps XLA from casting the whole table before the look-up."""
     rows = table_ME.at[ids].get(mode="promise_in_bounds")
     return rows if rows.dtype == dtype else jax.lax.optimization_barrier(rows).astype(dtype)
 
@@ -118,13 +118,13 @@ def owned_mesh(shape):
 
 
 def specs(mesh, rows: int):
-    """Of tables [R, M, E], ids [R, B, N] and states [B, N, E]."""
+    """Specs of tables [R, M, E], ids [R, B, N] and states [B, N, E]."""
     axes = dividing(LETTER_AXES["B"], mesh, rows)
     return PartitionSpec(None, OWNERS), PartitionSpec(None, axes), PartitionSpec(axes)
 
 
 class Route(NamedTuple):
-    """The ids of one device and one table, sorted, each once, and where they are to go."""
+    """The distinct ids of one device and one table, sorted, with their owners."""
 
     distinct_Q: jax.Array  # ascending; after the last one, numbers that are no id
     first_S1: jax.Array  # where each owner's begin among them; the last is their number
@@ -134,8 +134,8 @@ class Route(NamedTuple):
 
 
 def capacity_of(positions: int, owners: int) -> int:
-    """Ids that a round sends to one owner: a mean share of ids that are all distinct, and six
-    standard deviations, as ids are hashes; more come in a further round."""
+    """Ids per round and owner: the mean for distinct ids plus six standard deviations, as ids are
+    hashes; any more are sent in a further round."""
     mean = positions / owners
     wanted = math.ceil(mean + 6 * math.sqrt(mean))
     return min(-(-wanted // 8) * 8, positions)
@@ -154,7 +154,8 @@ def route_of(ids_Q, owned: int, owners: int, capacity: int) -> Route:
 
 
 def parcels(route: Route, values_Q, number, capacity: int):
-    """What round `number` sends to each owner, [S, capacity, ...], and which of it is anything."""
+    """The parcels of round `number` for each owner, [S, capacity, ...], and the mask of their
+    entries."""
     begin_S = route.first_S1[:-1] + number * capacity
     padded = jnp.pad(values_Q, [(0, capacity)] + [(0, 0)] * (values_Q.ndim - 1))
     cut = jax.vmap(lambda begin: jax.lax.dynamic_slice_in_dim(padded, begin, capacity))
@@ -163,12 +164,12 @@ def parcels(route: Route, values_Q, number, capacity: int):
 
 
 def exchanged(parcels_SQ):
-    """Each device's parcel for each of the others, delivered."""
+    """The all-to-all of each device's parcels."""
     return jax.lax.all_to_all(parcels_SQ, OWNERS, 0, 0, tiled=True)
 
 
 def asked_for(route: Route, number, owned: int, capacity: int):
-    """Rows of this device that the others ask for in a round, [S * capacity]; `owned` for none."""
+    """Row indices that other devices request in a round, [S * capacity]; `owned` for none."""
     distinct, there = parcels(route, route.distinct_Q, number, capacity)
     begin = jax.lax.axis_index(OWNERS) * owned
     ids = exchanged(jnp.where(there, distinct, -1)).reshape(-1)
@@ -176,7 +177,7 @@ def asked_for(route: Route, number, owned: int, capacity: int):
 
 
 def own_part(flat, axis: int):
-    """The part that this device of `tensor` takes of positions that all of them have, padded."""
+    """This device's part of positions that all devices of `tensor` hold, padded."""
     parts = jax.lax.axis_size("tensor")
     size = -(-flat.shape[axis] // parts)
     padding = [(0, 0)] * flat.ndim
@@ -186,7 +187,7 @@ def own_part(flat, axis: int):
 
 
 def fetched(tables_RME, ids_RBN, *, dtype):
-    """The look-up as one device does it, of its own rows of tables and of the batch."""
+    """The look-up of one device, on its own rows of the tables and of the batch."""
     (R, owned, E), (_, rows, length) = tables_RME.shape, ids_RBN.shape
     owners = jax.lax.axis_size(OWNERS)
     ids_RQ = own_part(ids_RBN.reshape(R, -1), 1)
@@ -226,7 +227,7 @@ def fetched(tables_RME, ids_RBN, *, dtype):
 
 
 def reduced(tables_RME, ids_RBN, *, dtype):
-    """The same where all owners have all ids: each adds up the rows that it owns, then all do."""
+    """The same where all owners have all ids: each adds up its own rows, then a sum over owners."""
     R, owned, E = tables_RME.shape
     table_ME = tables_RME.reshape(-1, E)
     begin = jax.lax.axis_index(OWNERS) * owned
@@ -240,7 +241,7 @@ def reduced(tables_RME, ids_RBN, *, dtype):
 
 
 def returned(ids_RBN, grad_BNE, *, owned: int, dtype, replicas: tuple[str, ...]):
-    """The gradient of one device's rows of the tables; across `replicas` only these are summed."""
+    """The gradient of one device's rows of the tables; only these are summed across `replicas`."""
     R, E = ids_RBN.shape[0], grad_BNE.shape[-1]
     owners = jax.lax.axis_size(OWNERS)
     ids_RQ = own_part(ids_RBN.reshape(R, -1), 1)

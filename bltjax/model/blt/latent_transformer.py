@@ -1,7 +1,7 @@
 """Latent transformer: the large stack, one position per patch, no final norm (paper 3.1).
 
-Its layers are scanned, so that its program does not grow with depth, and rematerialised as
-`latent.remat` says: what a block doesn't keep is computed once more in the backward pass.
+Its layers are scanned, so that its program does not grow with depth, and rematerialised according
+to `latent.remat`: the backward pass recomputes what a block doesn't keep.
 """
 
 import jax
@@ -79,7 +79,7 @@ class LatentTransformer(nn.Module):
         return x_BPD, kept
 
     def step(self, slots_BSE, index_BP, caches):
-        """Latent states [B, P, D] of consecutive patches, the caches with them (`scanned` False).
+        """Latent states [B, P, D] of consecutive patches, and the updated caches (`scanned` False).
 
         Patches lie in the caches in order, each row's from slot 0 on; the text is one document.
         """

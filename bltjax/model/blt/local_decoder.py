@@ -1,7 +1,7 @@
 """Local decoder: latent states back to bytes (paper 3.3).
 
-It has no embedding of its own: it starts from the encoder's byte states. Each byte cross-attends
-to the K slots of the patch that it reads, then to the bytes in its window.
+It has no embedding of its own: its input is the encoder's byte states. Each byte cross-attends
+to the K slots of the patch that it reads, then attends to the bytes in its window.
 """
 
 import jax.numpy as jnp
@@ -58,7 +58,8 @@ class LocalDecoder(nn.Module):
         self.head_EV = self.param("head_EV", truncated_normal(E), (E, VOCABULARY))
 
     def narrowed(self, latent_BPD):
-        """What bytes read: slots [B, P * K, E], or [B, P, E] without cross-attention."""
+        """Latent states projected for the bytes: slots [B, P * K, E], or [B, P, E] without
+        cross-attention."""
         if not self.crosses:
             narrow_DE = gathered(self.narrow_DE, "narrow_DE", self.dtype)
             return constrained(project(latent_BPD, narrow_DE), "source_BPE")
@@ -89,7 +90,7 @@ class LocalDecoder(nn.Module):
         return self.logits(x_BNE), kept
 
     def sources(self, latent_BPD):
-        """What bytes that read these patches need: for each cross-attention a `Cache` of slots; or
+        """The decoder's inputs from these patches: a `Cache` of slots per cross-attention, or
         [B, P, E] without any."""
         source = self.narrowed(latent_BPD)
         if not self.crosses:
@@ -99,7 +100,7 @@ class LocalDecoder(nn.Module):
 
     def step(self, x_BQE, sources, reads_BQ, places: Places, caches):
         """Logits [B, Q, V] of new bytes, each of which reads one of the patches in `sources`, and
-        the caches with them."""
+        the updated caches."""
         if not self.crosses:
             x_BQE += jnp.take_along_axis(sources, reads_BQ[..., None], axis=1)
         else:

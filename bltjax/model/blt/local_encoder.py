@@ -5,7 +5,7 @@
                                   max over patch --+--> K queries --cross-attend--> slots
 
 Pooling happens once, at the first cross-attention; later ones refine the same slots. (With
-`cross.repools` each begins anew, and only the last one counts.)
+`cross.repools` each one pools again, and only the last one counts.)
 """
 
 import functools
@@ -119,9 +119,10 @@ class LocalEncoder(nn.Module):
         return embeds_BNE, states, slots_BSE, kept
 
     def step(self, past_BT, places: Places, caches):
-        """States after each layer [B, Q, E] of the newest bytes, and the caches with them.
+        """States after each layer [B, Q, E] of the newest bytes, and the updated caches.
 
-        past_BT: ids up to the newest, at least as many before the Q as n-grams are long.
+        past_BT: ids up to the newest; before the Q new ones, at least as many as the longest
+        n-gram.
         """
         hashed, ids_RBQ = self.config.hash, None
         queries = places.slot_BQ.shape[1]
@@ -136,17 +137,17 @@ class LocalEncoder(nn.Module):
         return states, stored(caches, kept, places.slot_BQ, x_BQE)
 
     def offered(self, states):
-        """What a patch needs of its bytes when it closes: for each pooling layer the states, for
-        each attending one keys and values [B, N, G, C]."""
+        """The inputs of a patch from its bytes: for each pooling layer the states, for each
+        cross-attention keys and values [B, N, G, C]."""
         crosses = zip(self.attending, self.crosses, strict=True)
         pooled = tuple(states[layer] for layer in self.pooling)
         return pooled, tuple(cross.source(states[layer]) for layer, cross in crosses)
 
     def closed(self, pooled, sources, seen_BPT):
-        """Slots [B, P * K, E] of patches, from what their bytes offered.
+        """Slots [B, P * K, E] of complete patches, from the inputs that `offered` returned.
 
         pooled: for each pooling layer the maximum over the patch's bytes, [B, P, E]. sources: for
-        each attending layer a `Cache` of bytes, of which each patch sees its own.
+        each cross-attention a `Cache` of bytes, masked to each patch's own.
         """
         seen_BST = jnp.repeat(seen_BPT, self.config.cross.slots, axis=1)
         pooled = dict(zip(self.pooling, pooled, strict=True))

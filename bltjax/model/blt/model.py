@@ -1,7 +1,7 @@
 """The Byte Latent Transformer: local encoder, latent transformer, local decoder.
 
-Returns (logits, out), `out` holding every intermediate by name: what is not used costs nothing,
-since the compiler drops it, and probing needs no hooks.
+Returns (logits, out), where `out` holds every intermediate by name. Unused ones cost nothing,
+since the compiler drops them, and probing needs no hooks.
 """
 
 import functools
