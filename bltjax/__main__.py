@@ -1,4 +1,4 @@
-"""python -m bltjax VERB: the verbs and their help; a program is imported only when asked for."""
+"""python -m bltjax VERB: the verbs and their help; a program is imported only when it is run."""
 
 import argparse
 import logging
@@ -31,7 +31,7 @@ FRUGAL = ("convert", "inspect", "plan")
 
 
 def program_of(verb: str):
-    """The module of a verb; imported only when it is asked for, since most import jax."""
+    """The module of a verb, imported on demand, since most import jax."""
     match verb:
         case "train":
             from bltjax.training import train as program
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> typing.NoReturn:
-    """`main`, and then out: also past jax's wait for the other processes, after an error."""
+    """`main`, then exit: after an error also without jax's wait for the other processes."""
     try:
         code = main()
     except KeyboardInterrupt:  # before the program was imported

@@ -33,7 +33,7 @@ def quantity(value: float) -> str:
 def speed(amount: float, seconds: float, compiled: float, unit: str = "bytes") -> str:
     """'compiled in 12 s; 100 bytes in 0.3 s, 330B/s'.
 
-    seconds: in all; compiled: of them, for compiling, which no rate should have in it.
+    seconds: in total; compiled: the part spent compiling, which the rate leaves out.
     """
     ran = max(seconds - compiled, 1e-9)
     line = f"compiled in {compiled:.2g} s; " if compiled >= 0.05 else ""
@@ -44,7 +44,7 @@ def speed(amount: float, seconds: float, compiled: float, unit: str = "bytes") -
 class Progress:
     """Rate and time left of long work: every second on a terminal, every ten in a log.
 
-    quiet: of many processes, all but one.
+    quiet: for all but one of many processes.
     """
 
     def __init__(self, what: str, total: float, unit: str = "B", quiet: bool = False):

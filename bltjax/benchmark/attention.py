@@ -1,8 +1,8 @@
-"""What BLT's attentions take on this device, forward and backward, by each implementation.
+"""Times of BLT's attentions on this device, forward and backward, by each implementation.
 
 The sizes are those of the 8B's rows; every implementation gets the same arrays, and its output and
 gradients are compared with those of `xla` in float32. `library` is jax's own attention, cuDNN's
-on a GPU, where it has a way to say what may be seen: a window, or all that went before.
+on a GPU, where it can express the mask: a window, or causal.
 """
 
 import functools
@@ -81,7 +81,7 @@ def functions(name: str, pattern, device) -> tuple:
 
 
 def median_ms(function, given, repeats: int) -> float:
-    """Of one call among several that follow each other: what it takes to start one is hidden."""
+    """Time per call among several in a row, so that dispatch is hidden."""
     jax.block_until_ready(function(*given))
     calls, times = 10 if jax.devices()[0].platform != "cpu" else 1, []
     for _ in range(repeats):

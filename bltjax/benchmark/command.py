@@ -1,18 +1,18 @@
-"""The command `benchmark`: how fast we are, against the transformers port of BLT, in one run.
+"""The command `benchmark`: our speed against the transformers port of BLT, in one run.
 
     benchmark train    one step of a small model, ours and the peer's in turn
     benchmark rows     one step as rows grow from 1k to 32k bytes: time and peak memory
-    benchmark tables   hash tables' part of a step: all rows updated, or those that were used
+    benchmark tables   hash tables' part of a step: all rows updated, or only the used ones
     benchmark attention  each attention of the 8B on this device, by each implementation
     benchmark slots    how full rows of given folders of records are, with and without look-ahead
     benchmark generate 128 bytes after a prompt, greedily: `generate.py` has the sides
-    benchmark input    text bytes a second of the input pipeline: `input.py`
+    benchmark input    text bytes per second of the input pipeline: `input.py`
     benchmark convert  time and peak memory of importing the released 1B's shapes, made-up weights
 
 In the first two, both sides run the same model on the same bytes and patches with AdamW in fp32.
-Each has a process of its own, pinned to the same CPUs, that works only when it is asked to; times
-are medians. The peer runs as it comes, `transformers`, or with what we know to make it faster,
-`transformers_tuned`: fused AdamW, and an allocator that keeps large buffers, as ours has it.
+Each has a process of its own, pinned to the same CPUs, that works only on request; times are
+medians. The peer runs with defaults, `transformers`, or with the speed-ups that we know,
+`transformers_tuned`: fused AdamW, and an allocator that keeps large buffers, like ours.
 """
 
 import argparse
@@ -53,7 +53,8 @@ def benchmark_train(peer: str | None, repeats: int, threads: int) -> dict:
 
 
 def benchmark_rows(peer: str | None, repeats: int, threads: int, longest: int) -> dict:
-    """One row a step. A side that fails at a length (memory, usually) is not asked for longer."""
+    """One row per step. A side that fails at a length (memory, usually) is not run at longer
+    ones."""
     lines, sides = [], ["ours"] + ([peer] if peer else [])
     for row_bytes in (length for length in ROW_LENGTHS if length <= longest):
         line = {"row_bytes": row_bytes}
@@ -71,7 +72,7 @@ def benchmark_rows(peer: str | None, repeats: int, threads: int, longest: int) -
 
 
 def benchmark_generate(peer: str | None, repeats: int, threads: int, prompt_bytes: int) -> dict:
-    """ms a byte: ours, our whole model for each byte, and the peer's, in turn in one run."""
+    """ms per byte: ours, our whole model for each byte, and the peer's, in turn in one run."""
     finder = Worker("cached", threads, prompt_bytes, -1)
     finder.close()
     begin = finder.ready["begin"]
@@ -107,7 +108,7 @@ def row_line(line: dict) -> str:
 
 
 def benchmark_contexts(repeats: int, threads: int, longest: int, config: str | None) -> dict:
-    """ms a byte after growing contexts, prefill not counted, and what is read of caches."""
+    """ms per byte after growing contexts, without prefill, and bytes read from caches."""
     lines, model = [], [config] if config else []
     for length in (length for length in ROW_LENGTHS if length <= longest):
         worker = Worker("context", threads, length, *model)

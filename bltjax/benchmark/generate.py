@@ -1,14 +1,14 @@
-"""The sides of `benchmark generate`: one random model, written on by three decoders.
+"""The sides of `benchmark generate`: one random model, continued by three decoders.
 
     cached    ours
-    whole     our whole model for every byte: what cached decoding has to beat
-    port      transformers' generate, without a cache, the only one that is right there
+    whole     our whole model for every byte: the baseline of cached decoding
+    port      transformers' generate, without a cache, the only mode of it that is correct
     context   ours, from byte to byte alone, after a prompt of any length, of this model or of any
               config; it samples
 
-All have the same weights, with a byte LM of 4 layers, and write the same text greedily. A random
+All have the same weights, with a byte LM of 4 layers, and generate the same text greedily. A random
 model's greedy text runs in circles, some of which have no boundary, or hardly anything else; so the
-prompt is a place in the text after which the first side writes patches of 3.5 to 5.5 bytes, with
+prompt is a place in the text after which the first side generates patches of 3.5 to 5.5 bytes, with
 the threshold for patches of 4.49 in the text itself. Specials have no weight in the head: a random
 model would end its text at any byte.
 """
@@ -44,15 +44,15 @@ def text() -> bytes:
 
 
 def without_specials(params: dict) -> dict:
-    """The parameters of a model with no weight for specials in its head, changed in place."""
+    """The parameters of a model, with the head's weights of specials set to zero in place."""
     owner = params.get("decoder", params)
     owner["head_EV"] = owner["head_EV"] * (np.arange(VOCABULARY) >= OFFSET)[None]
     return params
 
 
 def random_params(config: ModelConfig, seed: int) -> dict:
-    """Parameters as training begins with them, but for the head's columns of specials; in the
-    dtype that the run computes in, but for norms, so that no more is ever held."""
+    """Initial parameters of training, except the head's columns of specials; in the run's compute
+    dtype, except norms, so that no more is ever held."""
     import jax
 
     from bltjax.families import initial_params, resolved
@@ -91,8 +91,8 @@ def random_model(settings: BLTConfig):
 
 
 def model_of_config(path: str):
-    """The same of a config file's BLT, in its compute dtype; the byte LM is of the released one's
-    sizes, and None where patches need none."""
+    """`random_model` of a config file's BLT, in its compute dtype; the byte LM has the sizes of the
+    released one, and is None where patches need none."""
     from bltjax.families import Model, load_config, model_config
 
     config = model_config(load_config(path))
@@ -103,7 +103,7 @@ def model_of_config(path: str):
 
 
 def context_side(model: BLTConfig | str, context_bytes: int):
-    """() -> ms a byte after a context, and the bytes of caches that are read for each.
+    """() -> ms per byte after a context, and the bytes read from caches for each.
 
     model: a BLT to make, or a config file that has one.
     """
@@ -160,7 +160,7 @@ def context_side(model: BLTConfig | str, context_bytes: int):
 
 
 def bar_chart(title: str, bars: dict[str, float]) -> str:
-    """A chart that GitHub draws: ms a byte, by name."""
+    """A Mermaid chart, which GitHub draws: ms per byte, by name."""
     return chart(title, f"x-axis [{names(bars)}]", "ms a byte", "bar", list(bars.values()))
 
 
@@ -173,7 +173,7 @@ def names(figures: dict[str, float]) -> str:
 
 
 def chart(title: str, x_axis: str, y: str, kind: str, figures: list[float]) -> str:
-    """A Mermaid diagram, from zero on."""
+    """A Mermaid diagram whose axis starts at zero."""
     shown = ", ".join(f"{figure:.4g}" for figure in figures)
     lines = (
         "xychart-beta",
@@ -186,7 +186,7 @@ def chart(title: str, x_axis: str, y: str, kind: str, figures: list[float]) -> s
 
 
 def speed_words(result: dict) -> str:
-    """What one prompt's figures say, and their chart."""
+    """The figures of one prompt, and their chart."""
     prompt = result["prompt_bytes"]
     ours, uncached = result["ours_ms_per_byte"], result["uncached_ms_per_byte"]
     lines = [f"after {prompt} bytes: ours {ours:.2f} ms a byte, {uncached:.1f} uncached"]
@@ -226,7 +226,7 @@ def prompt_at(begin: int, prompt_bytes: int) -> bytes:
 
 
 def cached_side(model: BLTConfig, prompt_bytes: int, begin: int):
-    """() -> what our decoder writes; a negative `begin` is sought."""
+    """() -> the text of our decoder; a negative `begin` is searched for."""
     from bltjax.inference.decoding.decoder import Decoder
 
     decoder = Decoder(random_model(model))

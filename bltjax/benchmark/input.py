@@ -1,8 +1,8 @@
-"""The input pipeline by itself: how fast it makes rows, and how full it makes them.
+"""The input pipeline by itself: how fast it makes rows, and how full they are.
 
-Speed is text bytes for each second of processor time, which other users of the machine change
-little, over records that are made for it: English of the standard library in documents of one
-size, with random entropies whose threshold gives patches of 4.5 bytes.
+Speed is text bytes per second of processor time, which other users of the machine change little,
+over records made for it: English of the standard library in documents of one size, with random
+entropies whose threshold gives patches of 4.5 bytes.
 """
 
 import statistics
@@ -36,7 +36,7 @@ BATCHES = 100  # in one measurement, after as many again
 
 
 def made_records(folder: Path, document_bytes: int) -> None:
-    """A folder of records: pieces of English, and entropies drawn from the exponential law."""
+    """Writes a folder of records: pieces of English, and exponentially distributed entropies."""
     random = np.random.default_rng(0)
     text = "".join(topics.values()).encode()
     count = CORPUS_BYTES // document_bytes
@@ -53,7 +53,7 @@ def made_records(folder: Path, document_bytes: int) -> None:
 
 
 def input_rate(folder: Path, *, blt: bool, repeats: int) -> dict[str, float]:
-    """Text bytes a second, of processor time and of the clock; medians."""
+    """Text bytes per second, of processor time and of wall time; medians."""
     data = DataConfig(
         train={"records": SourceConfig(str(folder))},
         rows=ROWS,
@@ -91,7 +91,7 @@ def benchmark_input(repeats: int) -> dict:
 
 
 def benchmark_slots(records: list[str], row_bytes: int) -> dict:
-    """Shares of byte and patch slots that are used, at the threshold that suits such rows."""
+    """Used shares of byte and patch slots, at the threshold that suits such rows."""
     documents = [RecordDocuments(Path(folder)) for folder in records]
     # As much of each, as the mixture has it.
     share = min([1 << 20, *(folder.manifest.total("text_bytes") for folder in documents)])

@@ -1,10 +1,9 @@
-"""What hash tables cost a training step: an update of all rows, or of those that a batch used.
+"""The cost of hash tables in a training step: an update of all rows, or only of those in the batch.
 
-Adam moves a row that no byte asked for all the same, by its first moment, and lets both moments
-decay. An update of the used rows alone ("lazy" Adam) leaves the others, and their moments, as they
-are: less to do, and another algorithm, equal only where the others' first moments are zero. The
-trainer updates all rows. Here is what that costs, on one device, look-ups not counted: they are the
-same for both.
+Adam moves even a row that no byte used, by its first moment, and both moments decay. An update of
+the used rows alone ("lazy" Adam) leaves the others, and their moments, unchanged: less work, and
+another algorithm, equal only where the others' first moments are zero. The trainer updates all
+rows. This measures the cost of that, on one device, without look-ups, which are the same for both.
 """
 
 import statistics
@@ -30,7 +29,7 @@ def moved(config: OptimizerConfig, count, table, first, second, grad):
 
 
 def dense_update(config: OptimizerConfig, count, state, ids_RBN, grad_BNE):
-    """Every row of the tables and of their moments, all [R, M, E]: as the trainer does it."""
+    """Every row of the tables and of their moments, all [R, M, E]: as in the trainer."""
     kept = ids_RBN, state[0][:, :, :0]
     grads_RME, _ = looked_up_backward(jnp.float32, kept, grad_BNE)
     return moved(config, count, *state, grads_RME)
@@ -82,7 +81,7 @@ def random_case(tables: int, rows: int, width: int, positions: int):
 
 
 def benchmark_tables(repeats: int) -> dict:
-    """By size, ms of each update, medians of updates in turn, and the share of rows in use."""
+    """By size, ms per update, medians of updates in turn, and the share of rows in use."""
     result = {}
     for name, size in SIZES.items():
         state, ids_RBN, grad_BNE = random_case(*size)

@@ -31,7 +31,7 @@ def run_config(rows: int, row_bytes: int) -> RunConfig:
 
 
 def sample_batch(data: DataConfig) -> PatchBatch:
-    """English of the standard library, a document a row, with P patches of random lengths."""
+    """English of the standard library, one document per row, with P patches of random lengths."""
     from pydoc_data.topics import topics
 
     random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""One side of a benchmark in a process of its own, which works only when asked."""
+"""One side of a benchmark in a process of its own, which works only on request."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ SIDES = {
 
 
 class Worker:
-    """A process that holds one side's step and runs it when told to."""
+    """A process that holds one side's step and runs it on request."""
 
     def __init__(self, side: str, threads: int, *given: int | str):
         self.side = side
@@ -53,7 +53,7 @@ class Worker:
         return answer
 
     def step(self) -> dict:
-        """{"ms", "peak_mib"} of one more step, and what it says of itself."""
+        """{"ms", "peak_mib"} of one more step, and any figures of its own."""
         with contextlib.suppress(BrokenPipeError):  # it died, as the lack of an answer will say
             self.process.stdin.write("step\n")
             self.process.stdin.flush()
@@ -66,7 +66,7 @@ class Worker:
 
 
 def serve(side: str, threads: int, *given: int | str) -> None:
-    """The worker's side of the pipe: one JSON line when ready, and one for each step."""
+    """The worker's side of the pipe: one JSON line when ready, and one per step."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     if side != "transformers":  # which is as it comes
         keep_buffers()

@@ -59,7 +59,7 @@ def source_argument(text: str) -> str:
 
 
 def add_workdir_argument(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """--workdir of the programs that use a model."""
+    """Adds --workdir, for programs that use a model."""
     parser.add_argument(
         "--workdir",
         required=required,
@@ -96,7 +96,7 @@ def mesh_config(text: str) -> MeshConfig:
 def add_source_arguments(
     parser: argparse.ArgumentParser, *, required: bool, default: str = ""
 ) -> None:
-    """--source and what a SourceConfig says besides; `source_from` reads them."""
+    """Adds --source and the options of a SourceConfig; `source_from` reads them."""
     kinds = "file, glob or folder of text, JSON lines or Parquet; tfds:NAME; or folder of records"
     parser.add_argument(
         "--source",

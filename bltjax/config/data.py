@@ -1,4 +1,4 @@
-"""Settings of sources and of the rows that are made of them."""
+"""Settings of sources, and of the rows made from them."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ FORMATS = ("auto", "text", "jsonl", "parquet")
 
 
 def check_row(row_bytes: int, row_patches: int) -> None:
-    """Raises ValueError for a row that can't be."""
+    """Raises ValueError for impossible sizes of a row."""
     if row_bytes < 2 or row_patches < 2:
         raise ValueError(
             f"a row needs 2 bytes and 2 patches at least (the first two positions each open"

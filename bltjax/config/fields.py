@@ -1,11 +1,11 @@
 """Frozen dataclasses as settings: their checks, their JSON, and the differences of two.
 
-Each field says by its metadata whether a resumed run may change it. Checks that need two numbers
+Each field's metadata says whether a resumed run may change it. Checks that need two numbers
 stand in a dataclass' `__post_init__`, before any device is touched.
 
 One field of a config may be a choice: a dataclass of one of several kinds, each with a class
-attribute `group`, the name under which a config file or JSON has it. The functions below take the
-kinds as `groups`, {group: dataclass}.
+attribute `group`, its name in a config file or JSON. The functions below take the kinds as
+`groups`, {group: dataclass}.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ LENGTH = "length"  # up, or down to what has been done
 def setting(
     default=dataclasses.MISSING, *, resume: str = "", infinite: bool = False, choice: bool = False
 ):
-    """A field of a config with a rule of resuming; `infinite`: a float that may be infinite."""
+    """A config field with its resume rule; `infinite`: a float that may be infinite."""
     metadata = {"resume": resume} if resume else {}
     metadata |= {"infinite": infinite, "choice": choice}
     return dataclasses.field(default=default, metadata=metadata)
@@ -41,7 +41,7 @@ def choice_of(kind) -> str:
 
 
 def hints_of(kind, groups: dict[str, type]) -> dict[str, typing.Any]:
-    """The type of each setting of a config class; instead of a choice, of each of its groups."""
+    """The type of each setting of a config class; for a choice, those of each of its groups."""
     hints = typing.get_type_hints(kind)
     hints = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     if name := choice_of(kind):
@@ -51,7 +51,8 @@ def hints_of(kind, groups: dict[str, type]) -> dict[str, typing.Any]:
 
 
 def divides(small_name: str, small: int, large_name: str, large: int) -> None:
-    """Raises ValueError unless small divides large: the rule, both numbers, and what would."""
+    """Raises ValueError unless small divides large: the rule, both numbers, and values that
+    would."""
     if small < 1 or large % small:
         below = next((n for n in range(min(small, large), 0, -1) if large % n == 0), None)
         above = next((n for n in range(max(small, 1), large + 1) if large % n == 0), None)
@@ -92,7 +93,7 @@ def finite(config, *names: str) -> None:
 
 
 def expand(config, *names: str) -> None:
-    """Expands `~` in settings that are paths; an old run's compare as equal then."""
+    """Expands `~` in settings that are paths, so that those of an old run compare equal."""
     for name in names:
         if isinstance(text := getattr(config, name), str):
             object.__setattr__(config, name, expanded(text))
@@ -104,7 +105,7 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """'; did you mean X?', or the list of what there is when nothing is near."""
+    """'; did you mean X?', or the list of known names when none is near."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"
@@ -117,7 +118,7 @@ def from_dict(kind, values, where: str = "config", groups: dict[str, type] | Non
 
     Raises:
       ValueError: for an unknown key, a wrong type, a number that is not finite where it must be,
-        or a rule that two numbers break.
+        or two numbers that break a rule.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if type(None) in args:
@@ -191,7 +192,7 @@ def differences(old: dict, new: dict, where: str = "") -> list[str]:
 
 
 class Change(typing.NamedTuple):
-    """A setting that differs between two configs, and its rule of resuming."""
+    """A setting that differs between two configs, and its resume rule."""
 
     path: str
     old: typing.Any
@@ -209,7 +210,7 @@ class Change(typing.NamedTuple):
 def changes(old, new, path: str = "", rule: str = FIXED) -> list[Change]:
     """The settings that differ between two configs, groups of them, or dicts of groups.
 
-    rule: of what has no rule of its own.
+    rule: for settings that have no rule of their own.
     """
 
     def inner(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The letters that name every axis in this repository, and a check that speaks in them.
+"""The letters that name every axis in this repository, and a check of shapes by letter.
 
 An array is called `noun_LETTERS`: `bytes_BN` is [rows, bytes]; a digit after a letter is added to
 it, so `starts_BN1` is [rows, bytes + 1]. The same suffix on a parameter's name yields its sharding.
@@ -29,7 +29,7 @@ LETTERS = {
 
 
 def suffix_axes(name: str) -> tuple[tuple[str, int], ...]:
-    """`starts_BN1` -> (("B", 0), ("N", 1)): the letters of a name and what is added to each."""
+    """`starts_BN1` -> (("B", 0), ("N", 1)): the letters of a name and the number added to each."""
     tail = name.rpartition("_")[2]
     axes = re.findall(r"([A-Z])(\d*)", tail)
     if "".join(letter + extra for letter, extra in axes) != tail or not axes:

@@ -1,8 +1,8 @@
-"""A file in configs/ and the command line's overrides, made into a config once.
+"""A config from a file in configs/ and the command line's overrides.
 
-A config file is a program with a `get_config()` that builds a ConfigDict. What it leaves out has
-the default of its dataclass, and every setting may be overridden. `configs/FILE.py` is the working
-directory's or, where that has none, the one that came with the package.
+A config file is a program with a `get_config()` that builds a ConfigDict. Missing settings have the
+default of their dataclass, and every setting may be overridden. `configs/FILE.py` is looked up in
+the working directory and then among the files that came with the package.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def read_config_file(
 
 
 def check_texts(settings: dict, where: str = "config") -> None:
-    """Raises ValueError for a path that can't be meant, or text that is not UTF-8."""
+    """Raises ValueError for a bad path, or text that is not UTF-8."""
     for key, value in settings.items():
         if isinstance(value, dict):
             check_texts(value, f"{where}.{key}")
@@ -72,7 +72,7 @@ def check_texts(settings: dict, where: str = "config") -> None:
 
 
 def problem_of(checked: typing.Callable, values: dict) -> str:
-    """Why a config is refused; empty if it is not."""
+    """The reason why a config is refused; empty if it is not."""
     try:
         checked(values)
     except ValueError as error:
@@ -94,7 +94,7 @@ def config_path(path: str) -> Path:
     """The config file of that path, or the one of that name in the package.
 
     Raises:
-      ValueError: with the nearest one there is.
+      ValueError: with the nearest existing one.
     """
     file = Path(expanded(path))
     if file.is_file():
@@ -113,10 +113,10 @@ def config_path(path: str) -> Path:
 
 
 def made_by(file: Path, path: str, argument: str) -> ConfigDict | FrozenConfigDict:
-    """What the `get_config` of a file returns.
+    """The ConfigDict that the `get_config` of a file returns.
 
     Raises:
-      ValueError: naming the line of the file, whatever it raises.
+      ValueError: naming the line of the file, for any error in it.
     """
     try:
         module_spec = importlib.util.spec_from_file_location("bltjax_run_config", file)
@@ -159,7 +159,7 @@ def check_argument(signature: inspect.Signature, path: str, argument: str) -> No
 
 
 def place_in(file: Path, path: str, error: Exception) -> str:
-    """An error of a config file: the file, the line in it, and what is wrong there."""
+    """The message for an error in a config file: the file, the line, and the fault."""
     if isinstance(error, SyntaxError):  # of the file, or of one that it imports
         place = path if error.filename in (None, str(file)) else error.filename
         return f"{place}, line {error.lineno}: {type(error).__name__}: {error.msg}"
@@ -172,11 +172,12 @@ def place_in(file: Path, path: str, error: Exception) -> str:
 
 
 def completed(kind, values: dict, groups: dict[str, type]) -> dict:
-    """Values with every setting of a dataclass, defaults where none is given; fresh dicts only.
+    """Values for every setting of a dataclass, defaults where none is given; fresh dicts only.
 
     So every setting can be overridden, whether or not the config file mentions it. And no group
-    stands in two places, as it does in a ConfigDict that was given one dict twice: an override of
-    the training source must not change the held-out one. Unknown keys stay, to be refused later.
+    is shared by two keys, as it would be in a ConfigDict that was given one dict twice: an override
+    of the training source must not change the held-out one. Unknown keys are kept, to be refused
+    later.
     """
     result = dict.fromkeys(groups if choice_of(kind) else ()) | dict(values)
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -236,7 +237,7 @@ def apply_override(
 
 
 def kind_of_setting(kind: typing.Any, name: str, groups: dict[str, type]) -> typing.Any:
-    """The type that a setting of a config class is declared with, without its None."""
+    """The declared type of a setting of a config class, without its None."""
     if typing.get_origin(kind) is dict:
         kind = typing.get_args(kind)[1]
     elif dataclasses.is_dataclass(kind):

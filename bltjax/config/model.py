@@ -15,7 +15,7 @@ REMAT = ("none", "products", "full")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A model without the run that trained it: an export, a release and a run all have one."""
+    """A model without its training run: an export, a release and a run all have one."""
 
     model: typing.Any = setting(choice=True)  # of a family (families.py); its group names it
     patching: "Patching | None" = None  # None exactly for families without patches
@@ -29,28 +29,28 @@ class ModelConfig:
 
     @property
     def by_entropy(self) -> bool:
-        """Whether entropies place the patches."""
+        """Whether patches are placed by entropy."""
         return self.patching is not None and self.patching.mode == "entropy"
 
     @property
     def threshold(self) -> float | None:
-        """Nats, if entropies place the patches."""
+        """The threshold in nats, if patches are placed by entropy."""
         return self.patching.threshold if self.by_entropy else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Patching:
-    """Where patches begin (paper 2.3).
+    """The rule for patch starts (paper 2.3).
 
     mode: entropy, space, static, byte or bpe. In entropy mode, `monotonic` compares the rise of the
-    entropy with `threshold`; otherwise a patch begins where the entropy exceeds `threshold` and,
-    if `threshold_add` is given, has also risen by more than that. `newline_reset` says that the
-    entropies' context begins anew with each newline, against entropy drift (paper 4.4).
-    `whole_characters` moves a start that would fall inside a UTF-8 character to its end, but for
-    the first two positions of a row that goes on with a cut document: a row opens patches there
+    entropy with `threshold`; otherwise a patch starts where the entropy exceeds `threshold` and,
+    if `threshold_add` is given, has also risen by more than that. `newline_reset` means that the
+    entropies' context is reset at each newline, against entropy drift (paper 4.4).
+    `whole_characters` moves a start that would fall inside a UTF-8 character to its end, except in
+    the first two positions of a row that continues a cut document: a row opens patches there
     wherever the cut fell.
-    `looks_past_end` is False to reproduce the transformers port, which forgets with
-    `max_patch_bytes` whether the byte after the text opens a patch; then nothing is incremental.
+    `looks_past_end` is False to reproduce the transformers port, which with `max_patch_bytes`
+    forgets whether the byte after the text opens a patch; then nothing is incremental.
     """
 
     mode: str = "entropy"
@@ -91,7 +91,7 @@ class Patching:
 
     @property
     def above_threshold(self) -> bool:
-        """Whether nothing but an entropy above the threshold begins a patch."""
+        """Whether a patch starts only at an entropy above the threshold."""
         relative = self.monotonic or self.threshold_add is not None
         moved = self.whole_characters or self.max_patch_bytes is not None
         return self.mode == "entropy" and not relative and not moved

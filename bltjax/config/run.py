@@ -1,7 +1,7 @@
 """Settings of a training run: a model, data, optimizer, checkpoints, faults and mesh.
 
-Nothing past the edge holds a mutable or optional-by-accident value: `from_dict` makes a `RunConfig`
-once, of a config file or of JSON.
+All settings are immutable and complete: `from_dict` makes a `RunConfig` once, from a config file
+or from JSON.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LatentInitConfig:
-    """A latent transformer that begins as a Llama 3 (paper 6.2); none where `path` is empty."""
+    """A latent transformer initialised from a Llama 3 (paper 6.2); none where `path` is empty."""
 
     path: str = setting("", resume=RENAMED)  # folder of Llama 3 or 3.1 safetensors
     lr_multiplier: float = 0.1  # of the latent transformer's layers
@@ -94,10 +94,10 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FaultsConfig:
-    """What a run does about bad batches and about silence.
+    """The handling of bad batches and of hangs.
 
     A batch is bad if its loss or gradient is not finite, or if its loss exceeds `spike` times the
-    running mean of the losses. `stop` ends the run; `skip` leaves the state as it was before such a
+    running mean of the losses. `stop` ends the run; `skip` keeps the state from before such a
     batch, counts it, and ends the run after more than `most_skips` in a row.
     """
 
@@ -119,7 +119,7 @@ class FaultsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices by axis; -1 (one axis at most) takes what is left."""
+    """Devices by axis; -1 (one axis at most) stands for all remaining devices."""
 
     data: int = 1
     fsdp: int = -1

@@ -1,1 +1,1 @@
-"""Released weights in, ours out; and whether what lies in a folder is whole."""
+"""Conversion between released weights and exports, and integrity checks of any folder."""

@@ -1,4 +1,4 @@
-"""Released weights into an export, and a model into what others load; nothing is held whole.
+"""Converts released weights into an export, and a model into third-party layouts, block by block.
 
     SRC, recognised by its files                              DST, by --to
     consolidated.pth + params.json           (Meta)           orbax         an export of ours
@@ -7,8 +7,8 @@
     export.json                              (an export)
     config.json + checkpoints/               (a training run)
 
-DST appears under its name when it is whole. `--verify` then runs the same bytes through what was
-written and through the source.
+DST appears under its name only when it is complete. `--verify` then runs the same bytes through the
+converted model and through the source.
 """
 
 import argparse
@@ -57,10 +57,10 @@ LAYOUTS = {
 
 
 def open_model(path: epath.Path, *, as_port: bool = False) -> ModelFiles:
-    """Whatever model is stored in a folder, none of its parameters read yet.
+    """The model stored in a folder, in any layout, with none of its parameters read yet.
 
     Raises:
-      ValueError: for a folder of no layout that is known, saying what was looked for.
+      ValueError: for a folder of no known layout, naming the files that were looked for.
     """
     if not path.exists():
         raise ValueError(not_there(path))
@@ -91,7 +91,7 @@ def open_model(path: epath.Path, *, as_port: bool = False) -> ModelFiles:
 
 
 def as_dtype(files: ModelFiles, name: str | None) -> ModelFiles:
-    """The model in another dtype, and its origin's config saying so."""
+    """The model in another dtype, with its origin's config changed to match."""
     if name is None:
         return files
     leaves = {path: cast(leaf, DTYPES[name], path) for path, leaf in files.leaves.items()}
@@ -115,9 +115,10 @@ def convert(
     serving: ServingConfig | None = None,
     take_over: bool = False,
 ) -> tuple[ModelFiles, ModelFiles]:
-    """Writes the model in `source` to `destination`; both models' files, the source's first.
+    """Writes the model in `source` to `destination`; returns both models' files, the source's
+    first.
 
-    serving: write programs that run without our code, too. take_over: doesn't wait to see whether
+    serving: also write programs that run without our code. take_over: don't wait to see whether
     another host still writes the same.
 
     Raises:
@@ -167,7 +168,8 @@ def check_absent(destination: epath.Path) -> None:
 def write_whole(
     files: ModelFiles, programs: Programs | None, destination: epath.Path, to: str
 ) -> None:
-    """Writes a model beside its place on a disk, and moves it there when it is whole."""
+    """Writes a model to a temporary folder on the same disk, and moves it into place when
+    complete."""
     local = "://" not in str(destination)
     partial = hidden_beside(destination, "partial") if local else destination
     if partial.exists():
@@ -188,7 +190,7 @@ def write_whole(
 
 
 def check_room(destination: epath.Path, wanted: int, *, twice: bool) -> None:
-    """Raises OSError if the disk has no room for what will be written."""
+    """Raises OSError if the disk has too little room."""
     parent = destination.parent
     while not parent.exists():
         parent = parent.parent
@@ -198,7 +200,7 @@ def check_room(destination: epath.Path, wanted: int, *, twice: bool) -> None:
 
 
 def described(source: epath.Path, files: ModelFiles) -> list[str]:
-    """What was found, for people, with every assumption that was made."""
+    """A description of the source for people, with every assumption that was made."""
     lines = []
     for part in (files, files.byte_lm):
         if part is None:

@@ -1,10 +1,10 @@
-"""What a folder is, and whether it is whole: a run, an export, records, or released weights.
+"""Identifies a folder and checks its integrity: a run, an export, records, or released weights.
 
-A run's checkpoints are all looked at, not the newest alone. "Whole" means that every array which
-its index names is there, has the shape that the config asks for, is read to its last byte, holds
-finite numbers and, in a run, has the checksum with which it was saved; of records, that every shard
-has the checksum which the manifest says. What is damaged is named, and the exit status is 1.
-`--quick` reads no data: shapes and sizes only.
+All checkpoints of a run are checked, not only the newest. "Whole" means that every array in the
+index exists, has the shape of the config, can be read to its last byte, holds finite numbers and,
+in a run, has the checksum with which it was saved; for records, that every shard has the checksum
+of the manifest. Damage is named, and the exit status is 1. `--quick` reads no data: shapes and
+sizes only.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def inspect_run(path: epath.Path, quick: bool) -> dict:
 
 
 def last_report(path: epath.Path) -> dict:
-    """The newest value of everything that a run reported; damaged lines are left out."""
+    """The newest value of every reported metric; damaged lines are skipped."""
     values: dict = {}
     for report in read_reports(path):
         values |= report
@@ -87,7 +87,7 @@ def inspect_export(path: epath.Path, quick: bool) -> dict:
 
 
 def beside(path: epath.Path, config: ModelConfig, damage: list[str], quick: bool) -> dict:
-    """The byte LM that travels with a BLT by entropy, and what is wrong with it or the rest."""
+    """The byte LM stored with a BLT by entropy; adds any faults of the pair to `damage`."""
     byte_lm = None
     if (path / "byte_lm").exists():
         byte_lm = inspect_model(path / "byte_lm", quick)
@@ -146,12 +146,12 @@ def inspect_model(path: epath.Path, quick: bool) -> dict:
 
 
 def inspect(path: epath.Path, *, quick: bool = False) -> dict:
-    """What a folder is, `whole`, and `damage`: what is not, a line each.
+    """The kind of a folder, `whole`, and `damage`: one line per fault.
 
-    quick: look at shapes and sizes, and read no data.
+    quick: check shapes and sizes only; read no data.
 
     Raises:
-      ValueError: for a folder that is none of what is known here, or whose config can't be read.
+      ValueError: for a folder of no known kind, or whose config can't be read.
     """
     records = (path / MANIFEST).exists() or (path / "plan.json").exists()
     return inspect_records(path, quick) if records else inspect_model(path, quick)

@@ -1,4 +1,4 @@
-"""Whether stored arrays and JSON are whole, read to the last byte."""
+"""Integrity checks of stored arrays and JSON, read to the last byte."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ MOMENTS = ("mu", "nu")  # Adam's, shaped as the parameters
 
 
 def arrays_in(folder: epath.Path) -> dict[str, tuple[int, ...] | None]:
-    """Name and shape of every array that Orbax's index of a folder has; None for one that is gone.
+    """Name and shape of every array in Orbax's index of a folder; None for one that is missing.
 
-    Of arrays that were on devices the index knows the shape, of others they know it themselves.
+    For arrays that were on devices the shape is in the index, for others in the array itself.
     """
     context, found = tensorstore.Context(CACHE), {}
     for entry in read_json(folder / "_METADATA")["tree_metadata"].values():
@@ -38,7 +38,7 @@ def arrays_in(folder: epath.Path) -> dict[str, tuple[int, ...] | None]:
 
 
 def wrong_shapes(found: dict[str, tuple], expected: dict[str, tuple], item: str) -> Iterator[str]:
-    """Where the arrays of an item aren't those of the config."""
+    """Mismatches between an item's arrays and those of the config."""
     if item == "params":
         for name in sorted(expected.keys() ^ found.keys()):
             yield f"{name} {'is missing' if name in expected else 'has no place in the config'}"
@@ -59,7 +59,7 @@ def reason_of(error: Exception) -> str:
 
 
 def checksum_of(piece: np.ndarray, begin: int) -> int:
-    """What rows of an array from `begin` on add to its checksum, as `saving.checksums` has it."""
+    """The share in an array's checksum of its rows from `begin` on, as in `checkpoint.checksums`."""
     bits = np.ascontiguousarray(piece).view(f"u{piece.dtype.itemsize}").astype(np.uint32)
     factor = np.uint32(1)
     for axis, size in enumerate(piece.shape):
@@ -72,9 +72,9 @@ def checksum_of(piece: np.ndarray, begin: int) -> int:
 def read_through(
     name: str, read: Callable[[], Iterator[tuple[int, np.ndarray]]], saved: int | None = None
 ) -> Iterator[str]:
-    """What is wrong with an array's data, if anything; every piece of it is read.
+    """Faults in an array's data, which is read completely.
 
-    saved: the checksum of what should be there, if that was kept.
+    saved: the expected checksum, if one was stored.
     """
     finite, found = True, 0
     try:
@@ -100,10 +100,10 @@ def check_arrays(
     quick: bool,
     checksums: dict[str, int],
 ) -> tuple[list[str], int]:
-    """What is wrong with the arrays that Orbax wrote to `folder`, and how many numbers they are.
+    """Faults in the arrays that Orbax wrote to `folder`, and their total number of elements.
 
-    checksums: of the arrays as they were saved, by `stored_name`; of those that aren't in it, none
-    was kept.
+    checksums: of the arrays as they were saved, by `stored_name`; arrays that are absent from it
+    have none.
     """
     try:
         found = arrays_in(folder)
@@ -142,7 +142,7 @@ def check_json(path: epath.Path, *, is_sealed: bool = False) -> tuple[list[str],
 
 
 def check_checkpoint(folder: epath.Path, expected: dict[str, tuple], quick: bool) -> dict:
-    """One STEP of a run: its items, what is wrong, and what it says of itself."""
+    """One STEP of a run: its items, its faults, and its progress."""
     problems: list[str] = []
     numbers, items = 0, sorted(path.name for path in folder.iterdir() if path.is_dir())
     if "params" not in items:

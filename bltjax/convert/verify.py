@@ -1,4 +1,4 @@
-"""The same bytes through a converted model and through its source, compared."""
+"""Compares a converted model with its source on the same bytes."""
 
 import dataclasses
 from typing import NamedTuple
@@ -27,7 +27,7 @@ VERIFY_TEXTS = (
 
 
 class Scores(NamedTuple):
-    """What one implementation says of one text."""
+    """Results of one implementation on one text."""
 
     entropies: np.ndarray | None
     starts: np.ndarray | None
@@ -44,7 +44,7 @@ def our_model(files: ModelFiles) -> LoadedModel:
 
 
 def fixed_starts(ids_N: np.ndarray) -> np.ndarray:
-    """Patches of four bytes, to compare logits where no byte LM places any."""
+    """Patches of four bytes, to compare logits where there is no byte LM."""
     return force_starts(patch_starts(Patching(mode="static"), ids_N))
 
 
@@ -95,7 +95,7 @@ def port_model(files: ModelFiles):
 
 
 def port(files: ModelFiles):
-    """The same from transformers' own code; None where it is not installed or has no such model."""
+    """The same from transformers' own code; None where it is not installed or lacks the model."""
     if files.config.patching is None:
         return None
     if files.byte_lm and files.byte_lm.config.model.group not in PIECES:
@@ -140,8 +140,8 @@ class Verdict(NamedTuple):
 
 
 def verify(source: ModelFiles, written: ModelFiles) -> Verdict:
-    """Runs the same texts through both, each by the code of those who made its layout if it is
-    installed, else by ours."""
+    """Runs the same texts through both, each by its layout's own code if that is installed, else by
+    ours."""
     scorers, by = [], []
     for files in (source, written):
         theirs = port(files) if files.layout in ("transformers", "meta") else None

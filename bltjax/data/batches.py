@@ -1,8 +1,8 @@
 """Batches of rows, one NamedTuple per kind of rows: pytrees of numpy or jax arrays.
 
-All kinds carry `targets`, `weights`, `documents` and `target_bytes`, the number of text bytes that
+All kinds have `targets`, `weights`, `documents` and `target_bytes`, the number of text bytes that
 a target stands for (0 or 1 for bytes): loss and bits per byte are computed from these alone. A
-batch of which only logits are asked can be made without them.
+batch that is used only for logits can be made without them.
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ class ByteBatch(NamedTuple):
 
 
 class PatchBatch(NamedTuple):
-    """Rows of bytes, and where their patches begin."""
+    """Rows of bytes, and their patch starts."""
 
     bytes_BN: Any
     documents_BN: Any
@@ -62,7 +62,8 @@ def arrays_of(kind: type[Batch], rows: int, row_bytes: int, make) -> Batch:
 
 
 def target_bytes_of(targets, weights):
-    """uint8: 1 where a target with a weight is a byte of text; of ids, for numpy and for jax."""
+    """uint8: 1 where a target with a weight is a byte of text; for numpy and for jax arrays of
+    ids."""
     return ((targets >= OFFSET) & (weights > 0)).astype(np.uint8)
 
 

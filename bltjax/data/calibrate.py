@@ -1,6 +1,6 @@
 """Finds the threshold that gives a target mean patch length, by bisection on scored records.
 
-The mean counts what a row counts, every position of a document (BOS, bytes, EOS) over every patch,
+The mean is taken as in a row, every position of a document (BOS, bytes, EOS) over every patch,
 so N / P of a row should equal it.
 """
 
@@ -25,7 +25,7 @@ NEAR, FAR = 1e-3, 0.05  # shares of the target: near enough to stop, too far to 
 
 
 def sample_documents(records: RecordDocuments, sample_bytes: int, seed: int) -> list[Document]:
-    """Random documents of about `sample_bytes` together, the same for the same seed."""
+    """Random documents with about `sample_bytes` in total, the same for the same seed."""
     sample, held = [], 0
     for index in np.random.default_rng(seed).permutation(len(records)):
         sample.append(records[int(index)])
@@ -47,10 +47,10 @@ def mean_patch_bytes(documents: Iterable[Document], patching: Patching) -> float
 def calibrate(
     documents: list[Document], patching: Patching, target: float, *, rounds: int = 24
 ) -> tuple[float, list[tuple[float, float]]]:
-    """The threshold in nats that comes nearest, and the (threshold, mean) pairs tried.
+    """The nearest threshold, in nats, and the (threshold, mean) pairs tried.
 
     Raises:
-      ValueError: if no threshold comes within FAR of the target, with the means that can be had.
+      ValueError: if no threshold comes within FAR of the target, with the reachable means.
     """
     if not 0 < target < math.inf:
         raise ValueError(f"the mean patch asked for is {target} bytes, not > 0")

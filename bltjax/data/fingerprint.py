@@ -1,9 +1,9 @@
-"""Fingerprints of documents: whether a corpus is the one that it was, wherever it lies now.
+"""Fingerprints of documents: whether a corpus is unchanged, wherever it is stored now.
 
 A fingerprint depends on content and order alone, not on names, folders or time stamps. Of a file it
-takes the size and the first, middle and last 64 KiB: all of a small file, a sample of a large one.
-So it is cheap, and finds another corpus, another order, another cut; not a few bytes that changed
-in place deep in a large file.
+uses the size and the first, middle and last 64 KiB: all of a small file, a sample of a large one.
+So it is cheap, and detects another corpus, another order and another cut, but not a few bytes
+changed in place deep in a large file.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ SAMPLE_BYTES = 1 << 16
 
 
 def fingerprint_of(facts: dict, paths: Iterable[Path] = ()) -> str:
-    """32 hex digits of facts that JSON can hold, and of files in their order; empty ones but pass.
+    """32 hex digits of JSON-able facts, and of files in their order, without empty ones.
 
     Raises:
       OSError: for a file that can't be read.

@@ -1,13 +1,13 @@
-"""Documents into rows of at most N bytes and at most P patches.
+"""Packs documents into rows of at most N bytes and at most P patches.
 
     row 1   [BOS a a a a a EOS][BOS b b b b b b b        targets are the next byte: of EOS and of
                                              |           padding there is none
     row 2   [b b b EOS][BOS c c c EOS] . . .             padding: id 0, document 0, weight 0
 
-A row closes at whichever limit comes first. A document that is cut goes on in the next row, which
-begins with the byte that the last one had as its last target: every byte is a target exactly once.
-Both limits cost money when one of them is reached early, so at every document boundary the packer
-chooses, among the documents waiting, the one after which bytes and patches are most evenly used.
+A row closes at whichever limit comes first. A document that is cut continues in the next row, which
+starts with the last target of the row before: every byte is a target exactly once. Reaching one
+limit early wastes the other, so at every document boundary the packer chooses, among the waiting
+documents, the one after which bytes and patches are most evenly used.
 """
 
 import bisect
@@ -27,7 +27,7 @@ from bltjax.text.patching import document_starts
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class CutDocument:
-    """A document as rows take it."""
+    """A document with its patch starts."""
 
     ids_N: np.ndarray  # int16 [len + 2], since many wait: BOS, bytes, EOS
     starts_N1: np.ndarray  # [len + 3]
@@ -35,7 +35,7 @@ class CutDocument:
 
 
 def cut(document: Document, patching: Patching | None) -> CutDocument:
-    """A document and where its patches begin; without patching (the byte LM) everywhere.
+    """A document with its patch starts; without patching (the byte LM) every byte is a start.
 
     Raises:
       ValueError: as `document_starts`, for example if it isn't scored.
@@ -48,7 +48,7 @@ def cut(document: Document, patching: Patching | None) -> CutDocument:
 
 
 class Piece(NamedTuple):
-    """Positions [begin, end) of a document, as they stand in a row."""
+    """Positions [begin, end) of a document, placed in a row."""
 
     document: CutDocument
     begin: int
@@ -57,7 +57,7 @@ class Piece(NamedTuple):
 
 
 def next_piece(document: CutDocument, begin: int, used: int, room: int, patch_room: int) -> Piece:
-    """As much of a document from `begin` as a row with `used` bytes still holds."""
+    """The longest piece of a document from `begin` that a row with `used` bytes still holds."""
     size = len(document.ids_N)
     if begin == 0 and size <= room and document.patches <= patch_room:
         # Its first two positions open patches anyway, so a row's start adds none.
@@ -83,7 +83,7 @@ def lay_out(
     documents_N,
     starts_N1=None,
 ) -> None:
-    """Writes all of one row of a batch: 0, the id BOE, as padding."""
+    """Writes all of one row of a batch, padded with 0, the id BOE."""
     place, ends = 0, []
     for number, (document, begin, end, _) in enumerate(pieces, start=1):
         next_place = place + end - begin
@@ -112,7 +112,7 @@ def lay_out(
 def batch_of(
     rows: Sequence[Sequence[Piece]], row_bytes: int, kind: type[Batch] = PatchBatch
 ) -> Batch:
-    """A batch, row by row; rows are written where they stay."""
+    """A batch, row by row; rows are written directly into its arrays."""
     batch = arrays_of(kind, len(rows), row_bytes, np.empty)
     for number, pieces in enumerate(rows):
         row = {name.replace("_B", "_"): array[number] for name, array in batch._asdict().items()}
@@ -121,7 +121,7 @@ def batch_of(
 
 
 class Candidate(NamedTuple):
-    """A document that waits for its row, or is being laid out from `position` on."""
+    """A document that waits for a row, or is being laid out from `position` on."""
 
     key: Any
     document: CutDocument
@@ -171,7 +171,7 @@ class Packer:
         return Candidate(key, document, shares, **where)
 
     def pick(self, used: int, patches: int) -> Candidate:
-        """Takes the waiting document that leaves bytes and patches most evenly used."""
+        """Removes the waiting document that leaves bytes and patches most evenly used."""
         while len(self.waiting) < self.look_ahead:
             self.waiting.append(self.candidate(*self.supply(), since=self.picks))
         self.picks += 1
@@ -195,7 +195,7 @@ class Packer:
         return self.waiting.pop(chosen)
 
     def next_row(self) -> list[Piece]:
-        """What the next row holds; `batch_of` writes it out."""
+        """The pieces of the next row; `batch_of` writes it out."""
         pieces: list[Piece] = []
         used = patches = 0
         while used < self.row_bytes and patches < self.row_patches:
@@ -219,7 +219,7 @@ def pack_exact(
 ) -> tuple[list[list[Piece]], int]:
     """Rows for evaluation, and the number of cuts.
 
-    A document that fits a row is never split; a longer one starts a row of its own and goes on in
+    A document that fits a row is never split; a longer one starts a row of its own and continues in
     further rows. How documents share rows changes no score, only the number of rows.
     """
     rows: list[tuple[list[Piece], int, int]] = []  # pieces, bytes, patches
@@ -257,9 +257,9 @@ def pack_exact(
 
 
 def fills(batch, slots: int):
-    """Shares of the byte and of the patch slots of a batch that are used; for numpy and for jax.
+    """Used shares of the byte slots and of the patch slots of a batch; for numpy and for jax.
 
-    slots: patches that a row has room for. A byte LM's positions are its patches.
+    slots: patches that fit in a row. A byte LM's positions are its patches.
     """
     real_BN = batch.documents_BN > 0
     starts_BN1 = getattr(batch, "starts_BN1", None)

@@ -1,7 +1,7 @@
 """The grain pipeline: sources -> streams -> rows -> batches, resumable bit for bit.
 
 Row b of the global batch is stream b. A stream's records (every B-th of each source), its shuffle,
-its mixture and its packing depend on (seed, b) alone, so any process count that divides B sees the
+its mixture and its packing depend on (seed, b) alone. So any process count that divides B gets the
 same global batches, and a state saved by one set of processes can be regrouped for another.
 """
 
@@ -23,7 +23,7 @@ from bltjax.text.bpe import load_tokenizer
 
 
 class Stream:
-    """One row of every batch, for ever."""
+    """An endless stream: one row of every batch."""
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class Stream:
         self.packer = Packer(self.supply, self.read, data.row_bytes, limit, data.look_ahead)
 
     def supply(self) -> tuple[list, CutDocument]:
-        """[source, record] next in the mixture, of the source furthest behind its share of bytes;
-        and the document."""
+        """[source, record], the next in the mixture, from the source furthest behind its share of
+        bytes; and the document."""
         name = min(self.sources, key=self.due)
         key = [name, self.record(name, self.taken[name])]
         document = self.read(key)
@@ -63,16 +63,17 @@ class Stream:
         return key, document
 
     def record(self, name: str, place: int) -> int:
-        """The number of the record at a place of this stream's order: one of every B-th.
+        """The number of the record at an index of this stream's order: one of every B-th.
 
-        Too few records to share are shared by all, each stream in an order of its own.
+        A source with fewer records than streams is read whole by every stream, each in its own
+        order.
         """
         mine = self.order[name][place]
         shared_by_all = len(self.sources[name]) < self.rows
         return mine if shared_by_all else self.number + self.rows * mine
 
     def due(self, name: str) -> float:
-        """Of all sources, the one where this is least comes next."""
+        """Priority in the mixture: the source with the smallest value comes next."""
         if name not in self.lead:
             first = self.record(name, 0)
             self.lead[name] = self.phase[name] * (len(self.read([name, first]).ids_N) - 2)
@@ -109,10 +110,10 @@ class Stream:
 
 
 class Snapshot(dict):
-    """A state that is made anew for each who asks, and that nobody changes.
+    """An immutable state, made on request.
 
-    grain copies the state of every batch, in depth. For what waits in all streams that would take
-    half as long again as making the batch.
+    grain deep-copies the state of every batch. With everything that waits in all streams, that
+    would take half as long again as making the batch.
     """
 
     def __deepcopy__(self, memo) -> "Snapshot":
@@ -182,7 +183,7 @@ def training_batches(
     """Endless batches whose rows are the given streams; iterators save and restore their state.
 
     patching: None for the byte LM, whose rows are bounded by bytes alone.
-    sources: those of `training_sources`, if they are open already.
+    sources: those of `training_sources`, if they are already open.
 
     Raises:
       ValueError, OSError: as `open_source`, for any of the training sources.

@@ -2,9 +2,9 @@
 
     record    | magic 4 | crc32 4 | length 4 | bytes [length] | float32 entropies [length + 1] |
 
-Entry i of the entropies follows i bytes (entry 0 follows BOS). A record keeps entropies and not
+Entry i of the entropies follows i bytes (entry 0 follows BOS). A record stores entropies and not
 patches, so that one scoring of a corpus serves every threshold. Files appear under their final
-names only when whole, and the manifest, written last, says what they must be.
+names only when complete, and the manifest, written last, lists their sizes and checksums.
 """
 
 import bisect
@@ -54,7 +54,7 @@ def encode_record(text: bytes, entropies: np.ndarray) -> bytes:
 
 
 def decode_record(record: bytes) -> Document:
-    """Raises ValueError for bytes that are no whole record."""
+    """The document of a record. Raises ValueError for bytes that are not a complete record."""
     if len(record) < HEADER.size:
         raise ValueError(f"a record of {len(record)} bytes is shorter than its header")
     magic, checksum, length = HEADER.unpack_from(record)
@@ -80,13 +80,13 @@ class ShardInfo:
     crc32: int
 
     def is_whole(self, path: epath.Path) -> bool:
-        """Whether the file is there, byte for byte."""
+        """Whether the file exists and matches byte for byte."""
         return size_of(path) == self.size and file_crc32(path) == self.crc32
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder of records holds and which byte LM scored it."""
+    """The contents of a folder of records, and the byte LM that scored it."""
 
     byte_lm: str  # identity
     byte_lm_path: str
@@ -98,7 +98,7 @@ class Manifest:
 
     @property
     def newline_reset(self) -> bool:
-        """Whether the byte LM's context began anew with each newline."""
+        """Whether the byte LM's context was reset at each newline."""
         return self.byte_lm.endswith(NEWLINE_RESET)
 
     def total(self, field: str) -> int:
@@ -114,9 +114,9 @@ def file_crc32(path: epath.Path) -> int:
 
 
 def write_shard(path: epath.Path, records: Iterable[bytes], writer_name: str = "") -> None:
-    """Writes an ArrayRecord file beside its place, then moves it there whole.
+    """Writes an ArrayRecord file to a temporary name, then moves it into place.
 
-    writer_name: tells writers of one shard apart, if there may be several.
+    writer_name: distinguishes writers of one shard, if there may be several.
     """
     folder = scratch() if is_remote(path) else Path(path).parent
     partial = folder / f".{path.name}.{writer_name}partial"
@@ -144,7 +144,7 @@ def write_manifest(folder: epath.Path, manifest: Manifest) -> None:
 
 
 def check_types(values) -> None:
-    """Raises ValueError where a field that was read isn't the text, or the count, that it is."""
+    """Raises ValueError for a field of the wrong type."""
     for field in dataclasses.fields(values):
         value = getattr(values, field.name)
         whole = type(value) is field.type or field.type not in (int, str)
@@ -153,10 +153,10 @@ def check_types(values) -> None:
 
 
 def shard_info_of(values: dict) -> ShardInfo:
-    """What was written of a shard.
+    """The ShardInfo of a JSON object.
 
     Raises:
-      ValueError: if it can't be.
+      ValueError: if a field is missing or wrong.
     """
     try:
         info = ShardInfo(**values)
@@ -172,7 +172,7 @@ def shard_info_of(values: dict) -> ShardInfo:
 
 
 def check_names(names: list[str]) -> None:
-    """Raises ValueError unless these are all the shards, in order, as far as their names say."""
+    """Raises ValueError unless the names are those of all shards, in order."""
     if not names:
         raise ValueError("it names no shard")
     for place, name in enumerate(names):
@@ -182,7 +182,7 @@ def check_names(names: list[str]) -> None:
 
 
 def read_shard_info(side: epath.Path) -> tuple[ShardInfo, dict]:
-    """What stands beside a shard: what it holds, and how it was made (of older ones, nothing).
+    """The ShardInfo stored beside a shard, and how it was made (empty for older ones).
 
     Raises:
       ValueError: naming the file, if it is anything else.
@@ -198,7 +198,7 @@ def read_shard_info(side: epath.Path) -> tuple[ShardInfo, dict]:
 
 
 def read_manifest(folder: epath.Path) -> Manifest:
-    """Raises ValueError for a folder without a manifest, or with one that is not ours."""
+    """The manifest of a folder. Raises ValueError if there is none, or it is not ours."""
     path = folder / MANIFEST
     if not path.exists():
         raise ValueError(
@@ -254,7 +254,7 @@ class RecordDocuments:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the manifest's shards and who scored them, wherever they lie."""
+        """Fingerprint of the manifest's shards and scorer, independent of the path."""
         shards = [(shard.size, shard.crc32, shard.documents) for shard in self.manifest.shards]
         return fingerprint_of({"kind": "records", "by": self.manifest.byte_lm, "shards": shards})
 

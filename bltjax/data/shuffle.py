@@ -1,9 +1,9 @@
-"""The order of a stream's records: another permutation in every epoch, known without a list of it.
+"""The order of a stream's records: a new permutation in every epoch, computed without a list.
 
-A Feistel network permutes the numbers below a power of four; those that leave the range are sent
-through it again until they are back, which keeps it a permutation. So any place of any epoch is
-found at once, a restored stream goes on from anywhere, and nothing grows with the corpus. Places
-are worked out a block at a time, because numpy is quick with many and slow with one.
+A Feistel network permutes the numbers below a power of four. Numbers outside the range are permuted
+again until they are back in it, which keeps it a permutation. So any index of any epoch is found
+directly, a restored stream resumes anywhere, and memory doesn't grow with the corpus. Indices are
+computed in blocks, because numpy is fast with many and slow with one.
 """
 
 import numpy as np
@@ -21,7 +21,8 @@ def mixed(x_Q: np.ndarray) -> np.ndarray:
 
 
 def permuted(places_Q: np.ndarray, length: int, seed: int, epoch: int) -> np.ndarray:
-    """int64 [Q]: where the permutation of range(length) for this seed and epoch sends places."""
+    """int64 [Q]: the images of indices under the permutation of range(length) for a seed and
+    epoch."""
     half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     keys = mixed(KEYS + mixed(np.array([seed], np.uint64) << np.uint64(32)) + np.uint64(epoch))

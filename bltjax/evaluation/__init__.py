@@ -1,1 +1,1 @@
-"""Measures of models that compare across patchings and tokenizers."""
+"""Measures that compare models across patchings and tokenizers."""

@@ -1,9 +1,9 @@
 """Bits per byte of a run on any text, beside gzip and xz on the same bytes.
 
-Only text bytes count: sum of -log2 p over them, divided by their number, so models with different
-patches, and compressors, compare. A document that fits in a row is never split; the number of cuts
-in longer ones is reported. The result does not depend on batch size, document order, devices or
-processes: the parameters and the rows are divided among all devices of all processes.
+Only text bytes count: the sum of -log2 p over them, divided by their number, so models with
+different patches, and compressors, compare. A document that fits in a row is never split; the
+number of cuts in longer ones is reported. The result does not depend on batch size, document order,
+devices or processes: the parameters and the rows are divided among all devices of all processes.
 """
 
 import argparse
@@ -52,7 +52,7 @@ XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
 
 
 def mesh_words(config: MeshConfig) -> str:
-    """A mesh as --mesh takes it: data=2,fsdp=4."""
+    """A mesh in the form of --mesh: data=2,fsdp=4."""
     sizes = dataclasses.asdict(config).items()
     return ",".join(f"{axis}={size}" for axis, size in sizes if size != 1) or "data=1"
 
@@ -60,12 +60,12 @@ def mesh_words(config: MeshConfig) -> str:
 def evaluation_mesh(
     config: ModelConfig, asked: MeshConfig | None = None, devices: Sequence | None = None
 ) -> Mesh:
-    """The mesh that was asked for, or the one of all devices that splits the parameters most.
+    """The requested mesh, or the one of all devices that splits the parameters most.
 
     As many devices split the parameters as divide them; the rest share the rows (`data`).
 
     Raises:
-      ValueError: if what was asked for doesn't fit the devices or the model, with what does.
+      ValueError: if the request doesn't fit the devices or the model, with meshes that do.
     """
     devices = jax.devices() if devices is None else devices
     shapes, count = model_shapes(config), len(devices)
@@ -110,14 +110,14 @@ def evaluate(
     mesh: Mesh | None = None,
     documents: Documents | None = None,
 ) -> dict:
-    """Bits per byte on `source` of a run or an export, with counts of what was scored.
+    """Bits per byte on `source` of a run or an export, with counts of documents and bytes.
 
     mesh: of all devices of all processes; the default is `evaluation_mesh`. documents: the source,
     where it is open already.
 
     Raises:
-      ValueError: where the mesh doesn't divide what it should split, with both numbers.
-      FloatingPointError: for a figure that is not finite, naming the parameter or the text.
+      ValueError: where the mesh doesn't divide a size that it splits, with both numbers.
+      FloatingPointError: for a result that is not finite, naming the parameter or the text.
     """
     config = read_config(workdir)
     if documents is None:  # what is wrong with a source is said before a model is loaded

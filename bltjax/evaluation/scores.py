@@ -1,4 +1,4 @@
-"""Bits per byte of a model in memory: of documents, of batches, of a source."""
+"""Bits per byte of a model in memory: on documents, on batches, on a source."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from bltjax.text.alphabet import decode
 
 
 def jitted_scores(model, shardings, mesh: Mesh):
-    """Jitted (params, batch) -> Sums, every process' own copy: evaluation.
+    """Jitted (params, batch) -> Sums for evaluation, replicated on every process.
 
     shardings: of the parameters.
     """
@@ -57,7 +57,7 @@ def held_out_bits(scores, params, batches, sharding) -> float:
 
 
 class Evaluation(NamedTuple):
-    """A model on a text."""
+    """Scores of a model on a text."""
 
     bits_per_byte: float
     text_bytes: int
@@ -70,11 +70,11 @@ def evaluate_documents(
 ) -> Evaluation:
     """Bits per byte of documents, which have entropies if the model's patches need them.
 
-    model: its parameters lie on the mesh, as `tree_shardings` has it. name: how errors call the
+    model: its parameters lie on the mesh, as `tree_shardings` has it. name: the text in
     text.
 
     Raises:
-      FloatingPointError: for a figure that is not finite, naming the parameter or the text.
+      FloatingPointError: for a result that is not finite, naming the parameter or the text.
     """
     config, params, compiling = model.config, model.params, CompileTime()
     # An accelerator wants work; rows that the devices divide. The figure depends on neither.
@@ -107,7 +107,7 @@ def evaluate_documents(
 
 
 def broken_row(batch: Batch, sums_of: Callable[[Batch], Sums]) -> str:
-    """The first row of a batch whose sums are not finite, by the text that it begins with."""
+    """The first row of a batch whose sums are not finite, by its first bytes of text."""
     for row in range(len(batch.documents_BN)):
         alone = jax.tree.map(np.zeros_like, batch)
         for mine, array in zip(alone, batch, strict=True):
@@ -123,7 +123,7 @@ def evaluate_model(model: Model, source: SourceConfig | str) -> Evaluation:
 
     Raises:
       ValueError: for a source that can't be read, or entropy patching without a byte LM.
-      FloatingPointError: for a figure that is not finite, naming the parameter or the text.
+      FloatingPointError: for a result that is not finite, naming the parameter or the text.
     """
     source = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
     documents = scored_source(source, model.config.patching, scorer_of(model))

@@ -1,1 +1,1 @@
-"""Stored models at work: scoring, entropies of corpora, generation, exported programs."""
+"""Inference: scoring, entropies of corpora, generation, exported programs."""

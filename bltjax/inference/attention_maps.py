@@ -1,7 +1,7 @@
-"""What the cross-attentions between bytes and slots look at in a text, as weights to be drawn.
+"""Weights of the cross-attentions between bytes and slots in a text, for drawing.
 
-An implementation of attention never holds weights, so they are made anew, of the queries and keys
-that the model meets on its way.
+An implementation of attention never stores weights, so they are recomputed from the queries and
+keys of the model's forward pass.
 """
 
 from typing import NamedTuple
@@ -12,11 +12,11 @@ from bltjax.model.blt.config import BLTConfig
 
 
 class CrossWeights(NamedTuple):
-    """Weights of one text for each attending layer, indexed by byte as logits are: 0 is BOS.
+    """Weights of one text per cross-attention layer, indexed by byte as logits are: 0 is BOS.
 
-    encoder_LKGN: how much slot k of a byte's own patch takes from this byte, by head g; over the
-    bytes of a patch they sum to 1. decoder_LKGN: how much the byte takes from slot k of the patch
-    that it reads, which is the one before its own unless it closes that; over k they sum to 1.
+    encoder_LKGN: weight of this byte in slot k of its own patch, by head g; they sum to 1 over the
+    bytes of a patch. decoder_LKGN: weight of slot k of the patch that the byte reads, which is the
+    one before its own unless it closes that; they sum to 1 over k.
     """
 
     encoder_LKGN: np.ndarray
@@ -37,7 +37,7 @@ def cross_weights(config: BLTConfig, model, params, batch, length: int) -> Cross
     slots = config.cross.slots
 
     def scores(part: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each layer, in their order, queries and keys of the row, [Q, G, C] and [T, G, C]."""
+        """For each layer, in order, queries and keys of the row, [Q, G, C] and [T, G, C]."""
         layers = met.get("cross", {}).get(part, {})
         kept = [layers[name]["queries_keys"][0] for name in sorted(layers, key=layer_number)]
         return [tuple(np.asarray(array[0], np.float64) for array in layer) for layer in kept]

@@ -1,7 +1,7 @@
-"""What a scored corpus is like: sizes, patch lengths by source, how fast it was scored.
+"""A report of scored corpora: sizes, patch lengths by source, scoring speed.
 
 Counts and rates are of all records; lengths and entropies of a sample, the same for the same seed.
-Every folder of records is one source here, as it is in `data.train`. `entropies` writes the report
+Every folder of records is one source here, as in `data.train`. `entropies` writes the report
 of its folder when it is done; `python -m bltjax corpus --records A B C` compares several.
 """
 
@@ -36,7 +36,7 @@ LONGEST = 24  # bytes of a patch; longer ones are counted together
 
 
 class Source(NamedTuple):
-    """One folder of records, and documents of it to look at."""
+    """One folder of records, and a sample of its documents."""
 
     name: str
     records: RecordDocuments
@@ -52,7 +52,7 @@ def open_sources(folders: Sequence[epath.Path], sample_bytes: int, seed: int) ->
 
 
 def usual_threshold(source: Source) -> float:
-    """That of patches of 4.5 bytes; where none gives them, the released BLT's."""
+    """The threshold for patches of 4.5 bytes, or the released BLT's if none gives them."""
     try:
         return calibrate(source.sample, Patching(), MEAN_PATCH)[0]
     except ValueError:
@@ -60,14 +60,14 @@ def usual_threshold(source: Source) -> float:
 
 
 def lengths_at(source: Source, threshold: float) -> np.ndarray:
-    """Bytes of every patch of the sample, BOS' and EOS' among them."""
+    """Length in bytes of every patch of the sample, BOS' and EOS' included."""
     patching = Patching(threshold=threshold)
     cuts = (cut(document, patching).starts_N1[:-1] for document in source.sample)
     return np.concatenate([patch_lengths(starts_N) for starts_N in cuts])
 
 
 def made_of(side: epath.Path) -> dict | None:
-    """In what time a shard was scored, by which process, on what; None if that isn't known."""
+    """Scoring time, process and device of a shard; None if not recorded."""
     if not side.exists():
         return None
     try:
@@ -83,7 +83,7 @@ def made_of(side: epath.Path) -> dict | None:
 
 
 def scoring_rate(records: RecordDocuments) -> dict | None:
-    """How fast the shards were scored; None for records of which that isn't known."""
+    """Scoring speed of the shards; None if not recorded."""
     made, text_bytes = [], 0
     for shard in records.manifest.shards:
         found = made_of((records.folder / shard.name).with_suffix(".json"))
@@ -102,7 +102,7 @@ def scoring_rate(records: RecordDocuments) -> dict | None:
 
 
 def scoring_flops(records: RecordDocuments) -> float | None:
-    """Operations a byte of the byte LM that scored; None if it isn't where it was."""
+    """FLOPs per byte of the byte LM that scored; None if it has moved."""
     try:
         model = read_config(records.manifest.byte_lm_path).model
     except (ValueError, OSError):
@@ -130,7 +130,7 @@ def measure(source: Source, thresholds: Sequence[float]) -> dict:
 
 
 def projection(found: dict, pod: str | None, mfu: float) -> list[str]:
-    """How long 1 TB takes: at the rate that was measured, or on a pod at one that is assumed."""
+    """The time for 1 TB: at the measured rate, or on a pod at an assumed one."""
     lines, flops, scoring = [], found["scoring_flops_per_byte"], found["scoring"]
     topology = read_topology(pod) if pod else None
     if scoring:
@@ -157,7 +157,7 @@ def projection(found: dict, pod: str | None, mfu: float) -> list[str]:
 
 
 def bars(lengths: np.ndarray, width: int = 40) -> list[str]:
-    """A histogram for the terminal: share of the bytes that lie in patches of each length."""
+    """A histogram for the terminal: share of the bytes in patches of each length."""
     counts = np.bincount(np.minimum(lengths, LONGEST), weights=lengths, minlength=LONGEST + 1)
     shares = counts / counts.sum()
     lines = []
@@ -192,7 +192,7 @@ def text_report(sources: Sequence[Source], found: dict, threshold: float) -> str
 
 
 def draw(sources: Sequence[Source], threshold: float):
-    """A matplotlib Figure: entropies with the threshold, and patch lengths, a line a source."""
+    """A matplotlib Figure: entropies with the threshold, and patch lengths, one line per source."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.8), dpi=110, layout="constrained")
@@ -232,13 +232,13 @@ def write_report(
     sample_bytes: int = SAMPLE_BYTES,
     seed: int = 0,
 ) -> dict:
-    """Prints the report of folders of records; writes it, and its picture, into `out`.
+    """Prints the report of folders of records, and writes it with its picture into `out`.
 
     out: by default the first folder. threshold: by default one that gives the first source patches
-    of 4.5 bytes, if there is one. The picture needs matplotlib; without it there is none.
+    of 4.5 bytes, if there is one. The picture needs matplotlib and is skipped without it.
 
     Raises:
-      ValueError: for a folder that isn't one of whole records, or a pod that isn't offered.
+      ValueError: for a folder without intact records, or an unknown pod.
     """
     out = epath.Path(folders[0]) if out is None else out
     sources = open_sources(folders, sample_bytes, seed)

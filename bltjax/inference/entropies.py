@@ -1,15 +1,14 @@
 """Scores a corpus with a byte LM: text in, ArrayRecord shards of bytes and entropies out.
 
 Records hold entropies, not patches, so that one pass over the corpus serves every threshold. A
-shard appears under its final name only when whole; the same command keeps finished shards, redoes
-an unfinished one, and writes the manifest last.
+shard appears under its final name only when complete; the same command keeps finished shards,
+redoes an unfinished one, and writes the manifest last.
 
-On a pod every process runs the same command and scores every count-th shard, its devices a shard
-each. What a shard holds,
-and how it is scored, depends on the corpus and the byte LM alone, so any number of processes gives
-the same records, also after a restart with another number. Processes never talk: each reads the
-corpus through once and finds the plan that the others made, or a difference from it; and whoever
-sees that all shards are there writes the manifest, the same one whoever does.
+On a pod every process runs the same command and scores every count-th shard, one shard per device.
+A shard's contents and scores depend on the corpus and the byte LM alone, so any number of processes
+gives the same records, also after a restart with another number. Processes never communicate: each
+reads the corpus through once and compares its plan with the one that it finds; and any process that
+finds all shards complete writes the manifest, which is the same from all.
 """
 
 import argparse
@@ -93,14 +92,15 @@ def write_entropies(
     count: int = 1,
     take_over: bool = False,
 ) -> Manifest | None:
-    """Scores this process' shards of `source` into the folder `out`; the manifest once all are.
+    """Scores this process' shards of `source` into the folder `out`; the manifest once all are
+    there.
 
-    byte_lm: a run or an export. process, count: which this is, of how many. take_over: doesn't wait
-    to see whether this share's process on another host still runs. Returns None while others'
-    shards are missing.
+    byte_lm: a run or an export. process, count: index of this process, and their number. take_over:
+    don't wait to see whether this share's process on another host still runs. Returns None while
+    others' shards are missing.
 
     Raises:
-      ValueError: if `out` was begun with another byte LM or another corpus, or the share is in use.
+      ValueError: if `out` belongs to another byte LM or another corpus, or the share is in use.
       OSError: if `out` can't be written.
     """
     check_unused(out, by="records")
@@ -126,7 +126,7 @@ def score(
     process: int,
     count: int,
 ) -> Manifest | None:
-    """`write_entropies`, of a share that no other process has."""
+    """`write_entropies`, for a share that this process has locked."""
     model = load_entropy_model(byte_lm, newline_reset=newline_reset)
     documents = open_source(source, skip_bad=skip_bad)
     if documents.bad:
@@ -147,7 +147,7 @@ def score(
             progress.advance(positions)
 
     def complete(number: int) -> None:
-        """Scores one shard on a device that has nothing to do, unless it is there."""
+        """Scores one shard on an idle device, unless it is there."""
         indices, size = shards[number]
         path = shard_path(out, number, total)
         info = info_of(path, len(indices), size, checksum)

@@ -1,14 +1,14 @@
-"""Entropies of documents under a byte LM: exact for any length, and hardly any padding.
+"""Entropies of documents under a byte LM: exact for any length, with almost no padding.
 
-Documents are laid end to end into lanes of about equal length (longest first); each step scores
+Documents are laid end to end into lanes of about equal length (longest first). Each step scores
 one chunk of the lanes that have most left, and carries their window to the next chunk:
 
     lane 0   [BOS doc 3 ............][BOS doc 7 ....]
     lane 1   [BOS doc 1 .......][BOS doc 2 ........]
              |  chunk  |  chunk  |  chunk  | chunk ..   only a lane's last chunk is padded
 
-The document mask keeps documents apart, so which lane and which neighbours a document gets makes
-no difference beyond rounding. A step runs a power of two of lanes, so few programs are compiled.
+The document mask keeps documents apart, so a document's lane and neighbours make no difference
+beyond rounding. A step runs a power of two of lanes, so few programs are compiled.
 """
 
 import functools
@@ -42,7 +42,7 @@ PREVIEW = 20  # bytes by which an error shows a text
 
 
 class EntropyModel(NamedTuple):
-    """A byte LM that places the patches of a BLT, and whether its context ends with a line."""
+    """A byte LM that places the patches of a BLT, and whether newlines reset its context."""
 
     model: Model
     newline_reset: bool
@@ -50,13 +50,13 @@ class EntropyModel(NamedTuple):
 
 
 def as_scorer(model: Model, newline_reset: bool) -> EntropyModel:
-    """A byte LM as what places patches; reads its parameters once, for their checksum."""
+    """A byte LM as an EntropyModel; reads its parameters once, for their checksum."""
     named = identity(model.params) + newline_reset * NEWLINE_RESET
     return EntropyModel(model, newline_reset, named)
 
 
 def scorer_of(model: Model) -> EntropyModel | None:
-    """The byte LM that places a model's patches, if one does."""
+    """The byte LM that places a model's patches, or None."""
     if model.entropy_model is None or not model.config.by_entropy:
         return None
     return as_scorer(model.entropy_model, model.config.patching.newline_reset)
@@ -79,7 +79,8 @@ def load_entropy_model(path, *, newline_reset: bool) -> EntropyModel:
 
 
 def contexts(ids_N: np.ndarray, newline_reset: bool) -> np.ndarray:
-    """int32 [N], ascending from 1: which positions of one document share a context."""
+    """int32 [N], ascending from 1: positions of one document with the same number share a
+    context."""
     if not newline_reset:
         return np.ones(len(ids_N), np.int32)
     # The newline itself is the first that the new context sees.
@@ -92,7 +93,7 @@ def power_of_two(value: float) -> int:
 
 
 def device_of(params) -> jax.Device:
-    """Where parameters lie; of arrays on no device yet, where they would be put."""
+    """The device of parameters; for host arrays, the default device."""
     leaf = jax.tree.leaves(params)[0]
     return next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.devices()[0]
 
@@ -127,8 +128,8 @@ def score_documents(
     """float32 entropies [len + 1] in nats of each text, and the number of padding positions.
 
     Entry i of a document follows i of its bytes (entry 0 follows BOS). config: settings of a family
-    of byte models. `scored` is called with the number of positions done at each step. name: how
-    errors call a text, by its number.
+    of byte models. `scored` is called with the number of positions done at each step. name: the
+    name of a text in errors, by its number.
 
     Raises:
       FloatingPointError: for an entropy that is not finite, naming the text and the position.
@@ -161,7 +162,7 @@ def run_documents(
     chunk: int | None,
     scored: Callable[[int], None],
 ) -> tuple[list[np.ndarray], int]:
-    """What `score_documents` returns, of a byte LM."""
+    """`score_documents` for a byte LM."""
     lengths = [len(text) + 1 for text in texts]
     total = sum(lengths)
     device = device_of(params)
@@ -229,7 +230,7 @@ TABLE: dict[tuple[Any, str], np.ndarray] = {}
 
 
 def table_of(config, params) -> np.ndarray:
-    """Its family's `entropy_table`, made once for a model, which is known by its checksum."""
+    """Its family's `entropy_table`, made once per model, by its checksum."""
     key = (config, identity(params))
     if key not in TABLE:
         TABLE.clear()
@@ -258,7 +259,7 @@ def scored_source(
     """The documents of a source, with entropies if `patching` needs them.
 
     Records that `byte_lm` scored are used as they are; raw text is scored here, in memory.
-    documents: the source, where it is open already.
+    documents: the source, if it is already open.
 
     Raises:
       ValueError: for raw text without a byte LM, and for records of another one.

@@ -1,8 +1,8 @@
-"""Numbers that are not finite: refused where they are met, and traced to a parameter.
+"""Numbers that are not finite: refused where they occur, and traced to a parameter.
 
-A NaN hides. An argmax takes it for the likeliest id, a threshold for no boundary, and a mean passes
-it on without a word. So logits, entropies and sums are checked where they come to the host anyway;
-the parameters, which are many, are scanned only once something was found.
+A NaN hides. An argmax selects it, a threshold treats it as no boundary, and a mean silently passes
+it on. So logits, entropies and sums are checked where they come to the host anyway; the parameters,
+which are many, are scanned only after something was found.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 @jax.jit
 def counts(params):
-    """For each parameter, how many of its values are not finite."""
+    """The number of values that are not finite, for each parameter."""
     return jax.tree.map(lambda x: (~jnp.isfinite(x)).sum(), params)
 
 
@@ -30,7 +30,7 @@ def broken_parameters(params, prefix: str = "") -> list[str]:
 
 
 def not_finite(what: str, models: dict[str, Any]) -> FloatingPointError:
-    """The error for `what` is not finite, with the parameters that are to blame.
+    """The error for `what` is not finite, naming the parameters that are to blame.
 
     models: parameters by the prefix of their names.
     """
@@ -44,7 +44,7 @@ def not_finite(what: str, models: dict[str, Any]) -> FloatingPointError:
 
 
 def first_not_finite(values: np.ndarray) -> int | None:
-    """The first place on the first axis that holds a value that is not finite; None without one."""
+    """The first index on the first axis with a value that is not finite; None without one."""
     if np.isfinite(values).all():
         return None
     return int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(axis=1)))

@@ -1,12 +1,12 @@
-"""Continues texts: one as it is written to the terminal, or many from a file to JSON lines.
+"""Continues texts: one as it is generated in the terminal, or many from a file to JSON lines.
 
     generate --workdir DIR --prompt "A BLT has"
     generate --workdir DIR --prompts FILE.jsonl --out RESULTS.jsonl    a line for each, in order
     generate --workdir DIR --prompt "A BLT has" --show patches         coloured as it forms
 
 A line of prompts is a JSON string or an object with `prompt`; a line of results is that object with
-`text`, `why` it ended (eos, stop or max_bytes) and `log_probs`, one a byte, in nats under the model
-itself, whatever the sampling. Where the bytes of a text are not UTF-8, `hex` has them.
+`text`, `why` it ended (eos, stop or max_bytes) and `log_probs`, one per byte, in nats under the
+model itself, whatever the sampling. If the bytes of a text are not UTF-8, `hex` has them.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from bltjax.weights.export import params_folder, read_config
 def summary(decoder: Decoder, seconds: float, compiled: float) -> str:
     """[compiled in 12 s; 200 bytes in 1.2 s, 167B/s; 45 latent steps for 45 patches of 4.4 bytes]
 
-    seconds: in all; compiled: of them, for compiling.
+    seconds: in total; compiled: the part spent compiling.
     """
     counts = decoder.counts
     line = speed(counts.bytes, seconds, compiled)
@@ -231,7 +231,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def settings_of(args: argparse.Namespace, step: int) -> dict:
-    """What results depend on besides their prompts, as JSON."""
+    """All that results depend on besides their prompts, as JSON."""
     names = (
         "max_bytes", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "valid_utf8",
         "seed", "stop", "draft", "context", "dtype", "truncate",

@@ -1,13 +1,13 @@
-"""Prompts from JSON lines, and results to JSON lines, which can be continued.
+"""Prompts from JSON lines, and results to JSON lines, which can be resumed.
 
 A line of prompts is a JSON string or an object with `prompt` (or `prompt_hex`, for bytes that are
-no UTF-8). A line of results is that object with `text`, `why` it ended and `log_probs`; so an `id`,
-and whatever else it has, stays. A command that was killed leaves whole lines, and beside them a
+not UTF-8). A line of results is that object with `text`, `why` it ended and `log_probs`; so an
+`id`, and any other key, is kept. A command that was killed leaves complete lines, and beside them a
 hidden file of the settings that they depend on; with the same settings the next try writes the
 rest:
 
-    RESULTS.jsonl               lines that are whole, in the order of the prompts
-    .RESULTS.jsonl.settings     gone when the last line is written
+    RESULTS.jsonl               complete lines, in the order of the prompts
+    .RESULTS.jsonl.settings     removed when the last line is written
 """
 
 import json
@@ -32,7 +32,7 @@ OURS = ("prompt", "prompt_hex", "text", "hex", "why", "log_probs")
 
 
 class Prompt(NamedTuple):
-    """A prompt, how errors call it, and the object that it came in."""
+    """A prompt, its name in errors, and its JSON object."""
 
     text: bytes
     name: str = "the prompt"
@@ -40,7 +40,7 @@ class Prompt(NamedTuple):
 
 
 def input_argument(text: str) -> str | Path:
-    """The type of options that name a file, or with - standard input; ./- is a file."""
+    """The type of options that name a file, or standard input as -; ./- is a file."""
     return STDIN if text == STDIN else local_path_argument(text)
 
 
@@ -96,7 +96,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def text_fields(name: str, hex_name: str, text: bytes) -> dict:
-    """A text as a result has it, with its bytes in hex where they are not UTF-8."""
+    """The fields of a text in a result, with its bytes in hex if they are not UTF-8."""
     try:
         return {name: text.decode()}
     except UnicodeDecodeError:
@@ -104,7 +104,7 @@ def text_fields(name: str, hex_name: str, text: bytes) -> dict:
 
 
 def result_line(prompt: Prompt, pieces: list[Piece]) -> str:
-    """One text as a JSON line: the prompt's own object, and in it what was written."""
+    """One text as a JSON line: the prompt's own object with the output added."""
     text = b"".join(piece.text for piece in pieces)
     result = {key: value for key, value in prompt.given.items() if key != "hex"}
     result |= text_fields("prompt", "prompt_hex", prompt.text)
@@ -124,12 +124,12 @@ def settings_path(out: Path) -> Path:
 
 
 def begin_results(out: Path, prompts: Sequence[Prompt], settings: dict) -> int:
-    """How many results are there, of the first prompts; the rest may be appended.
+    """The number of results already there, of the first prompts; the rest may be appended.
 
-    settings: what the results depend on besides the prompts, as JSON.
+    settings: all that the results depend on besides the prompts, as JSON.
 
     Raises:
-      ValueError: for a file of anything else, and for one that has all the results.
+      ValueError: for a file with other contents, and for one that has all the results.
     """
     if out.exists() and not out.is_file():
         return 0  # a pipe: nothing stays there
@@ -162,7 +162,7 @@ def begin_results(out: Path, prompts: Sequence[Prompt], settings: dict) -> int:
 
 
 def read_settings(side: Path) -> dict | None:
-    """The settings that unfinished results were written with; None where they aren't known."""
+    """The settings with which unfinished results were written; None if they aren't known."""
     try:
         found = json.loads(side.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -187,5 +187,5 @@ def check_same(out: Path, lines: Iterable[bytes], prompts: Sequence[Prompt], way
 
 
 def finish_results(out: Path) -> None:
-    """Takes away what unfinished results need."""
+    """Removes the settings file of unfinished results."""
     settings_path(out).unlink(missing_ok=True)

@@ -5,10 +5,10 @@
       serving/
         serving.json                sizes, alphabet, arguments and results by name, shape and dtype
         prepare.bin                 arrays -> weights                              once
-        prefill_64.bin ...          weights, ids, length -> logits, room, memory   once a prompt
-        step.bin                    weights, memory, id, goes -> the same          once a byte
+        prefill_64.bin ...          weights, ids, length -> logits, room, memory   once per prompt
+        step.bin                    weights, memory, id, goes -> the same          once per byte
 
-A program is what `jax.export` writes: StableHLO for several platforms, with its calling convention.
+A program is written by `jax.export`: StableHLO for several platforms, with its calling convention.
 Every argument and result is an array or a tuple of arrays, so no class of ours is needed to call
 it. The weights are arguments: one set of programs serves every model of its shapes.
 
@@ -44,8 +44,8 @@ FEWEST = 16  # patches
 
 @dataclasses.dataclass(frozen=True)
 class ServingConfig:
-    """What a memory has room for: a text's positions, BOS among them, and its patches; and how many
-    rows a step takes. A prompt is one row."""
+    """Capacity of a memory: a text's positions, BOS among them, and its patches; and the rows per
+    step. A prompt is one row."""
 
     positions: int
     patches: int
@@ -85,7 +85,7 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def serving_from(args: argparse.Namespace) -> ServingConfig | None:
-    """What the command line asks for."""
+    """The ServingConfig of the command line, or None."""
     if args.serving is None:
         if args.serving_patches is not None or args.serving_rows is not None:
             raise ValueError("--serving_patches and --serving_rows are settings of --serving")
@@ -98,7 +98,7 @@ def serving_from(args: argparse.Namespace) -> ServingConfig | None:
 
 
 def serving_dtype(files: ModelFiles) -> np.dtype:
-    """What products are computed in: as the config says, or as the parameters are stored."""
+    """The dtype of products: that of the config, or of the stored parameters."""
     if files.config.compute_dtype != "auto":
         return np.dtype(DTYPES[files.config.compute_dtype])
     bfloat16 = all(leaf.dtype == DTYPES["bfloat16"] for leaf in files.leaves.values())
@@ -106,7 +106,7 @@ def serving_dtype(files: ModelFiles) -> np.dtype:
 
 
 def arrays_of(files: ModelFiles) -> list[dict]:
-    """Every array that the programs need, in the order that they take them."""
+    """Every array that the programs need, in the order of their arguments."""
     parts = [("params", files.leaves)]
     if files.config.by_entropy and files.byte_lm:
         parts.append(("byte_lm/params", files.byte_lm.leaves))
@@ -122,7 +122,7 @@ def described(array) -> dict:
 
 
 def nested(arrays: list[dict], values) -> dict:
-    """Parameters as models take them: {"params": {...}, "byte_lm": {"params": {...}}}."""
+    """Parameters as a tree: {"params": {...}, "byte_lm": {"params": {...}}}."""
     tree: dict = {}
     for about, value in zip(arrays, values, strict=True):
         *groups, name = about["path"].replace(".", "/").split("/")
@@ -229,7 +229,7 @@ class Programs:
         return logits_BV, room_B, tuple(jax.tree.leaves(memory))
 
     def all(self) -> Iterator[tuple[str, export.Exported]]:
-        """Each program and its name."""
+        """Each program, after its name."""
         weights, memory = tuple(self.weights), tuple(leaf for _, leaf in self.memory)
         yield "prepare", exported(self.prepare, self.array_shapes)
         for length in self.config.prompts:

@@ -1,4 +1,4 @@
-"""Which documents go into which shard of records: the same for any number of processes."""
+"""Assignment of documents to shards of records: the same for any number of processes."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def plan_shards(lengths: list[int], shard_bytes: int) -> list[range]:
 def make_plan(
     documents: Documents, source: SourceConfig, identity: str, shard_bytes: int
 ) -> tuple[dict, list[tuple[range, int]]]:
-    """What is to be scored, the same for every process; and each shard's documents and bytes."""
+    """The scoring plan, the same for every process; and each shard's documents and bytes."""
     lengths, checksum = [], 0
     progress = Progress("reading", len(documents), " documents", quiet=not processes.is_writer())
     for index in range(len(documents)):
@@ -54,7 +54,7 @@ def make_plan(
 
 
 def checksum_of(plan: dict) -> int:
-    """Of what a plan says, by which shards remember it; settings of a source may be added later."""
+    """Checksum of a plan, stored with its shards; settings of a source may be added later."""
     source = {
         field.name: plan["source"][field.name]
         for field in dataclasses.fields(SourceConfig)
@@ -64,7 +64,7 @@ def checksum_of(plan: dict) -> int:
 
 
 def plan_there(path: epath.Path, plan: dict) -> dict | None:
-    """The plan that was left in a folder; None if there is none, or none that can be read."""
+    """The plan stored in a folder; None if there is none, or none that can be read."""
     if not path.exists():
         return None
     try:
@@ -81,11 +81,11 @@ def plan_there(path: epath.Path, plan: dict) -> dict | None:
 
 
 def agree_on(plan: dict, out: epath.Path) -> None:
-    """Leaves the plan in `out`, where another process or an earlier run may have left it.
+    """Stores the plan in `out`, or compares it with the one of another process or an earlier run.
 
     Raises:
-      ValueError: with the differences, if that is another one; or if it is lost, and a shard is
-        there of which nothing says that it is this plan's.
+      ValueError: with the differences, if there is another plan; or if the plan is lost, and a
+        shard exists that can't be matched to this one.
     """
     path = out / "plan.json"
     there = plan_there(path, plan)
@@ -113,14 +113,15 @@ def shard_path(out: epath.Path, number: int, count: int) -> epath.Path:
 
 
 def side_path(path: epath.Path) -> epath.Path:
-    """What is known of a shard, and which process made it in what time."""
+    """The file beside a shard with its ShardInfo, its process and its scoring time."""
     return path.with_suffix(".json")
 
 
 def read_side(side: epath.Path) -> tuple[ShardInfo | None, dict | None]:
-    """What the manifest will say of a shard, and how it was made; None if that isn't there.
+    """The manifest entry of a shard, and how it was made; None if there is none.
 
-    What is damaged isn't there, and is said."""
+    A damaged file counts as missing, and is logged.
+    """
     if not side.exists():
         return None, None
     try:
@@ -131,7 +132,7 @@ def read_side(side: epath.Path) -> tuple[ShardInfo | None, dict | None]:
 
 
 def info_of(path: epath.Path, documents: int, text_bytes: int, plan: int) -> ShardInfo | None:
-    """What the manifest will say of a shard of this plan (its checksum), if it was written."""
+    """The manifest entry of a complete shard of this plan (by checksum), or None."""
     info, made = read_side(side_path(path))
     if info is None:
         return None

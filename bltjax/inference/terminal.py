@@ -1,4 +1,4 @@
-"""Text for a terminal: coloured by patch or entropy, control characters made harmless."""
+"""Text for a terminal: coloured by patch or entropy, with control characters escaped."""
 
 import re
 import unicodedata
@@ -13,9 +13,9 @@ CONTROLS = re.compile("\r\n|[\0-\x1f\x7f-\x9f]")
 
 
 def harmless(text: str) -> str:
-    """A text for a terminal: controls, which it would obey, by what stands for them.
+    """A text with control characters replaced by visible signs, safe for a terminal.
 
-    Newlines and tabs stay; so does the carriage return before a newline.
+    Newlines and tabs are kept; so is the carriage return before a newline.
     """
     kept = ("\n", "\t", "\r\n")
     return CONTROLS.sub(lambda x: x[0] if x[0] in kept else visible(x[0]), text)
@@ -24,8 +24,8 @@ def harmless(text: str) -> str:
 class Painter:
     """Writes a text as its bytes come: plainly, with | between patches, or in colour.
 
-    The ground changes with each patch; the letters redden with the entropy of the byte. A character
-    that takes several bytes is painted as its first.
+    The background changes with each patch; the letters redden with the entropy of the byte. A
+    character of several bytes has the colour of its first.
     """
 
     def __init__(self, out: TextIO, patches: bool, colour: bool):
@@ -39,7 +39,7 @@ class Painter:
             self.plain("", last=True)
 
     def plain(self, text: str, last: bool = False) -> None:
-        """Shows a text as it is, but a terminal is sent no controls."""
+        """Writes a text uncoloured; for a terminal, control characters are escaped."""
         if self.terminal:
             text, self.held = self.held + text, ""
             if text.endswith("\r") and not last:  # what it is depends on what comes next
@@ -95,7 +95,7 @@ def is_hidden(shown: str) -> bool:
 
 
 def visible(shown: str) -> str:
-    r"""A character, or what stands for one that must not reach a terminal: ␛, or its \uXXXX."""
+    r"""A character, or a visible sign for one that must not reach a terminal: ␛, or its \uXXXX."""
     code = ord(shown)
     if shown in SIGNS or not is_hidden(shown):
         return SIGNS.get(shown, shown)
@@ -105,7 +105,7 @@ def visible(shown: str) -> str:
 
 
 def whole_characters_up_to(text: bytes, limit: int) -> bytes:
-    """The first `limit` bytes at most, without a last character that would be cut.
+    """At most the first `limit` bytes, without a last character that would be cut.
 
     A character has at most three bytes after its first: among more of them there is no end to find.
     """

@@ -1,1 +1,1 @@
-"""Programs compiled for TPUs that are not here: do they fit, how fast can they be."""
+"""Programs compiled for absent TPUs: whether they fit, and bounds on their speed."""

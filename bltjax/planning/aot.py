@@ -1,8 +1,8 @@
-"""Compiling for TPUs that aren't here: their devices as libtpu describes them, and the memory that
-a program takes on one of them.
+"""Compiling for absent TPUs: their devices as described by libtpu, and a program's memory on one of
+them.
 
-libtpu (the extra `tpu`; Linux on x86-64) compiles on any machine for any topology. It is told not
-to look for a TPU, and that other processes may compile as well.
+libtpu (the extra `tpu`; Linux on x86-64) compiles on any machine for any topology. It is configured
+not to look for a TPU, and to allow other processes to compile as well.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class TooLarge(Exception):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of main memory on one chip; `activations` are gradients, the batch and code too."""
+    """Bytes of main memory on one chip; `activations` include gradients, the batch and code."""
 
     parameters: float
     optimizer: float
@@ -55,7 +55,7 @@ class Memory:
 
 
 def described_devices(topology: Topology) -> list:
-    """The devices of a topology, to make a mesh and to compile for.
+    """The devices of a topology, for a mesh and for compiling.
 
     Raises:
       ValueError: if libtpu is not installed.
@@ -90,7 +90,8 @@ def places(topology: Topology, devices) -> np.ndarray:
 
 @contextlib.contextmanager
 def no_cache():
-    """No compilation cache: a program for a machine that isn't here can't be read back from it."""
+    """Disables the compilation cache: a program for an absent machine can't be read back from
+    it."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
@@ -118,7 +119,7 @@ def compile_ahead(lowered):
 
 
 def used_bytes(compiled) -> float:
-    """Main memory that a program takes on a chip while it runs, its own code included."""
+    """Main memory of a running program on a chip, its own code included."""
     stats = compiled.memory_analysis()
     return (
         stats.argument_size_in_bytes

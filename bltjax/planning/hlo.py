@@ -1,9 +1,9 @@
-"""A compiled program's text, read: its computations, and how often each instruction runs.
+"""A parser of a compiled program's text: its computations, and how often each instruction runs.
 
-XLA's own cost analysis counts a loop's body once and believes what a kernel says of itself. The
-text holds everything: a loop's trip count stands in it, or follows from its condition, and calls
-make a tree, so each instruction has a number of executions. What those cost is in `hlo_work.py`,
-what they send in `hlo_collectives.py`.
+XLA's own cost analysis counts a loop's body once and trusts a kernel's own estimate. The text holds
+everything: a loop's trip count is in it, or follows from its condition, and calls make a tree, so
+each instruction has a number of executions. `hlo_cost.py` has their costs, `hlo_collectives.py`
+their communication.
 
     ENTRY main            x 1
       while  (25 trips)
@@ -28,7 +28,7 @@ INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = ")
 
 @dataclass(frozen=True)
 class Array:
-    """One array of an instruction's result, as XLA lays it out: `bf16[8,64]{1,0:T(8,128)S(1)}`."""
+    """One array of an instruction's result, in XLA's layout: `bf16[8,64]{1,0:T(8,128)S(1)}`."""
 
     kind: str
     sizes: tuple[int, ...]
@@ -117,7 +117,7 @@ class Computation:
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """From an instruction's name to those that take it."""
+        """The users of each instruction, by its name."""
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
@@ -136,7 +136,7 @@ class Program:
     unknown_loops: list[str] = field(default_factory=list)
 
     def each(self):
-        """(computation, instruction, how often it runs), without what never runs."""
+        """(computation, instruction, executions), without instructions that never run."""
         for name, runs in self.runs.items():
             computation = self.computations[name]
             for instruction in computation.instructions.values():
@@ -152,7 +152,7 @@ def read_arrays(shape: str) -> tuple[Array, ...]:
 
 
 def closing(text: str, begin: int) -> int:
-    """The place after the parenthesis that closes the one at `begin`."""
+    """The index after the parenthesis that closes the one at `begin`."""
     depth = 0
     for place in range(begin, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -220,7 +220,7 @@ def add_runs(program: Program, name: str, runs: int) -> None:
 
 
 def trip_count(program: Program, caller: Computation, loop: Instruction) -> int | None:
-    """How often a loop's body runs: as XLA noted, or for (i = a; i < b; i += c), or None."""
+    """Trip count of a loop: as XLA noted, or for (i = a; i < b; i += c), or None."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
     if known:
         return int(known[1])
@@ -244,7 +244,7 @@ def trip_count(program: Program, caller: Computation, loop: Instruction) -> int 
 
 
 def source(computation: Computation, name: str, index: int) -> Instruction | None:
-    """What element `index` of a tuple is, through copies."""
+    """The instruction behind element `index` of a tuple, through copies."""
     made = computation.instructions[name]
     if made.kind != "tuple":
         return None
@@ -255,7 +255,8 @@ def source(computation: Computation, name: str, index: int) -> Instruction | Non
 
 
 def scalar_operands(program: Program, outer: Computation, instruction: Instruction, kind: str):
-    """Operands of a `compare` or an `add`, by itself or as all that a fusion does; and itself."""
+    """Operands of a `compare` or an `add`, by itself or as the whole of a fusion; and the
+    instruction."""
     given = [outer.instructions[name] for name in instruction.operands]
     if instruction.kind == kind:
         return given, instruction

@@ -1,8 +1,8 @@
-"""What a compiled program sends between chips: kinds, bytes per chip, mesh axes.
+"""Communication of a compiled program between chips: kinds, bytes per chip, mesh axes.
 
 Bytes are those that one chip must send: of an all-gather's result, or a reduce-scatter's operand,
 (g - 1) / g in a group of g; twice that of an all-reduce; of an all-to-all (g - 1) / g; of a
-permutation all. They depend on shapes alone, not on how the compiler does it. A TPU's compiler
+permutation all. They depend on shapes alone, not on the compiler's implementation. A TPU's compiler
 spreads an all-gather over the fusions that it runs beside; such a chain is one collective. A
 reduce-scatter is written as an all-reduce of which each chip keeps a slice, in one fusion.
 """
@@ -20,7 +20,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of the program, as often as it runs."""
+    """One collective of the program, with its number of executions."""
 
     kind: str
     axes: tuple[str, ...]  # of the mesh, along which its groups lie
@@ -37,7 +37,7 @@ def read_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Colle
     mesh_shape: from axis to size, in the mesh's order.
 
     Raises:
-      ValueError: for groups that are written in a way that isn't known here.
+      ValueError: for groups in an unknown notation.
     """
     found = []
     for computation, instruction, runs in program.each():
@@ -55,7 +55,7 @@ def read_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Colle
 
 
 def collective_kind(program: Program, computation: Computation, instruction: Instruction):
-    """One of KINDS; None for what isn't a collective, or goes on with one that has begun."""
+    """One of KINDS; None for what isn't a collective, or continues one."""
     kind = instruction.kind.removesuffix("-start")
     users = computation.users[instruction.name]
     if instruction.kind == "send" and between_slices(instruction):
@@ -76,7 +76,7 @@ def between_slices(instruction: Instruction) -> str:
 
 
 def scatters(computation: Computation, users: list[Instruction]) -> bool:
-    """Whether of an all-reduce's results, in a fusion, only slices are kept."""
+    """Whether only slices of an all-reduce's results are kept, in a fusion."""
     kinds = set()
     for user in users:
         while user.kind in ("get-tuple-element", "bitcast"):
@@ -89,7 +89,7 @@ def scatters(computation: Computation, users: list[Instruction]) -> bool:
 
 
 def sizes(computation: Computation, instruction: Instruction, kind: str, group: int):
-    """Bytes that a chip sends, and bytes of the whole that the group works on."""
+    """Bytes that a chip sends, and bytes of the whole group's array."""
     operands = instruction.operands[:1] if instruction.kind == "send" else instruction.operands
     given = sum(array.bytes for name in operands for array in computation.instructions[name].arrays)
     if kind == "all-gather":
@@ -100,8 +100,8 @@ def sizes(computation: Computation, instruction: Instruction, kind: str, group: 
 
 
 def read_group(instruction: Instruction, kind: str, mesh_shape: dict[str, int]) -> tuple[int, ...]:
-    """Places in the mesh, counted along its last axis first, of the largest group; a permutation's
-    is its first pair that moves anything."""
+    """Indices in the mesh, counted along its last axis first, of the largest group; for a
+    permutation, its first pair that moves anything."""
     count = math.prod(mesh_shape.values())
     if between_slices(instruction):
         target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', instruction.rest)
@@ -141,8 +141,8 @@ def listed(text: str) -> list[int]:
 
 
 def named_group(axes: list[tuple[str, int]], chosen: str) -> tuple[int, ...]:
-    """The group of place 0 along axes of a mesh, or along parts of them: `'axis_0':(2)4` is of an
-    axis's places those 4 of which each steps over what lies after the first 2 x 4."""
+    """The group of index 0 along axes of a mesh, or along parts of them: `'axis_0':(2)4` is those 4
+    indices of an axis that step over everything after the first 2 x 4."""
     places = np.arange(np.prod([size for _, size in axes])).reshape([size for _, size in axes])
     index: list = [0] * len(axes)
     picked = {}

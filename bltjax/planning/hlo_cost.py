@@ -1,13 +1,14 @@
-"""What a compiled program does on one chip: operations of products and kernels, and bytes moved.
+"""The cost of a compiled program on one chip: FLOPs of products and kernels, and bytes moved.
 
 Products are counted by their shapes, 2 for a multiply-add, wherever they stand, as often as they
 run. (XLA writes a product on a TPU as a convolution whose window slides over heads; only the
 positions that meet something count.) A kernel counts a tile of queries by a tile of keys for each
 step of its work list that sees; the steps that a full row leaves idle are kept apart.
 
-Bytes moved are those between main memory and the chip: operands and results of what runs by
-itself, with a TPU's padding. What is fused, or lies in VMEM, moves nothing; of an array of which
-only a slice is read or written, the slice counts; of a buffer that is only handed on, nothing.
+Bytes moved are those between main memory and the chip: operands and results of unfused
+instructions, with a TPU's padding. Values that are fused, or lie in VMEM, move nothing; of an array
+of which only a slice is read or written, the slice counts; a buffer that is only passed on counts
+nothing.
 """
 
 import functools
@@ -33,7 +34,7 @@ SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclass(frozen=True)
 class Work:
-    """Of one chip, one run of the program."""
+    """Cost on one chip, for one run of the program."""
 
     products: float  # FLOPs outside kernels
     kernels: float  # FLOPs of tiles that are visited in full rows of one document
@@ -99,7 +100,7 @@ def convolution_flops(instruction: Instruction, left: Array, right: Array) -> in
 
 @functools.cache
 def met_positions(out, window, size, low, stride, spread, kernel_spread) -> int:
-    """Pairs of an output and a place of its window that lie on an input, along one axis."""
+    """Pairs of an output and a position of its window that lie on an input, along one axis."""
     place = np.arange(out)[:, None] * stride + np.arange(window)[None] * kernel_spread - low
     inside = (place >= 0) & (place < (size - 1) * spread + 1) & (place % spread == 0)
     return int(inside.sum())
@@ -110,7 +111,7 @@ def is_kernel(instruction: Instruction) -> bool:
 
 
 def kernel_flops(computation: Computation, instruction: Instruction) -> tuple[float, float]:
-    """A kernel's own estimate, and which share of its steps sees something in a full row."""
+    """A kernel's own estimate, and the share of its steps that see something in a full row."""
     flops = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
     plan = kernel_plan(instruction)
     if not flops:
@@ -123,7 +124,7 @@ def kernel_flops(computation: Computation, instruction: Instruction) -> tuple[fl
 
 
 def kernel_plan(instruction: Instruction) -> tuple[Pattern, Tiles] | None:
-    """What a range attention kernel wrote of itself when it was compiled."""
+    """The pattern and tiles that a range attention kernel recorded when it was compiled."""
     found = re.search(r"kernel_metadata=(\{[^}]*\})", instruction.rest)
     notes = json.loads(found[1].replace('\\"', '"')) if found and len(found[1]) > 2 else {}
     if "pattern" not in notes:
@@ -135,7 +136,7 @@ def kernel_plan(instruction: Instruction) -> tuple[Pattern, Tiles] | None:
 
 @functools.cache
 def visited_share(pattern: Pattern, queries: int, keys: int, tiles: Tiles) -> float:
-    """Steps that see, of a work list's length, in a row that is full and one document.
+    """Share of the steps of a work list that see, in a full row that is one document.
 
     A window's list has no others. Between bytes and slots it depends on the patches: here their
     lengths are random, the same every time.
@@ -196,7 +197,7 @@ def in_hbm(arrays: Array | tuple[Array, ...]) -> float:
 
 
 def read_bytes(program: Program, inner: Computation, place: int) -> float:
-    """Bytes that a fusion reads of its operand: all of it, or the slices that it takes of it."""
+    """Bytes that a fusion reads of its operand: all of it, or the slices that it takes."""
     operand = inner.parameters[place]
     total, whole = 0.0, sum(x.padded_bytes for x in operand.arrays)
     seen, left = set(), [operand]

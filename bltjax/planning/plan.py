@@ -1,8 +1,8 @@
-"""A pod planned without a pod: the real training step, compiled for a slice that nobody rented.
+"""Plans of a pod without one: the real training step, compiled for a slice that nobody rented.
 
-What comes out is what the compiler says of memory, what the program's text says of operations, of
-bytes and of collectives, and the least time that a chip's published rates allow. Nothing is run, so
-nothing here is a measurement. The exit status is 1 when the step doesn't fit.
+The output is the compiler's figure for memory, the program text's operations, bytes and
+collectives, and the least time at a chip's published rates. Nothing is run, so nothing here is a
+measurement. The exit status is 1 when the step doesn't fit.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from bltjax.training.step import step_parts
 
 
 def batch_shapes(config: RunConfig):
-    """The shapes of a batch as the pipeline makes it."""
+    """The shapes of a batch from the pipeline."""
     kind = BATCHES[family_of(config).rows]
     return arrays_of(kind, config.data.rows, config.data.row_bytes, jax.ShapeDtypeStruct)
 
@@ -62,7 +62,7 @@ def needed_flops(config: RunConfig) -> Flops:
 
 
 def check(config: RunConfig, topology: Topology) -> None:
-    """Raises ValueError where slices don't divide the mesh, before anything is made."""
+    """Raises ValueError where slices don't divide the mesh, before anything is built."""
     data, slices = config.mesh.data, topology.slices
     if slices > 1 and data % slices:
         raise ValueError(
@@ -72,7 +72,7 @@ def check(config: RunConfig, topology: Topology) -> None:
 
 
 def plan(config: RunConfig, topology: Topology) -> Plan:
-    """Compiles a training step for a topology and reads what came out.
+    """Compiles a training step for a topology and reads the result.
 
     Raises:
       ValueError: where the mesh, the batch and the topology don't go together, with both numbers.

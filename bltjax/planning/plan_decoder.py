@@ -1,8 +1,8 @@
-"""A decoder planned without its devices: what `generate` would run, compiled for a slice.
+"""Plans of a decoder without its devices: the programs of `generate`, compiled for a slice.
 
-Memory is what the compiler says of each program. A byte reads what the program for one byte reads,
-and its share of what the program for one patch reads; a chip's published rate for that is a bound
-on bytes per second, not a measurement.
+Memory is the compiler's figure for each program. The traffic of a byte is that of the program for
+one byte, and its share of the program for one patch; at a chip's published bandwidth that bounds
+bytes per second. It is not a measurement.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from bltjax.progress import quantity
 
 @dataclass(frozen=True)
 class Program:
-    """Of one program on one chip, in bytes; what it moves is None where it was too large."""
+    """Sizes of one program on one chip, in bytes; bytes moved are None where it was too large."""
 
     total: float
     moved: float | None = None
@@ -56,13 +56,13 @@ class GenerationPlan:
 
     @property
     def moved(self) -> float | None:
-        """Bytes that a chip moves for one byte in each of its rows."""
+        """Bytes that a chip moves per byte in each of its rows."""
         byte, patch = (self.programs[name].moved for name in ("byte", "patch"))
         return None if byte is None or patch is None else byte + patch / self.mean_patch
 
     @property
     def bytes_per_second(self) -> float | None:
-        """At most, for all rows."""
+        """Upper bound, for all rows."""
         return self.moved and self.rows * self.topology.chip.hbm_rate / self.moved
 
     def summary(self) -> dict:
@@ -97,7 +97,7 @@ def plan_generate(
     prompt_bytes: int,
     context: int,
 ) -> GenerationPlan:
-    """Compiles what a BLT's decoder runs, with weights in the config's compute dtype.
+    """Compiles a BLT's decoder, with weights in the config's compute dtype.
 
     config: its mesh, that of training, is not read. groups: of chips, each with all weights.
 

@@ -15,7 +15,7 @@ from bltjax.progress import quantity
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one step on all chips; `compiler` is None where nothing was compiled to the end."""
+    """FLOPs of one step on all chips; `compiler` is None where compiling didn't finish."""
 
     paper: float
     exact: float
@@ -30,7 +30,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one compilation told of a training step."""
+    """The results of compiling a training step."""
 
     config: RunConfig
     topology: Topology
@@ -81,7 +81,7 @@ def seconds(value: float) -> str:
 
 
 def memory_lines(memory: Memory, width: int = 60) -> list[str]:
-    """A bar from nothing to a chip's capacity, and what its letters are."""
+    """A bar from zero to a chip's capacity, and its legend."""
     parts = {"p": memory.parameters, "o": memory.optimizer, "a": memory.activations}
     bar, done = "", 0.0
     for letter, size in parts.items():

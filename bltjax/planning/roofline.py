@@ -3,12 +3,12 @@
 A chip multiplies, reads and writes main memory, and sends over its links; at best all three at
 once and at their published rates, so the slowest of them is the bound. On the links
 
-- gathering and reducing V bytes in a group of g chips brings V (g - 1) / g over the links that a
+- gathering and reducing V bytes in a group of g chips takes V (g - 1) / g over the links that a
   chip has within the group: one or, where a side's ends are linked, two for each side of the slice
-  along which the group lies; a reduction that all get sends twice as much;
-- in an exchange of all with all, half of the data crosses the middle of each side;
+  along which the group lies; an all-reduce sends twice as much;
+- in an all-to-all, half of the data crosses the middle of each side;
 - a permutation takes one link;
-- what must go to other slices is first reduced within one, and then takes the datacentre network.
+- data for other slices is first reduced within one, and then takes the datacentre network.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from bltjax.planning.hlo_cost import Work, read_work
 
 @dataclass(frozen=True)
 class Bound:
-    """Seconds of one step, and what they allow."""
+    """Seconds of one step, by resource."""
 
     compute_s: float
     hbm_s: float
@@ -52,7 +52,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Account:
-    """What a compiled program does on each chip, and its bound."""
+    """The cost of a compiled program on each chip, and its bound."""
 
     work: Work
     collectives: list[Collective]
@@ -80,7 +80,7 @@ def bound(
     """The bound of a program.
 
     places: int [devices, 4], each device's slice and its coordinates there, in the mesh's order.
-    flops: what a step needs of all chips by the exact formula; step_bytes: of text in a step.
+    flops: of a step on all chips by the exact formula; step_bytes: text per step.
     """
     chip, devices = topology.chip, len(places)
     ici = dcn = 0.0

@@ -1,10 +1,10 @@
-"""What to change where a plan doesn't fit: the nearest settings that would make it fit.
+"""Suggests config changes that make a plan fit in HBM.
 
-Changes are tried from the one that costs least time to the one that costs most: moments of hash
-tables in fewer bytes; more micro-batches, each of fewer rows; keeping less for the backward pass;
-`tensor`; a larger slice. Each change's memory is estimated from the plan: parameters and moments
-exactly, gradients as large as parameters, the rest in proportion to the rows that a chip has at a
-time. Estimates decide in which order; what is called compiled was compiled.
+Changes are tried in order of their cost in time: moments of hash tables in fewer bytes; more
+micro-batches, each of fewer rows; keeping less for the backward pass; `tensor`; a larger slice.
+Each change's memory is estimated from the plan: parameters and moments exactly, gradients as large
+as parameters, the rest in proportion to the rows per chip at a time. Estimates only decide the
+order; a change reported as compiled was compiled.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ COMPILED = 2  # changes at most, as each takes minutes
 
 @dataclass(frozen=True)
 class Change:
-    """Settings, or a topology, in place of the plan's; and what a chip would need then."""
+    """Settings, or a topology, in place of the plan's; and the memory per chip with them."""
 
     settings: tuple[tuple[str, object], ...]
     topology: str
@@ -29,7 +29,7 @@ class Change:
 
     @property
     def options(self) -> str:
-        """As the command line takes it."""
+        """The command line's options for it."""
         words = [f"--config.{name}={value}" for name, value in self.settings]
         return " ".join(words + ([f"--topology={self.topology}"] if self.topology else []))
 
@@ -53,7 +53,7 @@ def changed(config: RunConfig, settings) -> RunConfig:
 
 
 def estimates(found) -> Iterator[Change]:
-    """Changes of a plan, the cheapest first, that would make it fit as far as one can tell."""
+    """Changes of a plan, the cheapest first, that should make it fit."""
     config, mesh, memory = found.config, found.mesh, found.memory
     states = memory.parameters + memory.optimizer
     count, shards = config.optimizer.accumulate, mesh["data"] * mesh["fsdp"]
@@ -106,7 +106,7 @@ def doublings(count: int, rows: int) -> Iterator[int]:
 
 
 def nearest_changes(found, plan: Callable[[RunConfig, Topology], object]) -> list[Change]:
-    """Changes that would make a plan fit; the first ones were compiled, until one did fit.
+    """Changes that would make a plan fit; compiled in order until one did fit.
 
     plan: compiles a config for a topology.
     """

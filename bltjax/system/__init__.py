@@ -1,3 +1,1 @@
-"""The process, its machine and its files: everything below the model that knows the operating
-system.
-"""
+"""The process, its machine and its files: all that knows the operating system."""

@@ -1,19 +1,19 @@
-"""Compiled programs: kept on disk for the next process, and the time that making them takes.
+"""The cache of compiled programs on disk, and the time spent compiling.
 
-jax keeps compiled programs in a folder, by a key of all that it knows went into them. What it
-doesn't know is the CPU: a home may be shared by machines that lack each other's instructions. So
-every kind of machine has a folder of its own, beneath `programs` in the user's cache:
+jax stores compiled programs in a folder, by a key of all inputs that it knows of. It doesn't know
+the CPU: a home may be shared by machines with different instruction sets. So every kind of machine
+has a folder of its own, beneath `programs` in the user's cache:
 
     ~/.cache/bltjax/programs/JAXLIB-MACHINE/      entries of jax: NAME-KEY-cache, NAME-KEY-atime
                                             .lockfile     held by whoever reads or writes an entry
 
-jax writes an entry in its place, and then the time of its last use. A process that dies in between
+jax writes an entry in place, and then the time of its last use. A process that dies in between
 leaves a torn entry without a time, which would be read, and refused, for ever; it is removed at the
 next start.
 
 Time: jax reports each part of its work (tracing, lowering, compiling, reading from the cache) as it
-ends. They nest, as a jitted function traces another, and several threads may compile at once. So
-the time is that of their union: seconds of the wall clock in which at least one went on.
+ends. They nest, because a jitted function traces another, and several threads may compile at once.
+So the time is that of their union: seconds of the wall clock in which at least one was running.
 """
 
 import bisect
@@ -65,7 +65,7 @@ class CompileTime:
 
 
 def add_span(event: str, duration: float, **_) -> None:
-    """Takes in what ended just now, `duration` seconds after it began."""
+    """Adds a span that ended just now, `duration` seconds after it began."""
     if event not in EVENTS:
         return
     with lock:
@@ -80,9 +80,9 @@ jax.monitoring.register_event_duration_secs_listener(add_span)
 
 
 def keep_programs() -> str:
-    """Lets jax keep compiled programs for later processes; why it can't, or nothing.
+    """Enables jax's cache of compiled programs; returns the reason if that fails, or nothing.
 
-    A cache that the user has named to jax stays as it is.
+    A cache that the user has configured in jax is left as it is.
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return ""
@@ -106,10 +106,10 @@ def keep_programs() -> str:
 
 
 def forget_programs() -> None:
-    """No cache, unless it is one that the user named to jax: for many processes.
+    """Disables the cache, unless the user has configured it in jax: for many processes.
 
-    Only process 0 writes, each has its own disk, and some compilers work on a program together: all
-    must find it, or none.
+    Only process 0 writes, each process has its own disk, and some compilers work on a program
+    together: all must find it, or none.
     """
     folder = jax.config.jax_compilation_cache_dir
     if folder and Path(folder).name == machine() and Path(folder).parent.name == "programs":
@@ -117,12 +117,12 @@ def forget_programs() -> None:
 
 
 def skip_cache() -> None:
-    """No cache at all, not even one that the user named to jax."""
+    """Disables the cache, even one that the user has configured in jax."""
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def machine() -> str:
-    """Names what compiled programs depend on and jax's keys leave out: this kind of CPU."""
+    """The kind of CPU, on which compiled programs depend but jax's keys don't."""
     told = [platform.machine(), platform.processor()]
     told.append(str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0))
     with contextlib.suppress(OSError):
@@ -135,10 +135,10 @@ def machine() -> str:
 
 
 def make_private(folder: Path) -> None:
-    """Makes a folder for this user alone: a program that is read from it will be run.
+    """Creates a folder for this user alone, since programs read from it will be run.
 
     Raises:
-      PermissionError: if it, or the one that holds it, is another user's or open to all.
+      PermissionError: if it, or its parent, is another user's or writable by all.
     """
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -168,14 +168,14 @@ def mend(folder: Path) -> None:
 
 
 def zeroed(path: Path, kind: str) -> bool:
-    """Whether an entry has zeros where its compression's mark should be: the disk went down before
-    it was written."""
+    """Whether an entry has zeros in place of its compression's magic: the disk went down before it
+    was written."""
     with path.open("rb") as file:
         return kind == "cache" and file.read(1) == b"\0"
 
 
 def discard_unused(folder: Path) -> None:
-    """Removes the folders of other versions and machines that nobody has used for long."""
+    """Removes the folders of other versions and machines that have long been unused."""
     oldest = time.time() - UNUSED_DAYS * 86400
     for other in folder.parent.iterdir():
         with contextlib.suppress(OSError):

@@ -1,9 +1,9 @@
-"""The surroundings of a program, before jax starts: environment variables, streams, memory.
+"""The environment of a program, before jax starts: variables, streams, memory.
 
-A program computes the same numbers and writes the same files wherever it is started. So what the
-environment would change is overruled, with a line that says so; what can't be overruled is refused
-before any work is done. Variables that only choose a device, a precision or a diagnosis are the
-user's, and stay.
+A program computes the same numbers and writes the same files wherever it is started. So settings of
+the environment that would change them are overridden, with a log line; those that can't be
+overridden are refused before any work is done. Variables that only choose a device, a precision or
+a diagnosis are the user's, and are kept.
 
 This file imports no jax: jax reads most of its variables once, when it is imported.
 """
@@ -50,7 +50,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
 
 def prepare() -> None:
-    """Makes streams legible, and removes what this process must not follow from its environment."""
+    """Makes streams able to print any text, and removes variables that this process must not
+    follow."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="bltjax.plain")
@@ -67,7 +68,7 @@ def prepare() -> None:
 
 
 def plain(error: UnicodeError) -> tuple[str, int]:
-    """What a stream shows for letters that its encoding lacks: a sign, or an escape."""
+    """The replacement for letters that a stream's encoding lacks: a sign, or an escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
@@ -79,7 +80,7 @@ codecs.register_error("bltjax.plain", plain)
 
 
 def check_flags() -> None:
-    """Tries XLA_FLAGS in a process of its own, since XLA aborts at what it doesn't know.
+    """Tries XLA_FLAGS in a process of its own, since XLA aborts on unknown flags.
 
     Raises:
       ValueError: with XLA's reason, which names the flag.
@@ -109,7 +110,7 @@ def check_platform() -> None:
     """Starts jax's devices, for functions that a notebook calls.
 
     Raises:
-      ValueError: if the platform that the environment asks for isn't there.
+      ValueError: if the platform requested by the environment is missing.
     """
     import jax
 
@@ -122,9 +123,9 @@ def check_platform() -> None:
 
 
 def refused_platform(error: BaseException) -> str | None:
-    """A line for jax's error that a platform which the environment asks for isn't there.
+    """A line for jax's error that a platform requested by the environment is missing, or None.
 
-    Whoever met that error first, while reading a file perhaps, may have made another of it.
+    Code that met that error first, for example while reading a file, may have wrapped it.
     """
     asked = next((n for n in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(n)), None)
     if asked is None:
@@ -152,7 +153,7 @@ def refused_platform(error: BaseException) -> str | None:
 
 
 def available_platform() -> str:
-    """The platform that jax takes when it is asked for none; empty if it can't say."""
+    """jax's default platform; empty if it can't be determined."""
     kept = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")}
     try:
         probe = subprocess.run(
@@ -165,9 +166,9 @@ def available_platform() -> str:
 
 
 def check_numbers(what: str) -> None:
-    """For functions that a notebook calls: jax must not be set to what changes their numbers.
+    """Checks jax's settings for functions that a notebook calls: none may change their numbers.
 
-    what: names the function; `train` needs types of 32 bits, too.
+    what: the function's name; `train` also needs types of 32 bits.
 
     Raises:
       ValueError: naming jax's setting and how to change it.
@@ -187,18 +188,18 @@ def check_numbers(what: str) -> None:
 
 
 def random_key(seed):
-    """A key of one kind of random numbers, whichever kind jax is set to take by default."""
+    """A key of one fixed kind of random numbers, whatever jax's default is."""
     import jax
 
     return jax.random.key(seed, impl="threefry2x32")
 
 
 def keep_buffers() -> bool:
-    """Makes the C library keep large freed buffers for the next step; whether it does.
+    """Makes the C library keep large freed buffers for the next step; returns whether it does.
 
-    On a CPU every step needs the same large temporaries. By default glibc gives them back to the
+    On a CPU every step needs the same large temporaries. By default glibc returns them to the
     system and faults them in again, page by page, at every step. An accelerator has memory of its
-    own, and a user's own settings of malloc stay.
+    own, and a user's own settings of malloc are kept.
     """
     own = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
     if own or sys.platform != "linux" or not on_cpu():
@@ -214,7 +215,7 @@ def keep_buffers() -> bool:
 
 
 def on_cpu() -> bool:
-    """Whether jax will compute on a CPU, as far as can be told before it starts."""
+    """Whether jax will compute on a CPU, as far as is known before it starts."""
     if asked := os.environ.get("JAX_PLATFORMS"):
         return asked.split(",")[0] == "cpu"
     devices = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
@@ -222,7 +223,7 @@ def on_cpu() -> bool:
 
 
 def cache_folders() -> list[Path]:
-    """Where this user's caches may lie, the best place first; none of them need exist."""
+    """Candidate folders for this user's caches, the best first; none of them need exist."""
     found = []
     if named := os.environ.get("BLTJAX_CACHE"):
         found.append(Path(named).expanduser())

@@ -1,24 +1,25 @@
-"""One process at a time in a folder: a file there says who works in it.
+"""Locks: one process at a time in a folder, by a file that names its holder.
 
     WORKDIR/.lock               train, by process 0 for all of a run
     RECORDS/.lock-I-of-N        entropies, a share of a corpus
     FOLDER/.NAME.lock           convert, while it writes FOLDER/NAME
 
-The file holds host, process, the process' start, a token of its own, what is done and since when.
-It appears whole under its name or not at all: a link to a finished file, which fails where there
-is one already. Its holder refreshes the file's time every REFRESH seconds.
+The file holds host, process, the process' start, a token of its own, the task and its start time.
+It appears under its name complete or not at all: by a hard link to a finished file, which fails if
+the name exists. Its holder refreshes the file's time every REFRESH seconds.
 
 A lock whose holder is gone is taken over. On the holder's own host its process number and start
-tell, also after the number was given to another process or the host was started anew. Elsewhere,
-and for a file that can't be read, time tells: a lock that wasn't refreshed for STALE seconds, by
-the clock of the file system alone, is left over. A younger one is watched until it is refreshed or
-has come to that age. Whoever takes a lock over first locks `NAME.TOKEN`, named after the token of
-the lock that is left over, by these same rules; then looks whether that lock is still there. So of
-many one wins, wherever others are killed. A holder that stood still for so long that it was taken
-for gone finds another token in its lock, and ends.
+decide, also after the number was reused or the host was rebooted. Elsewhere, and for a file that
+can't be read, time decides: a lock that wasn't refreshed for STALE seconds, by the clock of the
+file system alone, is stale. A younger one is watched until it is refreshed or has reached that age.
+A process that takes a lock over first locks `NAME.TOKEN`, named after the token of the stale lock,
+by these same rules; then checks that the stale lock is still there. So one of many wins, wherever
+others are killed. A holder that was suspended for so long that it was considered gone finds another
+token in its lock, and ends.
 
-A bucket can't create an object only where there is none: there a lock is written, and read again
-after SETTLE seconds. Two processes that start within that time are told apart, but not for sure.
+A bucket can't create an object only if it doesn't exist: there a lock is written, and read again
+after SETTLE seconds. Two processes that start within that time are usually, but not always,
+detected.
 """
 
 import contextlib
@@ -50,7 +51,7 @@ LITTER = 3600.0  # seconds after which files of processes that were killed are r
 
 
 class InUse(Exception):
-    """Another process holds the lock. asked: whether this host itself says that it lives."""
+    """Another process holds the lock. asked: whether this host itself knows that it is alive."""
 
     def __init__(self, whose: str, asked: bool):
         super().__init__(whose)
@@ -58,7 +59,7 @@ class InUse(Exception):
 
 
 def replace(path: Path, seen: Seen, text: str, stale: float) -> bool:
-    """Puts `text` in the place of a lock that is left over; False if it isn't there any more."""
+    """Replaces a stale lock with `text`; False if the lock has changed."""
     if is_remote(path):
         now = look(path)
         return now is not None and now.key == seen.key and settled(path, text)
@@ -83,10 +84,10 @@ def take(
     stale: float = STALE,
     announced: bool = True,
 ) -> None:
-    """Locks, or takes a lock over whose holder is gone.
+    """Acquires the lock, or takes over one whose holder is gone.
 
     Raises:
-      InUse: if its holder lives.
+      InUse: if its holder is alive.
     """
     text = text_of_lock(holder)
     ours.add(holder.token)
@@ -113,7 +114,7 @@ def take(
 
 
 def drop(path: Path, holder: Holder) -> None:
-    """Removes a lock if it is this process' own."""
+    """Releases a lock if it is this process' own."""
     ours.discard(holder.token)
     seen = look(path)
     if seen is not None and seen.holder == holder and holder.pid == os.getpid():
@@ -121,7 +122,7 @@ def drop(path: Path, holder: Holder) -> None:
 
 
 def clean(path: Path) -> None:
-    """Removes what killed processes left beside a lock that this process holds."""
+    """Removes files of killed processes beside a lock that this process holds."""
     seen = None if is_remote(path) else look(path)
     if seen is None:
         return
@@ -134,7 +135,7 @@ def clean(path: Path) -> None:
 
 
 class Lock:
-    """A lock that this process holds; as a context, a thread refreshes it."""
+    """A lock that this process holds; as a context manager, a thread refreshes it."""
 
     def __init__(self, path: Path, holder: Holder, lost: Callable[[str], None], refresh: float):
         self.path, self.holder, self.lost, self.every = path, holder, lost, refresh
@@ -157,7 +158,7 @@ class Lock:
                     self.refresh()
 
     def check(self) -> bool:
-        """Whether the lock is there; calls `lost` if another process took it over."""
+        """Whether the lock is still ours; calls `lost` if another process took it over."""
         seen = look(self.path)
         if seen is None and create(self.path, text_of_lock(self.holder)):  # a person removed it
             return True
@@ -190,11 +191,11 @@ def held(
     stale: float = STALE,
     refresh: float = REFRESH,
 ) -> Iterator[Lock]:
-    """Holds a lock; its folder is made if there is none.
+    """Holds a lock; its folder is created if there is none.
 
-    name: of what is locked. instead: what else a person may give. lost: is called, from any thread,
-    when another process took the lock over, and ends this one. take_over: takes a lock of another
-    host as it is, without looking at its age.
+    name: of the locked folder. instead: the alternative to suggest. lost: is called, from any
+    thread, when another process took the lock over, and ends this one. take_over: takes a lock of
+    another host at once, whatever its age.
 
     Raises:
       ValueError: naming the process that holds it.

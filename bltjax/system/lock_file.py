@@ -1,4 +1,4 @@
-"""A lock's file: read, created whole or not at all, and whether its holder lives."""
+"""A lock's file: read, created atomically, and whether its holder is alive."""
 
 import contextlib
 import dataclasses
@@ -27,14 +27,14 @@ NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EN
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """A lock's file at one moment."""
+    """A snapshot of a lock's file."""
 
     content: bytes
     changed: float  # by the clock of its file system
 
     @functools.cached_property
     def holder(self) -> Holder | None:
-        """None if the file doesn't say it."""
+        """The holder, or None if the file is unreadable."""
         try:
             values = parse_json(self.content, "lock")
             values.pop("refreshed", None)
@@ -48,7 +48,7 @@ class Seen:
 
     @property
     def key(self) -> str:
-        """A name that no other lock has."""
+        """A unique name of this lock."""
         if self.holder:
             return self.holder.token
         return hashlib.md5(self.content + repr(self.changed).encode()).hexdigest()
@@ -59,7 +59,7 @@ def text_of_lock(holder: Holder, **more) -> str:
 
 
 def look(path: Path) -> Seen | None:
-    """The lock's file as it is now; None if there is none."""
+    """The lock's file now; None if there is none."""
     try:
         if is_remote(path):
             return Seen(path.read_bytes(), float(path.stat().mtime))
@@ -74,14 +74,14 @@ def look(path: Path) -> Seen | None:
 
 
 def beginning(path: Path) -> str:
-    """How the names of files begin that belong to a lock; a lock's own may be as long as any."""
+    """Prefix of the names of files that belong to a lock; a lock's own name may have any length."""
     name = re.sub(r"\.[0-9a-f]{32}$", "", path.name)  # where `path` is such a file itself
     return os.fsencode(name)[:120].decode(errors="ignore")
 
 
 @contextlib.contextmanager
 def beside(path: Path, text: str) -> Iterator[Path]:
-    """A file with this text in the lock's folder, for as long as it is needed."""
+    """A temporary file with this text in the lock's folder."""
     partial = path.with_name(f"{beginning(path)}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -91,7 +91,7 @@ def beside(path: Path, text: str) -> Iterator[Path]:
 
 
 def settled(path: epath.Path, text: str) -> bool:
-    """Writes an object; whether it is still there some time later."""
+    """Writes an object; returns whether it is still there some time later."""
     path.write_text(text, encoding="utf-8")
     time.sleep(SETTLE)
     seen = look(path)
@@ -99,7 +99,7 @@ def settled(path: epath.Path, text: str) -> bool:
 
 
 def create(path: Path, text: str) -> bool:
-    """Writes a file that isn't there; False if it is."""
+    """Writes a file that doesn't exist; False if it does."""
     if is_remote(path):
         return look(path) is None and settled(path, text)
     with beside(path, text) as partial:
@@ -132,7 +132,7 @@ def age(path: Path, seen: Seen) -> float:
 
 
 def lives(path: Path, seen: Seen, stale: float, announced: bool) -> bool | None:
-    """Whether a lock is refreshed before it is `stale` seconds old; None if it is another now."""
+    """Whether a lock is refreshed before it is `stale` seconds old; None if another replaced it."""
     left = stale - age(path, seen)
     if left <= 0:
         return False

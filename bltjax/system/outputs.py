@@ -1,7 +1,7 @@
-"""Files that a command will write, checked before it works.
+"""Checks of a command's output files, before it works.
 
-What would fail after hours fails at once, under the names that were typed: an output that is a
-folder, lies in none, can't be written, or would replace what the command reads.
+Errors that would occur after hours occur at once, under the names that were typed: an output that
+is a folder, lies in none, can't be written, or would replace an input.
 """
 
 import os
@@ -26,8 +26,8 @@ def check_outputs(
     """Checks that every output can be written, and is none of the inputs.
 
     outputs: paths by the option that names them. inputs: options and their paths, globs or folders.
-    None is what was not given. model: a run or an export. streams: outputs are written as they
-    come, so they may be pipes.
+    None stands for an option that was not given. model: a run or an export. streams: outputs are
+    written incrementally, so they may be pipes.
 
     Raises:
       ValueError: for an output that is no file, an input, part of the model, or another output.
@@ -76,7 +76,7 @@ def check_output(option: str, path: Path, streams: bool) -> None:
 
 
 def is_read(path: Path, source: str) -> bool:
-    """Whether a file is there, and a source (a file, a glob or a folder) reads it."""
+    """Whether a file exists, and a source (a file, a glob or a folder) reads it."""
     if not path.exists() or is_remote(source) or source.startswith("tfds:"):
         return False
     folder = Path(source)

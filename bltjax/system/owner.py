@@ -14,7 +14,7 @@ ours: set[str] = set()  # tokens of the locks that this process holds
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Whose a lock is, as its file says."""
+    """The holder of a lock, from its file."""
 
     host: str
     machine: str  # of which `host` may be one of several
@@ -39,7 +39,7 @@ def contents(path: str) -> str:
 
 @functools.cache
 def here() -> dict[str, str]:
-    """What tells this machine, and its present processes, from others."""
+    """Identity of this machine and its current boot."""
     try:
         pids = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -53,7 +53,7 @@ def here() -> dict[str, str]:
 
 
 def state_and_start(pid: int) -> tuple[str, str] | None:
-    """A process' state, a letter, and when it began; None if that can't be known."""
+    """A process' state, a letter, and its start; None if unknown."""
     if Path("/proc/self/stat").exists():
         fields = contents(f"/proc/{pid}/stat").rpartition(")")[2].split()  # a name may hold spaces
         return (fields[0], fields[19]) if len(fields) > 19 else None
@@ -61,7 +61,7 @@ def state_and_start(pid: int) -> tuple[str, str] | None:
 
 
 def told_by_ps(pid: int) -> tuple[str, str] | None:
-    """The same where there is no /proc."""
+    """The same from ps, where there is no /proc."""
     command = ["ps", "-o", "state=", "-o", "lstart=", "-p", str(pid)]
     try:
         done = subprocess.run(
@@ -85,7 +85,7 @@ def this_process(doing: str) -> Holder:
 
 
 def exists(pid: int) -> bool:
-    """Whether there is a process of this number, or what is left of one."""
+    """Whether there is a process of this number, also a zombie."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -96,7 +96,7 @@ def exists(pid: int) -> bool:
 
 
 def runs(holder: Holder) -> bool | None:
-    """Whether the process that holds a lock still does; None if that can't be known from here."""
+    """Whether the process that holds a lock still runs; None if that is unknown here."""
     mine = here()
     if holder.host != mine["host"]:
         return None

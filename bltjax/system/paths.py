@@ -1,15 +1,15 @@
 """Names of files and folders, on disks and in buckets: checked, expanded, found by patterns.
 
-A path that a person names goes through `path_of`, or `expanded` where it may be a pattern. Any name
-works (brackets, stars, percent signs, colons, quotes, spaces, newlines) but for those that the
-libraries below take for another place; those are refused before anything is written:
+A path from a user goes through `path_of`, or `expanded` where it may be a pattern. Any name works
+(brackets, stars, percent signs, colons, quotes, spaces, newlines), except those that the libraries
+below would take for another place. Those are refused before anything is written:
     not UTF-8            array_record and tensorstore take paths as text (and in a locale of
                          another encoding, all but ASCII)
     a backslash          tensorstore takes it for a slash, so for another folder: runs, exports
-    a name ending gs:    Orbax takes what follows for a bucket: runs, exports
+    a name ending gs:    Orbax takes the rest of the path for a bucket: runs, exports
     /gs/, /s3/ ...       etils takes them for gs://, s3:// ...
-Two more are set right here. Of `folder.glob(pattern)` etils takes the folder for a pattern, too, so
-that Orbax did not find what it wrote below `exp[1]` and left checkpoints unfinished: see
+Two more are corrected here. In `folder.glob(pattern)` etils takes the folder for a pattern, too, so
+that Orbax did not find its files below `exp[1]` and left checkpoints unfinished: see
 `literal_glob`. And Orbax shortens `link/../run` as text, where the system follows the link: see
 `path_of`.
 """
@@ -46,7 +46,7 @@ MARKS = {
 
 
 def literal_glob(folder: epath.Path, pattern: str, as_etils: Callable) -> Iterator[epath.Path]:
-    """`folder.glob(pattern)` in which the folder's own name is no pattern, as pathlib has it."""
+    """`folder.glob(pattern)` with the folder's own name taken literally, as in pathlib."""
     if not MAGIC.search(str(folder)):
         yield from as_etils(folder, pattern)
         return
@@ -66,7 +66,7 @@ def literal_glob(folder: epath.Path, pattern: str, as_etils: Callable) -> Iterat
 
 
 def take_folders_literally() -> None:
-    """Puts `literal_glob` in the place of etils' own, for Orbax, which globs below a checkpoint."""
+    """Replaces etils' own glob by `literal_glob`, for Orbax, which globs below a checkpoint."""
     kind = type(epath.Path("."))
     if not hasattr(kind.glob, "as_etils"):
         as_etils = kind.glob
@@ -89,7 +89,7 @@ def is_remote(path) -> bool:
 def expanded(text: str) -> str:
     """A path or pattern with `~` and `~USER` expanded, as bash does, but not after an equals sign.
 
-    What is there under the very name, and not where it expands to, keeps its name.
+    If a file has the literal name, and none the expanded one, the name is kept.
     """
     if not text.startswith("~"):
         return text
@@ -109,7 +109,8 @@ def check_utf8(text: str) -> None:
 
 
 def check_name(text: str) -> None:
-    """Raises ValueError for a path or pattern that can't be meant, or can't be opened by all."""
+    """Raises ValueError for a path or pattern that is surely a mistake, or that some library can't
+    open."""
     if not text:
         raise ValueError("an empty path; give a file or a folder, . for the working directory")
     if "\0" in text:
@@ -141,10 +142,10 @@ def check_name(text: str) -> None:
 
 
 def path_of(text: str | os.PathLike) -> epath.Path:
-    """The file or folder that a person named.
+    """The file or folder of a path from a user.
 
     Raises:
-      ValueError: with the reason, for a name that can't be meant or opened.
+      ValueError: with the reason, for a name that is a mistake or can't be opened.
     """
     text = expanded(os.fspath(text))
     check_name(text)
@@ -181,14 +182,14 @@ def check_arrays_path(folder: epath.Path | Path) -> None:
 
 
 def check_unused(folder: epath.Path, *, by: str) -> None:
-    """Raises ValueError if a folder in which `by` is to be written holds something else."""
+    """Raises ValueError if the output folder of `by` already holds something else."""
     for name, kind in MARKS.items():
         if kind != by and (folder / name).exists():
             raise ValueError(f"{folder} holds {kind}, with {name}; give another folder for {by}")
 
 
 def hidden_beside(path: Path, ending: str) -> Path:
-    """A hidden name next to a file's, no longer than names may be."""
+    """A hidden name next to a file's, within the limit on name lengths."""
     name = os.fsencode(path.name)[: NAME_BYTES - len(ending) - 2]
     return path.with_name(f".{name.decode(errors='ignore')}.{ending}")
 
@@ -202,8 +203,8 @@ def size_of(path: epath.Path | Path) -> int | None:
 
 
 def local_matches(pattern: str) -> list[str]:
-    """What a glob names on a disk, in no order. `**` enters a folder once, whatever links to it:
-    of links that lead in circles, the library's would try every way round."""
+    """The matches of a glob on a disk, in no order. `**` enters a folder once, whatever links to
+    it; the standard library would follow circular links along every path."""
     parts = pattern.split("/")
     if "**" not in parts:
         return glob.glob(pattern)
@@ -217,7 +218,7 @@ def local_matches(pattern: str) -> list[str]:
 
 
 def folders_below(tops: Iterable[str]) -> Iterator[str]:
-    """Folders and all in them but hidden ones, each once; those that links lead to come last."""
+    """Folders and all subfolders but hidden ones, each once; those reached by links come last."""
     plain, linked = deque(tops), deque()
     seen, again = set(), []
     while plain or linked:
@@ -249,10 +250,10 @@ def folders_below(tops: Iterable[str]) -> Iterator[str]:
 
 
 def matches(pattern: str) -> list[epath.Path | Path]:
-    """The files that a path or a glob names, in order.
+    """The files that match a path or a glob, in order.
 
-    What is there under the very name is meant, a file or the folders that the pattern begins with:
-    brackets and stars in them are no pattern.
+    A name that exists is taken literally, for a file or for the folders that the pattern begins
+    with: brackets and stars in it are no pattern.
     """
     remote = is_remote(pattern)
     if size_of(pattern) is not None if remote else os.path.isfile(pattern):
@@ -271,7 +272,7 @@ def matches(pattern: str) -> list[epath.Path | Path]:
 
 
 def fixed_part(pattern: str) -> tuple[str, str]:
-    """The folder that a pattern begins with, and the pattern below it, '' where there is none."""
+    """The fixed folder of a pattern, and the pattern below it, '' where there is none."""
     names = pattern.split("/")
     first = next((n for n, name in enumerate(names) if MAGIC.search(name)), None)
     if first is None:

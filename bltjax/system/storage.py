@@ -1,8 +1,8 @@
-"""Files on disks and in buckets: whole or not there, and read where they lie.
+"""Files on disks and in buckets: written atomically, and read where they are.
 
-A path is a folder's or `gs://BUCKET/...`. An object in a bucket appears whole; a file on a disk is
-written beside its place and moved there. What must be read in any order (text, shards of records)
-is copied from a bucket to this machine's disk when it is first asked for, and kept there under
+A path is a folder or `gs://BUCKET/...`. An object in a bucket appears complete; a file on a disk is
+written to a temporary name and moved. Files that must be read in any order (text, shards of
+records) are copied from a bucket to this machine's disk on first use, and cached under
 $BLTJAX_CACHE (default: bltjax in $XDG_CACHE_HOME or in ~/.cache) for as long as the object has the
 same size and time.
 """
@@ -26,9 +26,9 @@ POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer b
 
 
 def write_text(path: epath.Path | Path, text: str, *, durable: bool = True) -> None:
-    """A file under its name either whole or not at all.
+    """Writes a file atomically: complete under its name, or not at all.
 
-    durable: also after a power failure, for which the disk is waited for (8 ms, or 50); else the
+    durable: also after a power failure, which costs a disk sync (8 ms, or 50); without it the
       file may be empty then.
     """
     if is_remote(path):
@@ -47,7 +47,7 @@ def write_text(path: epath.Path | Path, text: str, *, durable: bool = True) -> N
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk, where a system can do that."""
+    """Waits until the names in a folder are on the disk, on systems that support it."""
     with contextlib.suppress(OSError):  # some can't open a folder, or can't wait for one
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -57,7 +57,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_json(path: epath.Path | Path) -> dict:
-    """A JSON file that holds an object.
+    """The object in a JSON file.
 
     Raises:
       ValueError: naming the file, if it is empty, cut off, or holds anything else.
@@ -67,7 +67,7 @@ def read_json(path: epath.Path | Path) -> dict:
 
 
 def parse_json(data: bytes, name: str) -> dict:
-    """The JSON object that `data` is; ValueErrors begin with `name`."""
+    """The JSON object in `data`; ValueErrors begin with `name`."""
     if not data.strip(b"\0 \t\r\n"):
         raise ValueError(f"{name} is empty" + (f": {len(data)} blank bytes" if data else ""))
     truncated = f"{name} is truncated at byte {len(data)}"
@@ -91,7 +91,7 @@ def parse_json(data: bytes, name: str) -> dict:
 
 
 def is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
-    """Whether a text that is not JSON is the beginning of one that may be."""
+    """Whether invalid JSON text is a truncated prefix."""
     rest = text[error.pos :].rstrip()
     words = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
     return (
@@ -103,7 +103,7 @@ def is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
 
 
 def publish(partial: Path, path: epath.Path | Path) -> None:
-    """Gives a file on a disk its final name, there or in a bucket, once its bytes are safe."""
+    """Moves a file on a disk to its final name, there or in a bucket, once its bytes are safe."""
     if is_remote(path):
         with partial.open("rb") as source, path.open("wb") as target:
             shutil.copyfileobj(source, target, BLOCK_BYTES)
@@ -128,10 +128,10 @@ def refuse_pointer(path: epath.Path | Path) -> None:
 
 
 def check_writable(folder: epath.Path | Path) -> None:
-    """Makes a folder, and writes and removes a file there: what would fail later fails now.
+    """Creates a folder, and writes and removes a file there, to fail now rather than later.
 
     Raises:
-      OSError: naming the folder, and what is in its place.
+      OSError: naming the folder, and the obstacle.
     """
     probe = epath.Path(folder) / f".writable-{uuid.uuid4().hex}"
     try:
@@ -146,7 +146,7 @@ def check_writable(folder: epath.Path | Path) -> None:
 
 
 def obstacle(folder: Path) -> str:
-    """What stands where a folder should be, or one of those above it; empty if nothing does."""
+    """The entry that stands where a folder or one of its parents should be; empty if none does."""
     for place in (*reversed(folder.parents), folder):
         if place.is_symlink() and not place.exists():
             return f"{place} is a symbolic link to {os.readlink(place)}, which is not there"
@@ -156,7 +156,7 @@ def obstacle(folder: Path) -> str:
 
 
 def scratch() -> Path:
-    """The folder of what is copied from buckets, or on its way there."""
+    """The folder for copies from buckets, and for files on their way there."""
     try:
         folder = Path(path_of(cache_folders()[0]))
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def scratch() -> Path:
 
 
 def cache_place(path: epath.Path | Path) -> Path:
-    """Where the copy of an object lies; names that a disk can't have are replaced."""
+    """The path of an object's copy; names that a disk can't have are replaced."""
     scheme, bucket, *names = str(path).replace("://", "/").split("/")
     for number, name in enumerate(names):
         if (
@@ -178,7 +178,7 @@ def cache_place(path: epath.Path | Path) -> Path:
 
 
 def local_copy(path: epath.Path | Path) -> Path:
-    """The file itself if it lies on a disk, else its copy there.
+    """The file itself if it is on a disk, else its cached copy.
 
     Raises:
       OSError: if there is no such file, or it can't be read.

@@ -1,6 +1,6 @@
-"""Installed versions beside the bounds in pyproject.toml, which are the versions that were tested.
+"""Installed versions against the bounds in pyproject.toml, which are the versions that were tested.
 
-A version outside them may work. If something fails there, the warning says where to look first.
+Another version may work. If something fails, the warning says where to look first.
 """
 
 import functools
@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 
 def outside_bounds(requirements: list[str]) -> Iterator[str]:
-    """Packages of which another version is installed, each as `NAME VERSION (tested: BOUNDS)`.
+    """Packages whose installed version is outside its bounds, as `NAME VERSION (tested: BOUNDS)`.
 
-    requirements: as the package's metadata has them; those of extras are left out.
+    requirements: from the package's metadata; those of extras are left out.
     """
     from packaging.requirements import InvalidRequirement, Requirement
     from packaging.version import InvalidVersion
@@ -42,7 +42,7 @@ def version(name: str) -> str:
 
 @functools.cache
 def warn_outside_bounds() -> None:
-    """Logs one line, once a process, if a dependency's version was not tested."""
+    """Logs one line, once per process, if a dependency's version was not tested."""
     try:
         requirements = metadata.requires("bltjax") or []
         found = list(outside_bounds(requirements))

@@ -1,1 +1,1 @@
-"""The trainer and its parts."""
+"""The trainer and its parts: optimizer, steps, checkpoints, resuming, reports."""

@@ -1,13 +1,13 @@
 """Checkpoints: a training state and its data streams, saved by all processes.
 
-    WORKDIR/checkpoints/STEP/   has its number for a name only when every process wrote its part
+    WORKDIR/checkpoints/STEP/   gets its number as a name only after every process wrote its part
       params/  opt/             arrays: a process writes what its devices hold
-      streams/                  JSON, a file for each stream, by the process that builds its rows
+      streams/                  JSON, one file per stream, by the process that builds its rows
       progress/                 JSON: step, config, checksums of the arrays, held-out bits per byte
     WORKDIR/damaged/STEP/       a checkpoint that could not be restored: moved, never deleted
 
-The checksums are of the arrays as they were on the devices, and are compared with those of what has
-been restored (restore.py): so damage anywhere in between is found, whatever the files say.
+The checksums are taken of the arrays on the devices, and compared with those of the restored arrays
+(restore.py). So damage anywhere in between is detected, whatever the files say.
 """
 
 import contextlib
@@ -35,10 +35,10 @@ SAVE_SECONDS = 1200  # for all processes to write their parts
 
 @contextlib.contextmanager
 def failure_ends_process():
-    """Ends the process if what is done in it fails, in a run of several processes.
+    """Context that ends the process on an error inside it, in a run of several processes.
 
-    Orbax raises such an error once all processes have come to its next barrier. Those that wrote
-    their parts wait at another, so that all would stand still for SAVE_SECONDS.
+    Orbax would raise the error only after all processes reach its next barrier. Those that wrote
+    their parts wait at another, so all would hang for SAVE_SECONDS.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def failure_ends_process():
 
 
 class Writing(Future):
-    """A part of a checkpoint that is being written; its failure ends the process."""
+    """A part of a checkpoint being written; its failure ends the process."""
 
     def __init__(self, commit: Future):
         self.commit = commit
@@ -64,7 +64,7 @@ class Writing(Future):
 
 
 class Watched(ocp.AsyncCheckpointHandler):
-    """Stands before the handler of an item, so that a part which can't be written is noticed."""
+    """A wrapper of an item's handler that detects a part which can't be written."""
 
     async def async_save(self, directory, *args, **options) -> list[Writing]:
         commits = await super().async_save(directory, *args, **options)
@@ -76,7 +76,7 @@ class Watched(ocp.AsyncCheckpointHandler):
 
     @classmethod
     def typestr(cls) -> str:
-        """The name in a checkpoint's metadata: that of the handler itself, which can read it."""
+        """The name in a checkpoint's metadata: that of the wrapped handler, which can read it."""
         handler = cls.__mro__[cls.__mro__.index(Watched) + 1]
         return f"{handler.__module__}.{handler.__qualname__}"
 
@@ -90,7 +90,7 @@ class WatchedJson(Watched, ocp.JsonCheckpointHandler):
 
 
 class StreamsHandler(ocp.AsyncCheckpointHandler):
-    """Streams' states, each in a file of its own; a process writes and reads those of its rows."""
+    """Streams' states, one file each; a process writes and reads those of its rows."""
 
     def save(self, directory, args: "StreamsSave") -> None:
         for number, state in args.states.items():
@@ -135,7 +135,7 @@ def watched_handlers() -> ocp.handlers.CheckpointHandlerRegistry:
 
 
 def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
-    """Saves asynchronously; keeps the newest checkpoints, and those that are kept for good."""
+    """Saves asynchronously; keeps the newest checkpoints, and those that are kept permanently."""
     policies = [preserve.LatestN(config.checkpoint.keep)]
     if config.checkpoint.keep_every is not None:
         policies.append(preserve.EveryNSteps(config.checkpoint.keep_every))
@@ -169,7 +169,7 @@ def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
 @together
 @jax.jit
 def checksums(tree) -> list[jax.Array]:
-    """uint32 of each leaf: any one element that changes, changes it."""
+    """uint32 of each leaf, which changes if any one element changes."""
 
     def of_leaf(leaf):
         width = leaf.dtype.itemsize * 8
@@ -184,7 +184,7 @@ def checksums(tree) -> list[jax.Array]:
 
 
 def named_leaves(tree) -> dict[str, Any]:
-    """Leaves by what jax calls them, `.params['encoder']['bytes_VE']`."""
+    """Leaves by jax's name for them, `.params['encoder']['bytes_VE']`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
@@ -205,7 +205,8 @@ def shapes_of(tree) -> dict[str, str]:
 def save(
     manager: ocp.CheckpointManager, state: TrainState, streams: dict[str, dict], progress: dict
 ) -> None:
-    """Starts writing, in every process; arrays are copied first, so training may go on.
+    """Starts an asynchronous save, in every process; arrays are copied first, so training may
+    continue.
 
     streams: states of this process' streams.
     progress: JSON, with `step`.
@@ -224,7 +225,7 @@ def save(
 
 
 def last_good(manager: ocp.CheckpointManager, workdir: Path, faults: FaultsConfig) -> str:
-    """What is left of a run that bad batches ended, and what to do.
+    """The message for a run that bad batches ended: the checkpoints left, and the next step.
 
     faults: the settings with which it ended.
     """

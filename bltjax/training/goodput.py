@@ -1,15 +1,15 @@
-"""Goodput: what share of a run's wall time, over all its restarts, went into steps that count.
+"""Goodput: the share of a run's wall time, over all its restarts, spent on steps that count.
 
     steps         a step on the devices, and the host's work beside it
     input         waiting for the next batch
-    checkpoints   time that the loop stood still for one
+    checkpoints   time that the loop waited for a save
     evaluation    held-out bits per byte
     compile       the first step of each start
-    start         from the process' beginning to the first step: data, model, restoring
-    restarts      from the last word of an attempt that was cut off to the next one's beginning
-    lost          steps that had been done before, after the checkpoint that was resumed
+    start         from the start of the process to the first step: data, model, restoring
+    restarts      from the last entry of an interrupted attempt to the start of the next
+    lost          steps after the checkpoint that was resumed, which were run again
 
-WORKDIR/goodput.json keeps the sums, so that they are the run's and not the process'.
+WORKDIR/goodput.json holds the sums, so that they belong to the run and not to the process.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ REMEMBERED = 100  # checkpoints, of those whose step a run may fall back to
 
 
 def read_sums(path) -> dict:
-    """What `Goodput.write` wrote.
+    """The sums that `Goodput.write` wrote.
 
     Raises:
       ValueError: naming the file, if it is anything else.
@@ -53,10 +53,10 @@ def read_sums(path) -> dict:
 
 
 class Goodput:
-    """Seconds by kind. What nothing else claims counts as `rest`: first `start`, then `steps`."""
+    """Seconds by kind. Unclaimed time counts as `rest`: first `start`, then `steps`."""
 
     def __init__(self, workdir, begun: float):
-        """begun: when the process began, as time.monotonic() has it."""
+        """begun: start of the process, by time.monotonic()."""
         self.path = workdir / NAME
         self.seconds = dict.fromkeys(KINDS, 0.0)
         self.saved: dict[int, float] = {}  # step -> seconds of steps when it was saved
@@ -75,7 +75,7 @@ class Goodput:
             self.seconds["restarts"] += max(0.0, start - told["until"])
 
     def resume(self, step: int) -> None:
-        """Counts the steps after `step` as lost: they will be done again."""
+        """Counts the steps after `step` as lost: they will be run again."""
         kept = max((s for at, s in self.saved.items() if at <= step), default=0.0)
         self.saved = {at: s for at, s in self.saved.items() if at <= step}
         lost = max(0.0, self.seconds["steps"] - kept)
@@ -83,7 +83,7 @@ class Goodput:
         self.seconds["steps"] -= lost
 
     def charge(self, kind: str) -> None:
-        """What has passed since the last call was of this kind."""
+        """Charges the time since the last call to this kind."""
         now = time.monotonic()
         self.seconds[kind] += now - self.since
         self.since = now
@@ -102,14 +102,15 @@ class Goodput:
         self.rest = "steps"
 
     def save(self, step: int) -> None:
-        """A checkpoint of this step is being written."""
+        """Notes that a checkpoint of this step is being written."""
         self.charge(self.rest)
         self.saved[step] = self.seconds["steps"]
         for old in sorted(self.saved)[:-REMEMBERED]:
             del self.saved[old]
 
     def write(self, *, ended: bool = False) -> None:
-        """ended: whether the run stops here as it was told to, so that a pause is no restart."""
+        """Writes the sums. ended: whether the run stops here on request, so that a pause is no
+        restart."""
         self.charge(self.rest)
         if is_writer():
             told = {"seconds": self.seconds, "saved": self.saved, "until": time.time()}
@@ -131,7 +132,7 @@ FOLDER = "profile"
 
 
 class Profile:
-    """The window of steps that is traced; of no steps if `spec` is empty."""
+    """The window of steps that is traced; empty if `spec` is."""
 
     def __init__(self, spec: str, workdir: epath.Path):
         """Raises ValueError unless spec is START:STOP with 2 <= START <= STOP."""
@@ -147,9 +148,9 @@ class Profile:
                 raise ValueError(f"--profile is {spec!r}, not START:STOP with 2 <= START <= STOP")
 
     def steps(self, numbers: Iterable[int]) -> Iterator[int]:
-        """The numbers of steps, each marked in the trace until the next is asked for.
+        """The numbers of steps, each marked in the trace until the next is requested.
 
-        What the trace holds is its steps alone: the end of the one before is waited for.
+        The trace holds the window's steps alone: the end of the step before it is awaited.
         """
         for number in numbers:
             if self.first <= number <= self.last and self.newest is not None:
@@ -166,11 +167,11 @@ class Profile:
                 self.close()
 
     def dispatched(self, out) -> None:
-        """The newest step is on its way to its outcome."""
+        """Records the outputs of the newest dispatched step."""
         self.newest = out
 
     def close(self) -> None:
-        """Ends the trace, with what there is of it; says so if there is none."""
+        """Ends the trace, complete or not; logs if there is none."""
         if self.traced:
             jax.profiler.stop_trace()
             steps = f"{self.traced[0]} to {self.traced[-1]}"

@@ -1,4 +1,4 @@
-"""What a run begins with: its byte LM, its tokenizer, its first parameters."""
+"""Initialisation of a run: its byte LM, its tokenizer, its first parameters."""
 
 import dataclasses
 import functools
@@ -27,9 +27,9 @@ MOST_MESHES = 4  # that a message names
 
 
 def entropy_model(config: RunConfig, workdir: Path) -> EntropyModel | None:
-    """The byte LM that scored a BLT's data; None for runs that don't place patches by entropy.
+    """The byte LM that scored a BLT's data; None for runs whose patches don't depend on entropies.
 
-    A resumed run takes its own copy.
+    A resumed run uses its own copy.
     """
     if not model_config(config).by_entropy:
         return None
@@ -44,7 +44,7 @@ def entropy_model(config: RunConfig, workdir: Path) -> EntropyModel | None:
 
 
 def check_start(config: RunConfig, workdir: Path, resumes: bool) -> None:
-    """Raises ValueError if the weights that training is to begin with can't be, or don't fit."""
+    """Raises ValueError if the initial weights can't be read or don't fit."""
     if config.init_from and same_folder(config.init_from, workdir):
         raise ValueError(
             f"init_from is {config.init_from}, the work directory itself: leave it out to resume"
@@ -67,7 +67,7 @@ def check_start(config: RunConfig, workdir: Path, resumes: bool) -> None:
 
 
 def mesh_and_parts(config: RunConfig) -> tuple[Mesh, StepParts]:
-    """The mesh of all devices, and what the run is made of on it.
+    """The mesh of all devices, and the parts of a run on it.
 
     Raises:
       ValueError: where the mesh doesn't fit, with the rule, both numbers and the meshes that would.
@@ -80,7 +80,7 @@ def mesh_and_parts(config: RunConfig) -> tuple[Mesh, StepParts]:
 
 
 def mesh_advice(config: RunConfig, devices: list) -> str:
-    """What to change so that a run has a mesh of these devices; empty if its mesh does fit."""
+    """Config changes for a mesh of these devices; empty if the run's mesh fits."""
     count, accumulate = len(devices), config.optimizer.accumulate
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     shapes = model_shapes(config)
@@ -124,11 +124,11 @@ def same_folder(one, other) -> bool:
 def check_copies(
     run: RunConfig, config: RunConfig, workdir: Path, byte_lm: EntropyModel | None
 ) -> list[str]:
-    """Checks that a resumed run's new names of a byte LM and of a tokenizer stand for those that it
-    began with; lines for the log.
+    """Checks that new paths of a resumed run's byte LM and tokenizer have the same contents as its
+    own copies; returns lines for the log.
 
     Raises:
-      ValueError: if one stands for another.
+      ValueError: if the contents differ.
     """
     lines = []
     for change in changes(run, config):
@@ -154,7 +154,7 @@ def checksum(path) -> str:
 
 
 def started(config: RunConfig, params, shardings):
-    """Fresh parameters, replaced by those that training is to begin with, if any are given."""
+    """Fresh parameters, replaced by the initial weights if any are given."""
     if config.init_from:
         loaded = load_params(config.init_from, shardings, jnp.float32)
         print(f"begins with the parameters of {config.init_from}, step {loaded.step}")
@@ -175,7 +175,7 @@ def started(config: RunConfig, params, shardings):
 
 
 def placed(leaf, sharding):
-    """A stored leaf of stacked layers as a float32 array; a process reads what its devices hold."""
+    """A stored leaf of stacked layers as a float32 array; a process reads its devices' part."""
 
     def part(index):
         layers = range(leaf.shape[0])[index[0]]
@@ -187,9 +187,9 @@ def placed(leaf, sharding):
 
 
 def placed_patches(config: RunConfig, workdir: Path) -> Patching | None:
-    """How a BLT's patches are placed; None for a byte LM.
+    """The patching of a BLT; None for a byte LM.
 
-    A resumed run takes its own copy of a tokenizer, whatever has become of the original.
+    A resumed run uses its own copy of a tokenizer, whatever happened to the original.
     """
     if model_config(config).patching is None:
         return None

@@ -1,6 +1,6 @@
-"""Batches that would hurt: not finite, or a spike of the loss; found and skipped on the device.
+"""The optimizer, and a guard that skips bad batches on the device: not finite, or a loss spike.
 
-The state's scalars ride in the optimizer's state, so that they are saved and restored with it.
+The guard's scalars are part of the optimizer's state, so that they are saved and restored with it.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ SETTLED = 20  # good steps before the mean is worth comparing with
 
 
 class Guard(NamedTuple):
-    """An optimizer's state, and what is known of the batches so far."""
+    """An optimizer's state, and statistics of the batches so far."""
 
     inner: optax.OptState
     mean_loss: jax.Array  # running mean of the good batches' losses
@@ -33,9 +33,9 @@ def is_bad(config: FaultsConfig, loss, norm, guard: Guard) -> jax.Array:
 
 
 def guarded(inner: optax.GradientTransformation, config: FaultsConfig):
-    """The optimizer, with updates of zero and its state unchanged after a bad batch.
+    """The optimizer, with zero updates and an unchanged state after a bad batch.
 
-    Its update takes the batch's `loss` and `norm` (of the gradient) besides.
+    Its update also takes the batch's `loss` and `norm` (of the gradient).
     """
 
     def init(params) -> Guard:
@@ -59,7 +59,7 @@ def guarded(inner: optax.GradientTransformation, config: FaultsConfig):
 
 
 def told(guard: Guard) -> dict[str, jax.Array]:
-    """What a step reports of the batches so far."""
+    """The guard's metrics in a step's report."""
     return {
         "mean_loss": guard.mean_loss,
         "skipped": guard.skipped,
@@ -85,7 +85,7 @@ def learning_rate(config: OptimizerConfig):
 
 
 def decays(params):
-    """True for the parameters that weight decay applies to."""
+    """True for the parameters that have weight decay."""
 
     def of_leaf(path, _):
         noun = path[-1].key.rpartition("_")[0]
@@ -115,7 +115,7 @@ class TableMoments(NamedTuple):
 
 
 def scale_by_small_moments(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adam whose moments take 2 + 2 bytes a number, or 2 and a row and a column."""
+    """Adam whose moments take 2 + 2 bytes per number, or 2 and a row and a column."""
     factored = config.table_moments == "factored"
 
     def init(params) -> TableMoments:
@@ -132,7 +132,7 @@ def scale_by_small_moments(config: OptimizerConfig) -> optax.GradientTransformat
         return share * old.astype(jnp.float32) + (1 - share) * new
 
     def moved(grad_RME, nu):
-        """The second moment after this gradient, as it is kept, and whole."""
+        """The second moment after this gradient: in storage form, and in full."""
         square = grad_RME * grad_RME
         if not factored:
             nu = blended(config.b2, nu, square)

@@ -1,4 +1,4 @@
-"""Reports of a run: a line for a person, JSONL and TensorBoard events for programs."""
+"""Reports of a run: a log line for people, JSONL and TensorBoard events for programs."""
 
 import contextlib
 import json
@@ -28,8 +28,8 @@ UPLOAD_SECONDS = 60.0
 class Reporter:
     """Writes reports of one run; on resume, drops the lines of steps that will be run again.
 
-    Of many processes one writes. Objects in a bucket can't be added to, so there the files are
-    written on this machine, and copied every UPLOAD_SECONDS and at the end.
+    One process of many writes. Objects in a bucket can't be appended to, so for a bucket the files
+    are written on this machine, and copied every UPLOAD_SECONDS and at the end.
     """
 
     def __init__(self, workdir: epath.Path, first_step: int):
@@ -68,7 +68,7 @@ class Reporter:
             self.upload()
 
     def upload(self) -> None:
-        """Copies the files to the bucket, if that is where the run lives."""
+        """Copies the files to the bucket, if the run is in one."""
         self.uploaded = time.monotonic()
         if is_remote(self.workdir):
             for path in (self.folder / METRICS, *(self.folder / "tensorboard").iterdir()):
@@ -96,8 +96,8 @@ class Reports:
         last_good: Callable[[], str],
         watch: Callable[[int, dict], None] | None = None,
     ):
-        """flops: of a step. last_good: what is left of the run, if a batch ends it. watch: is
-        called with each report's step and values, instead of printing a line."""
+        """flops: per step. last_good: the checkpoints left, for the error if a batch ends the run.
+        watch: is called with each report's step and values, instead of printing a line."""
         self.config, self.reporter = config, reporter
         self.flops, self.last_step, self.last_good = flops, last_step, last_good
         self.watch = watch or self.print
@@ -110,10 +110,10 @@ class Reports:
     def take(self, step: int, out: dict) -> int:
         """Fetches a step's report; prints and writes one every `log_every`.
 
-        Returns the notice to end that some process has been given (preemption.py), 0 for none.
+        Returns the signal that some process has received (preemption.py), 0 for none.
 
         Raises:
-          FloatingPointError: after a batch that the config doesn't let pass.
+          FloatingPointError: after a batch that the config doesn't tolerate.
         """
         out = jax.device_get(out)
         guard = out["guard"]
@@ -146,13 +146,13 @@ class Reports:
         return int(out["notice"])
 
     def mean_patch(self) -> float:
-        """Bytes; a byte LM's positions are its patches."""
+        """Bytes per patch; a byte LM's positions are its patches."""
         data = self.config.data
         slots = data.row_patches if self.patched else data.row_bytes
         return self.values["byte_fill"] * data.row_bytes / (self.values["patch_fill"] * slots)
 
     def pass_or_stop(self, step: int, out: dict) -> None:
-        """Says that a batch was skipped, or raises."""
+        """Logs a skipped batch, or raises."""
         faults, guard, sums = self.config.faults, out["guard"], out["sums"]
         told = (
             f"step {step}: loss {sums.nats / max(sums.weight, 1):.4g} (before: about"
@@ -197,20 +197,20 @@ class Reports:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves what is done meanwhile out of the rates."""
+        """Context whose time is excluded from the rates."""
         begun = time.monotonic()
         yield
         self.window.since += time.monotonic() - begun
 
     def held_out(self, step: int, bits: float) -> None:
-        """Takes held-out bits per byte."""
+        """Records held-out bits per byte."""
         self.reporter.write(step, {"held_out_bits_per_byte": bits})
         self.values["held_out_bits_per_byte"] = bits
         self.watch(step, {"held_out_bits_per_byte": bits})
 
 
 class Window:
-    """Sums since the last report, and the time that they took."""
+    """Sums since the last report, and their time."""
 
     def __init__(self):
         self.begun = time.monotonic()

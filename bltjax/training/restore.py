@@ -1,7 +1,7 @@
 """Restoring a checkpoint, by any number of processes; damaged ones are moved aside.
 
-Only damage moves a checkpoint (weights/damage.py says what damage is). Anything else that keeps it
-from being restored ends the run, and it stays where it is.
+Only damage moves a checkpoint (weights/damage.py defines damage). Any other failure to restore it
+ends the run, and it stays where it is.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Restored(NamedTuple):
 
 
 def check_fits(folder: Path, progress: dict, target: TrainState) -> None:
-    """Raises Misfit, naming an array, if `target` isn't of the arrays that were saved."""
+    """Raises Misfit, naming an array, if `target` has other arrays than those saved."""
     asked = shapes_of(target)
     names = {stored_name(name) for name in progress["checksums"]}
     lines = [f"{name} is in {'it' if name in names else 'the run'} alone"
@@ -54,7 +54,7 @@ def check_fits(folder: Path, progress: dict, target: TrainState) -> None:
 
 
 def stored_shapes_of(folder: Path) -> dict[str, str]:
-    """`shapes_of` a checkpoint whose progress doesn't say it, as older ones: by Orbax's index."""
+    """`shapes_of` a checkpoint whose progress lacks them, as older ones: from Orbax's index."""
     found = {}
     for item in ("params", "opt"):
         for name, leaf in named_leaves(stored_shapes(folder / item)).items():
@@ -67,12 +67,12 @@ def stored_shapes_of(folder: Path) -> dict[str, str]:
 def restore(folder: Path, target: TrainState, streams: list[int]) -> Restored:
     """A checkpoint on the shardings of `target` (arrays or shapes), with these streams' states.
 
-    A process reads what its devices hold, and waits for no other.
+    A process reads its devices' part, and waits for no other.
 
     Raises:
-      Damaged: if a file of ours is not what was saved.
-      Misfit: if `target` is of other arrays.
-      Besides, whatever Orbax and the storage raise; see `reason`.
+      Damaged: if a file of ours differs from what was saved.
+      Misfit: if `target` has other arrays.
+      Also anything that Orbax and the storage raise; see `reason`.
     """
     progress = read_progress(folder)
     check_fits(folder, progress, target)
@@ -88,7 +88,8 @@ def restore(folder: Path, target: TrainState, streams: list[int]) -> Restored:
 
 
 def damage(restored: Restored) -> str:
-    """Which arrays are not what was saved; empty if all are. Every process calls this at once."""
+    """The arrays that differ from what was saved; empty if none. Every process calls this at
+    once."""
     saved, found = (
         {stored_name(name): checksum for name, checksum in checksums.items()}
         for checksums in (restored.progress["checksums"], named_checksums(restored.state))
@@ -103,7 +104,7 @@ def restore_newest(workdir: Path, target: TrainState, streams: list[int]) -> Res
     """The newest checkpoint that every process can restore; damaged ones are moved aside.
 
     Raises:
-      ValueError: naming what is wrong, if none is whole; or if one can't be restored for a reason
+      ValueError: naming the fault, if none is intact; or if one can't be restored for a reason
         that isn't damage, in any process.
       Restart: if the storage doesn't answer.
     """
@@ -137,9 +138,10 @@ def restore_newest(workdir: Path, target: TrainState, streams: list[int]) -> Res
 
 
 def stays(folder: Path, why: Reason) -> Exception:
-    """The end of a run whose checkpoint can't be restored, though nothing says that it is damaged.
+    """The error for a checkpoint that can't be restored, with no sign of damage.
 
-    An error of one process is that of all."""
+    An error of one process is raised in all.
+    """
     if why.kind == "away":
         return Restart(f"{folder} can't be read now: {why.text}")
     if why.text.startswith(f"{folder} "):  # a Misfit, which says what to do
@@ -155,7 +157,7 @@ def stays(folder: Path, why: Reason) -> Exception:
 
 
 def move_aside(workdir: Path, folder: Path) -> str:
-    """Moves a checkpoint to `damaged/`; where it is now."""
+    """Moves a checkpoint to `damaged/`; returns its new path."""
     place = workdir / "damaged" / folder.name
     count = 1
     while place.exists():

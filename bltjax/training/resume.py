@@ -1,8 +1,8 @@
-"""A run resumed with other settings: which are refused, and what its log says of the rest.
+"""A run resumed with other settings: which changes are refused, and log lines for the rest.
 
-Each field of a config has a rule (config.py). Most settings may not change; those that say how a
-run is carried out may. Names of what the run reads may, if they stand for the same content: of
-sources fingerprints are compared, of a byte LM and a tokenizer the copies that the run keeps. And a
+Each field of a config has a rule (config/fields.py). Most settings may not change; those that only
+affect how a run is executed may. Paths of a run's inputs may change if the contents are the same:
+fingerprints of sources are compared, and for a byte LM and a tokenizer the run's own copies. And a
 run may become longer, on the schedule of the new config.
 """
 
@@ -35,9 +35,9 @@ from bltjax.weights.workdir import (
 
 
 def check_settings(run: RunConfig, config: RunConfig, workdir, step: int) -> None:
-    """Checks what settings alone can tell: whether `config` may resume a run.
+    """Checks, by the settings alone, whether `config` may resume the run.
 
-    run: the config that it had. step: of its newest checkpoint.
+    run: its previous config. step: of its newest checkpoint.
 
     Raises:
       ValueError: with the settings that may not change, and the ways out.
@@ -53,7 +53,7 @@ def check_settings(run: RunConfig, config: RunConfig, workdir, step: int) -> Non
 
 
 def refusal(change: Change, step: int) -> str:
-    """Why a change is refused; empty if settings alone don't tell."""
+    """The reason why a change is refused; empty if the settings alone don't decide."""
     if change.rule == LENGTH and change.new < step:
         return f"{change}, but step {step} is done: give at least {step}"
     if change.rule == RENAMED and not (change.old and change.new):
@@ -62,7 +62,7 @@ def refusal(change: Change, step: int) -> str:
 
 
 def way_out(run: RunConfig, config: RunConfig, workdir) -> str:
-    """How to begin a new run instead, with this one's weights if they fit."""
+    """How to start a new run instead, with this one's weights if they fit."""
     begin = "begin a new run in another --workdir"
     if any(change.rule != MAY_CHANGE for change in changes(run.model, config.model)):
         return begin
@@ -73,7 +73,7 @@ def way_out(run: RunConfig, config: RunConfig, workdir) -> str:
 
 
 def change_lines(run: RunConfig, config: RunConfig, step: int) -> list[str]:
-    """A line for the log for each change of settings, when a run is resumed after `step`."""
+    """A line for the log per changed setting, when a run is resumed after `step`."""
     lines = []
     for change in changes(run, config):
         rates = rates_after(step, run.optimizer, config.optimizer) if change.rule == LENGTH else ""
@@ -93,14 +93,14 @@ def rates_after(step: int, old: OptimizerConfig, new: OptimizerConfig) -> str:
 def check_sources(
     run: RunConfig, config: RunConfig, workdir, saved: dict[str, str], found: dict[str, str]
 ) -> list[str]:
-    """Checks that sources hold what they held; lines for the log where a name changed.
+    """Checks that sources have the same contents; returns lines for the log where a path changed.
 
     saved, found: fingerprints by source, those of the checkpoint and of the documents. Checkpoints
-    of older versions have none: there the numbers of records are all that is compared, when the
+    of older versions have none: for these only the numbers of records are compared, when the
     streams are restored.
 
     Raises:
-      ValueError: naming the source that holds something else.
+      ValueError: naming the source whose contents differ.
     """
     lines = []
     for name, source in config.data.train.items():
@@ -124,13 +124,12 @@ def check_sources(
 
 
 def check_copy(change: Change, workdir, copy: str, given: str | None) -> str:
-    """Checks that a new name stands for what the run has a copy of; a line for the log.
+    """Checks that a new path has the contents of the run's own copy; returns a line for the log.
 
-    copy, given: checksums of the run's own copy, and of what the new name stands for, None if there
-    is no such thing.
+    copy, given: checksums of the run's own copy, and of the new path, None if there is nothing.
 
     Raises:
-      ValueError: if they are two things, with both checksums.
+      ValueError: if they differ, with both checksums.
     """
     if given is None:
         return f"{change.path}: {change.new} does not exist; the run's own copy is used"
@@ -146,9 +145,8 @@ def check_copy(change: Change, workdir, copy: str, given: str | None) -> str:
 def check_workdir(workdir: Path, config: RunConfig) -> RunConfig | None:
     """Creates the directory, or checks that `config` may resume the run in it.
 
-    A run that never came to a checkpoint has nothing to lose, so its directory may be taken.
-    Returns the config of the run that is to be resumed, None if there is none. Every process calls
-    this.
+    A run that never wrote a checkpoint has nothing to lose, so its directory may be reused.
+    Returns the config of the run to resume, None if there is none. Every process calls this.
 
     Raises:
       ValueError: with the settings that differ, if the directory belongs to another config; or if
@@ -176,13 +174,13 @@ def check_workdir(workdir: Path, config: RunConfig) -> RunConfig | None:
 
 
 def check_place(workdir: Path) -> None:
-    """Raises ValueError if a run can't be in a folder, for its name or for what else is there."""
+    """Raises ValueError if a folder can't hold a run, because of its name or its contents."""
     check_arrays_path(workdir)
     check_unused(workdir, by="a run")
 
 
 def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> dict | None:
-    """Makes the directory and `mark` in it; the config of the run that is there, as JSON."""
+    """Creates the directory and `mark` in it; returns the config of an existing run, as JSON."""
     check_writable(mark.parent)  # found now, not at the first checkpoint
     mark.write_text("", encoding="utf-8")
     if not saved_steps(workdir):
@@ -194,7 +192,8 @@ def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> dict | None:
 
 
 def config_or_saved_one(workdir: Path) -> dict:
-    """A run's config as JSON: of config.json, or, if that is damaged, of the newest checkpoint."""
+    """A run's config as JSON, from config.json or, if that is damaged, from the newest
+    checkpoint."""
     try:
         return config_values(workdir)
     except ValueError as error:

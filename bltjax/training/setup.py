@@ -36,7 +36,7 @@ from bltjax.weights.export import TOKENIZER
 
 
 class Setup(NamedTuple):
-    """What the loop of a run is made of, before it has a state."""
+    """The parts of a run's loop, without the state."""
 
     config: RunConfig
     workdir: epath.Path
@@ -55,7 +55,7 @@ class Setup(NamedTuple):
 
 
 def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
-    """Builds a run's parts; nothing is written but a check that the directory can be.
+    """Builds a run's parts; writes nothing, but checks that the directory is writable.
 
     Raises:
       ValueError: for a work directory of another run, a mesh that doesn't fit, or data that the
@@ -103,7 +103,7 @@ def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
 
 
 def summary(setup: Setup) -> str:
-    """The run in a line."""
+    """The run, in one line."""
     config, parts = setup.config, setup.parts
     counts = parameter_count(parts.shapes.params, config.model)
     return (
@@ -116,7 +116,7 @@ def summary(setup: Setup) -> str:
 
 
 def claim(setup: Setup) -> None:
-    """Makes the work directory this run's: its config, byte LM and tokenizer are written there."""
+    """Writes the run's config, byte LM and tokenizer to its work directory."""
     config, workdir, patching = setup.config, setup.workdir, setup.patching
     if is_writer():
         ckpt.write_config(workdir, config)
@@ -129,7 +129,7 @@ def claim(setup: Setup) -> None:
 
 
 def first_state(setup: Setup) -> tuple[TrainState, int]:
-    """The state that the loop begins with, and its step: fresh, or of the newest checkpoint."""
+    """The first state of the loop and its step: fresh, or from the newest checkpoint."""
     config, parts = setup.config, setup.parts
     if setup.resumed is None:
         initial_state = jax.jit(parts.initial_state, out_shardings=parts.shardings)

@@ -1,6 +1,6 @@
 """A training step, ready to be compiled: for the trainer, for benchmarks, for plans.
 
-`step_parts` takes a config and a mesh, of devices that are here or are only described, and
+`step_parts` takes a config and a mesh, of devices that are present or only described, and
 allocates nothing: shapes and shardings are known before there is an array.
 """
 
@@ -53,7 +53,7 @@ def run_optimizer(config: RunConfig) -> optax.GradientTransformationExtraArgs:
 
 def micro_batches(batch, count: int):
     """Each array [B, ...] as [count, B / count, ...]; row b is in micro-batch b % count, so that
-    every device has rows of its own in each."""
+    every device has rows in each."""
     return jax.tree.map(
         lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch
     )
@@ -125,8 +125,7 @@ def make_train_step(config: RunConfig, model, optimizer):
 def by_slices(sums):
     """sums(params, batch) of each slice's rows, added over `data` once at the end.
 
-    Slices only exchange gradients, each device those of the parameters that it holds: not at every
-    micro-batch, and nothing else.
+    Slices only exchange gradients, each device those of its own shards, and not per micro-batch.
     """
     mesh = set_mesh_or_none()
     if mesh is None or mesh.shape["data"] == 1 or "data" not in free_axes(mesh):
@@ -142,7 +141,7 @@ def by_slices(sums):
 
 
 class StepParts(NamedTuple):
-    """What a run is made of on a mesh."""
+    """The parts of a run on a mesh."""
 
     config: RunConfig  # resolved for the mesh's devices
     model: Any  # the family's module
@@ -157,7 +156,7 @@ def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
     """The model, the state and the jitted functions of a run.
 
     Raises:
-      ValueError: where the mesh doesn't divide what it should split, with both numbers.
+      ValueError: where the mesh doesn't divide a size that it splits, with both numbers.
     """
     check_mesh(config.model, config.data.rows // config.optimizer.accumulate, mesh)
     config = resolved(config, mesh.devices.flat[0])

@@ -1,10 +1,10 @@
-"""One trainer for the byte LM, the byte CNN and BLT, read from top to bottom.
+"""One trainer for the byte LM, the byte CNN and BLT, to be read from top to bottom.
 
 The loop dispatches step n and only then fetches the report of step n - 1, so the host never stalls
-the device. A checkpoint holds the state, the data streams and the step together; running the same
-command again resumes from the newest one, and its losses are those of a run never interrupted.
-As many processes run it as there are hosts: each builds the rows of its devices, all compute every
-step together, one writes reports.
+the device. A checkpoint holds the state, the data streams and the step together. Running the same
+command again resumes from the newest one, with the losses of an uninterrupted run. There is one
+process per host: each builds the rows of its devices, all compute every step together, one writes
+reports.
 """
 
 import argparse
@@ -59,16 +59,17 @@ def train(
     take_over: bool = False,
     watch: Callable[[int, dict], None] | None = None,
 ) -> dict:
-    """Trains to `optimizer.steps` (or until `stop_at`), resuming what is there; the last report.
+    """Trains to `optimizer.steps` (or until `stop_at`), resuming an existing run; returns the last
+    report.
 
-    profiled: START:STOP, the steps of which a trace is written. take_over: doesn't wait to see
-    whether a run on another host still uses the work directory. watch: is called with each report's
-    step and values, instead of printing a line.
+    profiled: START:STOP, the steps to trace. take_over: don't wait to see whether a run on another
+    host still uses the work directory. watch: is called with each report's step and values, instead
+    of printing a line.
 
     Raises:
       ValueError: for a work directory of another run, or one in use; data that the config cannot
-        use; processes that were told different things.
-      FloatingPointError: at a step whose loss or gradient `config.faults` doesn't let pass.
+        use; processes with different settings.
+      FloatingPointError: at a step whose loss or gradient `config.faults` doesn't tolerate.
       Restart: after SIGTERM, once the state is saved.
       KeyboardInterrupt: after SIGINT, once the state is saved; at once before the first step, and
         at a second one.
@@ -85,7 +86,8 @@ def train(
 
 @contextlib.contextmanager
 def only_run(workdir: epath.Path, take_over: bool) -> Iterator[Callable[[], Any]]:
-    """Locks a work directory, for all processes of a run; what looks whether it still is locked."""
+    """Locks a work directory, for all processes of a run; yields a check that it is still
+    locked."""
     with contextlib.ExitStack() as exits:
         checks = []
 
@@ -102,14 +104,15 @@ def only_run(workdir: epath.Path, take_over: bool) -> Iterator[Callable[[], Any]
 
 
 class Phases(NamedTuple):
-    """A phase of the loop is watched, charged to its kind of time, and traced."""
+    """Phases of the loop: each is watched by the watchdog, charged to its kind of time, and
+    traced."""
 
     watchdog: Watchdog
     goodput: Goodput
 
     @contextlib.contextmanager
     def __call__(self, step: int, doing: str, kind: str, seconds: float | None = None):
-        """seconds: how long it may take, unless as long as a step."""
+        """seconds: time limit of the phase, if other than a step's."""
         self.watchdog.mark(step, doing, seconds)
         with self.goodput.during(kind):
             yield
@@ -124,7 +127,7 @@ def train_alone(
     check_lock: Callable[[], Any],
     watch: Callable[[int, dict], None] | None,
 ) -> dict:
-    """`train`, in a work directory that no other run uses."""
+    """`train`, in a work directory that this run has locked."""
     setup = set_up(config, workdir)
     print(summary(setup))
     claim(setup)  # the data is there and the settings hold
@@ -206,7 +209,7 @@ def train_alone(
 
 
 def progress_of(setup: Setup, step: int, reports: Reports) -> dict:
-    """What a checkpoint says of the run besides its arrays."""
+    """A checkpoint's progress: all about the run but its arrays."""
     return {
         "step": step,
         "config": to_dict(setup.config),
@@ -216,14 +219,14 @@ def progress_of(setup: Setup, step: int, reports: Reports) -> dict:
 
 
 def close(manager, error: type[BaseException] | None) -> None:
-    """Lets a checkpoint be written to its end; not after an error among many processes, since one
-    that has ended would be waited for, nor for a person who has pressed Ctrl-C twice."""
+    """Waits for a checkpoint to be written; not after an error among many processes, because it
+    would wait for one that has ended, nor after a second Ctrl-C."""
     if error is None or (process_count() == 1 and error is not KeyboardInterrupt):
         manager.close()
 
 
 def saved_so_far(workdir: epath.Path) -> str:
-    """What an interrupted run has saved, and what the same command would do."""
+    """The message for an interrupted run: what it has saved, and what the same command would do."""
     steps = ckpt.saved_steps(workdir)
     if steps:
         return f"step {steps[-1]} is the last one saved; the same command resumes from there"

@@ -1,1 +1,1 @@
-"""Pictures and pages: how texts are cut, and how a run went."""
+"""Pictures of patches, and the HTML page of a run."""

@@ -14,7 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30
 
 
 class Line(NamedTuple):
-    """One curve: what it is called, and its points (step, value)."""
+    """One curve: its name and its points (step, value)."""
 
     name: str
     points: list[tuple[float, float]]
@@ -45,14 +45,14 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def label(value: float) -> str:
-    """A number at a tick: 0.0004, 12, 1.5k."""
+    """The label of a tick: 0.0004, 12, 1.5k."""
     if value and abs(value) < 1e-3:
         return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
     return quantity(value) if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def bounds(lines: Sequence[Line], from_zero: bool) -> tuple[float, float]:
-    """The range of the values drawn; a few of the first reports, far above the rest, are cut."""
+    """The range of the values drawn; early reports far above the rest are cut off."""
     values = sorted(y for line in lines for _, y in line.points)
     low = 0.0 if from_zero else values[0]
     high = values[-1]

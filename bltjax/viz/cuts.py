@@ -14,7 +14,7 @@ HTML_COLOURS = ("#aecbfa", "#fdd9a5", "#a8dab5", "#f5b7c5", "#d3c4f3", "#fdf1a3"
 
 
 class Cut(NamedTuple):
-    """A text under one scheme: where its patches begin, and the entropy before each byte."""
+    """A text under one scheme: its patch starts, and the entropy before each byte."""
 
     title: str
     patching: Patching
@@ -55,7 +55,8 @@ def characters(text: bytes) -> list[Character]:
 
 
 def glyph(shown: str) -> str:
-    """What the PNG draws: the character, or letters that every font has: ^[, or a code point."""
+    """The text drawn in a PNG: the character, or letters that every font has: ^[, or a code
+    point."""
     code = ord(shown)
     if shown == " ":
         return "␣"
@@ -65,7 +66,7 @@ def glyph(shown: str) -> str:
 
 
 def patch_strings(text: bytes, begins: np.ndarray) -> list[str]:
-    r"""What each patch shows; bytes of a character that is cut, or of none, as \xNN."""
+    r"""The text of each patch; bytes of a split or invalid character as \xNN."""
     owner = np.searchsorted(begins, np.arange(len(text)), side="right") - 1
     strings = [""] * len(begins)
     for begin, end, shown in characters(text):

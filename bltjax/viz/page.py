@@ -1,9 +1,9 @@
 """The page of a run: one HTML file with its figures, curves, config, samples and patches.
 
-It stands by itself: no network, no script, pictures as inline SVG, and both colour schemes. It is
-made of what lies in the work directory, so it can be made while a run is under way, by a machine
-without an accelerator, or after the run is gone. `train` writes it at its end; the `page` command
-adds what the model writes (`samples.py`), which later pages keep.
+It is self-contained: no network, no script, pictures as inline SVG, and both colour schemes. It is
+made from the files in the work directory, so it can be made during a run, on a machine without an
+accelerator, or after the run. `train` writes it at its end; the `page` command adds samples from
+the model (`samples.py`), which later pages keep.
 """
 
 import html
@@ -61,7 +61,7 @@ PATCH_COLOURS = ("#aecbfa", "#fdd9a5", "#a8dab5", "#f5b7c5", "#d3c4f3", "#fdf1a3
 
 
 def curves(reports: Sequence[dict]) -> str:
-    """Every curve that there are reports for."""
+    """A chart for every curve that has reports."""
 
     def by_part(group: str) -> list[Line]:
         names = dict.fromkeys(key for report in reports for key in report)
@@ -88,7 +88,7 @@ def curves(reports: Sequence[dict]) -> str:
 
 
 def cards(config: RunConfig, reports: Sequence[dict]) -> str:
-    """The figures that are looked for first."""
+    """The main figures of the run."""
     last: dict = {}
     for report in reports:
         last |= report
@@ -115,7 +115,7 @@ def cards(config: RunConfig, reports: Sequence[dict]) -> str:
 
 
 def settings(config: RunConfig) -> Iterator[str]:
-    """A fold for every group of settings."""
+    """A fold for each group of settings."""
     single = {}
     for group, values in to_dict(config).items():
         if not isinstance(values, dict):
@@ -135,7 +135,7 @@ def table(values: dict) -> str:
 
 
 def samples_part(found: dict) -> str:
-    """What the model writes, and how a held-out text is cut."""
+    """Samples from the model, and the patches of a held-out text."""
     parts = []
     if found.get("patches"):
         pieces = []
@@ -163,7 +163,7 @@ def samples_part(found: dict) -> str:
 
 
 def read_samples(path: epath.Path) -> dict:
-    """What `samples.write_samples` wrote.
+    """The contents of the file that `samples.write_samples` wrote.
 
     Raises:
       ValueError: naming the file, if it is anything else.
@@ -207,7 +207,7 @@ def run_page(workdir: epath.Path) -> str:
 
 
 def write_page(workdir: epath.Path) -> epath.Path:
-    """Writes the page into the work directory; where it is."""
+    """Writes the page into the work directory; returns its path."""
     workdir = path_of(workdir)
     write_text(workdir / PAGE, run_page(workdir))
     return workdir / PAGE

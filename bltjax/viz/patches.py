@@ -1,4 +1,4 @@
-"""The command `patches`: how a text is cut, in the terminal, as an HTML page, as a PNG."""
+"""The command `patches`: the patches of a text, in the terminal, as an HTML page, as a PNG."""
 
 import argparse
 import logging
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def asked_schemes(
     args: argparse.Namespace,
 ) -> tuple[list[tuple[str, Patching]], Model | None]:
-    """Schemes by title, and the byte LM whose entropies they may use.
+    """Schemes by title, and the byte LM for their entropies, if any needs one.
 
     Raises:
       ValueError: for a scheme by entropy without a run that has a byte LM.

@@ -1,8 +1,8 @@
 """Patches of a text as a PNG, after the paper's figure 4.
 
-A cell for every byte, the entropy of each next byte with the threshold across it, and under it the
-patches of every scheme that was asked for. A character is as wide as its bytes, so a patch that
-begins inside one is seen to.
+A cell per byte, the entropy of each next byte with the threshold as a line, and below it the
+patches of every requested scheme. A character is as wide as its bytes, so a patch that starts
+inside one is visible.
 """
 
 import uuid
@@ -20,8 +20,8 @@ TITLE = 24  # characters in a line of a scheme's title, if it has commas to brea
 
 
 def fonts_of(shown: set[str]) -> dict[str, str]:
-    """For each character the file of an installed font that has it; those that none has are left
-    out. Fonts in colour can't be drawn by matplotlib and don't count."""
+    """For each character the file of an installed font that has it; characters without one are
+    absent. Colour fonts can't be drawn by matplotlib and don't count."""
     from matplotlib import font_manager
     from matplotlib.ft2font import FT2Font
 
@@ -149,7 +149,7 @@ def draw(text: bytes, cuts: list[Cut]):
 
 
 def write_png(path: Path, text: bytes, cuts: list[Cut], whole: int) -> list[str]:
-    """Draws as much of the text as a PNG can show; lines that say what it doesn't show."""
+    """Draws as much of the text as fits in a PNG; returns lines about the parts not shown."""
     drawn = whole_characters_up_to(text, PNG_LIMIT)
     short = [cut._replace(begins=cut.begins[cut.begins < len(drawn)]) for cut in cuts]
     figure, missing = draw(drawn, short)

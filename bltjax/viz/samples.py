@@ -1,7 +1,7 @@
-"""What a run's model writes, and how it cuts a text: kept beside the run, for its page.
+"""Samples from a run's model, and the patches of a text, stored in the run for its page.
 
-Prompts are the beginnings of held-out documents. One device must hold the model; a run too large
-for that has a page all the same, without this part.
+Prompts are the beginnings of held-out documents. One device must hold the model; a larger run still
+has a page, without this part.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def held_out_texts(config: RunConfig, count: int) -> Iterator[bytes]:
 
 
 def cut_pieces(model: LoadedModel, text: bytes) -> list[dict]:
-    """The patches of a text as the page shows them."""
+    """The patches of a text as JSON for the page."""
     lengths = [len(patch) for patch in model.patches(text)]
     begins = np.cumsum([0, *lengths[:-1]])
     entropies_N = model.entropies(text) if model.config.threshold is not None else None
@@ -61,10 +61,10 @@ def cut_pieces(model: LoadedModel, text: bytes) -> list[dict]:
 def write_samples(
     workdir: epath.Path, *, count: int, max_bytes: int, temperature: float, seed: int
 ) -> dict:
-    """Lets the newest checkpoint write, and keeps it in the work directory.
+    """Generates from the newest checkpoint, and stores the samples in the work directory.
 
     Raises:
-      ValueError: for a folder without a whole checkpoint, or a setting out of range.
+      ValueError: for a folder without a complete checkpoint, or a setting out of range.
       FloatingPointError: for logits that are not finite.
     """
     fitting_prompts(

@@ -1,1 +1,1 @@
-"""Stored models: work directories, exports, and other people's layouts."""
+"""Stored models: work directories, exports, and third-party layouts."""

@@ -1,8 +1,8 @@
-"""Reasons why stored arrays can't be read: damaged, away, refused, or unknown.
+"""Reasons why stored arrays can't be read: damaged, unavailable, refused, or unknown.
 
-Damage is a checksum that is another, a file that is missing, a format that can't be read. Whatever
-else keeps a checkpoint from being restored (no permission, no memory, a file server that is away,
-settings that ask for other arrays) leaves it where it is.
+Damage is a checksum mismatch, a missing file, or a format that can't be read. A checkpoint that
+can't be restored for any other reason (no permission, no memory, a file server that is down,
+settings for other arrays) stays where it is.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ FORMAT = 3  # of progress/; another one is refused, not taken for damage
 
 
 class Damaged(ValueError):
-    """Files that aren't what was saved."""
+    """Files that differ from what was saved."""
 
 
 class Misfit(ValueError):
-    """A checkpoint that is whole, but not of what this run or this version of bltjax asks for."""
+    """An intact checkpoint with other arrays than this run, or this version of bltjax, needs."""
 
 
 def unsealed_file(path: Path, name: str) -> dict:
-    """Raises Damaged, naming the file."""
+    """The values of a sealed JSON file. Raises Damaged, naming the file."""
     try:
         return unsealed(read_json(path), name)
     except ValueError as error:
@@ -37,12 +37,13 @@ def unsealed_file(path: Path, name: str) -> dict:
 
 
 def stored_name(path: str) -> str:
-    """`.params['encoder']['bytes_VE']`, by which a checksum goes, as `params/encoder/bytes_VE`."""
+    """`params/encoder/bytes_VE`, the name in the checksums, for
+    `.params['encoder']['bytes_VE']`."""
     return "/".join(re.findall(r"[A-Za-z0-9_]+", path))
 
 
 def read_progress(folder: Path) -> dict:
-    """Raises Misfit for another version's, Damaged, or OSError."""
+    """The contents of progress/. Raises Misfit for another version's, Damaged, or OSError."""
     path = folder / "progress" / "metadata"
     try:
         progress = read_json(path)
@@ -60,7 +61,7 @@ def read_progress(folder: Path) -> dict:
 
 
 def causes(error: BaseException | None) -> Iterator[tuple[BaseException, bool]]:
-    """An error, and those behind it: whether each is its cause, or only came before it."""
+    """An error and those behind it: whether each is its cause, or only came before it."""
     known, is_cause = set(), True
     while error is not None and id(error) not in known:
         known.add(id(error))
@@ -77,7 +78,7 @@ class Reason(NamedTuple):
 
 
 def reason(error: Exception) -> Reason:
-    """What an error of Orbax, of its storage or of ours says of the files that were read."""
+    """The reason behind an error of Orbax, of its storage or of ours."""
     found = []
     for cause, is_cause in causes(error):
         kind = kind_of(cause)
@@ -115,10 +116,10 @@ def kind_of(error: BaseException) -> str:
 
 
 def check_index(folder: Path, names: set[str]) -> None:
-    """Looks at the index of Orbax' arrays in `folder`, and at their list: JSON of Orbax.
+    """Checks the index of Orbax' arrays in `folder`, and their list: JSON of Orbax.
 
     Raises:
-      Damaged: if they can't be read, or name other arrays than these.
+      Damaged: if they can't be read, or name other arrays.
     """
     paths = [folder / "_METADATA", *sorted((folder / "array_metadatas").glob("process_*"))]
     for path in paths:
@@ -143,7 +144,7 @@ def check_index(folder: Path, names: set[str]) -> None:
 
 
 def why_not(folder: Path, error: Exception) -> Reason:
-    """`reason`, unless Orbax' index of the arrays says more: Orbax hides what it meets there."""
+    """`reason`, unless Orbax' index of the arrays gives more: Orbax hides errors in reading it."""
     found = reason(error)
     if found.kind in ("refused", "away"):
         return found
@@ -160,7 +161,7 @@ def why_not(folder: Path, error: Exception) -> Reason:
 
 @contextlib.contextmanager
 def reading(folder: Path):
-    """Names the checkpoint that can't be read, and what to do, instead of how Orbax noticed."""
+    """Context that names the unreadable checkpoint, and what to do, instead of Orbax's symptom."""
     try:
         yield
     except Exception as error:  # Orbax and its storage raise many kinds

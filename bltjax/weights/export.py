@@ -1,15 +1,15 @@
-"""Exports: a model to hand on, with nothing of the run that made it but what it needs.
+"""Exports: a model to hand on, without the run that made it.
 
     EXPORT/
-      export.json      format, version, settings of the model and its patching, dtype, where it came
-                       from, held-out bits per byte; written last, so what lacks it is not whole
+      export.json      format, version, settings of the model and its patching, dtype, origin,
+                       held-out bits per byte; written last, so an export without it is incomplete
       params/          the parameters alone: an Orbax checkpoint, one zarr array each
       byte_lm/         BLT by entropy: the byte LM that places its patches, an export of its own
       tokenizer.json   BLT by bpe
 
-It is written in pieces (no array is ever in memory whole) and restored onto any mesh, from any
+It is written in blocks (no array is ever in memory whole) and restored onto any mesh, from any
 number of processes. A training run's work directory is read through the same functions, so every
-program takes one or the other.
+program accepts either.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def is_export(path: epath.Path) -> bool:
 
 
 def read_manifest(path: epath.Path) -> dict:
-    """An export's manifest, with every part of the type that it must have.
+    """An export's manifest, with every part checked for its type.
 
     Raises:
       ValueError: naming the file and the part.
@@ -78,7 +78,7 @@ def check_part(value, kind: type, what: str) -> None:
 
 
 def check_origin(origin: dict, what: str) -> None:
-    """Raises ValueError unless what a release said of itself can be given back."""
+    """Raises ValueError unless the origin's settings can be written back."""
     for name, kind in (("layout", str), ("container", str), ("json", dict), ("dtypes", dict)):
         if name in origin:
             check_part(origin[name], kind, f"{what}.{name}")
@@ -92,7 +92,7 @@ def check_origin(origin: dict, what: str) -> None:
 
 
 def refuse_not_numbers(values, what: str) -> None:
-    """Raises ValueError for NaN, infinity and endless digits, which Python's JSON reads, at any
+    """Raises ValueError for NaN, infinity and endless digits, which Python's JSON accepts, at any
     depth."""
     if isinstance(values, float) and not math.isfinite(values):
         raise ValueError(f"{what} is {values!r}, not a finite number")
@@ -105,7 +105,7 @@ def refuse_not_numbers(values, what: str) -> None:
 
 
 def read_config(path) -> ModelConfig:
-    """The config of the model of an export, or of a run's work directory.
+    """The ModelConfig of an export, or of a run's work directory.
 
     Raises:
       ValueError: for a folder that is neither.
@@ -128,13 +128,13 @@ def read_config(path) -> ModelConfig:
 
 
 def read_run(path) -> RunConfig | None:
-    """The config of the run in a work directory; None for an export, which keeps none."""
+    """The config of the run in a work directory; None for an export, which has none."""
     path = path_of(path)
     return None if is_export(path) else ckpt.read_config(path)
 
 
 def params_folder(path: epath.Path) -> tuple[epath.Path, int]:
-    """Where an export or a run keeps its newest parameters, and their step."""
+    """The folder of an export's or a run's newest parameters, and their step."""
     if is_export(path):
         return path / "params", read_manifest(path)["step"]
     folder, step = ckpt.newest_checkpoint(path)
@@ -157,8 +157,8 @@ def load_params(path, shardings=None, dtype=None) -> Model:
 
 
 def load_model(path, shardings=None, dtype=None) -> Model:
-    """`load_params`, and what else the model needs: the byte LM that places its patches, on one
-    device, or its tokenizer file. They lie in the same folder, so that they travel together.
+    """`load_params` with everything that the model needs: the byte LM that places its patches, on
+    one device, or its tokenizer file. They lie in the same folder, so that they travel together.
 
     Raises:
       ValueError: for entropy patching without a byte LM.
@@ -170,7 +170,7 @@ def load_model(path, shardings=None, dtype=None) -> Model:
 
 
 def load_scorer(path: epath.Path, config: ModelConfig) -> Model | None:
-    """The byte LM beside a model whose patches are placed by entropy; None beside another.
+    """The byte LM stored with a model that has entropy patches; None for another model.
 
     Raises:
       ValueError: if there is none.
@@ -186,7 +186,7 @@ def load_scorer(path: epath.Path, config: ModelConfig) -> Model | None:
 
 
 def with_tokenizer(config: ModelConfig, path: epath.Path) -> ModelConfig:
-    """The config with its tokenizer where the model's folder has it."""
+    """The config with its tokenizer set to the copy in the model's folder."""
     if config.patching is None or config.patching.mode != "bpe":
         return config
     patching = dataclasses.replace(config.patching, tokenizer=str(path / TOKENIZER))
@@ -194,7 +194,7 @@ def with_tokenizer(config: ModelConfig, path: epath.Path) -> ModelConfig:
 
 
 def check_shapes(config: ModelConfig, stored: dict, folder: epath.Path) -> None:
-    """Raises ValueError unless the arrays in `folder` are just those of the config's model."""
+    """Raises ValueError unless the arrays in `folder` are exactly those of the config's model."""
     check_layers(config, len(stored), str(folder), stacked=True)
     expected = leaf_shapes(config)
     for path in sorted(expected.keys() ^ stored.keys()):
@@ -211,7 +211,7 @@ def check_shapes(config: ModelConfig, stored: dict, folder: epath.Path) -> None:
 def place_of(folder: epath.Path) -> dict:
     """tensorstore's spec of a folder, on a disk or in a bucket.
 
-    Not its URL, in which % and other characters of a name would mean something else.
+    Not its URL, where % and other characters of a name would mean something else.
     """
     if is_remote(folder):
         bucket, _, path = str(folder).partition("://")[2].partition("/")
@@ -220,7 +220,7 @@ def place_of(folder: epath.Path) -> dict:
 
 
 def open_array(folder: epath.Path, path: str, context: tensorstore.Context):
-    """One parameter of an Orbax checkpoint, to be read in pieces."""
+    """One parameter of an Orbax checkpoint, to be read in blocks."""
     name = path.replace("/", ".")
     if (folder / "manifest.ocdbt").exists():
         kvstore = {"driver": "ocdbt", "base": place_of(folder), "path": f"{name}/"}
@@ -232,7 +232,7 @@ def open_array(folder: epath.Path, path: str, context: tensorstore.Context):
 
 
 def open_stored(path) -> ModelFiles:
-    """An export or a run, none of its parameters read yet.
+    """An export or a run, with none of its parameters read yet.
 
     Raises:
       ValueError: for a folder that is neither, or whose arrays are not those of its config.

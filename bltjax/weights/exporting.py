@@ -19,7 +19,7 @@ from bltjax.weights.stored import ModelFiles
 
 
 def manifest_config(config: ModelConfig) -> dict:
-    """The settings of a model as a manifest has them: in the layout of a run's config.json."""
+    """The settings of a model in the layout of a run's config.json."""
     values = to_dict(config)
     limits = {"row_bytes": values.pop("max_bytes"), "row_patches": values.pop("max_patches")}
     if values["patching"] is None:
@@ -28,7 +28,7 @@ def manifest_config(config: ModelConfig) -> dict:
 
 
 def chunk_shape(shape: tuple[int, ...], place: tuple[int, ...], dtype: np.dtype) -> list[int]:
-    """One place, and as many of its rows as make a block."""
+    """Chunk shape of one place, with as many of its rows as make a block."""
     inner = shape[len(place) :]
     row_bytes = int(np.prod(inner[1:], dtype=np.int64)) * dtype.itemsize
     rows = min(inner[0], max(1, BLOCK_BYTES // row_bytes))
@@ -36,9 +36,9 @@ def chunk_shape(shape: tuple[int, ...], place: tuple[int, ...], dtype: np.dtype)
 
 
 def write_leaves(folder: epath.Path, leaves: dict[str, Leaf], written: Callable[[int], None]):
-    """An Orbax checkpoint of `leaves`, written block by block.
+    """Writes an Orbax checkpoint of `leaves`, block by block.
 
-    Orbax itself holds every array that it saves; so it is given stand-ins of one number each, whose
+    Orbax itself holds every array that it saves. So it gets stand-ins of one number each, whose
     zarr arrays are then replaced by the real ones.
     """
     stand_ins: dict = {}
@@ -73,7 +73,7 @@ def write_leaves(folder: epath.Path, leaves: dict[str, Leaf], written: Callable[
 
 
 def write_export(files: ModelFiles, folder: epath.Path, written: Callable[[int], None]) -> None:
-    """Writes a model, and the byte LM that travels with it, as an export; the manifest last."""
+    """Writes a model, with its byte LM if it has one, as an export; the manifest last."""
     folder.mkdir(parents=True, exist_ok=True)
     config = files.config
     if config.patching is not None and config.patching.mode == "bpe":

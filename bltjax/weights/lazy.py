@@ -1,7 +1,8 @@
-"""What is read in pieces: a tensor of somebody's file, and a parameter of ours.
+"""Lazily read tensors and parameters, one block at a time.
 
-A `Tensor` is read in rows of its first axis. A `Leaf` is one of our parameters, read at a place on
-its leading axis: a layer of L stacked ones, or rows of one of R hash tables.
+A `Tensor`, of a third-party file, is read in rows of its first axis. A `Leaf` is one of our
+parameters, read at a place on its leading axis: a layer of L stacked ones, or rows of one of R hash
+tables.
 
     q_LDHC   places (0,), (1,), ... (L - 1,)       one layer each
     ngrams_RME   places (0,), ... (R - 1,)         one table each, cut further into runs of rows
@@ -43,7 +44,7 @@ class Tensor(NamedTuple):
 
 
 def write_rows(file, tensor: Tensor, written: Callable[[int], None]) -> None:
-    """A tensor's bytes into an open file, some rows at a time."""
+    """Writes a tensor's bytes to an open file, some rows at a time."""
     for rows in row_runs(tensor.shape[0], tensor.bytes // max(1, tensor.shape[0])):
         data = np.ascontiguousarray(tensor.read(rows.start, rows.stop))
         file.write(data.view(np.uint8).reshape(-1).data)
@@ -67,9 +68,9 @@ class NotFinite(ValueError):
 def refuse_not_finite(
     array: np.ndarray, name: str, begin: int = 0, place: tuple[int, ...] = ()
 ) -> None:
-    """Raises NotFinite, with the first place and how many, unless all of an array is finite.
+    """Raises NotFinite, with the first position and the count, unless all of an array is finite.
 
-    begin, place: where the array's rows lie in what `name` is.
+    begin, place: position of the array's rows in the tensor called `name`.
     """
     if array.dtype.kind in "biu" or not array.size:
         return
@@ -100,7 +101,7 @@ def finite(tensor: Tensor, name: str) -> Tensor:
 
 
 class Block(NamedTuple):
-    """One piece of a leaf: its place, and rows of what is at that place."""
+    """One block of a leaf: its place, and rows at that place."""
 
     place: tuple[int, ...]
     rows: slice
@@ -119,7 +120,7 @@ def row_runs(rows: int, row_bytes: int) -> Iterator[slice]:
 
 
 def blocks(path: str, leaf: Leaf) -> Iterator[Block]:
-    """The pieces that a leaf is copied by. Only hash tables are large enough to be cut by rows."""
+    """The blocks by which a leaf is copied. Only hash tables are large enough to be cut by rows."""
     places = [(index,) for index in range(leaf.shape[0])] if stacked(path) else [()]
     inner = leaf.shape[len(places[0]) :]
     for place in places:
@@ -137,7 +138,7 @@ def leaf_of(array: np.ndarray) -> Leaf:
 
 
 def cast(leaf: Leaf, dtype: np.dtype | None, path: str) -> Leaf:
-    """The leaf in another dtype; each piece is rounded to nearest as it is read."""
+    """The leaf in another dtype; each block is rounded to nearest as it is read."""
     if dtype is None or dtype == leaf.dtype:
         return leaf
 
@@ -151,7 +152,7 @@ def cast(leaf: Leaf, dtype: np.dtype | None, path: str) -> Leaf:
 
 
 def tree_of(leaves: dict[str, Leaf]) -> dict:
-    """Nested parameters, all in memory, of leaves by path."""
+    """A nested dict of parameters, all in memory, from leaves by path."""
     tree: dict = {}
     for path, leaf in leaves.items():
         whole = np.empty(leaf.shape, leaf.dtype)
@@ -166,7 +167,7 @@ def tree_of(leaves: dict[str, Leaf]) -> dict:
 
 
 def read_object(path: epath.Path) -> dict:
-    """A JSON object of somebody's file.
+    """A JSON object from a third-party file.
 
     Raises:
       ValueError: naming the file, if it holds none, or Git LFS has not fetched it.

@@ -3,12 +3,12 @@
     8 bytes: length of the header | header: JSON, name -> dtype, shape, offsets | the tensors' bytes
 
 A table of 12 GB passes through 64 MB both ways. The library checks a file when it opens it, and
-reads rows of a tensor from a map of the file; it has no writer that is given rows. A file in a
+reads rows of a tensor from a map of the file; it has no writer that takes rows. A file in a
 bucket is copied to this machine's disk first.
 
-Every read opens the file anew. So a file that was cut meanwhile is refused like any other damaged
-file, and pages that were read do not stay mapped. A file that is cut during a read, or a disk that
-fails under one, ends the process with SIGBUS: that is how the system reports an error in a map.
+Every read opens the file again. So a file that was truncated meanwhile is refused like any other
+damaged file, and pages that were read do not stay mapped. A file that is truncated during a read,
+or a disk that fails, kills the process with SIGBUS: that is how the system reports errors in a map.
 """
 
 import collections
@@ -41,8 +41,8 @@ def read_file(path: epath.Path) -> dict[str, Tensor]:
     """The tensors of one file, none of them read yet.
 
     Raises:
-      ValueError: for a file that is not whole safetensors, names a tensor twice, or has a dtype
-        that is not read here.
+      ValueError: for an incomplete safetensors file, a name that occurs twice, or an unsupported
+        dtype.
     """
     refuse_pointer(path)
     local = local_copy(path)
@@ -79,7 +79,7 @@ def opened(local: Path, path: epath.Path) -> Iterator:
 
 
 def damage(local: Path, error: SafetensorError) -> str:
-    """The rule that a refused file breaks, with the numbers where its size is what is wrong."""
+    """The rule that a refused file breaks, with the numbers if its size is wrong."""
     size = local.stat().st_size
     with local.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -101,7 +101,7 @@ def damage(local: Path, error: SafetensorError) -> str:
 
 
 def refuse_repeated_names(local: Path, path: epath.Path) -> None:
-    """Raises ValueError for a header with a name twice: readers differ in which one they take."""
+    """Raises ValueError for a header with a name twice: readers differ in which one they use."""
     with local.open("rb") as file:
         text = file.read(int.from_bytes(file.read(8), "little"))
     try:
@@ -114,7 +114,7 @@ def refuse_repeated_names(local: Path, path: epath.Path) -> None:
 
 
 def check_empty(shape: tuple[int, ...], what: str) -> None:
-    """Raises ValueError for a tensor of no numbers whose other axes no array can have."""
+    """Raises ValueError for an empty tensor whose other axes are too large for any array."""
     try:
         np.empty(shape, np.float64)
     except ValueError:
@@ -136,8 +136,8 @@ def row_reader(local: Path, path: epath.Path, name: str, shape: tuple[int, ...],
 
 
 def read_folder(folder: epath.Path, notes: list[str]) -> dict[str, Tensor]:
-    """All tensors of a folder: those of its index, or of its model*.safetensors, or of whatever
-    safetensors it has; `notes` gets a line where files are left out.
+    """All tensors of a folder: those of its index, or of its model*.safetensors, or of any other
+    safetensors; `notes` gets a line where files are ignored.
 
     Raises:
       ValueError: for a tensor that stands in two files, or not where the index says, and for an
@@ -173,7 +173,7 @@ def read_folder(folder: epath.Path, notes: list[str]) -> dict[str, Tensor]:
 
 
 def read_index(index: epath.Path) -> dict[str, str]:
-    """File by tensor, of an index of shards.
+    """File by tensor, from an index of shards.
 
     Raises:
       ValueError: for an index without a map, or that names a file outside its folder.
@@ -195,7 +195,8 @@ def read_index(index: epath.Path) -> dict[str, str]:
 def write_file(
     path: epath.Path, tensors: dict[str, Tensor], written: Callable[[int], None]
 ) -> None:
-    """Writes tensors in the given order; `written` is called with the bytes of each piece."""
+    """Writes tensors in the given order; `written` is called with the size of each block in
+    bytes."""
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         header[name] = {
@@ -215,7 +216,7 @@ def write_file(
 def write_folder(
     folder: epath.Path, tensors: dict[str, Tensor], written: Callable[[int], None]
 ) -> None:
-    """One file, or several of at most 5 GiB (or one larger tensor) and an index of them."""
+    """Writes one file, or several of at most 5 GiB (or one larger tensor) and an index of them."""
     shards: list[dict[str, Tensor]] = [{}]
     held = 0
     for name, tensor in tensors.items():

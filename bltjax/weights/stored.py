@@ -1,4 +1,4 @@
-"""A model as it is stored somewhere: its settings, its parameters in pieces, its origin."""
+"""A stored model: its settings, its lazily read parameters, its origin."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ class ModelFiles(NamedTuple):
 
 
 def check_layers(config: ModelConfig, arrays: int, where: str, *, stacked: bool) -> None:
-    """Raises ValueError for more layers than there are arrays: a mangled number, whose model would
+    """Raises ValueError for more layers than there are arrays: a corrupt number, whose model would
     take forever to build.
 
     stacked: the latent transformer's layers lie in one array.

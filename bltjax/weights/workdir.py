@@ -1,11 +1,11 @@
-"""Work directories: what a run leaves behind, and how it is found again.
+"""Work directories: the files of a run, and how they are found again.
 
 WORKDIR/
-  config.json                the resolved config; with which others it is resumed, resume.py says
+  config.json                the resolved config; resume.py has the rules for resuming with others
   metrics.jsonl              one line per report; TensorBoard events beside it
-  goodput.json               seconds by what they went into, over all restarts
-  checkpoints/STEP/          written whole or not at all (saving.py)
-  damaged/STEP/              what could not be restored
+  goodput.json               seconds by kind of work, over all restarts
+  checkpoints/STEP/          written completely or not at all (checkpoint.py)
+  damaged/STEP/              checkpoints that could not be restored
   byte_lm/                   BLT in entropy mode: the byte LM that placed its patches, as a
                              work directory of its own, so that the two travel together
 """
@@ -44,7 +44,7 @@ def is_number(value) -> bool:
 
 
 def whole_lines(path: epath.Path | Path) -> list[tuple[str, dict]]:
-    """The reports of metrics.jsonl, as lines and as values; says how many lines are damaged."""
+    """The reports of metrics.jsonl, as lines and as values; logs the number of damaged lines."""
     found, damaged = [], 0
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         if not line:
@@ -63,7 +63,7 @@ def whole_lines(path: epath.Path | Path) -> list[tuple[str, dict]]:
 
 
 def read_reports(path: epath.Path | Path) -> list[dict]:
-    """The numbers of every whole line of metrics.jsonl, each with its `step`."""
+    """The numbers of every complete line of metrics.jsonl, each with its `step`."""
     return [
         {name: value for name, value in report.items() if is_number(value)}
         for _, report in whole_lines(path)
@@ -76,15 +76,15 @@ CONFIG = "config.json"
 
 
 def sealed(values: dict) -> dict:
-    """Values for a JSON file, with a checksum of them, which `unsealed` compares."""
+    """Values for a JSON file, with their checksum, which `unsealed` compares."""
     return values | {"crc32": checksum_of_json(values)}
 
 
 def unsealed(values: Any, name: str) -> dict:
-    """The values of a JSON file as they were sealed.
+    """The values of a sealed JSON file.
 
     Raises:
-      ValueError: naming the file if they are not.
+      ValueError: naming the file if the checksum differs.
     """
     found = dict(values) if isinstance(values, dict) else {}
     checksum = found.pop("crc32", None)
@@ -99,10 +99,10 @@ def checksum_of_json(values: dict) -> int:
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Steps of the whole checkpoints.
+    """Steps of the complete checkpoints.
 
-    Orbax gives a number to a folder only when it is whole; in a bucket, which can't rename, it
-    writes a file last.
+    Orbax gives a folder its number only when it is complete; in a bucket, which can't rename, it
+    writes a marker file last.
     """
     if not is_remote(workdir):
         try:  # glob would find nothing in a folder that may not be read
@@ -121,7 +121,7 @@ def write_config(workdir: Path, config: RunConfig) -> None:
 
 
 def read_config(workdir: Path) -> RunConfig:
-    """Raises ValueError if there is none, or it is damaged or of another version."""
+    """The config of a run. Raises ValueError if it is missing, damaged or of another version."""
     return from_json(config_values(workdir), workdir / CONFIG)
 
 
@@ -129,7 +129,7 @@ def config_values(workdir: Path) -> dict:
     """The JSON object of a run's config.json, unchecked.
 
     Raises:
-      ValueError: naming the file and the way out, if it isn't there or holds something else.
+      ValueError: naming the file and the way out, if it is missing or holds something else.
     """
     path = workdir / CONFIG
     if not path.exists() and not saved_steps(workdir):
@@ -152,7 +152,7 @@ def config_values(workdir: Path) -> dict:
 
 
 def newest_progress(workdir: Path) -> dict:
-    """The newest progress/ of a run's checkpoints (saving.py) that is whole; empty if none is."""
+    """The newest intact progress/ of a run's checkpoints (checkpoint.py); empty if there is none."""
     for step in reversed(saved_steps(workdir)):
         try:
             path = workdir / "checkpoints" / str(step) / "progress" / "metadata"
@@ -181,7 +181,7 @@ def newest_checkpoint(workdir: Path) -> tuple[Path, int]:
 
 
 def alone() -> ocp.options.MultiprocessingOptions:
-    """For what a process reads or writes without the others."""
+    """Orbax options for a process that reads or writes without the others."""
     me = process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
@@ -193,14 +193,14 @@ def reader() -> ocp.StandardCheckpointer:
 
 
 def stored_shapes(folder: Path) -> dict:
-    """Nested dicts of what Orbax knows of each array (shape, dtype) in a folder of parameters."""
+    """Nested dicts of Orbax's metadata (shape, dtype) of each array in a folder of parameters."""
     with quiet(), reader() as checkpointer:
         return dict(checkpointer.metadata(folder.absolute()).item_metadata)
 
 
 def restore_params(folder: Path, shardings=None, dtype=None) -> dict:
     """The parameters that Orbax wrote to `folder`, each on its sharding (default: one device), and
-    in `dtype` (default: as stored), but for norms, which are few and are never narrowed."""
+    in `dtype` (default: as stored), except norms, which are few and keep their dtype."""
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = stored_shapes(folder)
     if shardings is None:
@@ -218,7 +218,7 @@ def restore_params(folder: Path, shardings=None, dtype=None) -> dict:
 
 
 def save_params(workdir: epath.Path, model: Model, step: int) -> None:
-    """A work directory of a model's parameters alone, of one process; replaces what is there."""
+    """Writes a work directory of a model's parameters alone, from one process; overwrites."""
     workdir = epath.Path(workdir)
     workdir.rmtree(missing_ok=True)
     workdir.mkdir(parents=True)
@@ -236,7 +236,8 @@ def save_params(workdir: epath.Path, model: Model, step: int) -> None:
 
 @contextlib.contextmanager
 def quiet():
-    """Without absl's warnings: that one item of a checkpoint has no metadata of its own is fine."""
+    """Silences absl's warnings: it is fine that one item of a checkpoint has no metadata of its
+    own."""
     level = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:
@@ -246,7 +247,7 @@ def quiet():
 
 
 def identity(params) -> str:
-    """A checksum of parameters, by which data remembers the model that scored it."""
+    """A checksum of parameters, by which records identify the model that scored them."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode())

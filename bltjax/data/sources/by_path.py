@@ -1,7 +1,7 @@
 """Sources of documents: text files and globs, JSON lines, Parquet, TFDS, folders of records.
 
-A file is what its first bytes say, whatever its name. Documents are found when a source is opened
-(offsets, not text, are kept) and read when asked for.
+A file's kind is decided by its first bytes, whatever its name. Documents are indexed when a source
+is opened (offsets, not text, are kept) and read on access.
 """
 
 import logging
@@ -27,13 +27,13 @@ Documents = TextDocuments | JsonlDocuments | ParquetDocuments | TFDSDocuments | 
 def open_source(
     source: SourceConfig, *, skip_bad: bool = False, expected_identity: str | None = None
 ) -> Documents:
-    """The documents of a source, and a line in the log that says what they were taken for.
+    """The documents of a source; the log reports the kind that was recognised.
 
     `tfds:NAME` is a dataset of TensorFlow Datasets; a folder with a manifest holds records, any
     other stands for its *.txt files. Files are JSON lines if the first line is an object with the
-    field, or their name says so; Parquet if they begin as Parquet does; anything else is plain
-    text, unless it is known to be packed or binary. `source.format` says it instead. A file that
-    has several names by symbolic links counts once; hard links are files of their own.
+    field, or by name; Parquet if they begin with its magic; otherwise plain text, unless they are
+    recognised as packed or binary. `source.format` overrides this. A file that has several names by
+    symbolic links counts once; hard links are files of their own.
 
     Raises:
       ValueError: for a path without files, an empty corpus, packed or binary files, files of two
@@ -79,7 +79,7 @@ def with_text(documents: Documents, source: SourceConfig) -> Documents:
 
 
 def files_of(source: SourceConfig) -> tuple[list[Path], str]:
-    """The files of a source on this machine's disk, and what all of them are: a key of NAMES.
+    """The files of a source on this machine's disk, and their kind: a key of NAMES.
 
     Raises:
       ValueError: if there are none, for what can't be read twice, and as `recognised`.
@@ -116,7 +116,7 @@ def files_of(source: SourceConfig) -> tuple[list[Path], str]:
 
 
 def nothing_there(path: str) -> str:
-    """Why no file has a path or matches it as a glob."""
+    """The message for a path that neither exists nor matches as a glob."""
     if is_remote(path):
         return f"{path}: no such file, and no file matches it as a glob"
     for name in (path, *local_matches(path)):
@@ -133,10 +133,10 @@ def nothing_there(path: str) -> str:
 
 
 def counted_once(paths: list[epath.Path | Path], pattern: str) -> list[epath.Path | Path]:
-    """The files in their order, each by its shortest name if links give it several.
+    """The files in order, each by its shortest name if links give it several.
 
-    By real path, not by inode: not all file systems have one for each file, and a copy of a corpus
-    has its hard links as files.
+    By real path, not by inode: not all file systems have one per file, and a copy of a corpus has
+    its hard links as files.
     """
     if is_remote(pattern):
         return paths

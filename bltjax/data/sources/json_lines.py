@@ -1,7 +1,7 @@
-"""JSON lines as documents: an object a line, with the text under one of its keys.
+"""JSON lines as documents: one object per line, with the text under one of its keys.
 
-A line is good if it is JSON as Python reads it (NaN, numbers of any length, keys given twice, of
-which the last counts) and has the key with a string or null; a null or empty text is no document.
+A line is good if it is JSON as Python reads it (NaN, numbers of any length, repeated keys, of which
+the last counts) and has the key with a string or null. A null or empty text is no document.
 """
 
 import codecs
@@ -28,7 +28,7 @@ def decode(line: bytes) -> Any:
 
 
 class JsonlDocuments:
-    """Lines of JSON objects with a text field; null and empty texts are left out."""
+    """Lines of JSON objects with a text field; null and empty texts are skipped."""
 
     def __init__(self, paths: list[Path], field: str, skip_bad: bool):
         """Raises ValueError for a bad line, unless such lines are to be counted in `bad`."""
@@ -57,12 +57,12 @@ class JsonlDocuments:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the files and the field, wherever they lie."""
+        """Fingerprint of the files and the field, independent of the path."""
         facts = {"kind": "JSONL", "field": self.field, "documents": len(self)}
         return fingerprint_of(facts, self.paths)
 
     def parse(self, line: bytes) -> tuple[str, bytes]:
-        """('', text) of a good line, (what is wrong, b'') of another."""
+        """('', text) of a good line, (the error, b'') of a bad one."""
         try:
             value = decode(line)
         except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
@@ -93,7 +93,7 @@ class JsonlDocuments:
 
 
 def ways_out(path: Path, line: bytes, problem: str, first: bool) -> str:
-    """What else a file with a bad line may be: one JSON value, or plain text."""
+    """Hint for a file with a bad line: it may be one JSON value, or plain text."""
     sentences, begin = "", line.removeprefix(codecs.BOM_UTF8).strip()[:1]
     if first and begin == b"[":
         sentences += " If the file is an array of objects, jq -c '.[]' makes lines of it."

@@ -1,8 +1,9 @@
-"""What a file is, by its first bytes: JSON lines, Parquet, plain text, or something to refuse.
+"""The kind of a file by its first bytes: JSON lines, Parquet, plain text, or refused.
 
-A name decides only where bytes don't: a file that is called .jsonl or .parquet and isn't is refused
-rather than trained on as text. Packed and binary files are refused under any name, because their
-bytes would train and teach nothing; whatever else is no UTF-8, or has NUL bytes, is text.
+A name decides only where bytes don't: a file called .jsonl or .parquet with other contents is
+refused rather than trained on as text. Packed and binary files are refused under any name, because
+training on their bytes teaches nothing; other files that are not UTF-8, or have NUL bytes, are
+text.
 """
 
 import codecs
@@ -92,17 +93,17 @@ AS_TEXT = "--format=text (a source's setting) takes the bytes as they are"
 
 
 class Kind(NamedTuple):
-    """One of NAMES, and what a person should hear of it; no name for a file without text."""
+    """One of NAMES, and a note for the log; no name for a file without text."""
 
     name: str | None
     remark: str = ""
 
 
 def recognised(path: Path, field: str, asked: str = "auto") -> Kind:
-    """What a file is. asked: `text`, `jsonl` or `parquet` if a person says so.
+    """The kind of a file. asked: `text`, `jsonl` or `parquet` to override.
 
     Raises:
-      ValueError: for a packed or binary file, and for one that isn't what its name or `asked` says.
+      ValueError: for a packed or binary file, and for one that contradicts its name or `asked`.
       OSError: for a file that can't be read.
     """
     with path.open("rb") as file:
@@ -158,7 +159,7 @@ def recognised(path: Path, field: str, asked: str = "auto") -> Kind:
 
 
 def refuse_binary(path: Path, head: bytes, file: BinaryIO) -> None:
-    """Raises ValueError, with the way out, for what is known to be no text."""
+    """Raises ValueError, with the way out, for a known format that is not text."""
     found = None
     if ANY_BINARY.match(head):  # one look for most files, of which there may be many
         found = next((what, way) for begin, what, way in BINARY if begin.match(head))
@@ -176,7 +177,7 @@ def refuse_binary(path: Path, head: bytes, file: BinaryIO) -> None:
 
 
 def is_utf8(head: bytes) -> bool:
-    """Whether bytes begin a text of UTF-8 without NUL."""
+    """Whether bytes are a prefix of UTF-8 text without NUL."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -185,7 +186,7 @@ def is_utf8(head: bytes) -> bool:
 
 
 def is_tfrecord(head: bytes) -> bool:
-    """Whether the length that comes first has its checksum after it: CRC-32C, turned and moved."""
+    """Whether the leading length is followed by its checksum: CRC-32C, rotated and offset."""
     if len(head) < 12 or head[7]:  # nothing is that long; text has no NUL there
         return False
     crc = crc32c(head[:8])
@@ -194,7 +195,7 @@ def is_tfrecord(head: bytes) -> bool:
 
 
 def crc32c(data: bytes) -> int:
-    """Castagnoli's checksum, for a few bytes."""
+    """CRC-32C (Castagnoli) of a few bytes."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte
@@ -204,7 +205,8 @@ def crc32c(data: bytes) -> int:
 
 
 def wide_encoding(head: bytes) -> tuple[str, bool]:
-    """UTF-16 or UTF-32 by its mark, or as JSON without one; and whether an object comes first."""
+    """UTF-16 or UTF-32, by its byte order mark or as JSON without one; and whether an object comes
+    first."""
     found = next((name for mark, name in MARKS if head.startswith(mark)), "")
     if not found and b"\0" not in head[:2]:
         return "", False
@@ -225,7 +227,7 @@ def first_line(file: BinaryIO) -> bytes | None:
 
 
 def fields_of(line: bytes) -> dict | None:
-    """The object that a line is; None for any other line."""
+    """The JSON object of a line; None for any other line."""
     try:
         value = decode(line)
     except (ValueError, RecursionError):

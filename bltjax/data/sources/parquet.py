@@ -1,7 +1,7 @@
-"""Parquet files as documents: one column of text, a row a document.
+"""Parquet files as documents: one column of text, one document per row.
 
-A file is read by its row groups, and the groups read last stay in memory, up to a gigabyte. So any
-order is quick on a corpus of that size; a larger one is better scored into records first.
+A file is read by row groups, and the last ones read stay in memory, up to a gigabyte. So any order
+is fast on a corpus of that size; score a larger one into records first.
 """
 
 from collections import OrderedDict
@@ -33,7 +33,7 @@ def text_kind(kind: pa.DataType) -> pa.DataType | None:
 
 
 class ParquetDocuments:
-    """Rows with text of one column; null and empty ones are left out."""
+    """The rows of one column that have text; null and empty ones are skipped."""
 
     bad = 0
 
@@ -55,13 +55,13 @@ class ParquetDocuments:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the files and the column, wherever they lie."""
+        """Fingerprint of the files and the column, independent of the path."""
         facts = {"kind": "Parquet", "field": self.field, "documents": len(self)}
         return fingerprint_of(facts, self.paths)
 
     def file(self, number: int) -> pq.ParquetFile:
-        """The file used last stays open, so that a scan reads each footer once; no more than one,
-        because a corpus may have more files than a process may open."""
+        """An open file. The last one used stays open, so that a scan reads each footer once; no
+        more than one, because a corpus may have more files than a process may open."""
         if number not in self._files:
             self._files = {number: self.opened(self.paths[number])}
         return self._files[number]

@@ -1,9 +1,9 @@
-"""Plain text files as documents: a file each, or cut into documents of about `split_bytes`.
+"""Plain text files as documents: one per file, or cut into documents of about `split_bytes`.
 
     one two\n\nthree\n\n  four ...     cut after the first blank lines past split_bytes of a piece
     ACGTTGCA ...                       where a piece would be over 16 x that size, in between too
 
-Text is bytes and is never decoded, so that what is not UTF-8 trains as well.
+Text is bytes and is never decoded, so invalid UTF-8 is fine.
 """
 
 import itertools
@@ -25,7 +25,7 @@ REACH = 16
 
 
 class TextDocuments:
-    """Plain text files, each a document, or cut into documents of `split_bytes`."""
+    """Plain text files, each one document, or cut into documents of `split_bytes`."""
 
     bad = 0
 
@@ -49,7 +49,7 @@ class TextDocuments:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the files and how they were cut, wherever they lie."""
+        """Fingerprint of the files and their cuts, independent of the path."""
         facts = {"kind": "text", "split_bytes": self.split_bytes, "documents": len(self)}
         return fingerprint_of(facts, self.paths)
 

@@ -21,16 +21,16 @@ VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 class TFDSDocuments:
-    """One feature of one split, or of several (`train+test`); empty texts are left out."""
+    """One feature of one split, or of several (`train+test`); empty texts are skipped."""
 
     bad = 0
 
     def __init__(self, name: str, field: str, split: str, data_dir: str):
-        """Reads every row once, for which have text.
+        """Reads every row once, to find those that have text.
 
         Raises:
-          ValueError: for a dataset, config, split or feature that isn't there, with a near one; for
-            a split without rows.
+          ValueError: for an unknown dataset, config, split or feature, with a near one; for a split
+            without rows.
         """
         import tensorflow_datasets as tfds
 
@@ -91,7 +91,8 @@ class TFDSDocuments:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of what the dataset says of itself, wherever it lies, and of the rows with text."""
+        """Fingerprint of the dataset's own description and of the rows with text, independent of
+        the path."""
         return fingerprint_of(self.facts | {"documents": len(self)})
 
     def text(self, row: int) -> bytes:
@@ -108,7 +109,7 @@ class TFDSDocuments:
 
 
 def there(data_dir: str, below: str = "") -> list[str]:
-    """Names of the datasets that lie in a folder, or of what lies below one of them."""
+    """Names of the datasets in a folder, or of the entries below one of them."""
     from etils import epath
 
     folder = epath.Path(data_dir or "~/tensorflow_datasets").expanduser() / below
@@ -116,9 +117,9 @@ def there(data_dir: str, below: str = "") -> list[str]:
 
 
 def not_there(name: str, data_dir: str, error: Exception) -> str:
-    """Why a known dataset can't be opened: its config, its version, or else what TFDS says.
+    """Why a known dataset can't be opened: its config, its version, or else TFDS's own message.
 
-    Its own messages list names in further lines, or deny a dataset of which the config is wrong.
+    Its own messages list names in further lines, or deny a dataset whose config is wrong.
     """
     import tensorflow_datasets as tfds
 

@@ -1,10 +1,10 @@
-"""Writing text: exact, cached, with one latent step per patch, on the device from byte to byte.
+"""Generation: exact, cached, with one latent step per patch, on the device from byte to byte.
 
-`Decoder` is the door. It runs prompts in one pass, padded to a few lengths so that few programs are
-compiled, then the loop of `loop.py`, which comes back with what it wrote every few bytes, or when a
-buffer is full; then the buffer is doubled and the loop goes on. Rows that have ended leave the
-batch when at least half of them have. Under a mesh (`placing.py`) rows are shared among groups of
-devices, each of which runs the loop by itself; places that lack a row count as ended.
+`Decoder` is the interface. It runs prompts in one pass, padded to a few lengths so that few
+programs are compiled, then the loop of `loop.py`, which returns its output every few bytes, or when
+a buffer is full; then the buffer is doubled and the loop continues. Finished rows leave the batch
+when they are at least half of it. Under a mesh (`placement.py`) rows are shared among groups of
+devices, each of which runs the loop by itself; empty places count as finished rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,7 +53,7 @@ STOPS = (4, 16)  # stop strings, and their bytes, that the first program is comp
 
 
 class Counts(NamedTuple):
-    """What a call cost, over all its rows."""
+    """The work of a call, over all its rows."""
 
     bytes: int = 0
     latent_runs: int = 0  # of the latent transformer, on one row or more
@@ -76,13 +76,13 @@ class Decoder:
         """context: the most bytes of a prompt and its continuation together. draft: bytes that the
         local decoder drafts for the whole model to verify (`speculation.py`), greedily.
         mesh: a `decoding_mesh`; None is one device. dtype: of weights, caches and products (not of
-        the byte LM that places patches, whose entropies are exact); None: weights as they are,
-        the rest as in training.
+        the byte LM that places patches, whose entropies are exact); None: weights as stored, the
+        rest as in training.
 
         Raises:
-          ValueError: for patches that can't be placed while a text is being written, for entropy
-            patches without a byte LM, for drafts of a model without patches, and for a mesh that
-            splits fsdp or has devices of other processes.
+          ValueError: for patches that can't be placed during generation, for entropy patches
+            without a byte LM, for drafts of a model without patches, and for a mesh that splits
+            fsdp or has devices of other processes.
         """
         self.context, self.draft, self.mesh = context, draft, mesh
         self.groups = mesh.shape["data"] if mesh else 1
@@ -104,7 +104,7 @@ class Decoder:
             self.params = prepare(self.model, *weights)
 
     def placed(self, tree, shardings=weight_shardings):
-        """Weights, or what else the shardings are for, where the mesh has them."""
+        """Weights, or another tree with its shardings, on the mesh."""
         return jax.device_put(tree, shardings(tree, self.mesh)) if self.mesh else tree
 
     def generate(
@@ -119,14 +119,14 @@ class Decoder:
         chunk: int = CHUNK,
         names: Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """What the model writes after each prompt, piece by piece as it is written.
+        """The continuation of each prompt, piece by piece as it is generated.
 
         A row ends at EOS, at a stop string (which is not part of the text) or after `max_bytes`;
-        its last piece says why. Row i samples with the seed `seed + i` and does not depend on its
-        neighbours, but for rounding: a matrix product may sum in another order for more rows.
+        its last piece has the reason. Row i samples with the seed `seed + i` and does not depend on
+        its neighbours, up to rounding: a matrix product may sum in another order for more rows.
 
-        truncate: drop the beginning of a prompt that is too long instead of refusing it. names: how
-        errors call the prompts (default: by number).
+        truncate: drop the beginning of a prompt that is too long instead of refusing it. names: of
+        the prompts, in errors (default: by number).
 
         Raises:
           ValueError: for a number out of range, or a prompt that is too long for the context.
@@ -193,7 +193,7 @@ class Decoder:
                 asked = asked._replace(limit_B=asked.limit_B[places])
 
     def begun(self, texts, max_bytes, sampling, seed, stops, names=()) -> tuple[State, Asked]:
-        """The state after the prompts, and what the loop is asked for."""
+        """The state after the prompts, and the request for the loop."""
         prompts = [encode(text, eos=False) for text in texts]
         prompts += [encode(b"", eos=False)] * (-len(texts) % self.groups)
         memory = self.memory(prompts, max_bytes, names)
@@ -238,7 +238,7 @@ class Decoder:
         return not_finite(f"{name}: {found} after its {given} bytes{written} are", self.models)
 
     def memory(self, prompts: list[np.ndarray], room: int = 0, names: Sequence[str] = ()):
-        """The memory of texts, ids that begin with BOS, in one pass; room for more bytes.
+        """The memory after texts, ids that start with BOS, in one pass; with room for more bytes.
 
         Raises:
           FloatingPointError: where an entropy of a prompt is not finite.
@@ -269,7 +269,8 @@ class Decoder:
             return grow(self.model, max(patches, wanted), open_slots, memory)
 
     def doubled(self, memory, patches: bool, open_slots: bool):
-        """The memory with twice the room for patches, for the bytes of an open one, or for both."""
+        """The memory with twice the room for patches, for the bytes of an open patch, or for
+        both."""
         latent = memory.latent[0].k_BJTC.shape[2] * (1 + int(patches))
         offered = memory.offered[0].k_BJTC.shape[2] if memory.offered else 1
         with on_mesh(self.mesh):

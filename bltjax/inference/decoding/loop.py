@@ -1,17 +1,17 @@
-"""The loop over bytes, which never leaves the device but to hand over what it wrote.
+"""The loop over bytes, which stays on the device and returns only its output.
 
-A tick lets every row that can write one byte. A row whose patch is whole can't: it waits until the
-latent transformer has run, which is large and costs for one row what it costs for many. So the loop
-waits until half of the rows that still write have come to a boundary; with one row, it waits never.
-(For patches of random lengths, 4.5 bytes on average, half is the best share when a latent step
-costs one to five times what a byte does, and within a fifth of the best at ten.)
+A tick generates one byte in every row that can. A row whose patch is complete can't: it waits for
+the latent transformer, which is large and costs the same for one row as for many. So the loop
+waits until half of the running rows have come to a boundary; with one row, it never waits. (For
+patches of random lengths, 4.5 bytes on average, half is the best share when a latent step costs one
+to five times as much as a byte, and within a fifth of the best at ten.)
 
     row 0   t h e _ | . . . b y t e _ | . l      . waits for the others
     row 1   a _ | . . . p a t c h _ | . . w      | boundary
     row 2   s o m e t h i n g _ | . . i s _
                     ^ latent          ^ latent
 
-What a row writes does not depend on when its turn comes, so rows do not depend on each other.
+A row's output does not depend on when its turn comes, so rows do not depend on each other.
 """
 
 import functools
@@ -32,7 +32,7 @@ WHY = ("", "eos", "stop", "max_bytes", "")  # what is not finite is an error, no
 
 
 class Asked(NamedTuple):
-    """What was asked for: sampling by numbers, bytes to write by row, and where to stop.
+    """A request: sampling numbers, bytes to generate per row, and stop strings.
 
     stops_ZT: strings of ids, at the right end of their rows, -1 before them.
     """
@@ -43,7 +43,7 @@ class Asked(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What was spent so far, int32 [groups]: one number for each group of devices that writes."""
+    """Work done so far, int32 [groups]: one number per group of devices."""
 
     latent_runs: jax.Array  # of the latent transformer, whatever the number of rows
     latent_patches: jax.Array  # that it ran on
@@ -55,7 +55,7 @@ class Costs(NamedTuple):
 
 
 class State(NamedTuple):
-    """Rows of a batch on their way. `why` is `RUNNING` or why a row has ended."""
+    """The state of the rows of a batch. `why` is `RUNNING` or the reason why a row has ended."""
 
     memory: Any
     keys_B: jax.Array
@@ -68,7 +68,7 @@ class State(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What a run of the loop hands over: for each row `count` entries."""
+    """The output of a run of the loop: `count` entries per row."""
 
     count_B: jax.Array
     ids_BN: jax.Array
@@ -86,24 +86,24 @@ def written_by(rows: int, chunk: int) -> Written:
 
 
 def added(out: Written, values, at_BQ, kept_BQ) -> tuple[jax.Array, ...]:
-    """The arrays of what was written with new values, [B] or [B, Q], where they are kept."""
+    """The arrays of the output with new values, [B] or [B, Q], where they are kept."""
     places = kept_places(out.ids_BN.shape, at_BQ, kept_BQ)
     new = zip(out[1:], values, strict=True)
     return tuple(x_BN.at[places].set(x_BQ, mode="drop") for x_BN, x_BQ in new)
 
 
 def kept_places(shape, at_BQ, kept_BQ):
-    """Rows and columns of [B, N]; beyond both where nothing is kept, so that it is dropped.
+    """Row and column indices of [B, N]; out of bounds in both where nothing is kept, to drop it.
 
-    Beyond the columns would do, but with --xla_gpu_deterministic_ops XLA takes such a place for the
-    first of the next row.
+    Out of bounds in the columns alone is not enough: with --xla_gpu_deterministic_ops XLA writes
+    such an entry to the start of the next row.
     """
     row_BQ = jnp.arange(shape[0]).reshape(-1, *[1] * (at_BQ.ndim - 1))
     return jnp.where(kept_BQ, row_BQ, shape[0]), jnp.where(kept_BQ, at_BQ, shape[1])
 
 
 def when(condition, change, state):
-    """change(state) where a condition holds; unlike `lax.cond` it changes the state in place."""
+    """change(state) if a condition holds; unlike `lax.cond` it updates the state in place."""
     _, state = jax.lax.while_loop(
         lambda carry: carry[0],
         lambda carry: (jnp.bool_(False), change(carry[1])),
@@ -122,7 +122,7 @@ def close_patches(model: CachedBLT, params, state: State) -> State:
 
 
 def close_waiting(model: CachedBLT, params, state: State) -> State:
-    """The same, if enough rows wait."""
+    """`close_patches`, if enough rows wait."""
     active_B = state.why_B == RUNNING
     waiting_B = active_B & state.memory.closes_B
     enough = waiting_B.any() & (2 * waiting_B.sum() >= active_B.sum())
@@ -135,14 +135,14 @@ def sound(logits_V, entropy):
 
 
 def tick(model, steps: Steps, params, asked: Asked, state: State, out: Written):
-    """One byte in each row that can write one, after a latent step if it is time for one."""
+    """Generates one byte in each row that can, after a latent step if one is due."""
     if model.patched:
         state = close_waiting(model, params, state)
     return write_bytes(model, steps, params, asked, state, out)
 
 
 def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Written):
-    """One byte in each row that waits for no latent step."""
+    """Generates one byte in each row that waits for no latent step."""
     patches = model.patched
     go_B = state.why_B == RUNNING
     if patches:
@@ -196,10 +196,10 @@ def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Wr
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def run(model, steps: Steps, chunk: int, params, asked: Asked, state: State):
-    """Ticks until a row has written `chunk` ids, all have ended, or one needs more room.
+    """Ticks until a row has generated `chunk` ids, all have ended, or one needs more room.
 
-    Returns the state, what was written, and bool [B, 2]: whether a row needs room for patches, and
-    for bytes of an open one. Groups of devices stop by themselves.
+    Returns the state, the output, and bool [B, 2]: whether a row needs room for patches, and
+    for bytes of an open one. Groups of devices stop independently.
     """
 
     def full(state: State):

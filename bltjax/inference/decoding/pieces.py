@@ -1,4 +1,4 @@
-"""Text as it is written, row by row; what might begin a stop string is held back."""
+"""Generated text, row by row; bytes that might begin a stop string are held back."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from bltjax.text.alphabet import EOS, OFFSET
 
 
 class Piece(NamedTuple):
-    """What one row wrote since it was last heard of."""
+    """New output of one row."""
 
     row: int
     text: bytes
@@ -20,7 +20,7 @@ class Piece(NamedTuple):
 
 
 class Rest:
-    """Holds back the bytes of a row that might begin a stop string, until they don't."""
+    """Holds back the bytes of a row that might begin a stop string, until they can't."""
 
     def __init__(self, stops: list[bytes]):
         self.stops = stops
@@ -28,7 +28,7 @@ class Rest:
         self.rest = [np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(0, bool)]
 
     def piece(self, row: int, ids, rest: list, why: str) -> Piece:
-        """What may be shown of the row, now that this was written."""
+        """The output of the row that may be shown now."""
         ids = np.concatenate([self.ids, ids])
         rest = [np.concatenate(pair) for pair in zip(self.rest, rest, strict=True)]
         if ids.size and ids[-1] == EOS:

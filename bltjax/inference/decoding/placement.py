@@ -1,12 +1,12 @@
-"""Decoding on several devices: where weights, rows and what is remembered of them lie.
+"""Decoding on several devices: placement of weights, rows and caches.
 
-    data     groups of devices: each has all weights, writes rows of its own, waits for no other
+    data     groups of devices: each has all weights, generates rows of its own, waits for no other
     tensor   within a group: heads, feed-forward hidden, rows of hash tables; and heads of caches
 
-Training also splits weights over fsdp, and brings each together where it is used. A decoder uses
-every weight for every byte, or every patch, with hardly anything to multiply by it: so its mesh has
-fsdp folded into tensor, weights stay where they lie, and what travels is one position's states.
-What `tensor` doesn't divide (20 heads over 8), every device of a group has whole.
+Training also splits weights over fsdp, and all-gathers each where it is used. A decoder uses
+every weight for every byte, or every patch, with very few positions to multiply by it. So its mesh
+has fsdp folded into tensor, weights stay in place, and only one position's states are sent.
+A size that `tensor` doesn't divide (20 heads over 8) is replicated within a group.
 """
 
 import argparse
@@ -50,7 +50,8 @@ def on_mesh(mesh: Mesh | None):
 
 
 def weight_shardings(params, mesh: Mesh):
-    """Where weights lie: by the letters of their names, whole where an axis doesn't divide."""
+    """Shardings of weights by the letters of their names; not split where an axis doesn't
+    divide."""
 
     def of_leaf(path, leaf):
         spec = spec_of(path[-1].key, leaf.shape, mesh) if path else PartitionSpec()
@@ -60,8 +61,8 @@ def weight_shardings(params, mesh: Mesh):
 
 
 def load_onto(mesh: Mesh | None, path, dtype=None) -> Model:
-    """The model of a run or an export, with the byte LM that places its patches; its weights
-    restored to where they lie on the mesh."""
+    """The model of a run or an export, with the byte LM that places its patches; its weights are
+    restored directly to their shardings on the mesh."""
     if mesh is None:
         return load_model(path, dtype=dtype)
     shapes = model_shapes(read_config(path))
@@ -69,9 +70,9 @@ def load_onto(mesh: Mesh | None, path, dtype=None) -> Model:
 
 
 def row_spec(path, leaf, mesh) -> PartitionSpec:
-    """Of an array that has its rows first: they are split, and so are the heads of a cache.
+    """Spec of an array whose first axis is rows: rows are split, and so are the heads of a cache.
 
-    As jax itself writes the specs of what a program returns: without axes of one device.
+    In the form in which jax returns specs from a program: without axes of one device.
     """
 
     def split(axis: str, size: int):
@@ -85,14 +86,14 @@ def row_spec(path, leaf, mesh) -> PartitionSpec:
 
 
 def row_shardings(tree, mesh: Mesh):
-    """Where arrays lie that have their rows first."""
+    """Shardings of arrays whose first axis is rows."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, row_spec(path, leaf, mesh)), tree
     )
 
 
 def held(tree):
-    """Arrays that have their rows first, held to where `row_shardings` puts them."""
+    """Arrays whose first axis is rows, constrained to `row_shardings`."""
     mesh = set_mesh_or_none()
     if mesh is None:
         return tree
@@ -104,8 +105,8 @@ def held(tree):
 def in_groups(function, weights, rows):
     """function(weights, rows) by each group on its own rows, where a mesh is set.
 
-    rows, and what comes out: arrays that have their rows first, as many as `data` divides. Loops in
-    the function end for each group by itself.
+    rows, and the results: arrays whose first axis is rows, a number that `data` divides. Loops in
+    the function end for each group independently.
     """
     mesh = set_mesh_or_none()
     if mesh is None or mesh.shape["data"] == 1:

@@ -15,12 +15,12 @@ CHUNK = 32  # bytes between two looks of the host
 
 
 def power_of_two(size: int, least: int = SHORTEST) -> int:
-    """The smallest power of two that is not below size."""
+    """The smallest power of two that is at least size."""
     return max(least, 1 << max(0, size - 1).bit_length())
 
 
 def padded_length(size: int) -> int:
-    """Four lengths between a power of two and the next: a prompt is padded by a quarter at most."""
+    """The padded length, one of four per power of two: padding is a quarter at most."""
     quarter = power_of_two(size) // 8
     return max(SHORTEST, -(-size // quarter) * quarter)
 
@@ -58,9 +58,9 @@ def cached_model(
     draft: int = 0,
     implementation: str | None = None,
 ):
-    """The model that a config describes, as it decodes; `implementation` of attention.
+    """The incremental decoder of a config's model; `implementation` of attention.
 
-    scorer: of the byte LM that places its patches, if one does.
+    scorer: config of the byte LM that places its patches, or None.
 
     Raises:
       ValueError: as `check_decodable`.

@@ -1,13 +1,13 @@
-"""What a decoder runs, compiled for devices that need not be here, with nothing allocated.
+"""A decoder's programs, compiled for devices that may be absent, with nothing allocated.
 
-    prefill   the model over prompts, padded to a length, after its entropies placed their patches
-    score     those entropies
+    prefill   the model over prompts, padded to a length, after their patches are placed
+    score     the entropies that place them
     loop      bytes until the host looks again: the program that holds most memory for longest
     byte      one byte in every row, and nothing of the loop around it
-    patch     one run of the latent transformer, once for all rows that came to a boundary
+    patch     one run of the latent transformer, once for all rows at a boundary
 
 The last two are the loop's two parts apart: the loop runs the first for each byte, the second for
-each patch, and what a byte costs follows from both.
+each patch, and the cost of a byte follows from both.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,7 @@ STOPS = (4, 16)  # stop strings, and their bytes
 
 
 class Programs(NamedTuple):
-    """What lowers each program, by its name, and what they are given: shapes that say where they
-    lie."""
+    """A lowering function per program, by name, and its inputs: shapes with shardings."""
 
     lower: dict[str, Callable]
     weights: Any
@@ -50,7 +49,7 @@ class Programs(NamedTuple):
 
 
 def lying(shapes, shardings):
-    """Shapes that say where they lie."""
+    """Shapes with shardings."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -72,8 +71,8 @@ def decoder_programs(
     """Every program of a decoder on a `decoding_mesh`, for `rows` prompts of `prompt` bytes and
     latent caches with room for `patches`.
 
-    config: of a model with patches. byte_lm: the settings of what places them by entropy, in fp32;
-    None where something else does.
+    config: of a model with patches. byte_lm: the settings of the fp32 byte model that places them
+    by entropy, or None.
 
     Raises:
       ValueError: if groups of devices don't divide the rows, with both numbers.

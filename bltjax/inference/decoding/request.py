@@ -1,7 +1,7 @@
-"""What is asked of a decoder, checked before any device is touched.
+"""Requests to a decoder, checked before any device is touched.
 
-All that can be known of a request without the model is known here: numbers in their ranges, stop
-strings, prompts that fit into the context, and whether a model of such a config decodes at all.
+All checks that need no model are here: numbers in their ranges, stop strings, prompts that fit into
+the context, and whether a model of a config can decode at all.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ MOST_SEED = 2**31  # seeds of rows are int32
 
 
 def check_decodable(config: ModelConfig, has_byte_lm: bool, draft: int) -> None:
-    """Checks that a model of this config can write.
+    """Checks that a model of this config can generate.
 
     Raises:
-      ValueError: for patches that can't be placed while a text is being written, for entropy
-        patches without a byte LM, and for drafts of a model without patches.
+      ValueError: for patches that can't be placed during generation, for entropy patches without
+        a byte LM, and for drafts of a model without patches.
     """
     if draft < 0:
         raise ValueError(f"draft is {draft}, not >= 0")
@@ -46,7 +46,7 @@ def check_decodable(config: ModelConfig, has_byte_lm: bool, draft: int) -> None:
 
 
 def prompt_names(count: int, names: Sequence[str] = ()) -> list[str]:
-    """How errors call the prompts: as given, or by number."""
+    """Names of the prompts in errors: as given, or by number."""
     return [*names] or [f"prompt {number}" for number in range(1, count + 1)]
 
 
@@ -62,9 +62,9 @@ def fitting_prompts(
     truncate: bool = False,
     names: Sequence[str] = (),
 ) -> list[bytes]:
-    """The bytes of prompts as they will be continued; arguments are those of `Decoder.generate`.
+    """The bytes of prompts, truncated if requested; arguments are those of `Decoder.generate`.
 
-    names: how errors call the prompts, such as the file and line.
+    names: of the prompts in errors, such as the file and line.
 
     Raises:
       ValueError: for a number out of range, or a prompt that is too long for the context.

@@ -1,9 +1,9 @@
-"""Which byte comes next: settings that check themselves, and the choice, on the device.
+"""Sampling of the next byte, on the device, and its checked settings.
 
-Every row has a random key of its own, folded with the number of bytes it has made, so what a row
-samples depends neither on its neighbours nor on when the batch got to it. In order: the repetition
-penalty, what may not be written (specials other than EOS; bytes that break a character), the
-temperature, top-k, top-p, min-p.
+Every row has a random key of its own, folded with the number of bytes it has generated. So a row's
+samples depend neither on its neighbours nor on when the batch got to it. In order: the repetition
+penalty, forbidden ids (specials other than EOS; bytes that break a character), the temperature,
+top-k, top-p, min-p.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ BYTES = 256
 class Sampling:
     """temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and a penalty of 1 change nothing.
 
-    repetition_penalty: logits of ids that the text has are divided by it, or multiplied if
-    negative. valid_utf8: only bytes that begin or continue a character, all of which fits in what
-    may still be written.
+    repetition_penalty: logits of ids that occur in the text are divided by it, or multiplied if
+    negative. valid_utf8: only bytes that begin or continue a character, if all of it fits in the
+    bytes left.
     """
 
     temperature: float = 0.0
@@ -68,7 +68,7 @@ GREEDY = Sampling()
 
 
 class Steps(NamedTuple):
-    """Which steps there are: what a program is compiled for."""
+    """The static part of the settings: which steps a program has."""
 
     random: bool
     top_k: bool
@@ -79,7 +79,7 @@ class Steps(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Their numbers, which are data."""
+    """The numbers of the steps, which are data."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -89,8 +89,8 @@ class Numbers(NamedTuple):
 
 
 def utf8_table() -> tuple[np.ndarray, np.ndarray]:
-    """int32 [states, 256], the state after a byte, -1 where it may not follow; and how many bytes
-    a character in each state still lacks. State 0 is between characters (RFC 3629, table 3-7)."""
+    """int32 [states, 256], the state after a byte, -1 where it may not follow; and the bytes that a
+    character in each state still lacks. State 0 is between characters (RFC 3629, table 3-7)."""
     # The first continuation byte has a range of its own after four of the lead bytes.
     one, two, three = 1, 2, 3
     following = {
@@ -117,7 +117,7 @@ UTF8_NEXT, UTF8_LACKS = utf8_table()
 
 
 def utf8_state(text: bytes) -> int:
-    """The state after a text; a character that was broken is given up."""
+    """The state after a text; a broken character resets it."""
     state = 0
     for byte in text[-4:] if len(text) > 4 else text:
         state = int(UTF8_NEXT[state, byte])
@@ -127,7 +127,7 @@ def utf8_state(text: bytes) -> int:
 
 
 def permitted(steps: Steps, utf8_B, left_B):
-    """bool [B, V]: the ids that may be written, with `left` bytes to go."""
+    """bool [B, V]: the mask of ids that may be generated, with `left` bytes to go."""
     special_V = np.arange(VOCABULARY) < OFFSET
     allowed_V = ~special_V | (np.arange(VOCABULARY) == EOS)
     allowed_BV = jnp.broadcast_to(jnp.asarray(allowed_V)[None], (utf8_B.shape[0], VOCABULARY))
@@ -144,14 +144,14 @@ def permitted(steps: Steps, utf8_B, left_B):
 
 
 def penalised(logits_BV, numbers: Numbers, used_BV):
-    """Ids that the text already has, made less likely."""
+    """Logits with the repetition penalty on ids that occur in the text."""
     penalty = numbers.repetition_penalty
     less_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(used_BV, less_BV, logits_BV)
 
 
 def narrowed(steps: Steps, numbers: Numbers, logits_BV):
-    """Logits with -inf for what top-k, top-p and min-p cut off; ties go by the smaller id.
+    """Logits with -inf for ids that top-k, top-p and min-p cut off; ties go to the smaller id.
 
     Top-k keeps the k likeliest; top-p then the fewest of them whose mass reaches p; min-p then
     those at least p times as likely as the likeliest.
@@ -178,7 +178,7 @@ def narrowed(steps: Steps, numbers: Numbers, logits_BV):
 
 
 def candidates(steps: Steps, numbers: Numbers, logits_BV, used_BV, utf8_B, left_B):
-    """The logits that an id is drawn from: softmax of them is its distribution (greedy: argmax)."""
+    """The logits from which an id is drawn: their softmax is its distribution (greedy: argmax)."""
     if steps.penalises:
         logits_BV = penalised(logits_BV, numbers, used_BV)
     logits_BV = jnp.where(permitted(steps, utf8_B, left_B), logits_BV, -jnp.inf)

@@ -1,16 +1,16 @@
-"""Lossless self-speculation (Fast BLT's BLT-S, arXiv 2605.08044): a round writes several bytes.
+"""Lossless self-speculation (Fast BLT's BLT-S, arXiv 2605.08044): several bytes per round.
 
-    draft     encoder and decoder go on byte by byte past the patch's end, reading the old latent
+    draft     encoder and decoder continue byte by byte past the patch's end, reading the old latent
     verify    one pass over the drafted bytes: scorer, patches, latent transformer, decoder
-    commit    the bytes up to the first that the whole model would have written otherwise
+    commit    the bytes before the first that differs from the whole model's choice
 
-The first byte of a round is the whole model's own, so every round writes at least one. What is
-written is what the plain loop writes, byte for byte, but for ties within rounding. Nothing has to
-be undone: rings have room for the drafted positions beside their windows, caches count what is
-valid.
+The first byte of a round is the whole model's own, so every round generates at least one. The
+output equals that of the plain loop, byte for byte, except for ties within rounding. Nothing has to
+be undone: rings have room for the drafted positions beside their windows, and caches count their
+valid entries.
 
-The draft is greedy. Sampling would need the draft's distribution at every byte, for the rule by
-which drafts are accepted; it is refused.
+The draft is greedy. Sampling would need the draft's distribution at every byte, for the acceptance
+rule of the drafts; it is refused.
 """
 
 import functools
@@ -43,7 +43,7 @@ from bltjax.text.patching import Cursor, next_starts
 
 
 class Verified(NamedTuple):
-    """What the whole model says of drafted bytes, and all that a commit chooses from."""
+    """The whole model's results on drafted bytes, and the inputs of a commit."""
 
     logits_BQV: jax.Array  # after each
     entropies_BQ: jax.Array
@@ -56,7 +56,7 @@ class Verified(NamedTuple):
 
 
 def likeliest(logits_BV):
-    """int32 [B]: the greedy choice among what may be written."""
+    """int32 [B]: the greedy choice among the permitted ids."""
     zero_B = jnp.zeros(logits_BV.shape[0], jnp.int32)
     allowed_BV = permitted(GREEDY.steps, zero_B, zero_B)
     return jnp.argmax(jnp.where(allowed_BV, logits_BV, -jnp.inf), axis=-1).astype(jnp.int32)
@@ -105,7 +105,7 @@ def verified(model: CachedBLT, params, memory: Memory, ids_BQ, states, go_B) -> 
     )
 
     def cut(carry, ahead):
-        """Patches byte by byte: whether the next opens one, and the maxima up to here."""
+        """Patches byte by byte: whether the next byte opens one, and the running maxima."""
         cursor, fresh_B, tops = carry
         upto_BT = jax.lax.dynamic_slice_in_dim(past_BT, 1 + ahead, HISTORY, axis=1)
         opens_B, cursor = next_starts(model.patching, cursor, upto_BT, entropies_BQ[:, ahead])
@@ -168,7 +168,7 @@ def verified(model: CachedBLT, params, memory: Memory, ids_BQ, states, go_B) -> 
 
 
 def committed(model: CachedBLT, ids_BQ, states, found: Verified, taken_B, go_B) -> Memory:
-    """The memory after the first `taken` of the drafted bytes, in the rows that go."""
+    """The memory after the first `taken` of the drafted bytes, in the rows in go_B."""
     memory, last_B = found.memory, taken_B - 1
     queries, K = ids_BQ.shape[1], model.config.cross.slots
     place_1Q = jnp.arange(queries, dtype=jnp.int32)[None]
@@ -214,7 +214,7 @@ def committed(model: CachedBLT, ids_BQ, states, found: Verified, taken_B, go_B) 
 
 
 def endings(asked: Asked, state: State, ids_BQ):
-    """int32 [B, Q]: why a row would end with each byte, if it had come so far."""
+    """int32 [B, Q]: the reason why a row would end with each byte, if it came so far."""
     queries, longest = ids_BQ.shape[1], state.tail_BT.shape[1]
     tail_BT = jnp.concatenate([state.tail_BT, ids_BQ], axis=1)
     made_BQ = state.made_B[:, None] + 1 + jnp.arange(queries)[None]
@@ -229,7 +229,7 @@ def endings(asked: Asked, state: State, ids_BQ):
 
 
 def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out, pending_BV):
-    """Drafts, verifies and commits in every row that goes on."""
+    """Drafts, verifies and commits in every row that continues."""
     go_B = state.why_B == RUNNING
     before = state.memory
     ids_BQ, states, memory = drafted(model, params, before, pending_BV, queries)
@@ -284,7 +284,7 @@ def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def run_rounds(model: CachedBLT, queries: int, chunk: int, params, asked: Asked, state: State):
     """Rounds until a row has no room for another in `chunk` ids, all have ended, or one needs
-    more room in its memory; returns as `loop.run` does."""
+    more room in its memory; returns the same as `loop.run`."""
 
     def full(state: State):
         return model.full(state.memory, queries) & (state.why_B == RUNNING)[:, None]

@@ -1,7 +1,7 @@
-"""The whole model on the whole prefix for every byte: slow, and plainly right.
+"""The whole model on the whole prefix for every byte: slow, and simple enough to trust.
 
-What cached decoding is compared with, by tests and by the benchmark. Buffers are padded to a power
-of two, so that few programs are compiled.
+The reference for cached decoding in tests and in the benchmark. Buffers are padded to a power of
+two, so that few programs are compiled.
 """
 
 import functools
@@ -27,7 +27,7 @@ def bucket(size: int) -> int:
 
 
 class Predictor:
-    """Logits of the byte after a prefix, for a byte LM or a BLT with the byte LM it needs."""
+    """Logits of the byte after a prefix, for a byte LM or for a BLT with its byte LM."""
 
     def __init__(self, model: Model):
         self.params, self.patching = model.params, model.config.patching
@@ -58,7 +58,7 @@ class Predictor:
         self.entropies, self.last_logits = entropies, last_logits
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
-        """float32 [V]: logits of the byte after `ids`, which begin with BOS."""
+        """float32 [V]: logits of the byte after `ids`, which start with BOS."""
         length, patches = bucket(len(ids)), 0
         starts_N1 = None
         if self.patching is not None:
@@ -82,7 +82,7 @@ class Predictor:
         return np.asarray(scored_BN)[0, : len(ids)]
 
     def greedy(self, prompt: str | bytes, max_bytes: int) -> tuple[bytes, list[float]]:
-        """What the model writes after a prompt, and by how much each byte was ahead of the next."""
+        """The greedy continuation of a prompt, and the margin of each byte over the runner-up."""
         ids, margins = encode(prompt, eos=False), []
         begun = len(ids)
         for _ in range(max_bytes):

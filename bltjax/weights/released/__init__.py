@@ -1,1 +1,1 @@
-"""Released weights in other people's layouts, read and written."""
+"""Released weights in third-party layouts, read and written."""

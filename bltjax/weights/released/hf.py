@@ -1,7 +1,8 @@
-"""The transformers port's folder, `BltForCausalLM`: config.json and safetensors, both in one.
+"""The transformers port's folder, `BltForCausalLM`: config.json and safetensors, both models in
+one.
 
-Where the port deviates from the released models, an import takes the released meaning unless
-`as_port` asks for the port's own, which is then a setting of ours:
+Where the port deviates from the released models, an import follows the release unless `as_port`
+asks for the port's behaviour, which is then a setting of ours:
 
     the port                                                    the setting
     pools anew before each encoder cross-attention              cross.repools
@@ -35,7 +36,7 @@ def read_port(folder: epath.Path, *, as_port: bool = False) -> ModelFiles:
     """A BLT and its byte LM; `as_port` keeps the port's deviations (see above).
 
     Raises:
-      ValueError: naming the file, the field or the tensor that is not as it must be.
+      ValueError: naming the file, the field or the tensor that is wrong.
     """
     path = folder / "config.json"
     config, byte_lm, notes = read_settings(read_object(path), str(path), as_port)
@@ -89,7 +90,7 @@ def port_settings(config: ModelConfig, byte_lm: ModelConfig | None, dtype: str =
     """The port's config.json of our models.
 
     Raises:
-      ValueError: for a setting that the port has no way to say.
+      ValueError: for a setting that the port can't express.
     """
     blt, patching = config.model, config.patching
     local, cross, latent, hashed = blt.local, blt.cross, blt.latent, blt.hash
@@ -154,8 +155,8 @@ def write_port(files: ModelFiles, folder: Path, written) -> None:
     """Writes a BLT and its byte LM as `BltForCausalLM`.
 
     Raises:
-      ValueError: for a byte LM alone, which the port has no class for, a byte CNN, or a setting
-        that the port has no way to say.
+      ValueError: for a byte LM alone, for which the port has no class, a byte CNN, or a setting
+        that the port can't express.
     """
     if files.config.patching is None:
         raise ValueError("transformers has no class for a byte LM alone; write --to orbax or meta")

@@ -1,6 +1,6 @@
 """The settings of the transformers port, `config.json`, as a config of ours.
 
-Every key is read, known to change nothing, or refused.
+Every key is read, known to have no effect, or refused.
 """
 
 from bltjax.attention.rope import RopeScalingConfig
@@ -118,10 +118,10 @@ def read_stack(found: dict | None, defaults: dict, where: str) -> dict:
 def read_rotary(
     found: dict, default_theta: float, where: str
 ) -> tuple[float, RopeScalingConfig | None]:
-    """Theta and the scaling of a stack's settings, in the spelling of any transformers.
+    """Theta and the scaling of a stack's settings, in the spelling of any transformers version.
 
     Raises:
-      ValueError: for a setting that is not known, or that is given twice with different values.
+      ValueError: for an unknown setting, or one that is given twice with different values.
     """
     outer = {"rope_theta": found.get("rope_theta")}
     outer["partial_rotary_factor"] = found.get("partial_rotary_factor")
@@ -174,7 +174,7 @@ def read_rotary(
 def read_settings(
     found: dict, where: str, as_port: bool
 ) -> tuple[ModelConfig, ModelConfig | None, list[str]]:
-    """The BLT's and the byte LM's configs of a config.json, and what was assumed.
+    """The BLT's and the byte LM's configs of a config.json, and notes on the assumptions made.
 
     Raises:
       ValueError: with the file, the field and its value.

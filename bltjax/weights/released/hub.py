@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub, by name and in its cache; nothing is fetched here.
+"""Models of the Hugging Face Hub, by name and in its cache; nothing is downloaded here.
 
 models--facebook--blt-1b/         the cache's folder of facebook/blt-1b
   blobs/                          files by checksum
@@ -14,10 +14,10 @@ from bltjax.system.paths import is_remote
 
 
 def of_hub_cache(folder: epath.Path) -> tuple[epath.Path, str]:
-    """The snapshot that a folder of the cache holds, with a note; any other folder as it is.
+    """The snapshot in a folder of the cache, with a note; any other folder unchanged.
 
     Raises:
-      ValueError: with the choices, if nothing says which of several snapshots is meant.
+      ValueError: with the choices, if it is unclear which of several snapshots is meant.
     """
     if not folder.name.startswith("models--") or not (folder / "snapshots").is_dir():
         return folder, ""

@@ -1,10 +1,10 @@
-"""Tensors that a release carries along, and that say nothing beyond its config and other tensors.
+"""Redundant tensors of a release, which follow from its config and other tensors.
 
     module.X, _orig_mod.X        X, as torch's wrappers name it when every tensor has the prefix
     ....rotary_emb.inv_freq      the rotary rates, which follow from the config
     a second copy                of an embedding or a head, equal to the first bit for bit
 
-They are left out with a note. One that says anything else is refused.
+They are dropped with a note. A tensor with any other contents is refused.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,7 @@ def rotary_stacks(names: Names, config: BLTConfig | ByteLMConfig) -> dict[str, R
 
 
 def without_wrappers(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """The tensors by the names they have within torch's wrappers, where all of them are wrapped."""
+    """The tensors without the name prefix of torch's wrappers, if all of them have it."""
     removed = ""
     while tensors:
         found = [w for w in WRAPPERS if all(name.startswith(w) for name in tensors)]
@@ -68,9 +68,9 @@ def without_wrappers(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, 
 def without_leftovers(
     tensors: dict[str, Tensor], expected: set[str], stacks: dict[str, Rotary], notes: list[str]
 ) -> dict[str, Tensor]:
-    """The tensors without rotary rates and second copies that have no place.
+    """The tensors without rotary rates and second copies that are not expected.
 
-    expected: the names that have one.
+    expected: the names of the mapping.
 
     Raises:
       ValueError: for rates that are not those of the config.
@@ -104,7 +104,7 @@ def counted(names: list[str]) -> str:
 
 
 def check_rates(name: str, tensor: Tensor, rotary: Rotary) -> None:
-    """Raises ValueError unless a buffer holds the rates of its config, but for rounding."""
+    """Raises ValueError unless a buffer equals the rates of its config, up to rounding."""
     if name.endswith(BUFFERS[1]):
         rotary = rotary._replace(scaling=None)
     expected = rotary.rates
@@ -133,7 +133,7 @@ def check_rates(name: str, tensor: Tensor, rotary: Rotary) -> None:
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same bits, read a block at a time up to the first difference."""
+    """Whether two tensors have the same bits, read a block at a time up to the first difference."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     if not one.shape:

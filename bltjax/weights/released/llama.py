@@ -1,8 +1,8 @@
-"""Llama 3's layers as a latent transformer's (paper 6.2): a start that costs no pre-training.
+"""Llama 3's layers as a latent transformer's (paper 6.2): a pretrained initialisation.
 
-Taken over are the blocks: attention, feed-forward and their norms. Left behind are Llama's token
-embedding, output head and final norm, which the latent transformer has no use for. Llama pairs
-rotary channels (i, i + C / 2), BLT (2i, 2i + 1): query and key channels are re-ordered.
+The blocks are copied: attention, feed-forward and their norms. Llama's token embedding, output head
+and final norm are dropped, because the latent transformer has none. Llama pairs rotary channels
+(i, i + C / 2), BLT (2i, 2i + 1): query and key channels are re-ordered.
 """
 
 import functools
@@ -28,7 +28,7 @@ LEFT_BEHIND = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight
 
 
 def latent_config(found: dict, where: str, remat: str) -> LatentConfig:
-    """The latent transformer that the Llama of a config.json is.
+    """The latent transformer's settings from a Llama's config.json.
 
     Raises:
       ValueError: for the config of something else.
@@ -89,7 +89,7 @@ def llama_leaves(folder: epath.Path, config: LatentConfig) -> dict[str, Leaf]:
 
 @functools.cache
 def log_once(line: str) -> None:
-    """Logs a note of a folder that is opened twice: to be checked, and to be read."""
+    """Logs a note once for a folder that is opened twice: to be checked, and to be read."""
     logging.getLogger("bltjax").info(line)
 
 

@@ -1,14 +1,14 @@
-"""How the tensors of a released checkpoint lie in our parameters, both ways, without a loop of its
-own for any layout.
+"""The mapping between tensors of a released checkpoint and our parameters, both ways, in one table
+per layout.
 
-A `Piece` says that one place of one of our leaves is one tensor of theirs (or rows of it):
+A `Piece` maps one place of one of our leaves to one tensor of theirs (or rows of it):
 
     same         the same array
     matrix       theirs is (out, in), ours [in ..., out ...]: a transpose and a reshape
     half_split   matrix, whose rotary channels are paired (i, i + C / 2) there, (2i, 2i + 1) here
     table        rows `first` and following; ours has padding rows after them
 
-`Names` is what differs between Meta's files and the transformers port; shapes don't.
+`Names` holds the differences between Meta's files and the transformers port; shapes are the same.
 """
 
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ class Piece(NamedTuple):
 
 
 class Names(NamedTuple):
-    """The words of one layout; `{}` is a layer's or a table's number."""
+    """The names of one layout; `{}` is a layer's or a table's number."""
 
     encoder: str
     latent: str

@@ -39,10 +39,10 @@ def is_meta(folder: epath.Path) -> bool:
 
 
 def read_meta(folder: epath.Path) -> ModelFiles:
-    """A BLT with the byte LM beside it, or a byte LM.
+    """A BLT with its byte LM if it has one, or a byte LM.
 
     Raises:
-      ValueError: naming the file, the field or the tensor that is not as it must be.
+      ValueError: naming the file, the field or the tensor that is wrong.
     """
     json_files = {
         name: read_object(folder / name)
@@ -88,7 +88,7 @@ def read_meta(folder: epath.Path) -> ModelFiles:
 
 
 def write_meta(files: ModelFiles, folder: Path, written) -> None:
-    """Writes a model in the container that it came in from Meta, or as consolidated.pth."""
+    """Writes a model in the container in which it came from Meta, or as consolidated.pth."""
     family = family_of(files.config)
     if family.name not in PIECES:
         raise ValueError(f"Meta's files have no {family.title}; write --to orbax")

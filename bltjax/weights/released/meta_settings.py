@@ -1,7 +1,7 @@
 """The settings of Meta's files, `params.json`, as a config of ours, and back.
 
-Every field of the model's arguments is read, known to be without effect, or refused. What a file
-leaves out has the default of Meta's classes; patching settings, and windows, the released value,
+Every field of the model's arguments is read, known to have no effect, or refused. Missing fields
+have the defaults of Meta's classes; missing patching settings, and windows, the released values,
 which the log reports.
 """
 
@@ -157,7 +157,7 @@ def blt_config(args: dict, where: str, notes: list[str]) -> tuple[BLTConfig, int
 
 
 def read_patching(settings: dict, where: str, notes: list[str]) -> Patching:
-    """The settings that the training data was patched with: those of data.patcher_args."""
+    """The settings with which the training data was patched: those of data.patcher_args."""
     data = settings.get("data")
     data = {} if data is None else data
     check_kind(data, dict, f"{where}: data")
@@ -232,7 +232,7 @@ def feed_forward_rule(stacks: list[tuple[int, int]]) -> dict:
 
 
 def blt_settings(config: ModelConfig) -> dict:
-    """What params.json says of a BLT that did not come from Meta's files."""
+    """The params.json of a BLT that did not come from Meta's files."""
     blt, patching = config.model, config.patching
     local, cross, latent, hashed = blt.local, blt.cross, blt.latent, blt.hash
     refused = {

@@ -1,4 +1,4 @@
-"""Settings of other people's files, checked field by field.
+"""Settings of third-party files, checked field by field.
 
 A wrong type, a number that is not finite or a value that this model can't have is refused with the
 file, the field and the value.
@@ -48,7 +48,7 @@ LARGEST = 2**31 - 1  # of a whole number in a config
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Puts the file in front of errors that speak of settings alone."""
+    """Prefixes errors about settings with the file."""
     try:
         yield
     except ValueError as error:
@@ -60,8 +60,8 @@ def naming(where: str) -> Iterator[None]:
 def check_fields(
     found: dict, defaults: dict, others: set[str], where: str, optional: dict[str, Kind]
 ) -> None:
-    """Raises ValueError for a field that nothing here reads or knowingly leaves aside, or whose
-    value is of another type than its default, or no finite number.
+    """Raises ValueError for an unknown field, or one whose value is of another type than its
+    default, or no finite number.
 
     optional: fields that may be null, and their type otherwise.
     """
@@ -78,7 +78,7 @@ def check_fields(
 
 
 def check_kind(value, kind: Kind, what: str) -> None:
-    """Raises ValueError unless a value of JSON has a type; whole numbers are floats, too."""
+    """Raises ValueError unless a JSON value has a type; integers are accepted as floats."""
     kinds = (kind,) if isinstance(kind, type) else kind
     taken = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, taken) or isinstance(value, bool) != (bool in kinds):
@@ -93,7 +93,7 @@ def check_kind(value, kind: Kind, what: str) -> None:
 
 
 def hash_sizes(value: list | str | None, where: str) -> tuple[int, ...]:
-    """The n-gram sizes of a list, or of text as "3,4,5"."""
+    """The n-gram sizes from a list, or from text such as "3,4,5"."""
     sizes = value.split(",") if isinstance(value, str) else list(value or ())
     try:
         if not all(isinstance(size, (int, str)) for size in sizes):
@@ -115,7 +115,7 @@ def same(found: dict, where: str, one: str, other: str) -> None:
 
 
 def check_heads(heads: int, shared: int | None, where: str) -> None:
-    """Raises ValueError for grouped heads where there can be none."""
+    """Raises ValueError for grouped heads where they are not supported."""
     if shared not in (None, heads):
         raise ValueError(
             f"{where} has {heads} heads and {shared} key/value heads; only the latent transformer"
@@ -124,14 +124,14 @@ def check_heads(heads: int, shared: int | None, where: str) -> None:
 
 
 def refuse(refused: dict[str, bool], who: str) -> None:
-    """Raises ValueError for the first setting that is used and can't be written there."""
+    """Raises ValueError for the first setting that is used but can't be written there."""
     for what, used in refused.items():
         if used:
             raise ValueError(f"{who} have no way to say {what}, which this model uses")
 
 
 def check_values(found: dict, required: dict[str, tuple], where: str) -> None:
-    """Raises ValueError where a field that is there has a value that this model can't have."""
+    """Raises ValueError where a present field has a value that this model can't have."""
     for name, allowed in required.items():
         if name in found and found[name] not in allowed:
             raise ValueError(

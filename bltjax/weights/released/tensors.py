@@ -11,7 +11,7 @@ STORED = (DTYPES["float32"], DTYPES["bfloat16"])  # what our exports hold
 
 
 def inner_shape(piece: Piece, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of what is at a piece's place."""
+    """The shape of the array at a piece's place."""
     return shapes[piece.path][len(piece.place) :]
 
 
@@ -25,7 +25,7 @@ def two_dimensional(path: str, inner: tuple[int, ...]) -> tuple[int, int]:
 def tensor_shapes(
     pieces: list[Piece], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """The shape that each of their tensors must have, given those of our leaves."""
+    """The required shape of each of their tensors, from those of our leaves."""
     found: dict[str, tuple[int, ...]] = {}
     for piece in pieces:
         inner = inner_shape(piece, shapes)
@@ -45,7 +45,7 @@ def check_tensors(
     shapes: dict[str, tuple[int, ...]],
     where: str,
 ) -> None:
-    """Raises ValueError unless `tensors` are just those of `pieces`, in shape and dtype."""
+    """Raises ValueError unless `tensors` are exactly those of `pieces`, in shape and dtype."""
     expected = tensor_shapes(pieces, shapes)
     missing = sorted(expected.keys() - tensors.keys())
     if missing:
@@ -94,7 +94,7 @@ def into_theirs(piece: Piece, array: np.ndarray) -> np.ndarray:
 def leaves_of(
     tensors: dict[str, Tensor], pieces: list[Piece], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, Leaf]:
-    """Our leaves, read from their tensors; float16 becomes float32, which holds all of it.
+    """Our leaves, read from their tensors; float16 becomes float32, which is exact.
 
     A read raises NotFinite for a tensor that holds NaN or infinity.
     """
@@ -159,7 +159,7 @@ def tensors_of(
 
 
 def odd_dtypes(tensors: dict[str, Tensor], leaves: dict[str, Leaf], pieces: list[Piece]) -> dict:
-    """Tensors by name whose dtype differs from the leaf they became part of: to give it back."""
+    """Tensors by name whose dtype differs from the leaf that they are part of, for the way back."""
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     return {
         piece.name: names[tensors[piece.name].dtype]
@@ -169,7 +169,8 @@ def odd_dtypes(tensors: dict[str, Tensor], leaves: dict[str, Leaf], pieces: list
 
 
 def check_stacked(paths: Iterable[str], pieces: list[Piece]) -> None:
-    """Every one of our leaves has its pieces: a mistake of ours if not, found before any copy."""
+    """Checks that every one of our leaves has its pieces: a bug of ours if not, found before a
+    copy."""
     covered = {piece.path for piece in pieces}
     lost = sorted(set(paths) - covered)
     odd = sorted(piece.path for piece in pieces if stacked(piece.path) != bool(piece.place))

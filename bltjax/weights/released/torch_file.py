@@ -2,7 +2,7 @@
 
 Reading is memory-mapped and `weights_only`: a pickle that asks for anything but tensors and plain
 containers is refused, never run. Writing goes through raw files that torch maps, so that the
-writer too holds nothing whole.
+writer holds no tensor whole either.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def import_torch():
 
 
 def numpy_of(tensor) -> np.ndarray:
-    """The same bits as numpy, which torch can't give for bfloat16."""
+    """The same bits as a numpy array; torch has no conversion for bfloat16."""
     torch = import_torch()
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(BFLOAT16)
@@ -73,9 +73,9 @@ def read_pth(path: epath.Path) -> dict[str, Tensor]:
 
 
 def row_reader(path: epath.Path, size: int | None, tensor):
-    """Reads rows of a mapped tensor of a file of `size` bytes.
+    """A reader of rows of a mapped tensor, in a file of `size` bytes.
 
-    A map of a file that has become shorter ends the process, so its size is looked at again.
+    Reading a map of a truncated file kills the process, so the size is checked again first.
     """
 
     def read(begin: int, end: int) -> np.ndarray:
@@ -87,7 +87,7 @@ def row_reader(path: epath.Path, size: int | None, tensor):
 
 
 def write_pth(path: Path, tensors: dict[str, Tensor], written: Callable[[int], None]) -> None:
-    """Writes {"model": {...}}; needs as much room again on the disk while it does."""
+    """Writes {"model": {...}}; needs twice its disk space while it does."""
     torch = import_torch()
     raw = path.with_name(f".{path.name}.raw")
     kinds = {
