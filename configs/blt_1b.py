@@ -6,18 +6,18 @@
         --config.data.train.text.path=RECORDS --config.data.held_out.text.path=HELD_OUT_RECORDS
 
 RECORDS are folders that `python -m bltjax entropies` wrote with the byte LM; NATS is the threshold
-that calibrate finds on them: the config's own is right for the released byte LM alone.
+that calibrate finds on them. The config's own is right only for the released byte LM.
 
 Hardware: 64 chips (v5p:4x4x4, 95 GB each). Parameters, Adam's two moments and gradients in fp32 are
-16 bytes a parameter, 72.5 GB in all and 1.13 GB a chip, for all of it is sharded; what is left is
-for the activations of 4 rows of 16 KiB at a time. So time decides, not memory: a step is 54.9 PFLOP
-(`bltjax/model/flops.py`), 4.7 s if the chips reach 40 % of their 459 TFLOP/s in bf16, and 240,000
-steps, 4 TB of text, take 13 days. It was never run: its shapes and its parameter count are tested,
-the rest is arithmetic.
+16 bytes per parameter, 72.5 GB in total and 1.13 GB per chip, since all of it is sharded; the rest
+is for the activations of 4 rows of 16 KiB at a time. So time is the limit, not memory: a step is
+54.9 PFLOP (`bltjax/model/flops.py`), 4.7 s if the chips reach 40 % of their 459 TFLOP/s in bf16,
+and 240,000 steps, 4 TB of text, take 13 days. It has never been run: its shapes and its parameter
+count are tested, the rest is arithmetic.
 
-The recipe is the paper's: rows of 16 KiB, 16M bytes a step, lr 4e-4, cosine to zero.
-Expect patches of 4.14 to 4.17 bytes on DCLM at the released threshold with the released byte LM, as
-a reproduction measured; for bits per byte, the curve of 1B in the paper's figure 6.
+The recipe is the paper's: rows of 16 KiB, 16M bytes per step, lr 4e-4, cosine to zero. Expect
+patches of 4.14 to 4.17 bytes on DCLM at the released threshold with the released byte LM, as a
+reproduction measured; for bits per byte, the curve of 1B in the paper's figure 6.
 """
 
 from ml_collections import ConfigDict

@@ -6,17 +6,17 @@
         --config.data.train.text.path=RECORDS --config.data.held_out.text.path=HELD_OUT_RECORDS
 
 RECORDS are folders that `python -m bltjax entropies` wrote with the byte LM; NATS is the threshold
-that calibrate finds on them: the config's own is right for the released byte LM alone.
+that calibrate finds on them. The config's own is right only for the released byte LM.
 
 Hardware: 128 chips (v5p:4x4x8, 95 GB each). Parameters, Adam's two moments and gradients in fp32
-are 16 bytes a parameter, 117.3 GB in all and 0.92 GB a chip, for all of it is sharded; what is left
-is for the activations of 2 rows of 16 KiB at a time. So time decides, not memory: a step is 132.0
-PFLOP (`bltjax/model/flops.py`), 5.6 s if the chips reach 40 % of their 459 TFLOP/s in bf16, and
-240,000 steps, 4 TB of text, take 16 days. It was never run: its shapes and its parameter count are
-tested, the rest is arithmetic.
+are 16 bytes per parameter, 117.3 GB in total and 0.92 GB per chip, since all of it is sharded; the
+rest is for the activations of 2 rows of 16 KiB at a time. So time is the limit, not memory: a step
+is 132.0 PFLOP (`bltjax/model/flops.py`), 5.6 s if the chips reach 40 % of their 459 TFLOP/s in
+bf16, and 240,000 steps, 4 TB of text, take 16 days. It has never been run: its shapes and its
+parameter count are tested, the rest is arithmetic.
 
-The recipe is the paper's: rows of 16 KiB, 16M bytes a step, lr 4e-4, cosine to zero.
-Expect a point between 2B and 8B on the paper's scaling curves (figure 6), which give no table.
+The recipe is the paper's: rows of 16 KiB, 16M bytes per step, lr 4e-4, cosine to zero. Expect a
+point between 2B and 8B on the paper's scaling curves (figure 6), which give no table.
 """
 
 from ml_collections import ConfigDict

@@ -6,19 +6,19 @@
         --config.data.train.text.path=RECORDS --config.data.held_out.text.path=HELD_OUT_RECORDS
 
 RECORDS are folders that `python -m bltjax entropies` wrote with the byte LM; NATS is the threshold
-that calibrate finds on them: the config's own is right for the released byte LM alone.
+that calibrate finds on them. The config's own is right only for the released byte LM.
 
 Hardware: 256 chips (v5p:4x8x8, 95 GB each). Parameters, Adam's two moments and gradients in fp32
-are 16 bytes a parameter, 168.9 GB in all and 0.66 GB a chip, for all of it is sharded; what is left
-is for the activations of 1 row of 16 KiB at a time. So time decides, not memory: a step is 197.6
-PFLOP (`bltjax/model/flops.py`), 4.2 s if the chips reach 40 % of their 459 TFLOP/s in bf16, and
-240,000 steps, 4 TB of text, take 12 days. It was never run: its shapes and its parameter count are
-tested, the rest is arithmetic.
+are 16 bytes per parameter, 168.9 GB in total and 0.66 GB per chip, since all of it is sharded; the
+rest is for the activations of 1 row of 16 KiB at a time. So time is the limit, not memory: a step
+is 197.6 PFLOP (`bltjax/model/flops.py`), 4.2 s if the chips reach 40 % of their 459 TFLOP/s in
+bf16, and 240,000 steps, 4 TB of text, take 12 days. It has never been run: its shapes and its
+parameter count are tested, the rest is arithmetic.
 
-The recipe is the paper's: rows of 16 KiB, 16M bytes a step, lr 4e-4, cosine to zero.
-The paper's 8B, trained on 1T tokens, averages 61.1 on seven tasks (table 1).
+The recipe is the paper's: rows of 16 KiB, 16M bytes per step, lr 4e-4, cosine to zero. The paper's
+8B, trained on 1T tokens, averages 61.1 on seven tasks (table 1).
 
-Variants, with their PFLOP a step, on the same hardware:
+Variants, with their PFLOP per step, on the same hardware:
 
     patch_6   135.5   entropy patches of 6 bytes: a third fewer latent steps
     patch_8   109.3   of 8 bytes, with 3 encoder layers, as the paper has them
@@ -26,9 +26,9 @@ Variants, with their PFLOP a step, on the same hardware:
                       seven tasks (table 1)
     static    200.6   patches of 4 bytes, as in MegaByte
 
-Of patch_6, patch_8 and static no figures on the seven tasks are known to us. The first two keep the
-released threshold, whose patches are shorter: theirs must be given, or rows run out of patches with
-a third, or half, of their bytes unused, of which the trainer warns.
+We know of no figures on the seven tasks for patch_6, patch_8 and static. The first two keep the
+released threshold, whose patches are shorter: set their own, or rows run out of patches with a
+third, or half, of their bytes unused, and the trainer warns.
 
     python -m bltjax calibrate --records=RECORDS --mean=6
     python -m bltjax train --config=configs/blt_8b.py:patch_6 --workdir=WORKDIR \

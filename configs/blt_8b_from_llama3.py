@@ -8,17 +8,17 @@
 
 LLAMA_DIR holds config.json and the safetensors of Llama 3.1 8B (32 layers of 4096, 32 heads, 8
 key/value heads, feed-forward 14336, its rope scaling). For Llama 3 give
-`--config.blt.latent.rope_scaling=None`. Its embedding, head and final norm stay behind.
+`--config.blt.latent.rope_scaling=None`. Its embedding, head and final norm are dropped.
 
-Two stages in one run: for the first 10,000 updates the latent transformer stays as it is and the
-local models learn to speak to it; then all of it learns, the latent transformer at a tenth of the
-others' rate (`latent_init`).
+Two stages in one run: for the first 10,000 updates the latent transformer is frozen and the local
+models adapt to it; then all of it trains, the latent transformer at a tenth of the others' rate
+(`latent_init`).
 
 Hardware: 64 chips (v5p:4x4x4, 95 GB each). 11,056,887,040 parameters, 3.84 billion of them in hash
-tables; with Adam's two moments and gradients in fp32, 16 bytes a parameter, 176.9 GB in all and
-2.76 GB a chip. A step of 4M bytes is 52.6 PFLOP (`bltjax/model/flops.py`), 4.5 s if the chips reach
-40 % of their 459 TFLOP/s in bf16, and 50,000 steps, 210 GB of text, take 3 days. It was never run:
-its shapes and its parameter count are tested, and a small Llama's hidden states; the rest is
+tables; with Adam's two moments and gradients in fp32, 16 bytes per parameter, 176.9 GB in total and
+2.76 GB per chip. A step of 4M bytes is 52.6 PFLOP (`bltjax/model/flops.py`), 4.5 s if the chips
+reach 40 % of their 459 TFLOP/s in bf16, and 50,000 steps, 210 GB of text, take 3 days. It was never
+run: its shapes and its parameter count are tested, and a small Llama's hidden states; the rest is
 arithmetic. The paper's table 5 has the benchmark figures of such a start.
 """
 

@@ -4,11 +4,12 @@
         --config.data.train.text.path='DATA/*.jsonl' --config.data.held_out.text.path=DATA/val.jsonl
 
 Hardware: 8 chips (v5p:2x2x2, 95 GB each), or one H100. Parameters, Adam's two moments and gradients
-in fp32 are 16 bytes a parameter, 1.6 GB in all and 0.20 GB a chip, for all of it is sharded: memory
-is no matter but for activations, so `remat` is on. A step of 64 rows of 8 KiB is 0.346 PFLOP
+in fp32 are 16 bytes per parameter, 1.6 GB in total and 0.20 GB per chip, since all of it is
+sharded: only activations need memory, so `remat` is on. A step of 64 rows of 8 KiB is 0.346 PFLOP
 (`bltjax/model/flops.py`), 0.24 s if the chips reach 40 % of their 459 TFLOP/s in bf16, and 100,000
-steps, 52 GB of text, take 7 hours. TPUs were never tried. One H100 trained it in bf16 at 197 kB/s
-with --config.data.rows=8 (`bltjax/benchmark/README.md`): at that speed the text takes 3 days.
+steps, 52 GB of text, take 7 hours. It has never been run on TPUs. One H100 trained it in bf16 at
+197 kB/s with --config.data.rows=8 (`bltjax/benchmark/README.md`): at that speed the text takes 3
+days.
 
 Expect about 1 bit per byte on English web text, an estimate from models of this size: no figure is
 published. At the released threshold, 1.335 nats, patches of the released weights average 4.14 to

@@ -12,11 +12,11 @@ runs the byte LM and BLT; alone they are
         --config.data.train.text.path=WORKDIR/records/train \
         --config.data.held_out.text.path=WORKDIR/records/held_out
 
-NATS is what `python -m bltjax calibrate --records=WORKDIR/records/train --mean=4.5` finds. A step
-is 46.7 GFLOP of the byte LM and 86.0 of BLT (`bltjax/model/flops.py`), in 350 and 190 steps the
-same 16.3 TFLOP: the byte LM is the baseline that BLT has to beat, besides placing its patches.
-Parameters, Adam's moments and gradients in fp32 take 15 and 171 MB, so any machine holds them. What
-to expect are the main README's figures, of a real run.
+NATS is the threshold that `python -m bltjax calibrate --records=WORKDIR/records/train --mean=4.5`
+finds. A step is 46.7 GFLOP for the byte LM and 86.0 for BLT (`bltjax/model/flops.py`), in 350 and
+190 steps the same 16.3 TFLOP: the byte LM is BLT's baseline, and also places its patches.
+Parameters, Adam's moments and gradients in fp32 take 15 and 171 MB, so any machine holds them.
+Expect the figures of a real run in the main README.
 
 Besides, the paper's small CNN scorer:
 
@@ -24,9 +24,9 @@ Besides, the paper's small CNN scorer:
         --config.data.train.text.path='WORKDIR/text/train/*.txt' \
         --config.data.held_out.text.path='WORKDIR/text/held_out/*.txt'
 
-A step is 17.7 GFLOP; state takes 6 MB. Expect 2.644 bits per byte on the held-out books: so a run
-on 2 vCPUs of an AMD EPYC ended, after 3 minutes on cores that it had to share. Give its work
-directory as --byte_lm to the entropies command and as --config.entropy_model to a BLT.
+A step is 17.7 GFLOP; state takes 6 MB. Expect 2.644 bits per byte on the held-out books: the result
+of a run on 2 vCPUs of an AMD EPYC, after 3 minutes on shared cores. Give its work directory as
+--byte_lm to the entropies command and as --config.entropy_model to a BLT.
 """
 
 from ml_collections import ConfigDict

@@ -2,12 +2,12 @@
 
     python launch/local_pod.py --processes 4 --devices 2 -- train --config=... --workdir=...
 
-It is how many processes are rehearsed: everything but the network is as on a pod. Each process'
-lines come with its number before them. SIGTERM is passed on to all (a terminal's Ctrl-C comes to
-all by itself), and sent to all when nobody reads these lines any more, as `head` does. When one
-process ends with an error the others are ended, as a scheduler would do it; the code of the whole
-is the one that says most: an error, else 75 (restart me, as for any process that was killed), else
-0. `--restarts N` starts all again that often while the code is 75.
+It rehearses many processes: everything but the network is as on a pod. Each line of output is
+prefixed with its process index. SIGTERM is forwarded to all (a terminal's Ctrl-C reaches all by
+itself), and sent to all when the reader of the output closes it, as `head` does. When one process
+fails the others are ended, as a scheduler would do. The exit code is the most serious one: an
+error, else 75 (restart me, as for any process that was killed), else 0. `--restarts N` restarts all
+up to N times while the code is 75.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def start(count: int, devices: int, words: list[str]) -> list[subprocess.Popen]:
-    """The processes, with what each needs to find the others."""
+    """Starts the processes, with the options by which they find each other."""
     address = f"localhost:{free_port()}"
     joins = [f"--coordinator={address}", f"--processes={count}"]
     return [
@@ -73,7 +73,7 @@ def pass_lines(index: int, process: subprocess.Popen) -> None:
 
 
 def code_of(codes: list[int]) -> int:
-    """The code that says most."""
+    """The most serious exit code."""
     for code in codes:
         if code > 0 and code != RESTART:
             return code
@@ -81,7 +81,7 @@ def code_of(codes: list[int]) -> int:
 
 
 def run(count: int, devices: int, words: list[str], signals: list[int]) -> int:
-    """Starts all and waits for all; `signals` has those that this script was sent."""
+    """Starts all and waits for all; `signals` collects the signals that this script receives."""
     processes = start(count, devices, words)
     readers = [
         threading.Thread(target=pass_lines, args=pair, daemon=True) for pair in enumerate(processes)

@@ -2,8 +2,8 @@
 
     python launch/oldest.py > oldest.txt && pip install -e '.[test]' -c oldest.txt
 
-Every dependency and every extra is held at its lower bound exactly; what they need in turn stays
-free. Reads pyproject.toml with Python's own library, since nothing is installed yet.
+Every dependency and every extra is pinned to its lower bound; their own dependencies are not
+pinned. Reads pyproject.toml with the standard library, since nothing is installed yet.
 """
 
 import re

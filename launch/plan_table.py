@@ -1,7 +1,7 @@
-"""Plans as `python -m bltjax plan --json` wrote them, as a table in Markdown.
+"""A Markdown table of plans written by `python -m bltjax plan --json`.
 
-Run by launch/plan_all.sh. Below the table: what a chip sends on 512 chips against 64. The exit
-status is 1 if a plan doesn't fit, or compiled to more than it should.
+Run by launch/plan_all.sh. Below the table: bytes sent per chip on 512 chips against 64. The exit
+status is 1 if a plan doesn't fit, or compiled to more FLOPs or bytes than it should.
 """
 
 import sys
@@ -21,7 +21,7 @@ GROWTH = ("8b-v5p-64", "8b-v5p-512")
 
 
 def rows_of_chip(plan: dict) -> int:
-    """Of a step; chips along `tensor` share them."""
+    """Rows per chip and step; chips along `tensor` share them."""
     return plan["rows"] // (plan["mesh"]["data"] * plan["mesh"]["fsdp"])
 
 

@@ -1,4 +1,4 @@
-"""Gathers what the quickstart's stages left in WORKDIR into WORKDIR/report.json and a summary.
+"""Gathers the output of the quickstart's stages in WORKDIR into WORKDIR/report.json and a summary.
 
 python launch/quickstart_report.py WORKDIR
 """
@@ -12,7 +12,7 @@ from bltjax.weights.workdir import read_reports
 
 
 def last_values(metrics: Path) -> dict[str, float]:
-    """The newest value of everything that a run reported."""
+    """The newest value of every metric that a run reported."""
     values: dict[str, float] = {}
     for report in read_reports(metrics):
         values |= report

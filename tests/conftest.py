@@ -58,7 +58,7 @@ def pytest_report_header(config):
 
 @pytest.fixture(autouse=True)
 def log():
-    """The package's logger as it is imported, whatever commands ran before in this process.
+    """The package's logger in its initial state, whatever commands ran before in this process.
 
     pytest adds its handlers to loggers that don't propagate, so such a one would log twice.
     """
@@ -72,7 +72,7 @@ def log():
 
 @pytest.fixture
 def seed(request) -> int:
-    """The seed of one test's draws: of its name and of --seed, printed when the test fails."""
+    """The seed of one test's draws: from its name and --seed, printed when the test fails."""
     found = zlib.crc32(f"{request.config.option.seed} {request.node.nodeid}".encode())
     print(f"draws: seed {found}, by --seed {request.config.option.seed}")
     return found
@@ -89,7 +89,7 @@ def write_text(path: Path, documents: int, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def byte_level_tokenizer(tmp_path_factory) -> Path:
-    """A tokenizer file with a token for every byte, and some for what is frequent in WORDS."""
+    """A tokenizer file with a token for every byte, and some for frequent parts of WORDS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -103,7 +103,7 @@ def byte_level_tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Work directories of a tiny byte LM and BLT, and records of the text that they learned."""
+    """Work directories of a tiny byte LM and BLT, and records of their training text."""
     root = tmp_path_factory.mktemp("runs")
     write_text(root / "train.jsonl", 80, seed=1)
     write_text(root / "held_out.jsonl", 12, seed=2)

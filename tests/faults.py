@@ -3,10 +3,10 @@
     python tests/faults.py --times 20 --seed 0            # all kinds
     python tests/faults.py --kinds kill_all sigterm       # some
 
-Each trial starts tests/tiny.py's byte LM on records as a pod on this machine, does it harm, starts
-it again with the same command until it has finished, and compares it with a run that nothing
-happened to: every step's loss and the last state of every stream, bit for bit. So what a trial
-shows is also that no record was skipped or seen twice.
+Each trial starts tests/tiny.py's byte LM on records as a pod on this machine, injects a fault,
+restarts it with the same command until it has finished, and compares it with a run without faults:
+every step's loss and the last state of every stream, bit for bit. So a trial also shows that no
+record was skipped or read twice.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PROCESSES = 2
 
 
 class Pod:
-    """A run of launch/local_pod.py, and what it prints."""
+    """A run of launch/local_pod.py, and its output."""
 
     def __init__(self, work: "Work", workdir: Path, more: Sequence[str] = ()):
         words = [
@@ -91,7 +91,7 @@ class Pod:
 
 
 class Work:
-    """The data of all trials, and the run that nothing happens to."""
+    """The data of all trials, and the run without faults."""
 
     def __init__(self, root: Path):
         self.root, self.records = root, root / "records"
@@ -129,7 +129,7 @@ class Work:
 
 
 def traces(workdir: Path) -> dict:
-    """What has to be the same: losses by step, and the streams at the end."""
+    """The values to compare: losses by step, and the streams at the end."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     streams = (workdir / "checkpoints" / str(STEPS) / "streams").glob("*.json")
     return {
@@ -139,7 +139,7 @@ def traces(workdir: Path) -> dict:
 
 
 def can_mount() -> bool:
-    """Whether a small disk can be put under a folder: as root, mostly."""
+    """Whether a small disk can be mounted on a folder: as root, usually."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder]
         if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
@@ -284,7 +284,8 @@ KINDS: dict[str, Callable[[Work, Path, random.Random], str]] = {
 
 
 def trial(kind: str, work: Work, seed: int) -> str:
-    """One fault, and the runs after it; what happened. Raises AssertionError if it left a trace."""
+    """One fault, and the runs after it; returns a description. Raises AssertionError if it left a
+    trace."""
     workdir = work.root / f"{kind}-{seed}"
     shutil.rmtree(workdir, ignore_errors=True)
     try:

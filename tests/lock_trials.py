@@ -1,9 +1,9 @@
 """Processes that want one lock at once, and are killed anywhere while they take it.
 
     python tests/lock_trials.py FOLDER --kind=contend --times=500     # two, in a loop
-    python tests/lock_trials.py FOLDER --kind=crash --times=40        # four, for one left over
+    python tests/lock_trials.py FOLDER --kind=crash --times=40        # four, for one stale lock
 
-Whoever holds the lock makes a file that must not be there, and removes it: so two holders at once
+Whoever holds the lock creates a file that must not exist, and removes it: so two holders at once
 are counted. It imports no jax, so that a process costs a fork. Prints JSON.
 """
 
@@ -26,7 +26,7 @@ make, remove = os.open, os.unlink
 
 
 def take(path: Path) -> owner.Holder:
-    """Takes the lock, however often others have it."""
+    """Takes the lock, retrying while others hold it."""
     while True:
         holder = owner.this_process("trial")
         try:
@@ -47,7 +47,7 @@ def alone(folder: Path) -> bool:
 
 
 def in_child(body: Callable[[], int]) -> int:
-    """Runs it in a copy of this process; the copy's number."""
+    """Runs it in a forked child; returns the child's process number."""
     child = os.fork()
     if child:
         return child
@@ -63,7 +63,7 @@ def codes(children: list[int]) -> list[int]:
 
 
 def contend(folder: Path, times: int) -> int:
-    """Takes and drops the lock so often."""
+    """Takes and drops the lock `times` times."""
     for _ in range(times):
         holder = take(folder / ".lock")
         if not alone(folder):
@@ -73,7 +73,7 @@ def contend(folder: Path, times: int) -> int:
 
 
 def killed_anywhere(choose: random.Random, chance: float) -> None:
-    """From now on this process may die before or after whatever changes a name."""
+    """From now on this process may die before or after any call that changes a name."""
 
     def fatal(call: Callable) -> Callable:
         def called(*arguments, **options):
@@ -90,7 +90,7 @@ def killed_anywhere(choose: random.Random, chance: float) -> None:
 
 
 def crash(folder: Path, seed: str, chance: float) -> int:
-    """Takes the lock once, if it isn't killed; leaves it, or lets it lie."""
+    """Takes the lock once, unless killed; then drops it or leaves it."""
     choose = random.Random(seed)
     killed_anywhere(choose, chance)
     holder = take(folder / ".lock")

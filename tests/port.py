@@ -1,4 +1,4 @@
-"""Small models of the transformers port, by rule: no weights are stored, only what the port says.
+"""Small models of the transformers port, by rule: no weights are stored, only the port's outputs.
 
 `python tests/port.py` (with torch and transformers) records its outputs to tests/golden/port.npz.
 """
@@ -81,7 +81,7 @@ LLAMA_CONFIG = {
 
 
 def by_rule(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Weights of a name: a hash of each index, scaled as a fresh model's would be."""
+    """Weights of a name: a hash of each index, scaled as in a fresh model."""
     x = np.arange(1, int(np.prod(shape)) + 1, dtype=np.uint32)
     x += np.uint32(1000003 * (zlib.crc32(name.encode()) % 100000) % 2**32)
     for _ in range(2):
@@ -104,7 +104,7 @@ def tensors_by_rule(shapes: dict, dtypes: dict | None = None) -> dict[str, Tenso
 
 
 def shapes_of(config, byte_lm) -> dict:
-    """The shape of each tensor of the port, of our configs."""
+    """The shape of each tensor of the port, from our configs."""
     found = tensor_shapes(blt_pieces(PORT, config.model), leaf_shapes(config))
     pieces = byte_lm_pieces(PORT, byte_lm.model)
     return found | tensor_shapes(pieces, leaf_shapes(byte_lm))
@@ -129,12 +129,12 @@ def rows_of(logits: np.ndarray) -> np.ndarray:
 
 
 def llama_inputs() -> np.ndarray:
-    """float32 [1, 80, 48]: longer than the positions that the scaling was made for."""
+    """float32 [1, 80, 48]: longer than the positions before the scaling."""
     return np.random.default_rng(0).standard_normal((1, 80, 48)).astype(np.float32)
 
 
 def record_port(config: dict, tensors: dict[str, Tensor], threshold: float | None) -> dict:
-    """The port's entropies and logits, by itself; the threshold is chosen where none is near."""
+    """The port's own entropies and logits; the threshold is chosen where no entropy is near."""
     import torch
     from transformers import BltConfig, BltForCausalLM
 
@@ -157,7 +157,7 @@ def record_port(config: dict, tensors: dict[str, Tensor], threshold: float | Non
 
 
 def record_llama(tensors: dict[str, Tensor]) -> np.ndarray:
-    """What Llama's last layer gives, before the final norm, [80, 48]."""
+    """The output of Llama's last layer, before the final norm, [80, 48]."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,7 +1,8 @@
-"""Private names of jax and Orbax that tests need, to do harm or to save time: all in this file.
+"""Private names of jax and Orbax that tests need, to inject faults or to save time: all in this
+file.
 
-Each function says what it puts in the place of what; where a library has no longer got the name, it
-ends with an error instead of a test that tests nothing. Programs that a test starts import it too.
+Each function says what it replaces by what; if a library no longer has the name, it raises an error
+instead of testing nothing. Programs that a test starts import it too.
 """
 
 import asyncio
@@ -11,7 +12,8 @@ from pathlib import Path
 
 
 def share_compiled_programs() -> None:
-    """Leaves the process out of jax's key of a CPU's program; the kind of each device stands there.
+    """Removes the process from jax's key of a CPU's program, with the kind of each device in its
+    place.
 
     Four processes on two cores need not compile the same program four times.
     """
@@ -39,7 +41,7 @@ def compile_late(process: int, programs: tuple[str, ...], seconds: float, marks:
 
 
 def make_folders_late() -> None:
-    """Orbax makes a checkpoint's folders after a second, and no process hears that it must wait."""
+    """Orbax makes a checkpoint's folders after a second, and no process waits for them."""
     from orbax.checkpoint._src.futures import future
     from orbax.checkpoint._src.path import atomicity
 
@@ -56,7 +58,7 @@ def make_folders_late() -> None:
 
 
 def forget_devices(monkeypatch) -> None:
-    """jax takes this process for one that has started no device, so that it may look for others."""
+    """jax treats this process as one that has started no device, so that it may look for others."""
     from jax._src import xla_bridge
 
     monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)

@@ -6,7 +6,7 @@ from bltjax.data.batches import PatchBatch, target_bytes_of
 
 
 def random_batch(data, random: np.random.Generator) -> PatchBatch:
-    """As the pipeline makes them, of the rows that a DataConfig says."""
+    """A batch as from the pipeline, with the rows of a DataConfig."""
     shape = (data.rows, data.row_bytes)
     starts = random.random((data.rows, data.row_bytes + 1)) < 0.3
     starts[:, :2] = True

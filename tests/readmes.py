@@ -1,4 +1,4 @@
-"""The READMEs of the repository, and the commands that they show."""
+"""The READMEs of the repository, and the commands in them."""
 
 import re
 import shlex

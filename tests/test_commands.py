@@ -1,4 +1,4 @@
-"""The commands as a person types them: what they write, print and refuse."""
+"""The commands as a person types them: their files, their output and their refusals."""
 
 import argparse
 import json

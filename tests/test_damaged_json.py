@@ -1,4 +1,4 @@
-"""JSON of ours that a power failure, a full disk or a person damaged: redone, or named."""
+"""JSON of ours, damaged by a power failure, a full disk or a person: rewritten, or named."""
 
 import json
 import random
@@ -37,7 +37,7 @@ OTHERS = (None, True, -1, 0, 3.5, float("nan"), 10**400, "", "x", [], [1], {}, {
 
 
 def damaged(choose: random.Random, text: bytes) -> bytes:
-    """Empty, cut, blank, garbage, with other bytes, or JSON with something changed in it."""
+    """Empty, cut, blank, garbage, with other bytes, or JSON with one value changed."""
     how = choose.randrange(8)
     if how < 5:
         values = json.loads(text)
@@ -54,7 +54,7 @@ def damaged(choose: random.Random, text: bytes) -> bytes:
 
 
 def change(choose: random.Random, values) -> None:
-    """Takes something out of nested values, or puts something else in its place."""
+    """Removes a part of nested values, or replaces it."""
     keys = list(values) if isinstance(values, dict) else list(range(len(values)))
     if not keys:
         return
@@ -71,7 +71,7 @@ def change(choose: random.Random, values) -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """One of each kind of JSON that a run, its data and its checkpoints have."""
+    """One of each kind of JSON of a run, its data and its checkpoints."""
     root = tmp_path_factory.mktemp("files")
     goodput = Goodput(root, 0.0)
     goodput.save(5)
@@ -113,7 +113,7 @@ def read_goodput(files, path) -> None:
 
 
 def read_metrics(files, path) -> None:
-    """All lines that are whole are kept, and no other."""
+    """All complete lines are kept, and no other."""
     whole = []
     for line in path.read_bytes().split(b"\n"):
         try:
@@ -138,7 +138,7 @@ def read_page(files, path) -> None:
 
 
 def read_side(files, path) -> None:
-    """Nothing is taken from it but what is right; only how much was padding can't be known."""
+    """Only correct values are used; except that a changed padding count can't be detected."""
     number = 0 if "00000" in path.name else 1
     whole = files.infos[number]
     info = info_of(path.with_suffix(".array_record"), 3, whole.text_bytes, checksum_of(files.plan))
@@ -151,7 +151,8 @@ def read_side(files, path) -> None:
 
 
 def read_plan(files, path) -> None:
-    """Another plan is refused; what can't be one is written again, as its shards remember it."""
+    """Another plan is refused; an unreadable one is written again, as its shards have its
+    checksum."""
     try:
         agree_on(files.plan, epath.Path(path.parent))
     except ValueError as error:
@@ -164,7 +165,7 @@ def read_plan(files, path) -> None:
 
 
 def read_manifest(files, path) -> None:
-    """What is read is what was written, whatever the manifest says; or it is named."""
+    """The result is what was written, whatever the manifest says; or the error names it."""
     try:
         found = RecordDocuments(epath.Path(path.parent), "id-1")
         texts = [found[i].text.tobytes().decode() for i in range(len(found))]
@@ -204,7 +205,7 @@ READERS = {
     ("times", "seed"), [(60, 0), pytest.param(1250, None, marks=pytest.mark.slow)]
 )
 def test_whatever_is_in_a_file(files, tmp_path, name, times, seed):
-    """No error but one that names it, and nothing wrong taken from it, of what could be known."""
+    """Every error names the file, and no detectably wrong value is used."""
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     print(f"seed {seed}")
     choose, whole = random.Random(f"{name} {seed}"), (files.root / name).read_bytes()
@@ -265,7 +266,7 @@ def test_a_run_resumes_without_its_statistics(runs, tmp_path, capsys):
 
 
 def test_scoring_goes_on(runs, tmp_path, capsys):
-    """With a plan, a sidecar and a manifest that were lost; the shards that are whole stay."""
+    """With a lost plan, sidecar and manifest; the complete shards are kept."""
     out = tmp_path / "o"
     shutil.copytree(runs.root / "records" / "train", out)
     first, *others = sorted(out.glob("*.array_record"))
@@ -286,7 +287,7 @@ def test_scoring_goes_on(runs, tmp_path, capsys):
 
 
 def test_a_lost_plan_of_other_shards_is_refused(files, tmp_path):
-    """Of another plan, or of a version that didn't remember it."""
+    """Of another plan, or of a version that didn't store its checksum."""
     out = epath.Path(tmp_path / "o")
     shutil.copytree(files.records, out)
     (out / "plan.json").unlink()
@@ -309,7 +310,7 @@ def test_a_lost_plan_of_other_shards_is_refused(files, tmp_path):
 
 
 def test_settings_that_a_source_has_by_default_are_no_other_plan(files, tmp_path):
-    """A version with a new setting goes on with what an older one left."""
+    """A version with a new setting resumes the work of an older one."""
     out = epath.Path(tmp_path)
     (out / "plan.json").write_text(json.dumps(files.plan))
     newer = files.plan | {"source": files.plan["source"] | {"split": "train", "data_dir": ""}}

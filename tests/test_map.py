@@ -79,7 +79,7 @@ def test_data_and_model_do_not_know_each_other():
 
 
 def test_no_program_asks_which_platform_this_process_has():
-    """A program may be traced for devices that are elsewhere: the mesh's devices decide."""
+    """A program may be traced for devices elsewhere: the mesh's devices decide."""
     for path in (ROOT / "bltjax").rglob("*.py"):
         assert "default_backend" not in path.read_text(), path
 
@@ -135,3 +135,20 @@ def test_what_a_readme_names_exists(path):
     code = "".join(tests.values())
     for name in re.findall(r"`(test_\w+(?:\.py)?)`", text):
         assert name in tests or f"def {name}(" in code, f"there is no {name}"
+
+
+def docstrings(path: Path) -> list[str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
+
+
+NOT_YET_REWRITTEN = {ROOT / "bltjax" / "inference" / "loaded.py"}
+
+
+@pytest.mark.parametrize("folder", ["bltjax", "configs", "launch", "tests"])
+def test_docstrings_begin_with_their_subject(folder):
+    """A docstring that begins with "What" hides its noun."""
+    for path in set((ROOT / folder).rglob("*.py")) - NOT_YET_REWRITTEN:
+        for text in docstrings(path):
+            assert not re.match(r"What(ever)?\b", text), f"{path}: {text.splitlines()[0]}"

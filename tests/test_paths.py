@@ -69,7 +69,7 @@ names = st.text(
 
 @contextlib.contextmanager
 def inside(folder: Path):
-    """Relative paths are names alone there."""
+    """Makes the folder the working directory, so that relative paths are bare names."""
     before = Path.cwd()
     os.chdir(folder)
     try:

@@ -1,4 +1,4 @@
-"""Programs in odd surroundings: what jax reads, locales, streams, platforms, memory.
+"""Programs in odd environments: jax's variables, locales, streams, platforms, memory.
 
 They give the same numbers and files as elsewhere, or end with a line that names the reason.
 """
@@ -70,7 +70,7 @@ FOLLOWED = {
 
 
 def program(*words, cwd=ROOT, **variables) -> subprocess.CompletedProcess:
-    """`python -m bltjax` with these variables besides the test's own."""
+    """`python -m bltjax` with these variables added to the test's own."""
     paths = {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2"}
     return subprocess.run(
         [sys.executable, "-m", "bltjax", *map(str, words)],
@@ -120,7 +120,7 @@ GENERATE = (f"--prompt={PROMPT}", "--max_bytes=12", "--temperature=1", "--seed=3
 
 @pytest.fixture(scope="module")
 def expected(runs):
-    """The text that `generate` writes in the surroundings of the tests."""
+    """The text that `generate` writes in the environment of the tests."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert main(["generate", f"--workdir={runs.blt}", *GENERATE]) == 0
@@ -137,7 +137,7 @@ def test_the_same_text_in_odd_surroundings(runs, tmp_path, expected):
 
 
 def trained(runs, workdir, **variables):
-    """What a training run and its model leave behind: losses, config, a sampled text."""
+    """The outcome of a training run and its model: losses, config, a sampled text."""
     done = program(
         "train", f"--config={ROOT}/tests/tiny.py:blt", f"--workdir={workdir}", *runs.blt_settings,
         f"--config.data.train.text.path={runs.root}/records/train",
@@ -165,7 +165,7 @@ def test_the_same_run_with_each_variable(runs, plain, tmp_path, name):
 
 
 def test_a_notebook_with_64_bit_types(runs, expected):
-    """It gets the text that a program writes."""
+    """It gets the same text as a program."""
     with jax.enable_x64(True):
         pieces = bltjax.load(runs.blt).generate(PROMPT, max_bytes=12, temperature=1.0, seed=3)
         assert PROMPT + "".join(pieces) + "\n" == expected
@@ -285,7 +285,7 @@ def test_neither_the_package_nor_help_imports_jax():
 
 
 def calls(path: Path):
-    """Every call in a file: the name called, the words and keywords it is given, and itself."""
+    """Every call in a file: the name called, its words and keywords, and the node."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), {word.arg for word in node.keywords}, node
@@ -353,7 +353,8 @@ def test_names_in_a_locale_that_is_not_utf8(monkeypatch):
 
 @pytest.mark.slow
 def test_every_verb_in_ascii(runs, tmp_path):
-    """Programs that print and write letters end well where a stream and the locale have none."""
+    """Programs that print and write letters exit cleanly where a stream and the locale have
+    none."""
     odd = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
     odd |= {"PYTHONCOERCECLOCALE": "0"}
     page = tmp_path / "patches.html"

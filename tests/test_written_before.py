@@ -1,8 +1,8 @@
-"""Runs, exports and records of an earlier version still open, resume and score as they did.
+"""Runs, exports and records of an earlier version still open, resume and score as before.
 
 `written_before/release_0.1.tar.gz` was written by the commit before the package had rooms: a BLT
 stopped after step 8 of 12 (`tiny.py`), the records that it trains on, and the export of the run
-that went on to step 12.
+continued to step 12.
 """
 
 import json

@@ -59,7 +59,7 @@ def reason_of(error: Exception) -> str:
 
 
 def checksum_of(piece: np.ndarray, begin: int) -> int:
-    """The share in an array's checksum of its rows from `begin` on, as in `checkpoint.checksums`."""
+    """The share of rows from `begin` on in an array's checksum (`checkpoint.checksums`)."""
     bits = np.ascontiguousarray(piece).view(f"u{piece.dtype.itemsize}").astype(np.uint32)
     factor = np.uint32(1)
     for axis, size in enumerate(piece.shape):

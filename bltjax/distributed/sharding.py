@@ -89,7 +89,7 @@ def fitting_meshes(count: int, fits: Callable[[AbstractMesh], None]) -> list[Mes
 
 
 def dividing(axes: tuple[str, ...], mesh, size: int) -> tuple[str, ...]:
-    """The leading free axes whose product divides a size.
+    """The free axes, taken in order, whose product divides a size.
 
     An axis that is already manual, because the caller is under shard_map, is not free.
     """

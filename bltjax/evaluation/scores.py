@@ -70,8 +70,8 @@ def evaluate_documents(
 ) -> Evaluation:
     """Bits per byte of documents, which have entropies if the model's patches need them.
 
-    model: its parameters lie on the mesh, as `tree_shardings` has it. name: the text in
-    text.
+    model: its parameters lie on the mesh, according to `tree_shardings`. name: the text's name in
+    errors.
 
     Raises:
       FloatingPointError: for a result that is not finite, naming the parameter or the text.

@@ -152,7 +152,7 @@ def config_values(workdir: Path) -> dict:
 
 
 def newest_progress(workdir: Path) -> dict:
-    """The newest intact progress/ of a run's checkpoints (checkpoint.py); empty if there is none."""
+    """The newest intact progress/ of a run's checkpoints; empty if there is none."""
     for step in reversed(saved_steps(workdir)):
         try:
             path = workdir / "checkpoints" / str(step) / "progress" / "metadata"

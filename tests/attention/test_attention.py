@@ -1,7 +1,7 @@
-"""One suite over all implementations: `dense` is the meaning, values and gradients.
+"""One suite over all implementations, against the definition `dense`: values and gradients.
 
-Kernels run where they were written for, and interpreted elsewhere. The random case draws its
-shapes from a seed that it prints.
+Kernels run on their own platform, and interpreted elsewhere. The random case draws its shapes from
+a seed that it prints.
 """
 
 import functools
@@ -126,7 +126,7 @@ def outcome(implementation, pattern, start, end, q, k, v, weight):
 
 @functools.cache
 def case(name: str):
-    """What `outcome` is given, and what is right."""
+    """Arguments for `outcome`, and the expected result."""
     pattern, keys, start, end, heads, shared = CASES[name]
     given = (pattern, start, end, *tensors(start, keys, heads, shared))
     return given, outcome("dense", *given)
@@ -221,7 +221,7 @@ def test_random_shapes(draws, small_tiles, seed):
 
 @pytest.mark.parametrize("implementation", TESTED)
 def test_bfloat16(implementation):
-    """bfloat16 in and out, fp32 in between: as near to fp32 as the inputs' own rounding."""
+    """bfloat16 in and out, fp32 in between: as close to fp32 as the inputs' own rounding."""
     pattern, keys, start, end, heads, shared = CASES["window 50 J=2"]
     given = tensors(start, keys, heads, shared, dtype=jnp.bfloat16)
     found = outcome(implementation, pattern, start, end, *given)
@@ -232,7 +232,7 @@ def test_bfloat16(implementation):
 
 @pytest.mark.parametrize("pattern", [Sliding(20), Pooling(2), Reading(2)], ids=str)
 def test_no_races(pattern, small_tiles, capfd):
-    """Two simulated cores, memory that begins as NaN, transfers that end as late as they may."""
+    """Two simulated cores, memory that starts as NaN, transfers that end as late as they may."""
     place = np.tile(np.arange(30), (2, 1))
     if isinstance(pattern, Sliding):
         start = np.maximum(place - 19, 0)
@@ -274,7 +274,7 @@ def test_a_race_is_detected(capfd):
 
 
 def test_rows_are_laid_out_by_the_platform_that_is_compiled_for():
-    """A CPU takes rows one by one, a TPU side by side, whatever machine traces the program."""
+    """A CPU runs rows in turn, a TPU in parallel, whatever machine traces the program."""
     traced = jax.jit(lambda x: tiled.each_row(jnp.sin, x)).trace(jnp.zeros((4, 8)))
     loops = {
         platform: "stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text()
@@ -284,7 +284,7 @@ def test_rows_are_laid_out_by_the_platform_that_is_compiled_for():
 
 
 def test_mesh():
-    """Rows and heads split over 8 devices, where they can be, give what one device gives."""
+    """Rows and heads split over 8 devices, where divisible, give the result of one device."""
     code = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec

@@ -1,4 +1,4 @@
-"""Work lists: exactly the tiles that meet, in order, within the bounds that were promised."""
+"""Work lists: exactly the tiles that meet, in order, within the promised bounds."""
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ KINDS = ("ones", "giant", "alternating", "a giant amid ones", "as long as a tile
 
 
 def cross_ranges(kind: str, pattern):
-    """Queries' ranges and the number of keys, as `row_patches` gives them."""
+    """The queries' ranges and the number of keys, from `row_patches`."""
     count = min(len(lengths(kind)), P)
     end_P = np.zeros(P, int)
     end_P[:count] = np.cumsum(lengths(kind)[:count])
@@ -83,7 +83,7 @@ def cross_ranges(kind: str, pattern):
 @pytest.mark.parametrize("pattern", [Pooling(4), Pooling(3), Reading(4), Reading(3)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_cross_attentions_are_linear(kind, pattern):
-    """At most nQ + nT - 1 steps, zeros of what sees nothing included, whatever the lengths are."""
+    """At most nQ + nT - 1 steps, including those for empty tiles, whatever the lengths are."""
     start, end, keys = cross_ranges(kind, pattern)
     tiles = make_plan(pattern, len(start), keys, 4, 1, (64, 2)).tiles
     rows, columns = tiles.count(len(start), keys)
@@ -120,7 +120,7 @@ def test_windows_stay_within_their_bound(span, tile, documents):
 
 
 def test_gaps_and_empty_tiles(seed):
-    """Empty ranges between others, whole tiles of them, and keys that nobody sees."""
+    """Empty ranges between others, whole tiles of them, and keys that no query sees."""
     random = np.random.default_rng(seed)
     tiles = Tiles(8, 16)
     edges = np.sort(random.integers(0, 500, (20, 200)), axis=1)

@@ -1,4 +1,4 @@
-"""The benchmark's batch is what it says; the benchmark itself runs with the slow tests."""
+"""The benchmark's batch matches its settings; the benchmark itself runs with the slow tests."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_batch():
 
 
 def test_a_peer_as_it_comes_and_tuned(monkeypatch):
-    """Only the former has neither an allocator that keeps large buffers nor fused AdamW."""
+    """With defaults it has neither an allocator that keeps large buffers nor fused AdamW."""
     own, kept = {}, []
 
     def started(words, env, **_):
@@ -182,7 +182,7 @@ def test_tables(capsys, monkeypatch):
 
 
 def test_attention(capsys, monkeypatch):
-    """Every attention of a BLT, the library's where it has one; all agree."""
+    """Every attention of a BLT, and the library's where it has one; all agree."""
     for name in ("LOCAL_HEADS", "LATENT_HEADS", "LATENT_KEY_VALUE_HEADS"):
         monkeypatch.setattr(f"bltjax.benchmark.attention.{name}", 1)
     monkeypatch.setattr("bltjax.benchmark.attention.IMPLEMENTATIONS", ("ours", "library"))
@@ -221,7 +221,7 @@ def test_slots(runs, capsys):
 
 
 def write_records(folder: Path, texts: list[bytes], nats_after: np.ndarray) -> None:
-    """Scored as by a model that knows how often each byte follows each, and hardly more: with only
+    """Scored as by a model that knows little more than how often each byte follows each: with only
     260 entropies, some mean lengths of patches have no threshold."""
     folder.mkdir()
     path = folder / "shard.array_record"
@@ -236,7 +236,7 @@ def write_records(folder: Path, texts: list[bytes], nats_after: np.ndarray) -> N
 
 
 def entropy_after(ids: list[np.ndarray]) -> np.ndarray:
-    """float32 nats [V]: of the byte after each byte, from how often which follows."""
+    """float32 nats [V]: entropy of the byte after each byte, from the frequencies of pairs."""
     counts_VV = np.full((260, 260), 0.01)
     for ids_N in ids:
         np.add.at(counts_VV, (ids_N[:-1], ids_N[1:]), 1)
@@ -274,7 +274,7 @@ def test_slots_of_a_mixed_corpus(tmp_path):
 
 
 def test_input(capsys, monkeypatch):
-    """All sizes and both kinds are measured, and the patches are as long as they say."""
+    """All sizes and both kinds are measured, and the patches have the requested length."""
     monkeypatch.setattr("bltjax.benchmark.input.CORPUS_BYTES", 1 << 17)
     monkeypatch.setattr("bltjax.benchmark.input.BATCHES", 2)
     assert main(["benchmark", "input", "--json", "--repeats=1"]) == 0
@@ -307,7 +307,7 @@ def test_refused(capsys):
 
 
 def test_convert(tmp_path, capsys):
-    """The quickstart's shapes; with no options it is those of the released 1B."""
+    """The quickstart's shapes; the default is those of the released 1B."""
     configs = ["--config=configs/quickstart.py:blt", "--byte_lm=configs/quickstart.py:byte_lm"]
     assert main(["benchmark", "convert", *configs, f"--folder={tmp_path}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

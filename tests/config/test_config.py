@@ -200,7 +200,7 @@ def test_a_config_file_s_path_may_have_colons(folder, tmp_path):
 
 
 def test_configs_that_came_with_the_package(tmp_path, monkeypatch, caplog):
-    """A wheel's are found from any folder; a file of the working directory comes first."""
+    """A wheel's are found from any folder; a file in the working directory comes first."""
     shutil.copytree("configs", tmp_path / "installed")
     monkeypatch.setattr(load, "SHIPPED", (tmp_path / "none", tmp_path / "installed"))
     (tmp_path / "here" / "configs").mkdir(parents=True)
@@ -304,8 +304,8 @@ def test_the_commands_in_docstrings_are_valid(path):
 def test_the_arithmetic_of_the_quickstart():
     told = docstring(Path("configs/quickstart.py")).replace("\n", " ")
     for model, pattern in (
-        ("byte_lm", r"A step is ([\d.]+) GFLOP of the byte LM"),
-        ("blt", r"GFLOP of the byte LM and ([\d.]+) of BLT"),
+        ("byte_lm", r"A step is ([\d.]+) GFLOP for the byte LM"),
+        ("blt", r"GFLOP for the byte LM and ([\d.]+) for BLT"),
         ("byte_cnn", r"A step is ([\d.]+) GFLOP; state"),
     ):
         config = load_config(f"configs/quickstart.py:{model}")
@@ -316,7 +316,7 @@ def test_the_arithmetic_of_the_quickstart():
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if "quickstart" not in spec])
 def test_meshes_fit_their_pods(spec):
-    """The mesh has the chips that the docstring names, and divides all that it splits."""
+    """The mesh has as many chips as the docstring names, and divides every size that it splits."""
     config = load_config(spec)
     told = docstring(Path(spec.partition(":")[0]))
     chips, topology = re.search(r"(\d+) chips\s+\(v5p:([\dx]+),", told).groups()
@@ -341,8 +341,8 @@ def test_the_arithmetic_in_docstrings(path):
     seconds = flops / (0.4 * 459e12 * chips)
     assert number(r"([\d.]+) s if the chips") == pytest.approx(seconds, rel=0.03)
     state = 16 * number(r"([\d,]+) parameters") / 1e9
-    assert number(r"([\d.]+) GB in all") == pytest.approx(state, rel=0.01)
-    assert number(r"([\d.]+) GB a chip") == pytest.approx(state / chips, rel=0.01)
+    assert number(r"([\d.]+) GB in total") == pytest.approx(state, rel=0.01)
+    assert number(r"([\d.]+) GB per chip") == pytest.approx(state / chips, rel=0.01)
     hours = config.optimizer.steps * seconds / 3600
     per = {"days": 24, "hours": 1}[re.search(r"take \d+ (\w+)", told).group(1)]
     assert number(r"take (\d+) \w+") == pytest.approx(hours / per, abs=0.7)
@@ -435,7 +435,7 @@ CLASSES = [
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_numbers_are_finite(kind):
-    """However a config is made: of JSON, which Python lets have NaN, or by a program."""
+    """However a config is made: from JSON, where Python allows NaN, or by a program."""
     required = {"path": "a"} if kind is SourceConfig else {}
     required |= {"model": ByteLMConfig()} if kind in (RunConfig, ModelConfig) else {}
     for field in dataclasses.fields(kind):

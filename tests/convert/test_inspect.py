@@ -1,4 +1,4 @@
-"""What inspect says of whole folders and of damaged ones."""
+"""Reports of inspect about complete folders and damaged ones."""
 
 import json
 import shutil

@@ -166,7 +166,7 @@ def test_unscored_documents_are_refused_in_entropy_mode():
 
 
 def test_both_fills_over_97_percent_on_a_mixed_corpus(tmp_path):
-    """Documents whose patches average from 2 to 9 bytes: what the look-ahead is for."""
+    """Documents whose patches average from 2 to 9 bytes: the case for the look-ahead."""
     print("seed 11")
     random = np.random.default_rng(11)
     for number in range(400):

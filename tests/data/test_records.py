@@ -1,4 +1,4 @@
-"""Records and sources: whole files or a clear error."""
+"""Records and sources: complete files or a clear error."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The order of records: every one once an epoch, another order each time, the same for a seed."""
+"""The order of records: each once per epoch, another order each time, the same for a seed."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Sources by content: every file as it is whatever its name, or refused with the way out."""
+"""Sources by content: every file by its bytes whatever its name, or refused with the way out."""
 
 import argparse
 import bz2
@@ -252,7 +252,7 @@ def test_what_only_looks_binary_trains_as_it_is(tmp_path, content):
 
 
 def test_names_of_packed_files_count_where_the_bytes_are_no_text(tmp_path):
-    """brotli's files, for one, begin in no way of their own."""
+    """brotli's files, for example, have no magic bytes."""
     (tmp_path / "a.br").write_bytes(b"\x1b\x63\x00\x00\x24\x06\x6a\x10\xc0\xaa\xf0\x9c")
     with pytest.raises(
         ValueError, match=r"a.br is no text: it is not UTF-8 and called .br; unpack"

@@ -1,4 +1,4 @@
-"""Parquet and TFDS as sources, what is wrong with one, and mixtures of all kinds."""
+"""Parquet and TFDS as sources, their faults, and mixtures of all kinds."""
 
 import pickle
 import shutil
@@ -88,7 +88,7 @@ def test_parquet_with_empty_groups_and_of_every_string_type(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.pq", "a.PARQUET", "a.parquet", "part-00000", "a.txt"])
 def test_parquet_under_any_name(tmp_path, name):
-    """As text its bytes would train, and teach nothing."""
+    """Read as text its bytes would train, and teach nothing."""
     write_parquet(tmp_path / name)
     assert open_source(SourceConfig(str(tmp_path / name)))[1].text.tobytes().decode() == "第二"
     (tmp_path / "b.pq").write_text("no Parquet")
@@ -162,7 +162,7 @@ def test_tfds_that_is_not_there(data_dir, name, settings, message):
 
 
 def test_tfds_prepared_elsewhere(data_dir):
-    """Where a dataset's code is not, its folder tells what there is."""
+    """Without a dataset's code, the contents are read from its folder."""
     code = (
         "import sys; from bltjax.config.data import SourceConfig as S;"
         " from bltjax.data.sources.by_path import open_source as o\n"

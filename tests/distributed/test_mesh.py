@@ -1,4 +1,4 @@
-"""Meshes: what needs eight devices runs in a process that forces them on a CPU."""
+"""Meshes: tests that need eight devices run in a process that forces them on a CPU."""
 
 import json
 import os
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parents[1] / "eight_devices"
     "name", [pytest.param("decoding", marks=pytest.mark.slow), "hash_tables", "meshes"]
 )
 def test_on_eight_devices(name, request):
-    """The quick tests of a file; all of them if the slow ones of this suite are asked for."""
+    """The quick tests of a file, or all of them if the slow ones of this suite are requested."""
     selected = request.config.getoption("-m")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", selected, FOLDER / f"{name}.py"],

@@ -53,7 +53,7 @@ def not_found(_):
 
 
 def on_v5e(function, *shape: int) -> None:
-    """Compiles a function of one array for a TPU that isn't here."""
+    """Compiles a function of one array for an absent TPU."""
     sharding = SingleDeviceSharding(aot.described_devices(read_topology("v5e:1x1"))[0])
     argument = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
     with aot.no_cache():
@@ -80,7 +80,7 @@ def small_disk(folder: Path, kilobytes: int):
 
 
 def save_array(folder: Path) -> None:
-    """As a checkpoint is saved: tensorstore writes, on threads of its own."""
+    """Saves like a checkpoint: tensorstore writes, on threads of its own."""
     with ocp.StandardCheckpointer() as checkpointer:
         random = np.random.default_rng(0).integers(0, 255, 2**20, np.uint8)
         checkpointer.save(folder / "params", {"leaf": jnp.asarray(random)})

@@ -1,4 +1,4 @@
-"""Many processes: the same losses as one, whoever ends; what doesn't fit together is named."""
+"""Many processes: the same losses as one, whichever ends; mismatches are named."""
 
 import json
 import os
@@ -21,7 +21,7 @@ import local_pod  # noqa: E402
 
 
 def pod(processes: int, devices: int, words: list[str], code: int = 0) -> str:
-    """Runs a verb by launch/local_pod.py; what it printed."""
+    """Runs a verb by launch/local_pod.py; returns its output."""
     start = [sys.executable, "launch/local_pod.py", f"--processes={processes}"]
     run = subprocess.run(
         [*start, f"--devices={devices}", "--", *words], cwd=ROOT, capture_output=True, text=True
@@ -95,7 +95,7 @@ def run_first(folder: Path, monkeypatch) -> None:
 
 @pytest.fixture
 def one_compiler(monkeypatch):
-    """Process 0 compiles what all of them run: with two cores compiling is most of a run."""
+    """Process 0 compiles the programs of all: with two cores compiling is most of a run."""
     run_first(ROOT / "tests/one_compiler", monkeypatch)
     monkeypatch.setenv("JAX_SHARE_BINARY_BETWEEN_HOSTS", "true")
     monkeypatch.setenv("JAX_SHARE_BINARY_BETWEEN_HOSTS_TIMEOUT_MS", "300000")
@@ -104,7 +104,7 @@ def one_compiler(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["byte_lm", "blt"])
 def test_one_two_and_four_processes_are_one(runs, tmp_path, one_compiler, model):
-    """50 steps; besides, held-out figures, and evaluation by as many."""
+    """50 steps; also held-out figures, and evaluation by as many processes."""
     found = {}
     for count in (1, 2, 4):
         workdir = tmp_path / str(count)
@@ -142,7 +142,7 @@ def begin_with(program: str, folder: Path, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_folders_of_a_checkpoint_come_late(runs, tmp_path, monkeypatch):
-    """Process 1 would write before process 0 has made the folders, and never heard of waiting."""
+    """Process 1 would write before process 0 has made the folders, without waiting."""
     program = "from private_names import make_folders_late; make_folders_late()"
     begin_with(program, tmp_path, monkeypatch)
     pod(2, 1, command(runs, "byte_lm", tmp_path / "run"))
@@ -161,7 +161,7 @@ def test_a_process_compiles_much_later_than_the_others(runs, tmp_path, monkeypat
 
 
 def test_a_process_of_a_cluster_runs_one_model_after_another(monkeypatch):
-    """As the quickstart does: each has programs of its own, and none is compiled twice."""
+    """As in the quickstart: each model has programs of its own, and none is compiled twice."""
     met = []
     monkeypatch.setattr("bltjax.distributed.processes.joined", lambda: True)
     monkeypatch.setattr("bltjax.distributed.processes.barrier", lambda *_: met.append("compiled"))
@@ -189,7 +189,8 @@ bltjax.weights.workdir.sealed = sealed_or_not
 @pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
 def test_one_process_cannot_write_its_part(process, runs, tmp_path, monkeypatch):
-    """It says so and ends at once; the launcher ends the other, which wrote its own and waits."""
+    """It logs the error and ends at once; the launcher ends the other, which wrote its part and
+    waits."""
     begin_with(FULL_DISK.format(process=process), tmp_path, monkeypatch)
     begun = time.monotonic()
     said = pod(2, 1, command(runs, "byte_lm", tmp_path / "run"), code=1)
@@ -198,7 +199,7 @@ def test_one_process_cannot_write_its_part(process, runs, tmp_path, monkeypatch)
 
 
 def test_a_broken_collective_is_a_lost_process(monkeypatch):
-    """jax tells of it by either kind of error."""
+    """jax reports it by either kind of error."""
     told = "UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]: Connection reset by peer"
     for error in (ValueError(told), jax.errors.JaxRuntimeError(told)):
         assert not lost_another(error)
@@ -215,14 +216,14 @@ def test_the_code_of_a_pod_is_the_one_that_says_most():
 
 
 def stand_in(folder: Path, program: str) -> None:
-    """A bltjax that is nothing but this program."""
+    """A bltjax that consists of this program only."""
     (folder / "bltjax").mkdir()
     (folder / "bltjax" / "__init__.py").touch()
     (folder / "bltjax" / "__main__.py").write_text(program)
 
 
 def test_a_pod_ends_when_one_process_does_and_restarts(tmp_path, monkeypatch, capfdbinary):
-    """The first time process 1 says 75 and process 0 would wait for ever."""
+    """The first time process 1 exits with 75 and process 0 would wait for ever."""
     stand_in(
         tmp_path,
         "import sys, time, pathlib\n"
@@ -247,7 +248,7 @@ def test_a_pod_ends_when_one_process_does_and_restarts(tmp_path, monkeypatch, ca
 
 
 def test_a_pod_whose_reader_has_seen_enough_ends(tmp_path):
-    """As in `local_pod.py ... | head -1`, with processes that would go on and say much."""
+    """As in `local_pod.py ... | head -1`, with processes that would continue to print."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     stand_in(
         tmp_path,

@@ -1,4 +1,4 @@
-"""Slices that are offered, and those that only libtpu knows."""
+"""Slices on offer, and those that only libtpu knows."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Decoding on up to eight devices writes what one writes, and no weight is brought together."""
+"""Decoding on up to eight devices gives the output of one, and no weight is all-gathered."""
 
 import functools
 import re
@@ -91,7 +91,7 @@ def test_many_devices_write_what_one_does(mesh, draft):
 
 
 def test_weights_stay_where_they_lie():
-    """On the devices of a training mesh with fsdp: all that moves is one position's states."""
+    """On the devices of a training mesh with fsdp: only one position's states are sent."""
     mesh = decoding_mesh(make_mesh(MeshConfig(2, 2, 2)))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
     decoder = made(mesh=mesh)

@@ -18,7 +18,7 @@ OWNED = M // 8
 
 
 def skewed(name: str, random) -> np.ndarray:
-    """Ids [R, B, N], the harder the fewer owners have them."""
+    """Ids [R, B, N]; the fewer owners have them, the harder the case."""
     shape = (R, B, N)
     if name == "every id equal":
         return np.full(shape, 3 * OWNED + 1, np.int32)
@@ -77,13 +77,14 @@ def test_many_devices_equal_one(shape):
 
 
 def check_parts(text: str, shape):
-    """No array is larger than what one device owns of all tables, forward or backward."""
+    """No array is larger than one device's share of all tables, forward or backward."""
     sizes = re.findall(r"f32\[([\d,]+)\]", text)
     largest = max(np.prod([int(size) for size in found.split(",")]) for found in sizes)
     assert largest == R * M * E / (shape[1] * shape[2])
 
 
 def test_capacity():
-    """All ids distinct: a round serves them but for six deviations; never more than there are."""
+    """Distinct ids: one round serves the mean plus six deviations, and never more than there
+    are."""
     assert capacity_of(16384, 16) == 1216 and capacity_of(16384, 256) == 112
     assert capacity_of(5, 8) == 5

@@ -1,6 +1,6 @@
 """Every mesh of up to eight devices gives the loss and the gradients of one, and none reshards.
 
-The mesh accumulates two micro-batches, one device takes the batch whole.
+The mesh accumulates two micro-batches; one device takes the batch whole.
 """
 
 import functools
@@ -37,7 +37,7 @@ QUICK = [(1, 2, 4), (2, 2, 2)]
 
 
 def run_config(rows: int, **settings) -> RunConfig:
-    """Grouped key/value heads, two slots a patch, tables; byte heads that 8 doesn't divide."""
+    """Grouped key/value heads, two slots per patch, tables; byte heads that 8 doesn't divide."""
     return RunConfig(
         BLTConfig(
             LocalConfig(encoder_layers=1, decoder_layers=1, width=32, heads=4, hidden=48, window=9),
@@ -102,7 +102,7 @@ def test_any_mesh_equals_one_device(shape):
 
 
 def test_evaluation_takes_any_number_of_devices(tmp_path, caplog):
-    """Those that don't divide the parameters share the rows; the figure stays what it was."""
+    """Devices that don't divide the parameters share the rows; the result is unchanged."""
     config = RunConfig(
         ByteLMConfig(layers=1, width=32, heads=4, hidden=48, window=8),
         data=DataConfig(rows=2, row_bytes=32, row_patches=32),

@@ -169,7 +169,7 @@ def check_cached_equals_full(mode, whole: bytes, prompts: list[int], count: int,
     "mode", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in MODES]
 )
 def test_cached_equals_full(mode):
-    """From prompts of nothing to three windows on, over a ring's end and over again."""
+    """For prompts of 0 to 3 windows, including ring-buffer wraparound."""
     check_cached_equals_full(mode, TEXT.encode(), [0, 1, 2, 7, 8, 9, 16, 24], 40)
 
 
@@ -240,7 +240,7 @@ def test_buffers_grow(mode):
 
 
 def test_one_program_for_each_bucket():
-    """Prompts of 50 lengths are padded to three; what goes on from them is one program."""
+    """Prompts of 50 lengths are padded to three; their continuation is one program."""
     decoder, *_ = made("newline")
     lengths = range(46, 96)
     buckets = {padded_length(length + 1) for length in lengths}
@@ -254,7 +254,7 @@ def test_one_program_for_each_bucket():
 
 
 def test_what_is_not_kept_is_put_nowhere():
-    """Nor where its place lies when it is counted through the whole array."""
+    """Nor at its index counted through the whole array."""
     kept_BQ = jnp.array([[True, False, False], [False, True, True]])
     places = kept_places((2, 5), jnp.array([[2, 3, 4], [2, 3, 4]]), kept_BQ)
     found = jnp.zeros((2, 5)).at[places].set(1.0, mode="drop")
@@ -265,7 +265,7 @@ def test_what_is_not_kept_is_put_nowhere():
 
 @pytest.mark.parametrize("draft", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_caches_are_written_in_place(draft):
-    """A step costs what it reads: the loop's program for one row copies no cache."""
+    """A step costs only its reads: the loop's program for one row copies no cache."""
     decoder, *_ = made("entropy", window=24, draft=draft)
     state, asked = decoder.begun([TEXT.encode()], 1, GREEDY, 0, [])
     if draft:
@@ -302,7 +302,7 @@ def test_settings_are_data():
     ],
 )
 def test_drafts_change_nothing(mode):
-    """Self-speculation writes the same bytes, patches and log-probabilities in fewer passes."""
+    """Self-speculation generates the same bytes, patches and log-probabilities in fewer passes."""
     (plain, *_), (drafting, *_) = made(mode), made(mode, draft=4)
     prompts = [TEXT.encode(), b"", b"A BLT"]
     expected = written(plain, prompts, max_bytes=90)
@@ -345,7 +345,7 @@ def poisoned(decoder: Decoder, part: str, name: str, place) -> Decoder:
 
 
 def written_until_error(decoder: Decoder, prompts, **settings) -> tuple[list[bytes], str]:
-    """What each row had written when an error ended them all, and the error."""
+    """The output of each row before an error ended them all, and the error."""
     texts = [b""] * len(prompts)
     with pytest.raises(FloatingPointError) as raised:
         for piece in decoder.generate(prompts, **settings):
@@ -356,7 +356,7 @@ def written_until_error(decoder: Decoder, prompts, **settings) -> tuple[list[byt
 
 @pytest.mark.parametrize("draft", [0, 4])
 def test_what_is_not_finite_is_an_error_and_no_end_of_a_text(draft):
-    """At once, or after the bytes that are sound: the error names prompt, place and parameter."""
+    """At once, or after the good bytes: the error names prompt, position and parameter."""
     decoder, *_ = made("newline", **({"draft": draft} if draft else {}))
     prompts = [TEXT.encode(), b"", b"A BLT"]
     names = ["first", "second", "third"]

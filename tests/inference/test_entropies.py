@@ -1,4 +1,4 @@
-"""Scoring as a pod's job: any number of processes, killed or not, leaves the same records."""
+"""Scoring as a pod's job: any number of processes, killed or not, writes the same records."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every record file and the manifest; not what says who made them, and how fast."""
+    """Every record file and the manifest, without the timing files."""
     names = [*folder.glob("*.array_record"), folder / "manifest.json"]
     return {path.name: path.read_bytes() for path in names}
 
@@ -117,7 +117,8 @@ def start(runs, out: Path, process: int, count: int, devices: int = 1) -> subpro
 
 @pytest.mark.slow
 def test_real_processes_killed_and_started_again(runs, tmp_path, seed):
-    """One process; four of two devices; four that are all killed in the middle, and two go on."""
+    """One process; four of two devices; four that are all killed in the middle, and two that
+    resume."""
     choose = random.Random(seed)
     assert start(runs, tmp_path / "one", 0, 1).wait() == 0
     expected = contents(tmp_path / "one")

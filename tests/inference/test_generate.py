@@ -1,4 +1,4 @@
-"""The generate command and what it shows; trained models write what the whole model would write."""
+"""The generate command and its output; trained models generate the same text as the whole model."""
 
 import dataclasses
 import io
@@ -35,7 +35,7 @@ def trained(request, runs):
 
 @pytest.fixture
 def warnings(caplog, monkeypatch):
-    """What is logged; a command before may have kept its messages to itself."""
+    """The log; an earlier command may have disabled propagation."""
     monkeypatch.setattr(logging.getLogger("bltjax"), "propagate", True)
     return caplog
 
@@ -59,7 +59,7 @@ def test_trained_models_write_as_the_whole_model(trained):
 
 
 def test_trained_logits_at_every_position(runs):
-    """With the bytes of held-out documents, rather than what the model writes."""
+    """On the bytes of held-out documents, rather than on generated ones."""
     lines = (runs.root / "held_out.jsonl").read_text().splitlines()
     texts = [text for line in lines if len(text := json.loads(line)["text"].encode()) > 60][:3]
     model = load_model(runs.blt)
@@ -82,7 +82,7 @@ def test_trained_logits_at_every_position(runs):
 
 
 def test_stops(trained):
-    """A stop string ends the text and is no part of it, wherever the host looks in between."""
+    """A stop string ends the text and is not part of it, wherever the host looks in between."""
     decoder, _ = trained
     whole = text_of(decoder.generate(["the"], max_bytes=40))
     stop = whole[9:12]
@@ -141,7 +141,8 @@ class Terminal(io.StringIO):
 
 
 def test_a_terminal_is_sent_no_controls():
-    """Neither of a prompt nor of what is written, wherever pieces are cut; lines and tabs stay."""
+    """Neither from a prompt nor from the output, wherever pieces are cut; newlines and tabs are
+    kept."""
 
     def painted(patches, prompt, *texts):
         out = Terminal()
@@ -203,7 +204,7 @@ def test_prompts_in_hex(tmp_path):
 
 
 def test_results_keep_what_a_prompt_has(tmp_path, warnings):
-    """An id and other keys, in order; a key that results have too gives way, and is named."""
+    """An id and other keys, in order; a key that results also have is replaced, and logged."""
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"id": 7, "prompt": "é", "why": "?", "tags": ["\\ud800"], "hex": "00"}\n"x"\n')
     keyed, plain = read_prompts(str(path))
@@ -253,7 +254,8 @@ def test_prompts_of_standard_input(runs, monkeypatch, capsys):
 
 
 def test_results_are_continued(runs, tmp_path, monkeypatch, capsys):
-    """A command that was killed leaves whole lines; the same one writes the rest, and no other."""
+    """A command that was killed leaves complete lines; the same one writes the rest, and no
+    other."""
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     prompts.write_text("".join(f'{{"id": {n}, "prompt": "the {n}"}}\n' for n in range(4)))
     words = ["generate", f"--workdir={runs.byte_lm}", f"--prompts={prompts}", "--max_bytes=3"]
@@ -343,7 +345,7 @@ def test_bad_input(runs, tmp_path, capsys):
 
 
 def test_errors_come_before_the_model_is_loaded(runs, tmp_path, monkeypatch, capsys):
-    """Whatever can be known first is, and nothing is written."""
+    """Every check that needs no model comes first, and nothing is written."""
     monkeypatch.setattr("bltjax.inference.generate.load_onto", None)
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     prompts.write_text("".join(json.dumps("a" * n) + "\n" for n in (1, 5, 9, 99, 2)))
@@ -374,7 +376,7 @@ def test_errors_come_before_the_model_is_loaded(runs, tmp_path, monkeypatch, cap
 
 
 def test_bytes_of_any_kind_are_a_prompt(runs, tmp_path, monkeypatch, capsys):
-    """Nothing at all, and what is not UTF-8: from a file, and as a shell hands it over."""
+    """The empty prompt, and invalid UTF-8: from a file, and from a shell's argument."""
     asked = []
     generate = Decoder.generate
 

@@ -93,7 +93,7 @@ def test_generation(blt):
 
 
 def test_cross_weights_are_those_of_the_attention(blt, monkeypatch):
-    """Values, weighted by them, are what each cross-attention gave."""
+    """Values, weighted by them, equal the output of each cross-attention."""
     met, length, slots = [], len(TEXT.encode()) + 1, blt.config.model.cross.slots
 
     def attention(q_BQGC, k_BTGC, v_BTGC, *ranges, **options):

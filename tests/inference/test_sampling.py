@@ -1,4 +1,4 @@
-"""What may be drawn, how often, and that text is never broken."""
+"""Sampling: which ids may be drawn, how often, and that text is never broken."""
 
 import functools
 
@@ -113,7 +113,7 @@ def test_settings_out_of_range(settings_out_of_range):
 @settings(print_blob=True, deadline=None, max_examples=200)
 @given(text=st.text(max_size=5), cut=st.integers(0, 3), byte=st.integers(0, 255))
 def test_utf8_table_is_pythons(text, cut, byte):
-    """A byte may follow just if Python's decoder would take it."""
+    """A byte may follow if and only if Python's decoder accepts it."""
     data = text.encode()
     data = data[: max(0, len(data) - cut)]
     state = utf8_state(data)
@@ -155,7 +155,7 @@ def allowed():
 @settings(print_blob=True, deadline=None, max_examples=50)
 @given(seed=st.integers(0, 2**32 - 1), length=st.integers(1, 12))
 def test_random_bytes_under_the_constraint_are_utf8(seed, length):
-    """Whatever is drawn, at every byte something may be, and the text is whole when it ends."""
+    """Some byte is always permitted, whatever was drawn before, and the text ends complete."""
     random = np.random.default_rng(seed)
     state, text = 0, b""
     for made in range(length):

@@ -89,7 +89,7 @@ def test_scheme(runs, scorers, byte_level_tokenizer, scheme, tmp_path, capsys):
 @pytest.mark.parametrize("becomes", ["nothing", pytest.param("another", marks=pytest.mark.slow)])
 def test_resumed_bpe_takes_its_own_tokenizer(runs, byte_level_tokenizer, becomes, tmp_path):
     def losses(name, stop_at):
-        """Of a run up to a step, on whatever lies at `original` now."""
+        """Losses of a run up to a step, with the current file at `original`."""
         words = [
             f"--config.data.{p}.text.path={runs.root / p}.jsonl" for p in ("train", "held_out")
         ]

@@ -1,4 +1,4 @@
-"""Exported programs write what `Decoder` writes, where there is no bltjax at all."""
+"""Exported programs give the output of `Decoder`, where there is no bltjax at all."""
 
 import dataclasses
 import json
@@ -150,7 +150,8 @@ SLOW = ("one long patch", "longest 3", "monotonic", "whole", "space", "cnn", "by
     "mode", ["newline", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)]
 )
 def test_rows_come_stand_and_go(mode):
-    """Three rows, one of which stands at every other byte, write what each of them writes alone."""
+    """Three rows, one of which pauses at every other byte, give the same text as each of them
+    alone."""
     files = files_of(mode)
     programs = Programs(files, ServingConfig(64, 64, 3))
     weights = jax.jit(programs.prepare)(

@@ -1,4 +1,4 @@
-"""The notebook: as it is committed, and (slow) executed from its first cell to its last."""
+"""The notebook: as committed, and (slow) executed from its first cell to its last."""
 
 import ast
 import base64
@@ -35,7 +35,7 @@ def test_cells_are_short_and_explained():
 
 
 def test_its_commands_are_those_of_the_launchers():
-    """Every file that a cell names is there, and every verb."""
+    """Every file that a cell names exists, and every verb."""
     from bltjax.__main__ import VERBS
 
     text = "\n".join(

@@ -1,4 +1,4 @@
-"""The launchers: what a dry run prints, what they refuse, and that they are clean bash."""
+"""The launchers: the output of a dry run, what they refuse, and that they are clean bash."""
 
 import json
 import math
@@ -233,7 +233,7 @@ def test_manifest_says_what_was_asked_for():
 
 
 def test_image_has_what_it_copies():
-    """Every file that the image is made of is there, and is not left out when it is built."""
+    """Every file of the image exists, and is not excluded from the build."""
     copied = re.findall(r"^COPY (.*) \S+$", (ROOT / "launch/Dockerfile").read_text(), re.MULTILINE)
     names = " ".join(copied).split()
     assert {"pyproject.toml", "bltjax", "configs"} <= set(names)

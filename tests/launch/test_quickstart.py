@@ -1,4 +1,4 @@
-"""The quickstart as a newcomer runs it (slow), and the corpus that it makes."""
+"""The quickstart as a newcomer runs it (slow), and its corpus."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs on hosts: what is started again, what isn't, and a slice that is preempted, by a mock."""
+"""Runs on hosts: what is restarted, what isn't, and a preempted slice, with mocks."""
 
 import os
 import shutil
@@ -33,7 +33,7 @@ sys.exit(int(action))
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """SIGINT as on a terminal; what is started in the background has it ignored."""
+    """SIGINT as on a terminal; background processes have it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -85,7 +85,7 @@ def test_sigterm_is_passed_on_and_ends_it(tmp_path, action):
 
 @pytest.mark.parametrize(("action", "turns"), [("wait_for_ctrl_c", 1), ("75", 1)])
 def test_ctrl_c_ends_it_whatever_the_command_does(tmp_path, action, turns):
-    """The terminal gives it to both; after a code of 75 it comes while the script waits."""
+    """The terminal sends it to both; after a code of 75 it comes while the script waits."""
     process = restarted(tmp_path, action, "0", pause="20", start_new_session=True)
     if action == "75":
         assert b"again in 20 s" in process.stderr.buffer.readline()
@@ -132,7 +132,7 @@ def test_host(host, tmp_path):
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True), (137, False)])
 def test_slurm_job(tmp_path, code, requeued):
-    """The batch script with mocks of srun and scontrol: it queues again after 75 alone."""
+    """The batch script with mocks of srun and scontrol: it is requeued only after 75."""
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "activate").touch()
     for name, script in (("srun", f'printf "%s|" "$@"; exit {code}'), ("scontrol", 'echo "$@"')):

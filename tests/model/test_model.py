@@ -1,4 +1,4 @@
-"""What the whole model must keep: no leak, packed equals alone, rows apart, scan equals loop."""
+"""Invariants of the whole model: no leak, packed equals alone, rows apart, scan equals loop."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Processes of one machine find in the persistent cache what one of them compiled, as GPUs do.
+"""Processes of one machine share compiled programs through the persistent cache, as GPUs do.
 
 A Python that is started with this folder, and the tests, in PYTHONPATH runs this file first.
 """

@@ -1,8 +1,8 @@
-"""Kernels and exports compiled for machines not here: TPUs by libtpu, GPUs by jax's CUDA plugin.
+"""Kernels and exports compiled for absent machines: TPUs by libtpu, GPUs by jax's CUDA plugin.
 
 Without that plugin (`pip install '.[gpu]'`; no GPU needed) they are lowered to Triton's language.
 
-Sizes are those of the 8B: rows of 16,384 bytes, 4,096 patches, 4 slots a patch.
+Sizes are those of the 8B: rows of 16,384 bytes, 4,096 patches, 4 slots per patch.
 """
 
 import importlib.util
@@ -58,7 +58,7 @@ def traced(name, implementation, sharding=None, rows=1, dtype=jnp.bfloat16):
 
 @pytest.fixture
 def described_gpu():
-    """jax lowers a kernel for the GPU that is here, or for one that is described."""
+    """jax lowers a kernel for the GPU that is present, or for one that is described."""
     h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h100)):
         yield
@@ -130,7 +130,7 @@ def test_compiles_for_cuda(name, capability, dtype, precision, no_cache):
 
 @pytest.fixture(scope="module")
 def devices(no_cache):
-    """From a chip's name to a device that one can compile for."""
+    """From a chip's name to a device to compile for."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install 'jax[tpu]' (Linux, x86-64)")
 
@@ -141,7 +141,7 @@ def devices(no_cache):
 
 
 def arrays(text: str) -> set[tuple[int, ...]]:
-    """The shapes of all arrays in a compiled program (uint8 are stretches of memory, no arrays)."""
+    """The shapes of all arrays in a compiled program (uint8 are memory regions, not arrays)."""
     found = re.findall(r"\b(?:pred|bf16|f32|s32)\[([\d,]+)\]", text)
     return {tuple(map(int, sizes.split(","))) for sizes in found}
 
@@ -176,7 +176,7 @@ def test_compiles_for_every_chip(name, chip, dtype, devices):
 @pytest.mark.parametrize("precision", ["high", "highest"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "fp32"])
 def test_compiles_where_exact_products_are_asked_for(dtype, precision, devices):
-    """fp32 is multiplied in six passes, bfloat16 in one as ever."""
+    """fp32 is multiplied in six passes, bfloat16 in one as usual."""
     with jax.default_matmul_precision(precision):
         program = traced("window", "pallas_tpu", SingleDeviceSharding(devices("v5e")), dtype=dtype)
         assert ("Precision.DEFAULT" in str(program.jaxpr)) == (dtype == jnp.bfloat16)
@@ -184,7 +184,7 @@ def test_compiles_where_exact_products_are_asked_for(dtype, precision, devices):
 
 
 def test_exported_programs_compile_for_v5e(devices):
-    """Written for two platforms, each is lowered for the one that runs it."""
+    """Exported for two platforms, each is lowered for the one that runs it."""
     sharding = SingleDeviceSharding(devices("v5e"))
     programs = dict(Programs(files_of("newline"), ServingConfig(64, 32, 2)).all())
     assert sorted(programs) == ["prefill_64", "prepare", "step"]

@@ -1,4 +1,5 @@
-"""Programs whose operations, bytes and collectives are known by hand, and text that is hard."""
+"""Programs whose operations, bytes and collectives are known by hand, and text that is hard to
+parse."""
 
 import json
 import os

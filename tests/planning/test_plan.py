@@ -1,4 +1,4 @@
-"""Plans: what one compilation tells, in words and in JSON, and what is refused before it."""
+"""Plans: the results of one compilation, in words and in JSON, and refusals before it."""
 
 import dataclasses
 import importlib.util
@@ -54,7 +54,7 @@ def planned(program):
 
 @needs_libtpu
 def test_a_chip_holds_its_own_rows_of_tables(program):
-    """No table is gathered, and no gradient of a whole one is made, in what a TPU would run."""
+    """No table is gathered, and no gradient of a whole one is made, in a TPU's program."""
     planned, text = program
     config = planned.config.model
     R, M, E = config.hash.tables, config.hash.stored_rows, config.local.width
@@ -97,7 +97,7 @@ def test_a_plan_in_json(planned):
 
 
 def kernel_flops(config) -> int:
-    """FLOPs of attention itself in a row, by exact shapes: those that kernels do."""
+    """FLOPs of attention in a row, by exact shapes: those in kernels."""
     blt, data = config.model, config.data
     bare = changed(config, [("blt.local.window", 1)]).model
     N, P = data.row_bytes, data.row_patches
@@ -213,7 +213,8 @@ def test_utilisation_counts_all_devices():
 
 
 def test_the_papers_formula():
-    """The 8B is near ours; an 8B's terms by hand are within a hundredth of the latent's alone."""
+    """The 8B is close to ours; an 8B's terms by hand are within a hundredth of the latent's
+    alone."""
     config = load_config("configs/blt_8b.py")
     data = config.data
     family = family_of(config)
@@ -245,7 +246,7 @@ def test_what_is_recomputed():
 @needs_libtpu
 @pytest.mark.slow
 def test_meshes_of_all_plans_go_with_their_topologies():
-    """Whatever launch/plan_all.sh compiles can be begun."""
+    """Every plan that launch/plan_all.sh compiles can be started."""
     script = Path("launch/plan_all.sh").read_text(encoding="utf-8")
     lines = re.findall(r'^    "(\S+ +configs/.*)"$', script, re.MULTILINE)
     assert len(lines) == 8
@@ -263,7 +264,7 @@ BOUND = {"step_s": 1.0, "limit": "compute", "mfu": 0.7, "bytes_per_second_per_ch
 
 
 def test_all_plans_as_a_table(tmp_path):
-    """The table takes what `plan --json` writes, and its exit status says whether all fit."""
+    """The table reads the output of `plan --json`, and its exit status says whether all fit."""
     fits, does_not = made_up(10e9).summary(), made_up(30e9).summary()
     (tmp_path / "a.json").write_text(json.dumps(fits))
     (tmp_path / "b.json").write_text(json.dumps(does_not))

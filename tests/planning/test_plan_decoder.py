@@ -1,4 +1,4 @@
-"""A decoder of the 8B, compiled for slices that fit it; what can't be planned is refused."""
+"""A decoder of the 8B, compiled for slices that fit it; unsupported plans are refused."""
 
 import importlib.util
 import re

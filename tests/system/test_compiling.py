@@ -1,4 +1,4 @@
-"""Compiled programs are kept where they may be, and read only where they fit; compiling is timed.
+"""The cache of compiled programs is private and read only on matching machines; compiling is timed.
 
 Time is counted once, however events nest and whichever thread they end in.
 """
@@ -105,7 +105,7 @@ def cache(monkeypatch, tmp_path):
 
 
 def compiled_anew(factor: float) -> bool:
-    """Whether a small program of that factor was compiled and kept, as in another process."""
+    """Whether a small program of that factor was compiled and cached, as in another process."""
     jax.clear_caches()
     found = []
     listener = lambda event, **_: found.append(event)  # noqa: E731

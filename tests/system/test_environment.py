@@ -1,7 +1,6 @@
-"""How the two commands find a Python and make its environment: with stand-ins for Python.
+"""How the two commands find a Python and make its environment: with mocks of Python.
 
-A stand-in says which version it is, makes an environment of stand-ins, and writes down what pip is
-asked to install.
+A mock prints its version, makes an environment of mocks, and records pip's arguments.
 """
 
 import os
@@ -42,7 +41,7 @@ def copy(tmp_path):
 
 
 def pythons(folder: Path, **versions: str) -> str:
-    """A PATH on which these Pythons lie, by name; one without a version doesn't start."""
+    """A PATH with these Pythons, by name; one without a version doesn't start."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ruff").write_text("#!/bin/sh\n")
     (folder / "ruff").chmod(0o755)

@@ -1,4 +1,4 @@
-"""One process at a time in a folder, whoever else wants it, and whatever becomes of whom."""
+"""One process at a time in a folder, whoever else wants it, and whoever is killed."""
 
 import dataclasses
 import errno
@@ -33,7 +33,7 @@ def hold(path, lost=lambda told: None, **options):
 
 
 def leave_lock(path: Path, age: float = 0.0, **changes) -> owner.Holder:
-    """A lock as another process has left it, so many seconds ago."""
+    """A lock left by another process, so many seconds ago."""
     holder = dataclasses.replace(owner.this_process("train"), **changes)
     path.write_text(json.dumps(dataclasses.asdict(holder)), encoding="utf-8")
     os.utime(path, (path.stat().st_mtime - age,) * 2)
@@ -56,7 +56,7 @@ def trials(folder: Path, kind: str, times: int, seed: int = 0) -> dict:
 
 
 def test_one_of_two_threads_holds_it(tmp_path):
-    """300 times each; what is found while one holds it is that one's."""
+    """300 times each; the file found while one holds the lock is that one's."""
     path, wrong, turns = tmp_path / ".lock", [], []
 
     def contend(number: int) -> None:
@@ -263,7 +263,7 @@ def test_names_as_long_as_any(tmp_path):
 
 
 def test_a_process_that_ends_while_it_is_asked_after_is_gone(tmp_path, monkeypatch):
-    """Not one of which nothing can be known, whose lock would be watched."""
+    """Not unknown, in which case its lock would be watched."""
     process = subprocess.Popen(["sleep", "60"])
     left = leave_lock(tmp_path / ".lock", pid=process.pid, start="1")
 
@@ -299,7 +299,7 @@ def test_a_lock_in_a_bucket(bucket, monkeypatch, capsys):  # noqa: F811
 
 
 def test_commands_refuse_what_is_in_use(runs, tmp_path, capsys):
-    """They change nothing; whoever only reads is served."""
+    """They change nothing; read-only commands still work."""
     run, records = tmp_path / "run", tmp_path / "records"
     shutil.copytree(runs.byte_lm, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

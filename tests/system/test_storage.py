@@ -1,4 +1,4 @@
-"""Buckets, played by a file system in memory: sources, records, their scoring and their report."""
+"""Buckets, mocked by a file system in memory: sources, records, their scoring and their report."""
 
 import glob
 import json
@@ -19,7 +19,7 @@ from bltjax.training.reports import Reporter
 
 
 class Bucket(MemoryFileSystem):
-    """Objects by their names, without folders of their own, as gs:// has them."""
+    """Objects by name, without folders, as in gs://."""
 
     protocol = ("gcs", "gs")
     read_only = False
@@ -60,7 +60,7 @@ def test_text_and_patterns(bucket):
 
 
 def test_patterns_with_stars_name_what_they_did(tmp_path, monkeypatch):
-    """Against the library's own glob, where no link leads in circles."""
+    """Against the library's own glob, where no link is circular."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "b/a.txt", "b/c/d.txt", "b/c/e/f.txt", ".h/g.txt", "b/.i", "[x]/j.txt"):
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""The bounds in pyproject.toml: whole, honest where they can be, and named when they don't hold."""
+"""The bounds in pyproject.toml: complete, checked where possible, and named when violated."""
 
 import subprocess
 import sys
@@ -60,7 +60,7 @@ def test_bounds_that_say_nothing_are_refused(dependencies, message):
 
 @pytest.fixture
 def forgotten():
-    """The warning is given once a process."""
+    """The warning is logged once per process."""
     versions.warn_outside_bounds.cache_clear()
     yield
     versions.warn_outside_bounds.cache_clear()

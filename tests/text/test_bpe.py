@@ -1,4 +1,4 @@
-"""Token boundaries in bytes, for tokenizers of both kinds and for bytes that are no text."""
+"""Token boundaries in bytes, for tokenizers of both kinds and for bytes that are not text."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_starts(tmp_path):
 
 
 def test_a_files_limits_of_length_cut_nothing(tmp_path):
-    """A tokenizer.json often has the truncation and padding of the model that it came with."""
+    """A tokenizer.json often contains the truncation and padding settings of its model."""
     path = saved(tmp_path, "byte_level")
     expected = token_lengths(path, TEXT.encode())
     tokenizer = load_tokenizer(path)

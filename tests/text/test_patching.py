@@ -1,4 +1,4 @@
-"""The reference's worked examples, and what every mode must keep."""
+"""The reference's worked examples, and the invariants of every mode."""
 
 import dataclasses
 import json
@@ -212,7 +212,7 @@ def test_numpy_equals_jax(config):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_one_position_at_a_time(config):
-    """Rows that go on from any position, each at its own, get the starts of the whole text."""
+    """Rows that continue from any position, each at its own, get the starts of the whole text."""
     random = np.random.default_rng(0)
     pieces = ["日本", "é", "🥓", "ab ", "1.", "x"]
     texts = ["".join(random.choice(pieces, 30)).encode() for _ in range(3)] + [random.bytes(60)]

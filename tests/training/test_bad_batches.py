@@ -1,4 +1,4 @@
-"""Bad batches leave no trace but their count, or stop the run; a spike is one that can be named."""
+"""Bad batches leave no trace but their count, or stop the run; a spike is named."""
 
 import jax
 import jax.numpy as jnp

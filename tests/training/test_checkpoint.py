@@ -1,4 +1,4 @@
-"""Checkpoints of a run: kept as asked, checked when restored, and fallen back from when damaged."""
+"""Checkpoints of a run: kept as configured, checked when restored, skipped when damaged."""
 
 import contextlib
 import errno
@@ -84,7 +84,7 @@ def test_any_changed_bit_changes_the_checksum(seed):
 
 @pytest.mark.parametrize("harm", ["changed", "truncated", "deleted"])
 def test_a_damaged_checkpoint_is_moved_aside(runs, tmp_path, capsys, harm):
-    """The run goes on from the one before it, and comes to the same losses."""
+    """The run resumes from the one before it, with the same losses."""
     copy = tmp_path / "run"
     shutil.copytree(runs.byte_lm, copy)
     newest = copy / "checkpoints" / "12"
@@ -126,7 +126,7 @@ def test_the_last_checkpoint_is_left_where_it_is(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["streams/1.json", "progress/metadata"])
 def test_one_changed_character_is_damage(runs, tmp_path, capsys, name):
-    """JSON that can be read, and means something else."""
+    """JSON that can be read, with another meaning."""
     copy = tmp_path / "run"
     shutil.copytree(runs.byte_lm, copy)
     path = copy / "checkpoints" / "12" / name
@@ -142,7 +142,7 @@ def test_one_changed_character_is_damage(runs, tmp_path, capsys, name):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A work directory with steps 4 and 5; any user may read what lies above it."""
+    """A work directory with steps 4 and 5; any user may read its parents."""
     folder = Path(tempfile.mkdtemp(prefix="bltjax-"))
     folder.chmod(0o755)
     save_steps(folder, range(4, 6))
@@ -151,7 +151,7 @@ def saved(tmp_path_factory):
 
 
 def test_other_arrays_than_the_settings_ask_for(saved, monkeypatch):
-    """Nothing is damaged, and nothing is moved; also of those that don't remember their shapes."""
+    """Nothing is damaged, and nothing is moved; also for checkpoints without stored shapes."""
     state = small_state(0)
     x = state.params["ngrams_RME"]
     others = {
@@ -264,7 +264,7 @@ def test_too_many_open_files_are_no_damage(saved, monkeypatch):
 
 
 def test_a_storage_that_is_away_is_no_damage(monkeypatch, tmp_path):
-    """TensorStore as it reads from a server that has no time; the program then ends with 75."""
+    """TensorStore reading from a server that is busy; the program then exits with 75."""
 
     class Busy(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -326,7 +326,7 @@ def test_what_is_damage(saved, tmp_path, part, harm):
 
 
 def test_an_error_of_one_process_ends_all(saved, monkeypatch, capsys):
-    """Also where the others find the checkpoint damaged, or whole."""
+    """Also where the others find the checkpoint damaged, or intact."""
     theirs = ["refused", "PERMISSION_DENIED: Error reading"]
     target = target_like(small_state(0))
     for mine in (None, ["damaged", "a checksum"]):
@@ -343,7 +343,7 @@ def test_an_error_of_one_process_ends_all(saved, monkeypatch, capsys):
 
 
 def test_parameters_that_may_not_be_read(runs):
-    """Whoever only reads a run is not advised to remove its checkpoint."""
+    """A read-only user is not advised to remove the checkpoint."""
     folder = Path(tempfile.mkdtemp(prefix="bltjax-"))
     folder.chmod(0o755)
     shutil.copytree(runs.byte_lm, folder / "run")
@@ -368,7 +368,7 @@ def left(monkeypatch):
 
 
 class Late:
-    """What a handler returns, and what comes of it."""
+    """A handler's future, whose result is an error."""
 
     def __init__(self, error: Exception):
         self.error = error

@@ -1,6 +1,6 @@
 """Two AdamW steps on the golden weights: fifteen scalars, by the trainer's own step.
 
-They guard what no forward pass does: the loss and its mask, gradients by part, clipping, decay,
+They cover what no forward pass does: the loss and its mask, gradients by part, clipping, decay,
 Adam's moments, warm-up and the guard of bad batches. The numbers are this code's own, computed in
 float32. They may change only in a commit that means to change training, whose message says why;
 then run this file as a program for the new ones:

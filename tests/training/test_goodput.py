@@ -1,4 +1,4 @@
-"""Where the time of a run went, over its restarts; and who keeps the others waiting."""
+"""Wall time of a run by kind, over its restarts; and the process that blocks the others."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from bltjax.training.goodput import KINDS, Goodput
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that moves when it is told to."""
+    """A clock that advances on request."""
 
     class Clock:
         now = 1000.0

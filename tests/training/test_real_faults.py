@@ -1,4 +1,4 @@
-"""Faults at random moments (slow): after a restart nothing tells that there was one."""
+"""Faults at random moments (slow): after a restart no trace of them is left."""
 
 import os
 import signal

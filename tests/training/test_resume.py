@@ -1,4 +1,4 @@
-"""A run resumed with other settings: refused, or going on as the straight run does, and logged."""
+"""A run resumed with other settings: refused, or equal to an uninterrupted run, and logged."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def copy_of(run, folder, *, newest=None):
 
 @pytest.mark.parametrize("model", ["byte_lm", pytest.param("blt", marks=pytest.mark.slow)])
 def test_how_a_step_is_computed_may_change_and_its_losses_stay(runs, tmp_path, capsys, model):
-    """Remat, attention, micro-batches, evaluation; and other names of what is read."""
+    """Remat, attention, micro-batches, evaluation; and other paths of the inputs."""
     before = getattr(runs, model)
     work = copy_of(before, tmp_path / "run", newest=8)
     shutil.copytree(runs.root / "records" / "train", tmp_path / "moved")
@@ -101,7 +101,7 @@ def test_how_a_step_is_computed_may_change_and_its_losses_stay(runs, tmp_path, c
 
 
 def test_a_finished_run_goes_on_until_a_person_interrupts_it(runs, tmp_path, capsys):
-    """With a config.json that was cut off, and a checkpoint of before there were fingerprints."""
+    """With a truncated config.json, and a checkpoint from before there were fingerprints."""
     work = copy_of(runs.byte_lm, tmp_path / "run")
     (work / CONFIG).write_text('{"byte_lm": {"la')
     path = work / "checkpoints" / "12" / "progress" / "metadata"
@@ -270,7 +270,7 @@ def test_content_of_sources(runs):
 
 
 def test_data_that_changed_in_its_place_is_refused(runs, tmp_path, capsys):
-    """As many documents as before, of which one has another word."""
+    """As many documents as before, but one word of one differs."""
     text = (runs.root / "train.jsonl").read_text()
     changed = tmp_path / "changed.jsonl"
     changed.write_text(text.replace("patch", "catch", 1))

@@ -1,4 +1,5 @@
-"""The trainer: resumed equals straight, with real processes killed; bad runs stop and say why."""
+"""The trainer: resumed equals straight, with real processes killed; bad runs stop with the
+reason."""
 
 import gzip
 import json
@@ -88,7 +89,7 @@ def test_a_window_of_steps_is_traced(runs, tmp_path, capsys):
 
 
 def test_a_trace_outlives_a_step_that_fails(tmp_path, capsys):
-    """It is what one would look at then; the failure itself is told by whoever meets it first."""
+    """The trace is needed most then; the failure itself is raised wherever it is first met."""
 
     class Broken:
         def block_until_ready(self):
@@ -106,7 +107,7 @@ def test_a_trace_outlives_a_step_that_fails(tmp_path, capsys):
 
 @pytest.mark.parametrize("model", ["byte_lm", pytest.param("blt", marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_straight(runs, tmp_path, model, seed):
-    """kill -9 at a random step; the same command then gives the losses of a run never stopped."""
+    """kill -9 at a random step; the same command then gives the losses of an uninterrupted run."""
     kill_after = 4 + seed % 6
     print(f"killed once step {kill_after} is reported")
     words = command(runs, model, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The page of a run: one file that stands by itself, made of what there is."""
+"""The page of a run: one self-contained file, made of whatever the run has."""
 
 import html.parser
 import json

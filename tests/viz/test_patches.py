@@ -1,4 +1,4 @@
-"""Pictures of patches: what they show, what they say they leave out, what they refuse."""
+"""Pictures of patches: their contents, notes on omissions, and refusals."""
 
 import subprocess
 import sys

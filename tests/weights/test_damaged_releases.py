@@ -1,7 +1,7 @@
-"""Other people's folders as they arrive: not fetched, mangled, half of it something else.
+"""Third-party folders in a bad state: not fetched, mangled, half of it something else.
 
-Every JSON file that a model is read by is damaged in a thousand ways: what comes of it is an error
-that names the file, or the model as it was.
+Every JSON file of a model is damaged in a thousand ways: the outcome is an error that names the
+file, or the model as it was.
 """
 
 import json
@@ -183,7 +183,7 @@ WRONG = {  # values of another type, or that no setting can have, by the type of
 
 
 def damaged(text: str, random: Random) -> tuple[bytes, bool]:
-    """A damaged JSON file, and whether a setting of it may really have been changed."""
+    """A damaged JSON file, and whether one of its settings may really have changed."""
     found, data = json.loads(text), text.encode()
     kind = random.randint(0, 9)
     if kind == 0:
@@ -227,7 +227,7 @@ FILES = (
 
 
 def meaning(files) -> tuple:
-    """All that a folder's JSON says of a model."""
+    """Everything that a folder's JSON says about a model."""
     return files.config, files.leaves.keys(), files.byte_lm and meaning(files.byte_lm)
 
 

@@ -1,4 +1,4 @@
-"""The transformers port against ours: recorded outputs always, the port itself where it is."""
+"""The transformers port against ours: recorded outputs always, the port itself where installed."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ RECORDED = np.load(port.RECORDED)
 
 
 def written(folder, name, **changes):
-    """A case's folder, as `save_pretrained` leaves it; returns its config."""
+    """A case's folder, as written by `save_pretrained`; returns its config."""
     config = port.CASES[name] | {"patching_threshold": float(RECORDED[f"{name}/threshold"])}
     tensors = port.tensors_by_rule(port.shapes_of(*port.configs_of(config, 1.0)))
     port.write_tensors(folder, tensors)
@@ -64,7 +64,7 @@ def test_as_the_port(name, tmp_path):
 
 
 def test_released_meaning_is_the_default(tmp_path):
-    """Pooling once, a patch that begins after the end: the port's ways must be asked for."""
+    """Pooling once, a patch that starts after the end: the port's behaviour must be requested."""
     written(tmp_path / "pools", "pools_each_layer")
     model = our_model(read_port(epath.Path(tmp_path / "pools")))
     assert not model.config.model.cross.repools
@@ -243,7 +243,7 @@ def test_spellings_of_rotary_settings():
 
 
 def folder_with(folder, more: dict, name="projected", config=None, wrapped=""):
-    """A case's folder with more tensors, all of them named as a wrapper of torch's would."""
+    """A case's folder with more tensors, all named as by a wrapper of torch."""
     config = written(folder, name) | (config or {})
     tensors = port.tensors_by_rule(port.shapes_of(*port.configs_of(config, 1.0)))
     for extra, array in more.items():
@@ -281,7 +281,7 @@ def test_names_of_torchs_wrappers(tmp_path):
 
 
 def test_second_copies(tmp_path):
-    """An embedding that is stored twice is read once; one of other numbers is somebody's."""
+    """An embedding that is stored twice is read once; a copy with other numbers is refused."""
     table, place = (
         "model.local_encoder.embed_tokens.weight",
         "model.local_decoder.embed_tokens.weight",
@@ -304,7 +304,7 @@ def test_second_copies(tmp_path):
 
 
 def test_buffers_of_rotary_rates(tmp_path):
-    """Older checkpoints carry them: left out where the config says the same, else refused."""
+    """Older checkpoints have them: dropped where the config agrees, else refused."""
     rates = 5e5 ** (-np.arange(0, 8, 2) / 8)
     slow = 1e4 ** (-np.arange(0, 8, 2) / 8)
     latent = latent_rotary(port.configs_of(port.CASES["grouped_and_scaled"], 1.0)[0].model.latent)
@@ -353,7 +353,7 @@ def test_dtypes_that_are_refused(dtype, tmp_path):
 
 
 def test_dtypes_of_each_tensor(tmp_path):
-    """float32, bfloat16 and float16 within one stack: what is read is what is stored."""
+    """float32, bfloat16 and float16 within one stack: each is read as stored."""
     config = port.CASES["projected"] | {"patching_threshold": 1.0}
     shapes = port.shapes_of(*port.configs_of(config, 1.0))
     kinds = (np.float32, BFLOAT16, np.float16)
@@ -386,7 +386,8 @@ def test_weights_that_are_not_finite(value, tmp_path):
 
 
 def test_the_port_itself(tmp_path):
-    """Where torch and transformers are: what was recorded is what they say, and `verify` agrees."""
+    """With torch and transformers installed: the recording equals their output, and `verify`
+    agrees."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from bltjax.convert.convert import convert, open_model

@@ -1,4 +1,4 @@
-"""A Llama's layers as a latent transformer: the same hidden states, and training that begins so."""
+"""A Llama's layers as a latent transformer: the same hidden states, and training from them."""
 
 import json
 import logging
@@ -117,7 +117,7 @@ def test_what_other_libraries_leave(folder, tmp_path, caplog):
 
 
 def test_learning_rates():
-    """The blocks stand still, then learn at their share; the rest of the model does not notice."""
+    """The blocks are frozen, then train at their share; the rest of the model is unaffected."""
     params = {"latent": {"blocks": {"up_LDF": jnp.ones(3)}, "widen_KED": jnp.ones(3)}}
     grads = jax.tree.map(jnp.ones_like, params)
     settings = OptimizerConfig(steps=10, lr=1e-2, warmup_steps=0, weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""Meta's files: read with every field accounted for, and given back as they came."""
+"""Meta's files: read with every field accounted for, and written back unchanged."""
 
 import json
 
@@ -33,7 +33,7 @@ def tensors(name: str, dtypes: dict | None = None) -> dict[str, Tensor]:
 
 
 def hub_folder(folder, dtypes=None, *, byte_lm=True) -> epath.Path:
-    """The golden model as its Hugging Face folder, its byte LM beside it."""
+    """The golden model as its Hugging Face folder, with its byte LM."""
     write_tensors(folder, tensors("blt_blocklocal", dtypes))
     (folder / "config.json").write_text(json.dumps({"args": ARGS}))
     (folder / "train_args.json").write_text(json.dumps(SETTINGS))
@@ -94,7 +94,7 @@ def test_what_is_left_out_is_said(tmp_path):
 
 
 def test_a_byte_lm_with_its_whole_training_file(tmp_path):
-    """Its params.json may speak of a BLT too: the tensors say what it is."""
+    """Its params.json may describe a BLT too: the tensors decide."""
     write_tensors(tmp_path, tensors("entropy_lm"))
     settings = {"model": ARGS, "entropy_model": BYTE_LM}
     (tmp_path / "params.json").write_text(json.dumps(settings))
@@ -147,7 +147,7 @@ def test_other_dtypes_round_once(tmp_path):
 
 
 def test_our_own_models_in_their_files(runs, tmp_path):
-    """A model that never was Meta's gets a params.json from which the importer reads it again."""
+    """A model that never was Meta's gets a params.json that the importer can read."""
     pytest.importorskip("torch")
     source = read_meta(hub_folder(tmp_path / "in"))
     source = source._replace(origin={}, byte_lm=source.byte_lm._replace(origin={}))

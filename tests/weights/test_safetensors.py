@@ -31,7 +31,7 @@ def tensors(arrays=ARRAYS):
 
 
 def ignored(_: int) -> None:
-    """Nothing is done with the progress of a test."""
+    """Ignores the progress of a test."""
 
 
 @pytest.fixture
@@ -326,7 +326,7 @@ def is_tiled(data: bytes, tensors: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("files", [1000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_any_header(files, tmp_path):
-    """Damaged at random: read as its header says to the last byte, or refused by name."""
+    """Damaged at random: read to the last byte according to its header, or refused by name."""
     random = Random(0)
     path, counts = epath.Path(tmp_path / "model.safetensors"), {"read": 0, "refused": 0}
     for number in range(files):

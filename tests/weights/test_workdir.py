@@ -1,4 +1,4 @@
-"""Work directories: whole, or a clear word about what is not."""
+"""Work directories: complete, or a clear message about the missing part."""
 
 import shutil
 
@@ -57,7 +57,7 @@ def test_damaged_checkpoints_are_named(runs, tmp_path):
 
 
 def test_parameters_lie_in_chunks(tmp_path, monkeypatch):
-    """So that a converter can read a table of many gigabytes in pieces, whatever a device held."""
+    """So that a converter can read a table of many gigabytes in blocks, whatever a device held."""
     monkeypatch.setattr("bltjax.weights.workdir.CHUNK_BYTES", 1 << 16)
     manager = make_manager(tmp_path, CONFIG)
     params = {"ngrams_RME": jax.numpy.ones((3, 512, 64))}
