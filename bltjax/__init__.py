@@ -140,7 +140,7 @@ def training_batches(config):
     from bltjax.data import pipeline
     from bltjax.families import model_config
 
-    streams = list(range(config.data.rows))
+    streams = list(range(config.data.batch_size))
     patching = model_config(config).patching
     return iter(pipeline.training_batches(config.data, patching, seed=config.seed, streams=streams))
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.attention import fastest
-from bltjax.config.fields import divides, from_dict
+from bltjax.config.fields import divides, from_dict, renamed
 from bltjax.config.load import read_config_file
 from bltjax.config.model import ModelConfig
 from bltjax.config.run import RunConfig
@@ -142,11 +142,11 @@ def parse(kind: type, values, where: str = "config"):
     Raises:
       ValueError: as `from_dict`.
     """
-    return from_dict(kind, values, where, groups())
+    return from_dict(kind, renamed(values, where), where, groups())
 
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> RunConfig:
-    """The RunConfig of `configs/FILE.py[:ARG]` after overrides such as `data.rows=4`.
+    """The RunConfig of `configs/FILE.py[:ARG]` after overrides such as `data.batch_size=4`.
 
     Raises:
       ValueError: naming the file or the key, and the nearest key where there is one.
@@ -172,7 +172,7 @@ def model_config(run: RunConfig) -> ModelConfig:
     """The ModelConfig of a RunConfig."""
     patching = run.patching if family_of(run).rows == "patches" else None
     return ModelConfig(
-        run.model, patching, run.data.row_bytes, run.data.row_patches, run.compute_dtype,
+        run.model, patching, run.data.seq_len, run.data.max_patches, run.compute_dtype,
         run.attention,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@
     python -m bltjax train --config=configs/blt_8b_from_llama3.py --workdir=WORKDIR \
         --init_latent_from=LLAMA_DIR \
         --config.entropy_model=BYTE_LM_WORKDIR --config.patching.threshold=NATS \
-        --config.data.train.text.path=RECORDS --config.data.held_out.text.path=HELD_OUT_RECORDS
+        --config.data.train.text.path=RECORDS --config.data.eval.text.path=HELD_OUT_RECORDS
 
 LLAMA_DIR holds config.json and the safetensors of Llama 3.1 8B (32 layers of 4096, 32 heads, 8
 key/value heads, feed-forward 14336, its rope scaling). For Llama 3 give
@@ -62,10 +62,10 @@ def get_config():
     config.data = ConfigDict(
         dict(
             train=dict(text=source),
-            held_out=dict(text=source | {"path": "data/held_out_records"}),
-            rows=256,
-            row_bytes=16384,
-            row_patches=4096,
+            eval=dict(text=source | {"path": "data/held_out_records"}),
+            batch_size=256,
+            seq_len=16384,
+            max_patches=4096,
             look_ahead=32,
             skip_bad=False,
         )
@@ -81,7 +81,7 @@ def get_config():
             eps=1e-8,
             weight_decay=0.1,
             clip=1.0,
-            accumulate=4,
+            grad_accum_steps=4,
         )
     )
     config.checkpoint = ConfigDict(dict(every=1000, keep=2))

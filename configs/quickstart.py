@@ -6,11 +6,11 @@ runs the byte LM and BLT; alone they are
 
     python -m bltjax train --config=configs/quickstart.py:byte_lm --workdir=WORKDIR/byte_lm \
         --config.data.train.text.path='WORKDIR/text/train/*.txt' \
-        --config.data.held_out.text.path='WORKDIR/text/held_out/*.txt'
+        --config.data.eval.text.path='WORKDIR/text/held_out/*.txt'
     python -m bltjax train --config=configs/quickstart.py:blt --workdir=WORKDIR/blt \
         --config.entropy_model=WORKDIR/byte_lm --config.patching.threshold=NATS \
         --config.data.train.text.path=WORKDIR/records/train \
-        --config.data.held_out.text.path=WORKDIR/records/held_out
+        --config.data.eval.text.path=WORKDIR/records/held_out
 
 NATS is the threshold that `python -m bltjax calibrate --records=WORKDIR/records/train --mean=4.5`
 finds. A step is 46.7 GFLOP for the byte LM and 86.0 for BLT (`bltjax/model/flops.py`), in 350 and
@@ -22,7 +22,7 @@ Besides, the paper's small CNN scorer:
 
     python -m bltjax train --config=configs/quickstart.py:byte_cnn --workdir=WORKDIR/byte_cnn \
         --config.data.train.text.path='WORKDIR/text/train/*.txt' \
-        --config.data.held_out.text.path='WORKDIR/text/held_out/*.txt'
+        --config.data.eval.text.path='WORKDIR/text/held_out/*.txt'
 
 A step is 17.7 GFLOP; state takes 6 MB. Expect 2.644 bits per byte on the held-out books: the result
 of a run on 2 vCPUs of an AMD EPYC, after 3 minutes on shared cores. Give its work directory as
@@ -65,10 +65,10 @@ def get_config(model: str = ""):
     config.data = ConfigDict(
         dict(
             train=dict(text=source | {"path": f"runs/quickstart/{part}/train{suffix}"}),
-            held_out=dict(text=source | {"path": f"runs/quickstart/{part}/held_out{suffix}"}),
-            rows=ROWS,
-            row_bytes=ROW_BYTES,
-            row_patches=ROW_PATCHES if is_blt else ROW_BYTES,
+            eval=dict(text=source | {"path": f"runs/quickstart/{part}/held_out{suffix}"}),
+            batch_size=ROWS,
+            seq_len=ROW_BYTES,
+            max_patches=ROW_PATCHES if is_blt else ROW_BYTES,
             look_ahead=32,
         )
     )
@@ -80,7 +80,7 @@ def get_config(model: str = ""):
             warmup_steps=40,
             final_lr_ratio=0.0,
             weight_decay=0.1,
-            accumulate=1,
+            grad_accum_steps=1,
         )
     )
     config.checkpoint = ConfigDict(dict(every=100, keep=2))

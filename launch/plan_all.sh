@@ -19,14 +19,14 @@ mkdir -p "$workdir"
 # The 8Bs take the paper's 16M bytes a step, in as many micro-batches as leave a chip a row or four;
 # the first and the last compare what chips send on 64 and on 512, with as many rows on each.
 plans=(
-    "8b-v5p-64   configs/blt_8b.py v5p:4x4x4 1 mesh.data=1 mesh.fsdp=64"
-    "1b-v5e-16   configs/blt_1b.py v5e:4x4   1 mesh.data=1 mesh.fsdp=16 optimizer.accumulate=64"
-    "1b-v6e-16   configs/blt_1b.py v6e:4x4   1 mesh.data=1 mesh.fsdp=16 optimizer.accumulate=32"
-    "8b-v5e-256  configs/blt_8b.py v5e:16x16 1 mesh.data=1 mesh.fsdp=256"
-    "8b-v6e-64   configs/blt_8b.py v6e:8x8   1 mesh.data=1 mesh.fsdp=64 optimizer.accumulate=16"
-    "8b-long-64  configs/blt_8b.py v5p:4x4x4 1 mesh.data=1 mesh.fsdp=64 optimizer.accumulate=2 data.rows=128 data.row_bytes=131072 data.row_patches=32768"
-    "8b-2v5e-512 configs/blt_8b.py v5e:16x16 2 mesh.data=2 mesh.fsdp=256 optimizer.accumulate=2"
-    "8b-v5p-512  configs/blt_8b.py v5p:8x8x8 1 mesh.data=8 mesh.fsdp=64 data.rows=8192"
+    "8b-v5p-64   configs/blt.py:8b v5p:4x4x4 1 mesh.data=1 mesh.fsdp=64"
+    "1b-v5e-16   configs/blt.py:1b v5e:4x4   1 mesh.data=1 mesh.fsdp=16 optimizer.grad_accum_steps=64"
+    "1b-v6e-16   configs/blt.py:1b v6e:4x4   1 mesh.data=1 mesh.fsdp=16 optimizer.grad_accum_steps=32"
+    "8b-v5e-256  configs/blt.py:8b v5e:16x16 1 mesh.data=1 mesh.fsdp=256"
+    "8b-v6e-64   configs/blt.py:8b v6e:8x8   1 mesh.data=1 mesh.fsdp=64 optimizer.grad_accum_steps=16"
+    "8b-long-64  configs/blt.py:8b v5p:4x4x4 1 mesh.data=1 mesh.fsdp=64 optimizer.grad_accum_steps=2 data.batch_size=128 data.seq_len=131072 data.max_patches=32768"
+    "8b-2v5e-512 configs/blt.py:8b v5e:16x16 2 mesh.data=2 mesh.fsdp=256 optimizer.grad_accum_steps=2"
+    "8b-v5p-512  configs/blt.py:8b v5p:8x8x8 1 mesh.data=8 mesh.fsdp=64 data.batch_size=8192"
 )
 chosen=()
 for plan in "${plans[@]}"; do

@@ -53,7 +53,7 @@ stage text python launch/quickstart_text.py "$workdir/text" "${text[@]}"
 stage train_byte_lm "${blt[@]}" train --config=configs/quickstart.py:byte_lm \
     --workdir="$workdir/byte_lm" \
     --config.data.train.text.path="$workdir/text/train/*.txt" \
-    --config.data.held_out.text.path="$workdir/text/held_out/*.txt"
+    --config.data.eval.text.path="$workdir/text/held_out/*.txt"
 for part in train held_out; do
     stage "entropies_$part" "${blt[@]}" entropies --byte_lm="$workdir/byte_lm" \
         --source="$workdir/text/$part/*.txt" --split_bytes=1000 --out="$records/$part"
@@ -64,7 +64,7 @@ stage train_blt "${blt[@]}" train --config=configs/quickstart.py:blt --workdir="
     --config.entropy_model="$workdir/byte_lm" \
     --config.patching.threshold="$(cat "$workdir/threshold.txt")" \
     --config.data.train.text.path="$records/train" \
-    --config.data.held_out.text.path="$records/held_out"
+    --config.data.eval.text.path="$records/held_out"
 stage evaluate_byte_lm "${blt[@]}" evaluate --workdir="$workdir/byte_lm" \
     --out="$workdir/evaluation_byte_lm.json"
 stage evaluate_blt "${blt[@]}" evaluate --workdir="$workdir/blt" --compressors \

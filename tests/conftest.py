@@ -116,7 +116,7 @@ def runs(tmp_path_factory):
         suffix = "" if model == "blt" else ".jsonl"
         paths = (
             f"data.train.text.path={part}/train{suffix}",
-            f"data.held_out.text.path={part}/held_out{suffix}",
+            f"data.eval.text.path={part}/held_out{suffix}",
         )
         settings = (setting.removeprefix("--config.") for setting in settings)
         train(load_config(f"{TINY}:{model}", [*paths, *settings]), epath.Path(folder))

@@ -38,7 +38,7 @@ class Pod:
             sys.executable, "launch/local_pod.py", f"--processes={PROCESSES}",
             "--", "train", "--config=tests/tiny.py:byte_lm", *more,
             f"--workdir={workdir}", f"--config.data.train.text.path={work.records}",
-            f"--config.data.held_out.text.path={work.root / 'held_out.jsonl'}",
+            f"--config.data.eval.text.path={work.root / 'held_out.jsonl'}",
             f"--config.optimizer.steps={STEPS}", f"--config.checkpoint.every={EVERY}",
         ]  # fmt: skip
         environment = os.environ | {

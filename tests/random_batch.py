@@ -7,8 +7,8 @@ from bltjax.data.batches import PatchBatch, target_bytes_of
 
 def random_batch(data, random: np.random.Generator) -> PatchBatch:
     """A batch as from the pipeline, with the rows of a DataConfig."""
-    shape = (data.rows, data.row_bytes)
-    starts = random.random((data.rows, data.row_bytes + 1)) < 0.3
+    shape = (data.batch_size, data.seq_len)
+    starts = random.random((data.batch_size, data.seq_len + 1)) < 0.3
     starts[:, :2] = True
     bytes_BN = random.integers(4, 260, shape).astype(np.int32)
     targets_BN = random.integers(4, 260, shape).astype(np.int32)

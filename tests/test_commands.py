@@ -219,7 +219,7 @@ def test_bad_input(runs, tmp_path, capsys):
     train = ["train", "--config=tests/tiny.py:byte_lm", f"--workdir={tmp_path / 'run'}"]
     path = "--config.data.train.text.path"
     assert "an empty path" in error_of(capsys, *train)
-    held_out = f"--config.data.held_out.text.path={runs.root / 'held_out.jsonl'}"
+    held_out = f"--config.data.eval.text.path={runs.root / 'held_out.jsonl'}"
     train.append(held_out)
     missing = error_of(capsys, *train, f"{path}={tmp_path}/none.txt")
     assert "none.txt: no such file" in missing
@@ -253,7 +253,7 @@ def test_truncated_records_stop_training(runs, tmp_path, capsys):
     shard.write_bytes(shard.read_bytes()[:-7])
     words = ["train", "--config=tests/tiny.py:blt", f"--workdir={tmp_path / 'run'}"]
     words += [*runs.blt_settings, f"--config.data.train.text.path={folder}"]
-    words += [f"--config.data.held_out.text.path={runs.root / 'records' / 'held_out'}"]
+    words += [f"--config.data.eval.text.path={runs.root / 'records' / 'held_out'}"]
     assert f"{shard} has" in error_of(capsys, *words)
 
 
@@ -266,7 +266,7 @@ def test_odd_texts_train(runs, tmp_path):
         "--config=tests/tiny.py:byte_lm",
         f"--workdir={tmp_path / 'run'}",
         f"--config.data.train.text.path={tmp_path}",
-        f"--config.data.held_out.text.path={tmp_path}/b.txt",
-        "--config.data.rows=2",
+        f"--config.data.eval.text.path={tmp_path}/b.txt",
+        "--config.data.batch_size=2",
         "--stop_at=2",
     )

@@ -48,7 +48,7 @@ def trained(runs, tmp_path_factory) -> Run:
             f"{folder}/toy.py",
             [
                 f"data.train.text.path={runs.root}/train.jsonl",
-                f"data.held_out.text.path={runs.root}/held_out.jsonl",
+                f"data.eval.text.path={runs.root}/held_out.jsonl",
                 "optimizer.lr=0.1",
                 "toy.scale=0.3",
             ],

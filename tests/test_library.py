@@ -58,7 +58,7 @@ def config_of(runs, model: str, *settings: str) -> RunConfig:
         f"{TINY}:{model}",
         [
             f"data.train.text.path={part}/train{suffix}",
-            f"data.held_out.text.path={part}/held_out{suffix}",
+            f"data.eval.text.path={part}/held_out{suffix}",
             *(own if model == "blt" else ()),
             *settings,
         ],
@@ -190,7 +190,7 @@ def test_training_batches_are_those_of_a_run(runs, model, tmp_path, monkeypatch)
     assert all(same(next(batches), batch) for batch in trained_on)
     patching = config.patching if model == "blt" else None
     plain = pipeline.training_batches(
-        config.data, patching, seed=config.seed, streams=range(config.data.rows)
+        config.data, patching, seed=config.seed, streams=range(config.data.batch_size)
     )
     skipped = itertools.islice(plain, 3, 5)
     state = batches.get_state()

@@ -124,7 +124,7 @@ def check_sources(name: str) -> None:
     pq.write_table(pa.table({"text": ["one"]}), "plain")
     Path("plain").replace(f"{name}/x.parquet")
     assert len(open_source(SourceConfig(f"./{name}/x.parquet"))) == 1
-    paths = [f"data.{part}.text.path=./{name}" for part in ("train", "held_out")]
+    paths = [f"data.{part}.text.path=./{name}" for part in ("train", "eval")]
     config = load_config(f"{TINY}:byte_lm", [*paths, f"data.train.text.field={name}"])
     source = config.data.train["text"]
     assert (source.path, source.field) == (f"./{name}", name)  # no Python literal, no number
@@ -151,7 +151,7 @@ def test_names_that_what_stores_arrays_takes_for_others(name, tmp_path, capsys):
             check_arrays_path(path_of(f"./{name}"))
     words = ["train", f"--config={TINY}:byte_lm", f"--workdir={tmp_path / 'new' / name / 'run'}"]
     text = tmp_path / name / "1.txt"
-    assert main([*words, *(f"--config.data.{p}.text.path={text}" for p in ("train", "held_out"))])
+    assert main([*words, *(f"--config.data.{p}.text.path={text}" for p in ("train", "eval"))])
     assert "give another name" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
@@ -202,7 +202,7 @@ def test_a_user_s_home_is_expanded(tmp_path, monkeypatch):
         bpe = Patching(mode="bpe", tokenizer="~/tokenizer.json")
         assert bpe.tokenizer == str(home / "tokenizer.json")
         settings = [f"{name}=~/run" for name in ("entropy_model", "init_from")]
-        settings += [f"data.{part}.text.path=~/*.txt" for part in ("train", "held_out")]
+        settings += [f"data.{part}.text.path=~/*.txt" for part in ("train", "eval")]
         config = load_config(f"{TINY}:byte_lm", settings)
         assert config.entropy_model == config.init_from == str(home / "run")
         # A run of before, whose settings have it as it was written, has the same config.
@@ -224,7 +224,7 @@ def test_names_that_are_not_utf8_are_found_by_patterns(tmp_path):
     with pytest.raises(ValueError, match=r"latin.xff.txt' is not UTF-8: rename it"):
         open_source(SourceConfig(str(odd)))
     with pytest.raises(ValueError, match=r"train.text.path: .*latin.xff.txt' is not UTF-8"):
-        load_config(f"{TINY}:byte_lm", [f"data.train.text.path={odd}", "data.held_out.text.path=x"])
+        load_config(f"{TINY}:byte_lm", [f"data.train.text.path={odd}", "data.eval.text.path=x"])
     pq.write_table(pa.table({"text": ["one"]}), tmp_path / "plain")
     (tmp_path / "plain").replace(odd)
     with pytest.raises(ValueError, match="is not UTF-8"):
@@ -358,7 +358,7 @@ def test_a_run_in_a_folder_of_any_name(name, runs, tmp_path, capsys):
     words = [
         "train", f"--config={place}/tiny [1].py:blt", f"--workdir={place / 'run'}",
         f"--config.data.train.text.path={place}/records/train",
-        f"--config.data.held_out.text.path={place}/records/held_out", *runs.blt_settings,
+        f"--config.data.eval.text.path={place}/records/held_out", *runs.blt_settings,
     ]  # fmt: skip
     with inside(tmp_path):
         runs.run(*words, "--stop_at=5")
@@ -369,7 +369,7 @@ def test_a_run_in_a_folder_of_any_name(name, runs, tmp_path, capsys):
 
 
 def test_a_trainer_s_checkpoints_below_brackets(tmp_path):
-    paths = [f"data.{part}.text.path={TINY}" for part in ("train", "held_out")]
+    paths = [f"data.{part}.text.path={TINY}" for part in ("train", "eval")]
     config = load_config(f"{TINY}:byte_lm", paths)
     workdir = epath.Path(tmp_path) / "exp[1]*?"
     with make_manager(workdir, config) as manager:

@@ -141,7 +141,7 @@ def trained(runs, workdir, **variables):
     done = program(
         "train", f"--config={ROOT}/tests/tiny.py:blt", f"--workdir={workdir}", *runs.blt_settings,
         f"--config.data.train.text.path={runs.root}/records/train",
-        f"--config.data.held_out.text.path={runs.root}/records/held_out",
+        f"--config.data.eval.text.path={runs.root}/records/held_out",
         **variables,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -248,7 +248,7 @@ def test_platforms_that_are_not_there(monkeypatch):
 def test_a_platform_that_is_not_there_ends_in_a_line(runs, tmp_path, verb, platform):
     words = ["--config=tests/tiny.py:byte_lm"] if verb == "train" else []
     words += [f"--config.data.train.text.path={runs.root}/train.jsonl"] * (verb == "train")
-    words += [f"--config.data.held_out.text.path={runs.root}/held_out.jsonl"] * (verb == "train")
+    words += [f"--config.data.eval.text.path={runs.root}/held_out.jsonl"] * (verb == "train")
     workdir = tmp_path if verb == "train" else runs.byte_lm
     done = program(verb, f"--workdir={workdir}", *words, JAX_PLATFORMS=platform)
     last = done.stderr.decode().splitlines()[-1]

@@ -31,7 +31,7 @@ def test_a_run_resumes(before, capsys):
         "train", f"--config={Path(__file__).parent / 'tiny.py'}:blt", f"--workdir={before / 'blt'}",
         f"--config.entropy_model={before / 'blt' / 'byte_lm'}", "--config.patching.threshold=4.0",
         f"--config.data.train.text.path={before / 'records' / 'train'}",
-        f"--config.data.held_out.text.path={before / 'records' / 'held_out'}",
+        f"--config.data.eval.text.path={before / 'records' / 'held_out'}",
     ]  # fmt: skip
     assert main(words) == 0
     assert "resumed" in capsys.readouterr().out

@@ -28,16 +28,16 @@ def get_config(model: str):
     config.data = ConfigDict(
         dict(
             train=dict(text=source),
-            held_out=dict(text=source),
-            rows=4,
-            row_bytes=64,
-            row_patches=32 if model == "blt" else 64,
+            eval=dict(text=source),
+            batch_size=4,
+            seq_len=64,
+            max_patches=32 if model == "blt" else 64,
             look_ahead=4,
             prefetch=2,
             skip_bad=False,
         )
     )
-    config.optimizer = ConfigDict(dict(steps=12, lr=3e-3, warmup_steps=2, accumulate=1))
+    config.optimizer = ConfigDict(dict(steps=12, lr=3e-3, warmup_steps=2, grad_accum_steps=1))
     config.checkpoint = ConfigDict(dict(every=4, keep=2))
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
     config.compute_dtype = "float32"

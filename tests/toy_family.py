@@ -50,7 +50,7 @@ def init(config: ToyConfig, key) -> dict:
 
 
 class ToyMemory(typing.NamedTuple):
-    """What rows of a batch go on from, after `count` positions."""
+    """State of the rows of a batch after `count` positions."""
 
     id_B: jax.Array  # the newest
     count_B: jax.Array

@@ -42,7 +42,7 @@ def benchmark_train(peer: str | None, repeats: int, threads: int) -> dict:
     sides = ["ours"] + ([peer] if peer else [])
     found = medians(sides, repeats, threads, rows, row_bytes)
     data = run_config(rows, row_bytes).data
-    flops = training_flops(MODEL, data.rows, data.row_bytes, data.row_patches)
+    flops = training_flops(MODEL, data.batch_size, data.seq_len, data.max_patches)
     result = {"ours_ms": found["ours"]["ms"], "all_ms": {s: found[s]["all_ms"] for s in sides}}
     if peer:
         result |= {"peer": peer, "peer_ms": found[peer]["ms"]}
@@ -146,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rows", type=int, default=1, help="attention: rows of a batch")
     parser.add_argument(
-        "--config", help="convert: the BLT's (default: configs/blt_1b.py); --contexts: a BLT's"
+        "--config", help="convert: the BLT's (default: configs/blt.py:1b); --contexts: a BLT's"
     )
     parser.add_argument(
         "--byte_lm", default="configs/byte_lm_100m.py", help="convert: its byte LM's config"
@@ -197,7 +197,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     elif args.what == "attention":
         result = benchmark_attention(args.repeats, args.rows, args.row_bytes)
     elif args.what == "convert":
-        result = benchmark_convert(args.config or "configs/blt_1b.py", args.byte_lm, args.folder)
+        result = benchmark_convert(args.config or "configs/blt.py:1b", args.byte_lm, args.folder)
     else:
         result = benchmark_train(args.peer, args.repeats, args.threads)
     if args.json:

@@ -56,9 +56,9 @@ def input_rate(folder: Path, *, blt: bool, repeats: int) -> dict[str, float]:
     """Text bytes per second, of processor time and of wall time; medians."""
     data = DataConfig(
         train={"records": SourceConfig(str(folder))},
-        rows=ROWS,
-        row_bytes=ROW_BYTES,
-        row_patches=round(ROW_BYTES / MEAN_PATCH),
+        batch_size=ROWS,
+        seq_len=ROW_BYTES,
+        max_patches=round(ROW_BYTES / MEAN_PATCH),
     )
     # Above it lies 1 of 4.5 numbers of the exponential law.
     patching = Patching(threshold=float(np.log(MEAN_PATCH))) if blt else None
@@ -101,14 +101,14 @@ def benchmark_slots(records: list[str], row_bytes: int) -> dict:
     for look_ahead in (1, 32):
         data = DataConfig(
             train={folder: SourceConfig(folder) for folder in records},
-            rows=4,
-            row_bytes=row_bytes,
-            row_patches=round(row_bytes / MEAN_PATCH),
+            batch_size=4,
+            seq_len=row_bytes,
+            max_patches=round(row_bytes / MEAN_PATCH),
             look_ahead=look_ahead,
         )
         patching = Patching(threshold=threshold)
-        batches = iter(training_batches(data, patching, seed=0, streams=range(data.rows)))
-        drawn = [fills(next(batches), data.row_patches) for _ in range(max(8, 2**19 // row_bytes))]
+        batches = iter(training_batches(data, patching, seed=0, streams=range(data.batch_size)))
+        drawn = [fills(next(batches), data.max_patches) for _ in range(max(8, 2**19 // row_bytes))]
         batches.close()
         byte_fill, patch_fill = (float(share) for share in np.mean(drawn, axis=0))
         result[f"look_ahead_{look_ahead}"] = {"byte_fill": byte_fill, "patch_fill": patch_fill}

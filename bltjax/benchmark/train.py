@@ -26,7 +26,7 @@ MODEL = BLTConfig(
 
 
 def run_config(rows: int, row_bytes: int) -> RunConfig:
-    data = DataConfig(rows=rows, row_bytes=row_bytes, row_patches=round(row_bytes / MEAN_PATCH))
+    data = DataConfig(batch_size=rows, seq_len=row_bytes, max_patches=round(row_bytes / MEAN_PATCH))
     return RunConfig(MODEL, data=data, optimizer=OptimizerConfig(), compute_dtype="float32")
 
 
@@ -36,7 +36,7 @@ def sample_batch(data: DataConfig) -> PatchBatch:
 
     random = np.random.default_rng(0)
     text = np.frombuffer("".join(topics.values()).encode(), np.uint8)
-    B, N, P = data.rows, data.row_bytes, data.row_patches
+    B, N, P = data.batch_size, data.seq_len, data.max_patches
     begins_B = random.integers(0, len(text) - N, B)
     ids_BN1 = np.stack([text[begin : begin + N + 1] for begin in begins_B]).astype(np.int32)
     ids_BN1 += OFFSET

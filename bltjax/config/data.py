@@ -8,15 +8,15 @@ from bltjax.config.fields import FIXED, MAY_CHANGE, SAME_CONTENT, expand, one_of
 FORMATS = ("auto", "text", "jsonl", "parquet")
 
 
-def check_row(row_bytes: int, row_patches: int) -> None:
+def check_row(seq_len: int, max_patches: int) -> None:
     """Raises ValueError for impossible sizes of a row."""
-    if row_bytes < 2 or row_patches < 2:
+    if seq_len < 2 or max_patches < 2:
         raise ValueError(
             f"a row needs 2 bytes and 2 patches at least (the first two positions each open"
-            f" one); row_bytes is {row_bytes}, row_patches {row_patches}"
+            f" one); seq_len is {seq_len}, max_patches {max_patches}"
         )
-    if row_patches > row_bytes:
-        raise ValueError(f"row_patches ({row_patches}) must not exceed row_bytes ({row_bytes})")
+    if max_patches > seq_len:
+        raise ValueError(f"max_patches ({max_patches}) must not exceed seq_len ({seq_len})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +48,17 @@ class DataConfig:
     train: dict[str, SourceConfig] = dataclasses.field(
         default_factory=dict, metadata={"resume": SAME_CONTENT}
     )
-    held_out: dict[str, SourceConfig] = dataclasses.field(
+    eval: dict[str, SourceConfig] = dataclasses.field(
         default_factory=dict, metadata={"resume": MAY_CHANGE}
     )
-    rows: int = 8  # B, over all processes
-    row_bytes: int = 1024  # N
-    row_patches: int = 228  # P
+    batch_size: int = 8  # B, rows over all processes
+    seq_len: int = 1024  # N, bytes per row
+    max_patches: int = 228  # P, per row
     look_ahead: int = 32  # documents the packer chooses among
     prefetch: int = setting(4, resume=MAY_CHANGE)  # batches
     # Count broken JSONL lines instead of stopping.
     skip_bad: bool = setting(False, resume=MAY_CHANGE)
 
     def __post_init__(self):
-        positive(self, "rows", "row_bytes", "row_patches", "look_ahead", "prefetch")
-        check_row(self.row_bytes, self.row_patches)
+        positive(self, "batch_size", "seq_len", "max_patches", "look_ahead", "prefetch")
+        check_row(self.seq_len, self.max_patches)

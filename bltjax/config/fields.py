@@ -11,6 +11,7 @@ attribute `group`, its name in a config file or JSON. The functions below take t
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import re
 import typing
@@ -24,6 +25,48 @@ MAY_CHANGE = "may change"  # yes: it says how a run is carried out, or matters a
 SAME_CONTENT = "same content"  # it names what the run reads: another name, but the same content
 RENAMED = "renamed"  # another name, whatever it stands for; but not none, and not the first
 LENGTH = "length"  # up, or down to what has been done
+
+
+# Settings that were renamed: their old names are read wherever there are settings.
+OLD_NAMES = {
+    "data.rows": "data.batch_size",
+    "data.row_bytes": "data.seq_len",
+    "data.row_patches": "data.max_patches",
+    "data.held_out": "data.eval",
+    "optimizer.accumulate": "optimizer.grad_accum_steps",
+}
+LOG = logging.getLogger(__name__)
+
+
+def renamed(values, where: str):
+    """Nested settings with new names for old ones, and a line in the log that names them.
+
+    Raises:
+      ValueError: for a setting that has both names.
+    """
+    found = []
+    for old, new in OLD_NAMES.items():
+        group, _, name = old.partition(".")
+        inner = values.get(group) if isinstance(values, dict) else None
+        if not isinstance(inner, dict) or name not in inner:
+            continue
+        now = new.partition(".")[2]
+        if now in inner:
+            raise ValueError(f"{where}.{old} is the old name of {where}.{new}: drop one of them")
+        values = values | {group: {now if key == name else key: x for key, x in inner.items()}}
+        found.append(f"{old} is now {new}")
+    if found:
+        LOG.info("%s has settings by their old names: %s", where, ", ".join(found))
+    return values
+
+
+def renamed_override(override: str) -> str:
+    """An override `key=value` by its setting's new name."""
+    for old, new in OLD_NAMES.items():
+        if override.startswith((f"{old}=", f"{old}.")):
+            LOG.info("config.%s is now config.%s", old, new)
+            return new + override.removeprefix(old)
+    return override
 
 
 def setting(

@@ -17,7 +17,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from bltjax.config.fields import choice_of, from_dict, hints_of, nearest, to_dict
+from bltjax.config.fields import (
+    choice_of,
+    from_dict,
+    hints_of,
+    nearest,
+    renamed,
+    renamed_override,
+    to_dict,
+)
 from bltjax.system.paths import check_name, check_utf8, expanded
 
 PACKAGE = Path(__file__).parents[1]
@@ -30,7 +38,7 @@ LOG = logging.getLogger(__name__)
 def read_config_file(
     spec: str, overrides: typing.Iterable[str], kind: type, groups: dict[str, type]
 ):
-    """The config of `configs/FILE.py[:ARG]` after overrides such as `data.rows=4`.
+    """The config of `configs/FILE.py[:ARG]` after overrides such as `data.batch_size=4`.
 
     kind: its dataclass. groups: the kinds of its choice.
 
@@ -40,10 +48,10 @@ def read_config_file(
     path, argument = split_spec(spec)
     file = config_path(path)
     made = made_by(file, path, argument)
-    tree = ConfigDict(completed(kind, made.to_dict(), groups))
+    tree = ConfigDict(completed(kind, renamed(made.to_dict(), path), groups))
     before = tree.to_dict()
     for override in overrides:
-        apply_override(tree, override, kind, groups)
+        apply_override(tree, renamed_override(override), kind, groups)
 
     def checked(values: dict):
         config = from_dict(kind, values, groups=groups)
@@ -124,6 +132,10 @@ def made_by(file: Path, path: str, argument: str) -> ConfigDict | FrozenConfigDi
         module_spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(place_in(file, path, error)) from error
+    if isinstance(alias := getattr(module, "ALIAS", None), str):  # FILE.py:ARGUMENT beside it
+        name, first = split_spec(alias)
+        LOG.info("%s is now %s", path, f"{file.parent.name}/{alias}")
+        return made_by(file.with_name(name), name, "_".join(filter(None, (first, argument))))
     if not callable(getattr(module, "get_config", None)):
         raise ValueError(f"{path} is no config: it has no function get_config")
     check_argument(inspect.signature(module.get_config), path, argument)

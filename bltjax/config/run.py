@@ -48,11 +48,11 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices; not on norms, byte embeddings, hash tables
     clip: float = 1.0
-    accumulate: int = setting(1, resume=MAY_CHANGE)  # micro-batches per step
+    grad_accum_steps: int = setting(1, resume=MAY_CHANGE)  # micro-batches per step
     table_moments: str = "float32"  # one of TABLE_MOMENTS
 
     def __post_init__(self):
-        positive(self, "steps", "lr", "eps", "clip", "accumulate")
+        positive(self, "steps", "lr", "eps", "clip", "grad_accum_steps")
         within(self, "[0, 1)", "b1", "b2")
         within(self, "[0, 1]", "final_lr_ratio")
         within(self, "[0, inf)", "weight_decay")
@@ -164,11 +164,11 @@ class RunConfig:
         positive(self, "log_every", "evaluate_every")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, not in 0 ... 2^63 - 1")
-        divides("optimizer.accumulate", self.optimizer.accumulate, "data.rows", self.data.rows)
-        mesh = self.mesh
+        rows, count, mesh = self.data.batch_size, self.optimizer.grad_accum_steps, self.mesh
+        divides("optimizer.grad_accum_steps", count, "data.batch_size", rows)
         if mesh.data > 0 and mesh.fsdp > 0:
-            shards, rows = mesh.data * mesh.fsdp, self.data.rows // self.optimizer.accumulate
-            divides("mesh.data x mesh.fsdp", shards, "data.rows / optimizer.accumulate", rows)
+            micro_batch = "data.batch_size / optimizer.grad_accum_steps"
+            divides("mesh.data x mesh.fsdp", mesh.data * mesh.fsdp, micro_batch, rows // count)
         if mesh.tensor > 0:
             for name, size in getattr(self.model, "split_by_tensor", {}).items():
                 divides("mesh.tensor", mesh.tensor, name, size)

@@ -59,7 +59,7 @@ def inspect_run(path: epath.Path, quick: bool) -> dict:
         damage.append("it has no checkpoint yet")
     found = {"kind": "run", "step": steps[-1]["step"] if steps else 0}
     found |= {"steps_asked": run.optimizer.steps} | described_model(config)
-    found |= {"rows": f"{run.data.rows} x {run.data.row_bytes} bytes", "config": to_dict(run)}
+    found |= {"rows": f"{run.data.batch_size} x {run.data.seq_len} bytes", "config": to_dict(run)}
     if (path / "metrics.jsonl").exists():
         found["last_report"] = last_report(path / "metrics.jsonl")
     return found | {"checkpoints": steps} | beside(path, config, damage, quick)

@@ -37,20 +37,20 @@ class Stream:
         self.sources, self.patching, self.shared = sources, patching, shared
         self.weights = {name: data.train[name].weight for name in sources}
         self.order: dict[str, Order] = {}
-        self.number, self.rows, self.row_bytes = number, data.rows, data.row_bytes
+        self.number, self.rows, self.row_bytes = number, data.batch_size, data.seq_len
         # Where in its turn a source begins. Were it 0 in all streams, they would all meet a rare
         # source in the same batch.
         self.phase, self.lead = {}, {}
         for rank, (name, documents) in enumerate(sources.items()):
             stream_seed, phase = np.random.SeedSequence([seed, number, rank]).generate_state(2)
             self.phase[name] = int(phase) / 2**32
-            mine = len(range(number, len(documents), data.rows))
-            shared_by_all = len(documents) < data.rows
+            mine = len(range(number, len(documents), data.batch_size))
+            shared_by_all = len(documents) < data.batch_size
             self.order[name] = Order(len(documents) if shared_by_all else mine, int(stream_seed))
         self.taken = dict.fromkeys(sources, 0)
         self.bytes = dict.fromkeys(sources, 0)
-        limit = data.row_bytes if patching is None else data.row_patches
-        self.packer = Packer(self.supply, self.read, data.row_bytes, limit, data.look_ahead)
+        limit = data.seq_len if patching is None else data.max_patches
+        self.packer = Packer(self.supply, self.read, data.seq_len, limit, data.look_ahead)
 
     def supply(self) -> tuple[list, CutDocument]:
         """[source, record], the next in the mixture, from the source furthest behind its share of
@@ -149,7 +149,7 @@ class BatchIterator(grain.DatasetIterator):
         if missing:
             raise ValueError(
                 f"the saved state has streams {', '.join(state)}, but not {missing}: a run resumes"
-                " with the data.rows that it began with, and the states of all its processes"
+                " with the data.batch_size that it began with, and the states of all its processes"
             )
         for number, stream in self._streams.items():
             stream.restore(state[str(number)])
@@ -193,20 +193,20 @@ def training_batches(
     if patching is not None and patching.mode == "bpe":
         load_tokenizer(patching.tokenizer)  # what is wrong with it is said now
     records = sum(map(len, sources.values()))
-    if records < data.rows:
+    if records < data.batch_size:
         split = any(source.split_bytes for source in data.train.values())
         raise ValueError(
-            f"config.data.train has {records} documents in all, but data.rows ({data.rows}) streams"
-            f" need one each at least: {'lower' if split else 'set'} split_bytes, which cuts text"
-            " files into documents, or take fewer rows"
+            f"config.data.train has {records} documents in all, but data.batch_size"
+            f" ({data.batch_size}) streams need one each at least: {'lower' if split else 'set'}"
+            " split_bytes, which cuts text files into documents, or take fewer rows"
         )
     for name, documents in sources.items():
         if documents.bad:
             print(f"{name}: {documents.bad} broken lines skipped")
-        if len(documents) < data.rows:
+        if len(documents) < data.batch_size:
             print(
-                f"{name}: {len(documents)} records for {data.rows} streams, so that every stream"
-                " takes all of them, in an order of its own"
+                f"{name}: {len(documents)} records for {data.batch_size} streams, so that every"
+                " stream takes all of them, in an order of its own"
             )
         scored = isinstance(documents, RecordDocuments)
         if patching is not None and patching.mode == "entropy" and not scored:
@@ -228,10 +228,10 @@ def held_out_batches(
     documents: Iterable, data: DataConfig, patching: Patching | None
 ) -> tuple[list[Batch], int]:
     """Batches that hold every document once, and the number of cuts; empty rows fill the last."""
-    limit = data.row_bytes if patching is None else data.row_patches
+    limit = data.seq_len if patching is None else data.max_patches
     cut_documents = (cut(documents[i], patching) for i in range(len(documents)))
-    rows, cuts = pack_exact(cut_documents, data.row_bytes, limit)
-    rows += [[]] * (-len(rows) % data.rows)
-    groups = (rows[i : i + data.rows] for i in range(0, len(rows), data.rows))
+    rows, cuts = pack_exact(cut_documents, data.seq_len, limit)
+    rows += [[]] * (-len(rows) % data.batch_size)
+    groups = (rows[i : i + data.batch_size] for i in range(0, len(rows), data.batch_size))
     kind = kind_of_rows(patching)
-    return [batch_of(group, data.row_bytes, kind) for group in groups], cuts
+    return [batch_of(group, data.seq_len, kind) for group in groups], cuts

@@ -180,8 +180,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     config, run = read_config(args.workdir), read_run(args.workdir)
     if args.source:
         sources = [source_from(args)]
-    elif run and run.data.held_out:
-        sources = list(run.data.held_out.values())
+    elif run and run.data.eval:
+        sources = list(run.data.eval.values())
     else:
         raise ValueError(f"{args.workdir} has no held-out source in its config; give --source")
     if is_writer():

@@ -80,7 +80,7 @@ def evaluate_documents(
     # An accelerator wants work; rows that the devices divide. The figure depends on neither.
     rows = 8 if mesh.devices.flat[0].platform == "cpu" else max(8, 2**16 // config.max_bytes)
     rows = -(-rows // mesh.size) * mesh.size
-    data = DataConfig(rows=rows, row_bytes=config.max_bytes, row_patches=config.max_patches)
+    data = DataConfig(batch_size=rows, seq_len=config.max_bytes, max_patches=config.max_patches)
     batches, cuts = held_out_batches(documents, data, config.patching)
     shardings = tree_shardings(model_shapes(config), mesh)
     module = module_of(resolved(config, mesh.devices.flat[0]))

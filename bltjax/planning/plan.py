@@ -41,13 +41,13 @@ from bltjax.training.step import step_parts
 def batch_shapes(config: RunConfig):
     """The shapes of a batch from the pipeline."""
     kind = BATCHES[family_of(config).rows]
-    return arrays_of(kind, config.data.rows, config.data.row_bytes, jax.ShapeDtypeStruct)
+    return arrays_of(kind, config.data.batch_size, config.data.seq_len, jax.ShapeDtypeStruct)
 
 
 def needed_flops(config: RunConfig) -> Flops:
     data, family, model = config.data, family_of(config), config.model
-    N, P = data.row_bytes, data.row_patches
-    step_bytes = data.rows * N
+    N, P = data.seq_len, data.max_patches
+    step_bytes = data.batch_size * N
     scoring = 0.0
     if model_config(config).by_entropy:
         # The released entropy model; the run's own is not read for a plan.
@@ -55,8 +55,8 @@ def needed_flops(config: RunConfig) -> Flops:
         scoring = step_bytes * family_of(scorer).paper_flops(scorer, N, P)
     return Flops(
         paper=3 * step_bytes * family.paper_flops(model, N, P),
-        exact=training_flops(model, data.rows, N, P),
-        rematerialised=data.rows * family.recomputed_flops(model, N, P),
+        exact=training_flops(model, data.batch_size, N, P),
+        rematerialised=data.batch_size * family.recomputed_flops(model, N, P),
         entropy_model=scoring,
     )
 
@@ -111,7 +111,7 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
                 compile_s=time.monotonic() - begun,
             )
     spent = time.monotonic() - begun
-    step_bytes = config.data.rows * config.data.row_bytes
+    step_bytes = config.data.batch_size * config.data.seq_len
     told = account(compiled.as_text(), topology, mesh, found.flops.exact, step_bytes)
     flops = dataclasses.replace(found.flops, compiler=told.work.flops * mesh.size)
     return dataclasses.replace(

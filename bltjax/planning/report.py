@@ -57,8 +57,8 @@ class Plan:
             "topology": self.topology.name,
             "slices": self.topology.slices,
             "mesh": self.mesh,
-            "rows": self.config.data.rows,
-            "accumulate": self.config.optimizer.accumulate,
+            "rows": self.config.data.batch_size,
+            "accumulate": self.config.optimizer.grad_accum_steps,
             "fits": self.memory.fits,
             "parameters": self.parameters,
             "hbm_bytes": memory,
@@ -153,12 +153,12 @@ def text(found: Plan, name: str) -> str:
     counts = "  ".join(
         f"{part.replace('_', ' ')} {quantity(count)}" for part, count in found.parameters.items()
     )
-    accumulate = found.config.optimizer.accumulate
+    accumulate = found.config.optimizer.grad_accum_steps
     cut = f", in {accumulate} micro-batches" if accumulate > 1 else ""
-    patches = f" and {data.row_patches:,} patches" if model_config(found.config).patching else ""
+    patches = f" and {data.max_patches:,} patches" if model_config(found.config).patching else ""
     lines = [
         f"{name} on {slices}{topology.name}: {topology.chips} chips, {hosts} hosts; mesh {mesh}",
-        f"a step is {data.rows} rows of {data.row_bytes:,} bytes{patches}{cut}",
+        f"a step is {data.batch_size} rows of {data.seq_len:,} bytes{patches}{cut}",
         f"parameters   {counts}",
         *memory_lines(found.memory),
         *flops_lines(found),

@@ -56,7 +56,7 @@ def estimates(found) -> Iterator[Change]:
     """Changes of a plan, the cheapest first, that should make it fit."""
     config, mesh, memory = found.config, found.mesh, found.memory
     states = memory.parameters + memory.optimizer
-    count, shards = config.optimizer.accumulate, mesh["data"] * mesh["fsdp"]
+    count, shards = config.optimizer.grad_accum_steps, mesh["data"] * mesh["fsdp"]
     gradients = memory.parameters * (2 if count > 1 else 1)  # and their sum so far
     rest = max(0.0, memory.total - states - gradients)
     narrow, saved = (), 0.0
@@ -67,9 +67,9 @@ def estimates(found) -> Iterator[Change]:
         saved = memory.parameters * share  # two moments, of two bytes less each
         yield Change(narrow, "", memory.total - saved)
     for settings, less in (((), 0.0), (narrow, saved)):
-        for more in doublings(count, config.data.rows // shards):
+        for more in doublings(count, config.data.batch_size // shards):
             total = states + 2 * memory.parameters + rest * count / more - less
-            yield Change((*settings, ("optimizer.accumulate", more)), "", total)
+            yield Change((*settings, ("optimizer.grad_accum_steps", more)), "", total)
     if family_of(config).rows == "patches":
         lean = tuple(
             (f"{config.model.group}.{field.name}.remat", "full")
@@ -83,13 +83,13 @@ def estimates(found) -> Iterator[Change]:
             # As many rows in each micro-batch of half as many devices: heads and hidden layers are
             # split in two, what lies between blocks is not.
             split = (("mesh.tensor", 2 * mesh["tensor"]), ("mesh.fsdp", mesh["fsdp"] // 2))
-            split += (("optimizer.accumulate", 2 * count),)
+            split += (("optimizer.grad_accum_steps", 2 * count),)
             yield Change(split, "", states + gradients + rest * 0.7)
     chip = found.topology.name.partition(":")[0]
     for shape in found.topology.chip.shapes:
         larger = read_topology(f"{chip}:{shape}", found.topology.slices)
         times = larger.devices / found.topology.devices
-        if times < 2 or times % 1 or config.data.rows % (shards * int(times) * count):
+        if times < 2 or times % 1 or config.data.batch_size % (shards * int(times) * count):
             continue
         total = (states + gradients + rest) / times
         if total <= memory.capacity:

@@ -81,7 +81,7 @@ def mesh_and_parts(config: RunConfig) -> tuple[Mesh, StepParts]:
 
 def mesh_advice(config: RunConfig, devices: list) -> str:
     """Config changes for a mesh of these devices; empty if the run's mesh fits."""
-    count, accumulate = len(devices), config.optimizer.accumulate
+    count, accumulate = len(devices), config.optimizer.grad_accum_steps
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     shapes = model_shapes(config)
 
@@ -95,7 +95,7 @@ def mesh_advice(config: RunConfig, devices: list) -> str:
         sizes = dataclasses.asdict(mesh).items()
         return " ".join(f"--config.mesh.{axis}={size}" for axis, size in sizes)
 
-    with_rows = functools.partial(fits, config.data.rows // accumulate)
+    with_rows = functools.partial(fits, config.data.batch_size // accumulate)
     found = fitting_meshes(count, with_rows)
     if found:
         asked = dataclasses.astuple(config.mesh)
@@ -107,8 +107,8 @@ def mesh_advice(config: RunConfig, devices: list) -> str:
     advice = f"\nNo mesh of {count} devices fits this config"
     for mesh in fitting_meshes(count, functools.partial(fits, None))[:1]:
         unit = mesh.data * mesh.fsdp * accumulate
-        rows = max(unit, round(config.data.rows / unit) * unit)
-        advice += f"; one does with --config.data.rows={rows} {options(mesh)}"
+        rows = max(unit, round(config.data.batch_size / unit) * unit)
+        advice += f"; one does with --config.data.batch_size={rows} {options(mesh)}"
     for fewer in range(count - 1, 0, -1):
         if fewer % slices == 0 and fitting_meshes(fewer, with_rows):
             return f"{advice}; one of {fewer} does as it is"

@@ -148,8 +148,8 @@ class Reports:
     def mean_patch(self) -> float:
         """Bytes per patch; a byte LM's positions are its patches."""
         data = self.config.data
-        slots = data.row_patches if self.patched else data.row_bytes
-        return self.values["byte_fill"] * data.row_bytes / (self.values["patch_fill"] * slots)
+        slots = data.max_patches if self.patched else data.seq_len
+        return self.values["byte_fill"] * data.seq_len / (self.values["patch_fill"] * slots)
 
     def pass_or_stop(self, step: int, out: dict) -> None:
         """Logs a skipped batch, or raises."""
@@ -175,8 +175,8 @@ class Reports:
         print(
             f"warning: rows are {values['byte_fill']:.0%} full of bytes and"
             f" {values['patch_fill']:.0%} of patches, because patches average {used:.2f} bytes"
-            f" and a row has {data.row_bytes / data.row_patches:.2f} bytes for each. Calibrate"
-            " the threshold, or change data.row_patches."
+            f" and a row has {data.seq_len / data.max_patches:.2f} bytes for each. Calibrate"
+            " the threshold, or change data.max_patches."
         )
 
     def print(self, step: int, values: dict[str, float]) -> None:

@@ -71,9 +71,11 @@ def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
         )
     mesh, parts = mesh_and_parts(config)
     if config.mesh.tensor == 1:
-        divides("the number of processes", process_count(), "data.rows", config.data.rows)
+        divides(
+            "the number of processes", process_count(), "data.batch_size", config.data.batch_size
+        )
     rows, patching = row_sharding(mesh), placed_patches(config, workdir)
-    streams = own_rows(rows, config.data.rows)
+    streams = own_rows(rows, config.data.batch_size)
     sources = training_sources(config.data, byte_lm.identity if byte_lm else None)
     dataset = training_batches(
         config.data, patching, seed=config.seed, streams=streams, sources=sources
@@ -87,14 +89,14 @@ def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
         )
         notes += check_sources(resumed, config, workdir, saved, fingerprints)
     held_out = []
-    for name, source in config.data.held_out.items():
+    for name, source in config.data.eval.items():
         documents = scored_source(source, patching, byte_lm, skip_bad=config.data.skip_bad)
         found, cuts = held_out_batches(documents, config.data, patching)
         held_out += found
         if cuts:
             print(f"held-out {name}: {cuts} cuts in documents longer than a row")
     flops = training_flops(
-        config.model, config.data.rows, config.data.row_bytes, config.data.row_patches
+        config.model, config.data.batch_size, config.data.seq_len, config.data.max_patches
     )
     return Setup(
         config, workdir, resumed, mesh, parts, rows, patching, byte_lm, streams, iter(dataset),

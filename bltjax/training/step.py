@@ -84,7 +84,7 @@ def make_train_step(config: RunConfig, model, optimizer):
         return constrained_tree(grads), sums
 
     def gradient_sums(params, batch):
-        count = config.optimizer.accumulate
+        count = config.optimizer.grad_accum_steps
         if count == 1:
             return gradient(params, batch)
 
@@ -158,7 +158,7 @@ def step_parts(config: RunConfig, mesh: Mesh) -> StepParts:
     Raises:
       ValueError: where the mesh doesn't divide a size that it splits, with both numbers.
     """
-    check_mesh(config.model, config.data.rows // config.optimizer.accumulate, mesh)
+    check_mesh(config.model, config.data.batch_size // config.optimizer.grad_accum_steps, mesh)
     config = resolved(config, mesh.devices.flat[0])
     model = module_of(model_config(config))
     optimizer = run_optimizer(config)

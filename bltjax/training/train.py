@@ -158,7 +158,7 @@ def train_alone(
         pending = None
         for step in profile.steps(range(first + 1, last_step + 1)):
             with phase(step, "waits for data", "input"):
-                batch = global_batch(next(setup.batches), setup.rows, config.data.rows)
+                batch = global_batch(next(setup.batches), setup.rows, config.data.batch_size)
             if step == first + 1:
                 with phase(step, "compiles", "compile", PATIENCE):
                     state, out = take_step(state, batch)

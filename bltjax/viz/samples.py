@@ -34,7 +34,7 @@ PROMPT_BYTES, CUT_BYTES = 60, 600
 
 def held_out_texts(config: RunConfig, count: int) -> Iterator[bytes]:
     """Held-out documents that are longer than a prompt; far apart, where there are many."""
-    for source in config.data.held_out.values():
+    for source in config.data.eval.values():
         documents = open_source(source, skip_bad=config.data.skip_bad)
         for index in np.linspace(0, len(documents) - 1, 4 * count).astype(int):
             text = documents[int(index)].text.tobytes()

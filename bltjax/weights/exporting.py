@@ -21,7 +21,7 @@ from bltjax.weights.stored import ModelFiles
 def manifest_config(config: ModelConfig) -> dict:
     """The settings of a model in the layout of a run's config.json."""
     values = to_dict(config)
-    limits = {"row_bytes": values.pop("max_bytes"), "row_patches": values.pop("max_patches")}
+    limits = {"seq_len": values.pop("max_bytes"), "max_patches": values.pop("max_patches")}
     if values["patching"] is None:
         del values["patching"]
     return values | {"data": limits}

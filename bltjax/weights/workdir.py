@@ -226,7 +226,7 @@ def save_params(workdir: epath.Path, model: Model, step: int) -> None:
         path = (workdir / "checkpoints" / str(step) / "params").absolute()
         checkpointer.save(path, jax.device_get(model.params), force=True)
     config = model.config
-    data = DataConfig(row_bytes=config.max_bytes, row_patches=config.max_patches)
+    data = DataConfig(seq_len=config.max_bytes, max_patches=config.max_patches)
     run = RunConfig(
         config.model, patching=config.patching or Patching(), data=data,
         compute_dtype=config.compute_dtype, attention=config.attention,

@@ -34,7 +34,7 @@ from bltjax.text.alphabet import encode
 def test_batch():
     config = run_config(4, 1024)
     batch = sample_batch(config.data)
-    assert config.data.row_patches == 228
+    assert config.data.max_patches == 228
     assert (batch.starts_BN1[:, :-1].sum(axis=1) == 228).all()
     assert (batch.targets_BN[:, :-1] == batch.bytes_BN[:, 1:]).all()
 
@@ -144,7 +144,7 @@ exec(open({str(Path(__file__).parents[1] / "tiny.py")!r}).read())
 tiny = get_config
 def get_config(_=""):
     config = tiny("blt")
-    config.data.train.text.path = config.data.held_out.text.path = "unread"
+    config.data.train.text.path = config.data.eval.text.path = "unread"
     config.patching = dict(mode="space")
     config.compute_dtype = "bfloat16"
     return config
@@ -158,7 +158,7 @@ def get_config(_=""):
 
 
 def test_config_is_for_two_of_them(capsys):
-    assert main(["benchmark", "train", "--config=configs/blt_1b.py"]) == 1
+    assert main(["benchmark", "train", "--config=configs/blt.py:1b"]) == 1
     assert "--config is for benchmark convert, and for generate" in capsys.readouterr().err
 
 

@@ -23,7 +23,7 @@ from bltjax.config import model as model_settings
 from bltjax.config import run as run_settings
 from bltjax.config.arguments import parse_scheme
 from bltjax.config.data import DataConfig, SourceConfig
-from bltjax.config.fields import changes, differences, to_dict
+from bltjax.config.fields import OLD_NAMES, changes, differences, to_dict
 from bltjax.config.model import ModelConfig, Patching
 from bltjax.config.run import FaultsConfig, LatentInitConfig, MeshConfig, OptimizerConfig, RunConfig
 from bltjax.distributed.sharding import AXES, tree_shardings
@@ -40,15 +40,17 @@ from bltjax.model.blt import config as config_of_blt
 from bltjax.model.blt.config import BLTConfig, LatentConfig
 from bltjax.model.byte_cnn import ByteCNNConfig
 from bltjax.model.byte_lm import ByteLMConfig
+from bltjax.model.params import parameter_count
 from bltjax.text import ngram_hash
 from bltjax.weights.workdir import read_config
 
-CONFIGS = sorted(Path("configs").glob("*.py"))
+CONFIGS = sorted(p for p in Path("configs").glob("*.py") if "ALIAS" not in p.read_text())
+SIZES = ("400m", "1b", "2b", "4b", "8b", "8b_patch_6", "8b_patch_8", "8b_space", "8b_static")
 
 
 ARGUMENTS = {
     "quickstart": (":byte_lm", ":byte_cnn", ":blt"),
-    "blt_8b": ("", ":patch_6", ":patch_8", ":space", ":static"),
+    "blt": tuple(f":{size}" for size in SIZES),
 }
 SPECS = [f"{path}{argument}" for path in CONFIGS for argument in ARGUMENTS.get(path.stem, ("",))]
 
@@ -64,14 +66,14 @@ def test_quickstart_spends_equal_flops():
     for model in ("byte_lm", "blt"):
         config = load_config(f"configs/quickstart.py:{model}")
         data = config.data
-        step = training_flops(config.model, data.rows, data.row_bytes, data.row_patches)
+        step = training_flops(config.model, data.batch_size, data.seq_len, data.max_patches)
         spent.append(step * config.optimizer.steps)
     assert spent[0] == pytest.approx(spent[1], rel=0.01)
 
 
 def test_overrides():
     config = load_config(
-        "configs/blt_1b.py",
+        "configs/blt.py:1b",
         ["optimizer.lr=1e-3", "blt.hash.sizes=(3,4)", "data.train.text.path=7", "optimizer.clip=2"],
     )
     assert config.optimizer.lr == 1e-3 and config.model.hash.sizes == (3, 4)
@@ -89,10 +91,16 @@ def test_overrides():
         ("blt.latent.remat=some", r"latent.remat is 'some', not one of none, products, full"),
         ("blt.local.heads=3", r"local.heads \(3\) must divide local.width \(1024\)"),
         ("blt.latent.key_value_heads=5", r"key_value_heads \(5\) must divide latent.heads \(16\)"),
-        ("data.row_patches=99999", r"row_patches \(99999\) must not exceed row_bytes \(16384\)"),
+        ("data.max_patches=99999", r"max_patches \(99999\) must not exceed seq_len \(16384\)"),
         ("mesh.tensor=3", r"mesh.tensor \(3\) must divide latent.heads \(16\)"),
-        ("mesh.fsdp=768", r"x mesh.fsdp \(768\) must divide data.rows / .*accumulate \(256\)"),
-        ("optimizer.accumulate=3", r"accumulate \(3\) must divide data.rows \(1024\)"),
+        (
+            "mesh.fsdp=768",
+            r"x mesh.fsdp \(768\) must divide data.batch_size / .* \(256\)",
+        ),
+        (
+            "optimizer.grad_accum_steps=3",
+            r"grad_accum_steps \(3\) must divide data.batch_size \(1024\)",
+        ),
         ("patching.mode=bpes", r"patching.mode is 'bpes', not one of entropy, space, .*, bpe"),
         ("optimizer.warmup_steps=999999", r"warmup_steps \(999999\) must lie in 0"),
         ("optimizer.steps=5", r"5 steps needs a --config.optimizer.warmup_steps of at most 5"),
@@ -120,7 +128,7 @@ def test_overrides():
 )
 def test_bad_settings_name_the_rule_and_the_numbers(override, message):
     with pytest.raises(ValueError, match=message):
-        load_config("configs/blt_1b.py", [override])
+        load_config("configs/blt.py:1b", [override])
 
 
 def test_settings_that_the_file_does_not_mention_can_be_overridden():
@@ -139,7 +147,7 @@ def test_arguments_of_a_config():
     with pytest.raises(ValueError, match="write :byte_lm, :byte_cnn or :blt"):
         load_config("configs/quickstart.py")
     with pytest.raises(ValueError, match="takes no argument; drop ':big'"):
-        load_config("configs/blt_1b.py:big")
+        load_config("configs/byte_lm_100m.py:big")
     with pytest.raises(ValueError, match="has no function get_config"):
         load_config("tests/config/test_config.py")
 
@@ -174,7 +182,7 @@ def test_errors_of_a_config_file_name_its_line(text, message, tmp_path, capsys):
 
 def test_errors_of_overrides_do_not_name_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"^config\.optimizer\.steps is 'x', not int"):
-        load_config("configs/blt_1b.py", ["optimizer.steps=x"])
+        load_config("configs/blt.py:1b", ["optimizer.steps=x"])
 
 
 def test_values_of_text_settings_are_never_literals(tmp_path):
@@ -185,7 +193,7 @@ def test_values_of_text_settings_are_never_literals(tmp_path):
         + "    config.entropy_model = None\n    return config\n"
     )
     for value in ("123", "None", "(1, 2)", "'x'", "a=b", "x" * 5000):
-        overrides = [f"data.{part}.text.path={value}" for part in ("train", "held_out")]
+        overrides = [f"data.{part}.text.path={value}" for part in ("train", "eval")]
         config = load_config(f"{tmp_path}/odd.py", [*overrides, f"entropy_model={value}"])
         assert config.entropy_model == config.data.train["text"].path == value
 
@@ -195,7 +203,8 @@ def test_a_config_file_s_path_may_have_colons(folder, tmp_path):
     (tmp_path / folder).mkdir()
     shutil.copy("configs/quickstart.py", tmp_path / folder)
     assert load_config(f"{tmp_path / folder}/quickstart.py:byte_cnn").model.group == "byte_cnn"
-    shutil.copy("configs/blt_1b.py", tmp_path / folder)
+    for name in ("blt.py", "blt_1b.py"):
+        shutil.copy(f"configs/{name}", tmp_path / folder)
     assert load_config(f"{tmp_path / folder}/blt_1b.py").model.group == "blt"
 
 
@@ -229,18 +238,18 @@ def test_missing_file_names_its_neighbour():
 
 @pytest.mark.parametrize(
     ("variant", "mean"),
-    [("", 4.1), (":patch_6", 6), (":patch_8", 8), (":space", 6.1), (":static", 4)],
+    [("8b", 4.1), ("8b_patch_6", 6), ("8b_patch_8", 8), ("8b_space", 6.1), ("8b_static", 4)],
 )
 def test_variants_of_the_8b(variant, mean):
-    config = load_config(f"configs/blt_8b.py{variant}")
-    by_entropy = variant in ("", ":patch_6", ":patch_8")
+    config = load_config(f"configs/blt.py:{variant}")
+    by_entropy = variant in ("8b", "8b_patch_6", "8b_patch_8")
     assert (config.patching.mode == "entropy") == by_entropy == bool(config.entropy_model)
-    assert config.model.local.encoder_layers == (3 if variant == ":patch_8" else 1)
+    assert config.model.local.encoder_layers == (3 if variant == "8b_patch_8" else 1)
     # Rows are full of bytes just before they are full of patches of that mean.
     data = config.data
-    assert 0.97 * mean <= data.row_bytes / data.row_patches <= mean
-    with pytest.raises(ValueError, match="write one of patch_6, patch_8, space, static"):
-        load_config("configs/blt_8b.py:patch_7")
+    assert 0.97 * mean <= data.seq_len / data.max_patches <= mean
+    with pytest.raises(ValueError, match=r"write one of 400m, 1b, .*8b_static"):
+        load_config("configs/blt.py:8b_patch_7")
 
 
 def test_one_model_a_run():
@@ -252,7 +261,7 @@ def test_one_model_a_run():
 
 def test_small_rows_and_meshes():
     with pytest.raises(ValueError, match="a row needs 2 bytes and 2 patches"):
-        DataConfig(row_bytes=1, row_patches=1)
+        DataConfig(seq_len=1, max_patches=1)
     with pytest.raises(ValueError, match="at most one -1"):
         MeshConfig(data=-1, fsdp=-1)
 
@@ -264,9 +273,36 @@ def test_differences():
 
 
 def test_overriding_one_source_leaves_the_other():
-    paths = ["data.train.text.path=a", "data.held_out.text.path=b"]
+    paths = ["data.train.text.path=a", "data.eval.text.path=b"]
     data = load_config("tests/tiny.py:blt", paths).data
-    assert (data.train["text"].path, data.held_out["text"].path) == ("a", "b")
+    assert (data.train["text"].path, data.eval["text"].path) == ("a", "b")
+
+
+def test_old_names_of_settings_are_read(tmp_path, caplog):
+    """In config files, on the command line and in config.json, with a line that names the new."""
+    (tmp_path / "old.py").write_text(
+        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        "    source = dict(text=dict(path='a'))\n"
+        "    data = dict(train=source, held_out=source, rows=4, row_bytes=64, row_patches=32)\n"
+        "    steps = dict(accumulate=2)\n"
+        "    return ConfigDict(dict(byte_lm=dict(layers=2), data=data, optimizer=steps))\n"
+    )
+    with caplog.at_level("INFO"):
+        config = load_config(f"{tmp_path}/old.py", ["data.rows=8", "data.held_out.text.path=b"])
+    data = config.data
+    assert (data.batch_size, data.seq_len, data.max_patches) == (8, 64, 32)
+    assert (data.train["text"].path, data.eval["text"].path) == ("a", "b")
+    assert config.optimizer.grad_accum_steps == 2
+    assert "data.row_bytes is now data.seq_len" in caplog.text
+    assert "config.data.rows is now config.data.batch_size" in caplog.text
+    values = to_dict(config)
+    for old, new in OLD_NAMES.items():
+        group, _, name = old.partition(".")
+        values[group][name] = values[group].pop(new.partition(".")[2])
+    assert parse(RunConfig, values) == config
+    values["data"]["batch_size"] = 8
+    with pytest.raises(ValueError, match=r"data\.rows is the old name of config\.data\.batch_size"):
+        parse(RunConfig, values)
 
 
 def docstring(path: Path) -> str:
@@ -298,7 +334,8 @@ def test_the_commands_in_docstrings_are_valid(path):
         by_entropy = model_config(config).by_entropy
         named = {override.partition("=")[0] for override in overrides}
         assert by_entropy == ({"entropy_model", "patching.threshold"} <= named)
-    assert told == {spec for spec in SPECS if spec.partition(":")[0] == str(path)}
+    mine = {spec for spec in SPECS if spec.partition(":")[0] == str(path)}
+    assert told <= mine and (told == mine or path.stem == "blt")  # sizes differ by the word alone
 
 
 def test_the_arithmetic_of_the_quickstart():
@@ -310,11 +347,46 @@ def test_the_arithmetic_of_the_quickstart():
     ):
         config = load_config(f"configs/quickstart.py:{model}")
         data = config.data
-        flops = training_flops(config.model, data.rows, data.row_bytes, data.row_patches)
+        flops = training_flops(config.model, data.batch_size, data.seq_len, data.max_patches)
         assert float(re.search(pattern, told).group(1)) == pytest.approx(flops / 1e9, abs=0.06)
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if "quickstart" not in spec])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_table_of_sizes(size):
+    """Parameters, hardware and times in the docstring of configs/blt.py."""
+    (row,) = (line for line in docstring(Path("configs/blt.py")).splitlines()
+              if re.match(rf"    {size} +[\d,]{{9,}} ", line))  # fmt: skip
+    numbers = row.split()
+    total, tables, (state, per_chip, peta, seconds, days) = numbers[1], numbers[2], numbers[5:10]
+    config = load_config(f"configs/blt.py:{size}")
+    data, chips = config.data, math.prod(map(int, numbers[4].split("x")))
+    counts = parameter_count(model_shapes(config), config.model)
+    assert int(total.replace(",", "")) == counts["total"] and chips == config.mesh.fsdp
+    assert float(tables) == pytest.approx(counts["hash_tables"] / 1e9, abs=0.006)
+    assert float(state) == pytest.approx(16 * counts["total"] / 1e9, abs=0.06)
+    assert float(per_chip) == pytest.approx(16 * counts["total"] / 1e9 / chips, abs=0.006)
+    flops = training_flops(config.model, data.batch_size, data.seq_len, data.max_patches)
+    step = flops / (0.4 * 459e12 * chips)
+    assert float(peta) == pytest.approx(flops / 1e15, abs=0.06)
+    assert float(seconds) == pytest.approx(step, abs=0.06)
+    assert float(days) == pytest.approx(step * config.optimizer.steps / 86400, abs=0.55)
+    mesh = AbstractMesh((1, chips, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    check_mesh(config.model, data.batch_size // config.optimizer.grad_accum_steps, mesh)
+    tree_shardings(model_shapes(config), mesh)
+
+
+@pytest.mark.parametrize("size", ["400m", "1b", "2b", "4b", "8b", "8b:patch_6"])
+def test_old_names_of_configs_are_aliases(size, caplog):
+    name, _, variant = size.partition(":")
+    with caplog.at_level("INFO"):
+        found = load_config(f"configs/blt_{name}.py{variant and ':' + variant}")
+    assert found == load_config(f"configs/blt.py:{size.replace(':', '_')}")
+    assert f"is now configs/blt.py:{name}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "spec", [spec for spec in SPECS if not re.search("quickstart|blt.py", spec)]
+)
 def test_meshes_fit_their_pods(spec):
     """The mesh has as many chips as the docstring names, and divides every size that it splits."""
     config = load_config(spec)
@@ -324,11 +396,13 @@ def test_meshes_fit_their_pods(spec):
     sizes = (config.mesh.data, fsdp, config.mesh.tensor)
     assert math.prod(sizes) == int(chips) == math.prod(map(int, topology.split("x")))
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
-    check_mesh(config.model, config.data.rows // config.optimizer.accumulate, mesh)
+    check_mesh(config.model, config.data.batch_size // config.optimizer.grad_accum_steps, mesh)
     tree_shardings(model_shapes(config), mesh)
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "quickstart"], ids=str)
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem not in ("quickstart", "blt")], ids=str
+)
 def test_the_arithmetic_in_docstrings(path):
     told, config = docstring(path).replace("\n", " "), load_config(str(path))
 
@@ -336,7 +410,7 @@ def test_the_arithmetic_in_docstrings(path):
         return float(re.search(pattern, told).group(1).replace(",", ""))
 
     data, chips = config.data, number(r"(\d+) chips")
-    flops = training_flops(config.model, data.rows, data.row_bytes, data.row_patches)
+    flops = training_flops(config.model, data.batch_size, data.seq_len, data.max_patches)
     assert number(r"([\d.]+) PFLOP ") == pytest.approx(flops / 1e15, rel=0.003)
     seconds = flops / (0.4 * 459e12 * chips)
     assert number(r"([\d.]+) s if the chips") == pytest.approx(seconds, rel=0.03)
@@ -346,11 +420,6 @@ def test_the_arithmetic_in_docstrings(path):
     hours = config.optimizer.steps * seconds / 3600
     per = {"days": 24, "hours": 1}[re.search(r"take \d+ (\w+)", told).group(1)]
     assert number(r"take (\d+) \w+") == pytest.approx(hours / per, abs=0.7)
-    for variant, peta in re.findall(r"(patch_\d|space|static) +([\d.]+) ", told):
-        variant = load_config(f"{path}:{variant}")
-        data = variant.data
-        flops = training_flops(variant.model, data.rows, data.row_bytes, data.row_patches)
-        assert float(peta) == pytest.approx(flops / 1e15, abs=0.06)
 
 
 # What may change when a run is resumed, and how. A new setting is fixed unless it stands here.
@@ -364,11 +433,11 @@ RESUME = {
     "patching.tokenizer": "same content",
     "data.train.*": "same content",
     "data.train.text.weight": "fixed",
-    "data.held_out.*": "may change",
+    "data.eval.*": "may change",
     "data.prefetch": "may change",
     "data.skip_bad": "may change",
     "optimizer.steps": "length",
-    "optimizer.accumulate": "may change",
+    "optimizer.grad_accum_steps": "may change",
     "checkpoint.*": "may change",
     "faults.*": "may change",
     "mesh.*": "may change",
@@ -392,7 +461,7 @@ def leaves(config, path: str = ""):
 def models() -> list[RunConfig]:
     """A config of each model in which no group is missing."""
     source = {"text": SourceConfig("a")}
-    data = DataConfig(train=source, held_out=copy.deepcopy(source))
+    data = DataConfig(train=source, eval=copy.deepcopy(source))
     latent = LatentConfig(rope_scaling=RopeScalingConfig())
     kinds = (ByteLMConfig(), ByteCNNConfig(), BLTConfig(latent=latent))
     return [RunConfig(kind, data=data) for kind in kinds]

@@ -31,7 +31,7 @@ def test_a_run_becomes_an_export_that_every_program_takes(runs, tmp_path, capsys
     manifest = json.loads((export / "export.json").read_text())
     assert manifest["dtype"] == "float32" and manifest["step"] == 12
     assert 0 < manifest["held_out_bits_per_byte"] < 9
-    assert manifest["config"]["data"].keys() == {"row_bytes", "row_patches"}  # no paths
+    assert manifest["config"]["data"].keys() == {"seq_len", "max_patches"}  # no paths
     results = []
     for model in (runs.blt, export):
         out = tmp_path / "result.json"
@@ -67,7 +67,7 @@ def test_training_goes_on_from_an_export(runs, tmp_path, capsys):
     np.testing.assert_allclose(warm.logits("a patch"), cold.logits("a patch"), atol=1e-4)
     words = ["train", f"--config={port.__file__.replace('port', 'tiny')}:blt"]
     words += [f"--workdir={tmp_path / 'other'}", *runs.blt_settings, f"--init_from={export}"]
-    words += [f"--config.data.{part}.text.path={runs.root}" for part in ("train", "held_out")]
+    words += [f"--config.data.{part}.text.path={runs.root}" for part in ("train", "eval")]
     said = error_of(capsys, *words, "--config.blt.latent.layers=3")
     assert "holds a model with other settings" in said and "latent.layers: 2 -> 3" in said
 

@@ -176,16 +176,16 @@ def test_both_fills_over_97_percent_on_a_mixed_corpus(tmp_path):
         ]
         (tmp_path / f"{number}.txt").write_text(" ".join(words))
     data = DataConfig(
-        train={"text": SourceConfig(str(tmp_path))}, rows=4, row_bytes=2048, row_patches=500
+        train={"text": SourceConfig(str(tmp_path))}, batch_size=4, seq_len=2048, max_patches=500
     )
     space = Patching(mode="space")
     ids, patches = 0, 0
     for file in tmp_path.iterdir():
         document = cut(Document(np.frombuffer(file.read_bytes(), np.uint8)), space)
         ids, patches = ids + len(document.ids_N), patches + document.patches
-    data = dataclasses.replace(data, row_patches=round(2048 * patches / ids))
+    data = dataclasses.replace(data, max_patches=round(2048 * patches / ids))
     batches = iter(training_batches(data, space, seed=0, streams=range(4)))
-    found = np.mean([fills(next(batches), data.row_patches) for _ in range(30)], axis=0)
+    found = np.mean([fills(next(batches), data.max_patches) for _ in range(30)], axis=0)
     batches.close()
     assert (found > 0.97).all(), found
 

@@ -25,7 +25,7 @@ def data_of(tmp_path, **settings):
         "a": SourceConfig(str(tmp_path / "a.jsonl"), weight=3.0),
         "b": SourceConfig(str(tmp_path / "b.jsonl"), weight=1.0),
     }
-    sizes = dict(rows=4, row_bytes=80, row_patches=30, look_ahead=5, prefetch=3)
+    sizes = dict(batch_size=4, seq_len=80, max_patches=30, look_ahead=5, prefetch=3)
     return DataConfig(train=train, **sizes | settings)
 
 
@@ -86,7 +86,7 @@ def test_mixture_weights_are_shares_of_bytes(tmp_path):
 
 
 def test_seeds_and_streams_differ_and_a_source_of_fewer_records_is_shared(tmp_path):
-    data = data_of(tmp_path, rows=40)
+    data = data_of(tmp_path, batch_size=40)
     first = next(iter(_rows(data, 3)))
     other = next(iter(_rows(data, 4)))
     assert not equal(first, other)
@@ -94,12 +94,14 @@ def test_seeds_and_streams_differ_and_a_source_of_fewer_records_is_shared(tmp_pa
 
 
 def test_fewer_records_than_streams_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"has 60 documents in all, but data.rows \(61\) streams"):
-        training_batches(data_of(tmp_path, rows=61), SPACE, seed=3, streams=range(61))
+    with pytest.raises(
+        ValueError, match=r"has 60 documents in all, but data.batch_size \(61\) streams"
+    ):
+        training_batches(data_of(tmp_path, batch_size=61), SPACE, seed=3, streams=range(61))
 
 
 def _rows(data, seed):
-    iterator = iter(training_batches(data, SPACE, seed=seed, streams=range(data.rows)))
+    iterator = iter(training_batches(data, SPACE, seed=seed, streams=range(data.batch_size)))
     yield next(iterator)
     iterator.close()
 
@@ -107,8 +109,8 @@ def _rows(data, seed):
 def test_one_byte_documents(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "x"}\n')
     data = data_of(tmp_path)
-    data = DataConfig(train={"x": SourceConfig(str(tmp_path / "x.jsonl"))}, rows=1, row_bytes=8,
-                      row_patches=8)  # fmt: skip
+    data = DataConfig(train={"x": SourceConfig(str(tmp_path / "x.jsonl"))}, batch_size=1, seq_len=8,
+                      max_patches=8)  # fmt: skip
     batch = next(iter(_rows(data, 0)))
     assert batch.bytes_BN[0].tolist() == [1, 124, 2, 1, 124, 2, 1, 124]
 
@@ -121,7 +123,7 @@ def test_streams_that_wait_for_the_same_document_share_it(tmp_path):
         "x": SourceConfig(str(tmp_path / "big.txt")),
         "y": SourceConfig(str(tmp_path / "small.jsonl"), weight=1e-6),
     }
-    data = DataConfig(train=train, rows=4, row_bytes=64, row_patches=64)
+    data = DataConfig(train=train, batch_size=4, seq_len=64, max_patches=64)
     tracemalloc.start()
     batches = iter(training_batches(data, None, seed=0, streams=range(4)))
     for _ in range(3):
@@ -158,7 +160,7 @@ def test_a_rare_source_does_not_come_to_all_streams_at_once(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     weights = {"common": 0.98, "rare": 0.02}
     train = {n: SourceConfig(str(tmp_path / f"{n}.jsonl"), weight=w) for n, w in weights.items()}
-    data = DataConfig(train=train, rows=16, row_bytes=256, row_patches=256, look_ahead=1)
+    data = DataConfig(train=train, batch_size=16, seq_len=256, max_patches=256, look_ahead=1)
     batches = iter(training_batches(data, None, seed=3, streams=range(16)))
     found = [(next(batches).bytes_BN == ord("r") + 4).any(axis=1).sum() for _ in range(100)]
     batches.close()

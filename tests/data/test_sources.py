@@ -469,11 +469,11 @@ def test_where_a_piece_without_blank_lines_is_cut():
 def test_one_endless_line_trains_and_too_little_says_how(tmp_path):
     (tmp_path / "dna.txt").write_bytes(b"ACGT" * 500)
     source = SourceConfig(str(tmp_path / "dna.txt"), split_bytes=100)
-    data = DataConfig(train={"a": source}, rows=4, row_bytes=64, row_patches=64)
+    data = DataConfig(train={"a": source}, batch_size=4, seq_len=64, max_patches=64)
     documents = open_source(source)
     assert len(documents) == 18 and max(len(documents[i].text) for i in range(18)) == 300
     training_batches(data, None, seed=0, streams=range(4))
-    data = DataConfig(train={"a": source}, rows=19, row_bytes=64, row_patches=64)
+    data = DataConfig(train={"a": source}, batch_size=19, seq_len=64, max_patches=64)
     with pytest.raises(ValueError, match=r"has 18 documents in all.*: lower split_bytes"):
         training_batches(data, None, seed=0, streams=range(19))
 

@@ -192,8 +192,10 @@ def test_mixture_of_all_kinds(tmp_path, data_dir):
         "text": SourceConfig(str(tmp_path / "c.txt"), weight=1.0),
         "tfds": SourceConfig("tfds:tiny", data_dir=data_dir, weight=1.0),
     }
-    data = DataConfig(train=sources, rows=2, row_bytes=256, row_patches=128, look_ahead=2)
-    batches = iter(training_batches(data, Patching(mode="space"), seed=5, streams=range(data.rows)))
+    data = DataConfig(train=sources, batch_size=2, seq_len=256, max_patches=128, look_ahead=2)
+    batches = iter(
+        training_batches(data, Patching(mode="space"), seed=5, streams=range(data.batch_size))
+    )
     text = b""
     for _ in range(40):
         ids = next(batches).bytes_BN

@@ -78,7 +78,7 @@ def test_a_process_count_that_does_not_divide_the_batch(runs, tmp_path, capsys, 
     monkeypatch.setattr("bltjax.training.setup.process_count", lambda: 3)
     assert main(command(runs, "byte_lm", tmp_path)) == 1
     error = capsys.readouterr().err
-    assert "the number of processes (3) must divide data.rows (4)" in error
+    assert "the number of processes (3) must divide data.batch_size (4)" in error
 
 
 def test_a_folder_for_checkpoints_that_can_not_be_written(runs, tmp_path, capsys):
@@ -121,7 +121,7 @@ def test_one_two_and_four_processes_are_one(runs, tmp_path, one_compiler, model)
 
 @pytest.mark.slow
 def test_another_mesh_and_process_count_resumes(runs, tmp_path, one_compiler):
-    words = ["--config.data.rows=8", "--config.optimizer.steps=12"]
+    words = ["--config.data.batch_size=8", "--config.optimizer.steps=12"]
     whole = tmp_path / "whole"
     pod(4, 2, command(runs, "blt", whole, *words))
     saved = tmp_path / "saved"

@@ -45,7 +45,7 @@ def run_config(rows: int, **settings) -> RunConfig:
             LatentConfig(layers=2, width=64, heads=16, key_value_heads=8, hidden=96),
             HashConfig(sizes=(3, 5), functions=1, rows=4000),
         ),
-        data=DataConfig(rows=rows, row_bytes=32, row_patches=16),
+        data=DataConfig(batch_size=rows, seq_len=32, max_patches=16),
         compute_dtype="float32",
         **settings,
     )
@@ -89,7 +89,7 @@ def on_one(rows: int):
 def test_any_mesh_equals_one_device(shape):
     data, fsdp, _ = shape
     rows = 2 * data * fsdp if shape in OTHERS else 16
-    optimizer = OptimizerConfig(warmup_steps=0, clip=1e9, accumulate=2)
+    optimizer = OptimizerConfig(warmup_steps=0, clip=1e9, grad_accum_steps=2)
     config = run_config(rows, optimizer=optimizer, mesh=MeshConfig(*shape))
     found, lowered, compiled = stepped(config, jax.devices()[: math.prod(shape)])
 
@@ -105,7 +105,7 @@ def test_evaluation_takes_any_number_of_devices(tmp_path, caplog):
     """Devices that don't divide the parameters share the rows; the result is unchanged."""
     config = RunConfig(
         ByteLMConfig(layers=1, width=32, heads=4, hidden=48, window=8),
-        data=DataConfig(rows=2, row_bytes=32, row_patches=32),
+        data=DataConfig(batch_size=2, seq_len=32, max_patches=32),
         compute_dtype="float32",
     )
     params = initial_params(config.model, jax.random.key(0))

@@ -20,7 +20,7 @@ ENTROPY = {
 OTHERS = {
     "space": ("--config.patching.mode=space",),
     "static": ("--config.patching.mode=static",),
-    "byte": ("--config.patching.mode=byte", "--config.data.row_patches=64"),
+    "byte": ("--config.patching.mode=byte", "--config.data.max_patches=64"),
     "bpe": ("--config.patching.mode=bpe",),
 }
 
@@ -62,8 +62,8 @@ def test_scheme(runs, scorers, byte_level_tokenizer, scheme, tmp_path, capsys):
     if scheme in ENTROPY:
         (byte_lm, folder), suffix = scorers[scheme], ""
         words += [f"--config.entropy_model={byte_lm}", "--config.patching.threshold=4.0"]
-    for part in ("train", "held_out"):
-        words.append(f"--config.data.{part}.text.path={folder / part}{suffix}")
+    for name, part in (("train", "train"), ("eval", "held_out")):
+        words.append(f"--config.data.{name}.text.path={folder / part}{suffix}")
     words += (ENTROPY | OTHERS)[scheme]
     if scheme == "bpe":
         original = shutil.copy(byte_level_tokenizer, tmp_path)
@@ -91,7 +91,8 @@ def test_resumed_bpe_takes_its_own_tokenizer(runs, byte_level_tokenizer, becomes
     def losses(name, stop_at):
         """Losses of a run up to a step, with the current file at `original`."""
         words = [
-            f"--config.data.{p}.text.path={runs.root / p}.jsonl" for p in ("train", "held_out")
+            f"--config.data.train.text.path={runs.root / 'train'}.jsonl",
+            f"--config.data.eval.text.path={runs.root / 'held_out'}.jsonl",
         ]
         words += ["--config.patching.mode=bpe", f"--config.patching.tokenizer={original}"]
         load_tokenizer.cache_clear()  # as in a process of its own
@@ -119,7 +120,7 @@ def test_records_of_another_context_are_refused(runs, scorers, tmp_path, capsys)
     _, records = scorers["newline_reset"]
     words = ["train", "--config=tests/tiny.py:blt", f"--workdir={tmp_path / 'run'}"]
     words += [*runs.blt_settings, f"--config.data.train.text.path={records / 'train'}"]
-    words += [f"--config.data.held_out.text.path={records / 'held_out'}"]
+    words += [f"--config.data.eval.text.path={records / 'held_out'}"]
     assert main(words) == 1
     assert "+newline_reset" in capsys.readouterr().err
 

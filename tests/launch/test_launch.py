@@ -17,7 +17,7 @@ from bltjax.distributed.topology import CHIPS
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("tpu_vm", "gke", "slurm")
 IMAGE = "us-docker.pkg.dev/p/i/bltjax:1"
-TRAIN = ["--", "train", "--config=configs/blt_1b.py", "--workdir=gs://b/run"]
+TRAIN = ["--", "train", "--config=configs/blt.py:1b", "--workdir=gs://b/run"]
 
 
 def launched(launcher: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
@@ -68,7 +68,7 @@ SETUP = (
 )
 RUN = (
     f"{QR} ssh b --zone=us-east5-a {ALL} '--command=bash bltjax/launch/host.sh start train"
-    " --config=configs/blt_1b.py --workdir=gs://b/run'\n"
+    " --config=configs/blt.py:1b --workdir=gs://b/run'\n"
 )
 WATCH = (
     f"# every 60 s, until every host has ended:\n{STATE}"
@@ -244,11 +244,11 @@ def test_image_has_what_it_copies():
 
 def test_slurm():
     words = ["--nodes", "4", "--cpus", "12", "--time", "24:00:00", "--partition", "gpu"]
-    command = ["--", "train", "--config=configs/blt_1b.py", "--workdir=/shared/a run"]
+    command = ["--", "train", "--config=configs/blt.py:1b", "--workdir=/shared/a run"]
     assert dry_run("slurm", *words, *command) == (
         "bash -euc 'source launch/environment.sh gpu,gs'\nmkdir -p runs\n"
         "sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=12 --time=24:00:00"
-        " --partition=gpu launch/slurm_job.sh train --config=configs/blt_1b.py"
+        " --partition=gpu launch/slurm_job.sh train --config=configs/blt.py:1b"
         " '--workdir=/shared/a run'\n"
     )
 
@@ -289,7 +289,7 @@ def test_commands_that_readers_are_shown():
             ["bash", "-c", f"bash {command}"], cwd=ROOT, capture_output=True, text=True,
             env=os.environ | {"PATH": "/usr/bin:/bin"},
         )  # fmt: skip
-        assert done.returncode == 0 and "configs/blt_1b.py" in done.stdout, done.stderr
+        assert done.returncode == 0 and "configs/blt.py:1b" in done.stdout, done.stderr
 
 
 TPU = ["create", "--name", "b", "--zone", "us-east5-a"]

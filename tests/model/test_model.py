@@ -192,17 +192,17 @@ def test_cross_attention_layers(encoder, decoder):
 @pytest.mark.parametrize(
     ("name", "total"),
     [
-        ("byte_lm_100m", 99_512_064),
-        ("blt_400m", 2_872_692_480),
-        ("blt_1b", 4_533_879_808),
-        ("blt_2b", 5_323_750_400),
-        ("blt_4b", 7_332_647_936),
-        ("blt_8b", 10_553_570_560),
+        ("byte_lm_100m.py", 99_512_064),
+        ("blt.py:400m", 2_872_692_480),
+        ("blt.py:1b", 4_533_879_808),
+        ("blt.py:2b", 5_323_750_400),
+        ("blt.py:4b", 7_332_647_936),
+        ("blt.py:8b", 10_553_570_560),
     ],
 )
 def test_released_sizes(name, total):
-    config = load_config(f"configs/{name}.py")
-    model = make_model(config.model, config.data.row_patches, jnp.bfloat16, None)
+    config = load_config(f"configs/{name}")
+    model = make_model(config.model, config.data.max_patches, jnp.bfloat16, None)
     shapes = jax.eval_shape(lambda key: initial_params(model.config, key), jax.random.key(0))
     assert parameter_count(shapes, config.model)["total"] == total
 

@@ -25,7 +25,7 @@ from bltjax.planning.suggest import changed, nearest_changes
 from bltjax.training.step import step_parts
 
 TINY = "tests/tiny.py:blt"
-PATHS = ["data.train.text.path=a", "data.held_out.text.path=a"]
+PATHS = ["data.train.text.path=a", "data.eval.text.path=a"]
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
@@ -82,7 +82,7 @@ def test_a_plan_in_json(planned):
     # Outside kernels (whose tiles are larger than these rows) the program does what is needed.
     products = planned.work.products * 4
     config = planned.config
-    crosses = 3.5 * config.data.rows * kernel_flops(config)  # scores once more
+    crosses = 3.5 * config.data.batch_size * kernel_flops(config)  # scores once more
     assert products == pytest.approx(flops["exact"] + flops["rematerialised"] - crosses, rel=0.05)
     kinds = {each["kind"] for each in told["collectives"]}
     assert {"all-gather", "all-to-all"} <= kinds
@@ -92,7 +92,7 @@ def test_a_plan_in_json(planned):
     assert set(names) <= set(limits)
     assert limits["step_s"] == max(limits[name] for name in names[:3]) > 0
     assert limits["mfu"] == pytest.approx(flops["exact"] / (limits["step_s"] * 4 * 197e12))
-    speed = config.data.rows * config.data.row_bytes / limits["step_s"] / 4
+    speed = config.data.batch_size * config.data.seq_len / limits["step_s"] / 4
     assert limits["bytes_per_second_per_chip"] == pytest.approx(speed)
 
 
@@ -100,7 +100,7 @@ def kernel_flops(config) -> int:
     """FLOPs of attention in a row, by exact shapes: those in kernels."""
     blt, data = config.model, config.data
     bare = changed(config, [("blt.local.window", 1)]).model
-    N, P = data.row_bytes, data.row_patches
+    N, P = data.seq_len, data.max_patches
     windows = family_of(blt).forward_flops(blt, N, P) - family_of(blt).forward_flops(bare, N, P)
     once = 4 * blt.local.width * N * (blt.local.encoder_layers + blt.local.decoder_layers)
     latent = 4 * blt.latent.width * blt.latent.layers * P * (P + 1) // 2
@@ -153,7 +153,7 @@ def test_without_libtpu_the_command_says_how_to_get_it(monkeypatch, capsys):
 def made_up(total: float, **settings) -> report.Plan:
     """A plan of the 8B on v5e:16x16 that was never compiled."""
     overrides = [f"{name.replace('__', '.')}={value}" for name, value in settings.items()]
-    config = load_config("configs/blt_8b.py", overrides)
+    config = load_config("configs/blt.py:8b", overrides)
     topology = read_topology("v5e:16x16")
     parameters = {"hash_tables": 3_840_015_360, "total": 10_553_570_560}
     held = 4 * parameters["total"] / 256
@@ -168,17 +168,17 @@ def test_changes_that_would_make_it_fit():
 
     def compiles(config, topology):
         """Twice as many micro-batches are not enough, four times as many are."""
-        seen.append(config.optimizer.accumulate)
-        total = 20e9 if config.optimizer.accumulate < 4 else 10e9
+        seen.append(config.optimizer.grad_accum_steps)
+        total = 20e9 if config.optimizer.grad_accum_steps < 4 else 10e9
         return dataclasses.replace(made_up(total), config=config)
 
-    found = made_up(25e9, mesh__fsdp=256, mesh__data=1, optimizer__accumulate=1)
+    found = made_up(25e9, mesh__fsdp=256, mesh__data=1, optimizer__grad_accum_steps=1)
     changes = nearest_changes(found, compiles)
     assert changes and changes[0].options.startswith("--config.")
     assert all(change.total <= found.memory.capacity for change in changes)
     assert sum(change.compiled for change in changes) <= 1 and len(seen) <= 2
     by_name = {change.settings[-1][0]: change for change in changes}
-    assert by_name["optimizer.accumulate"].settings[-1][1] in (2, 4)
+    assert by_name["optimizer.grad_accum_steps"].settings[-1][1] in (2, 4)
     # A mesh, a batch and a topology go together in each.
     for change in changes:
         changed(found.config, change.settings)
@@ -193,7 +193,7 @@ def test_a_bar_shows_what_overflows():
 @needs_libtpu
 @pytest.mark.slow
 def test_what_does_not_fit_ends_with_1_and_says_what_would(capsys):
-    sizes = {"rows": 256, "row_bytes": 65536, "row_patches": 16384}
+    sizes = {"batch_size": 256, "seq_len": 65536, "max_patches": 16384}
     words = [f"--config.data.{name}={value}" for name, value in sizes.items()]
     words += [f"--config.{path}" for path in PATHS]
     with pytest.raises(SystemExit) as ended:
@@ -201,7 +201,7 @@ def test_what_does_not_fit_ends_with_1_and_says_what_would(capsys):
     told = json.loads(capsys.readouterr().out)
     assert ended.value.code == 1 and told["fits"] is False and told["bound"] is None
     assert told["changes"] and told["changes"][0]["compiled"]
-    assert "optimizer.accumulate" in json.dumps(told["changes"])
+    assert "optimizer.grad_accum_steps" in json.dumps(told["changes"])
 
 
 def test_utilisation_counts_all_devices():
@@ -215,11 +215,11 @@ def test_utilisation_counts_all_devices():
 def test_the_papers_formula():
     """The 8B is close to ours; an 8B's terms by hand are within a hundredth of the latent's
     alone."""
-    config = load_config("configs/blt_8b.py")
+    config = load_config("configs/blt.py:8b")
     data = config.data
     family = family_of(config)
-    paper = family.paper_flops(config.model, data.row_bytes, data.row_patches)
-    exact = family.forward_flops(config.model, data.row_bytes, data.row_patches) / data.row_bytes
+    paper = family.paper_flops(config.model, data.seq_len, data.max_patches)
+    exact = family.forward_flops(config.model, data.seq_len, data.max_patches) / data.seq_len
     assert paper == pytest.approx(exact, rel=0.03)
     D, E = 4096, 1280
     latent = 32 * (24 * D * D + 4 * D * 4097 / 2) / 4
@@ -230,8 +230,8 @@ def test_the_papers_formula():
 
 
 def test_what_is_recomputed():
-    config = load_config("configs/blt_8b.py")
-    sizes = (config.data.row_bytes, config.data.row_patches)
+    config = load_config("configs/blt.py:8b")
+    sizes = (config.data.seq_len, config.data.max_patches)
     assert {config.model.local.remat, config.model.latent.remat} <= {"none", "products", "full"}
     everything = changed(config, [("blt.local.remat", "full"), ("blt.latent.remat", "full")])
     nothing = changed(config, [("blt.local.remat", "none"), ("blt.latent.remat", "products")])

@@ -17,7 +17,7 @@ SIZES = {"groups": 1, "rows": 1, "prompt_bytes": 2048, "context": 32768}
 def test_the_8b_decodes_on(topology):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install 'jax[tpu]' (Linux, x86-64)")
-    config = load_config("configs/blt_8b.py", [])
+    config = load_config("configs/blt.py:8b", [])
     chips = read_topology(topology)
     found = plan_generate(config, chips, **SIZES)
     assert found.fits and found.mesh == {"data": 1, "fsdp": 1, "tensor": chips.chips}
@@ -39,8 +39,8 @@ def test_the_8b_decodes_on(topology):
     "config, topology, sizes, why",
     [
         ("configs/byte_lm_100m.py", ("v5e:2x4", 1), {}, "plans a BLT"),
-        ("configs/blt_8b.py", ("v5e:2x4", 2), {}, "one slice, not 2"),
-        ("configs/blt_8b.py", ("v5e:2x4", 1), {"prompt_bytes": 40000}, "40000.*32768"),
+        ("configs/blt.py:8b", ("v5e:2x4", 2), {}, "one slice, not 2"),
+        ("configs/blt.py:8b", ("v5e:2x4", 1), {"prompt_bytes": 40000}, "40000.*32768"),
     ],
 )
 def test_what_cannot_be_planned(config, topology, sizes, why):

@@ -87,7 +87,7 @@ def two_steps() -> dict[str, float]:
                 crosses_documents=True,
             ),
         ),
-        data=DataConfig(rows=rows, row_bytes=length, row_patches=patches),
+        data=DataConfig(batch_size=rows, seq_len=length, max_patches=patches),
         optimizer=OptimizerConfig(steps=10, lr=1e-2, warmup_steps=4, weight_decay=0.1, clip=0.5),
         compute_dtype="float32",
         attention="xla",

@@ -66,13 +66,13 @@ def test_how_a_step_is_computed_may_change_and_its_losses_stay(runs, tmp_path, c
     words = [
         *(f"--config.{stack}.remat=full" for stack in stacks),
         "--config.attention=dense",
-        "--config.optimizer.accumulate=2",
+        "--config.optimizer.grad_accum_steps=2",
         "--config.mesh.fsdp=1",
         "--config.checkpoint.keep=3",
         "--config.evaluate_every=100",
         "--config.faults.bad_batch=skip",
         f"--config.data.train.text.path={moved}",
-        f"--config.data.held_out.text.path={moved}",
+        f"--config.data.eval.text.path={moved}",
         *(["--config.entropy_model=gone"] if model == "blt" else []),
     ]
     capsys.readouterr()
@@ -82,7 +82,7 @@ def test_how_a_step_is_computed_may_change_and_its_losses_stay(runs, tmp_path, c
         "resumed",
         f"changed: {stacks[0]}.remat: 'none' -> 'full'",
         "changed: attention: 'auto' -> 'dense'",
-        "changed: optimizer.accumulate: 1 -> 2",
+        "changed: optimizer.grad_accum_steps: 1 -> 2",
         "changed: mesh.fsdp: -1 -> 1",
         "changed: faults.bad_batch: 'stop' -> 'skip'",
         "changed: data.train.text.path: ",
@@ -182,7 +182,7 @@ def test_notices(runs, capfd):
     [
         ("seed", 7, "seed: 0 -> 7"),
         ("optimizer.lr", 0.1, "optimizer.lr: 0.003 -> 0.1"),
-        ("data.rows", 8, "data.rows: 4 -> 8"),
+        ("data.batch_size", 8, "data.batch_size: 4 -> 8"),
         ("optimizer.steps", 10, "optimizer.steps: 12 -> 10, but step 12 is done: give at least 12"),
         ("data.train.text.weight", 2.0, "data.train.text.weight: 1.0 -> 2.0"),
         ("latent_init.path", "llama", "latent_init.path: '' -> 'llama'"),
@@ -237,7 +237,7 @@ def test_sources_by_name_and_order(runs):
         with pytest.raises(ValueError, match="another config") as raised:
             check_settings(old, new, "w", 12)
         assert path in str(raised.value)
-    check_settings(run, replaced(run, "data.held_out", {"other": source}), "w", 12)
+    check_settings(run, replaced(run, "data.eval", {"other": source}), "w", 12)
 
 
 def test_a_run_may_become_longer_or_as_short_as_what_is_done(runs):
@@ -336,12 +336,16 @@ def test_an_export_is_no_work_directory(runs, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "devices", "advice"),
     [
-        ({}, 3, "No mesh of 3 devices fits this config; one does with --config.data.rows=3"),
-        ({"data.rows": 6}, 3, "--config.mesh.data=3 --config.mesh.fsdp=1 --config.mesh.tensor=1"),
-        ({"data.rows": 8}, 6, "one of 4 does as it is"),
+        ({}, 3, "No mesh of 3 devices fits this config; one does with --config.data.batch_size=3"),
+        (
+            {"data.batch_size": 6},
+            3,
+            "--config.mesh.data=3 --config.mesh.fsdp=1 --config.mesh.tensor=1",
+        ),
+        ({"data.batch_size": 8}, 6, "one of 4 does as it is"),
         ({"mesh.fsdp": 2}, 8, "data=1 --config.mesh.fsdp=4 --config.mesh.tensor=2"),
         ({}, 4, ""),
-        ({"mesh.data": 3, "mesh.fsdp": 1, "data.rows": 6}, 3, ""),
+        ({"mesh.data": 3, "mesh.fsdp": 1, "data.batch_size": 6}, 3, ""),
     ],
 )
 def test_meshes_of_other_numbers_of_devices(runs, settings, devices, advice):

@@ -34,7 +34,7 @@ def command(runs, model, workdir, *more):
         f"--config={TINY}:{model}",
         f"--workdir={workdir}",
         f"--config.data.train.text.path={part}/train{suffix}",
-        f"--config.data.held_out.text.path={part}/held_out{suffix}",
+        f"--config.data.eval.text.path={part}/held_out{suffix}",
         *settings,
         *more,
     ]
@@ -177,8 +177,8 @@ def test_unwritable_workdir(runs, tmp_path, capsys):
 def test_accumulation_equals_one_batch():
     results = []
     for count in (1, 2):
-        paths = ["data.train.text.path=x", "data.held_out.text.path=x"]
-        config = load_config(f"{TINY}:blt", [f"optimizer.accumulate={count}", *paths])
+        paths = ["data.train.text.path=x", "data.eval.text.path=x"]
+        config = load_config(f"{TINY}:blt", [f"optimizer.grad_accum_steps={count}", *paths])
         config = resolved(config, jax.devices()[0])
         model, optimizer = module_of(model_config(config)), run_optimizer(config)
         params = jax.jit(lambda key: initial_params(model.config, key))(jax.random.key(0))  # noqa: B023

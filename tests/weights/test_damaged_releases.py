@@ -150,8 +150,8 @@ def test_an_export_of_another_version(released, tmp_path):
     manifest = json.loads((export / "export.json").read_text())
     for change, message in (
         ({"shuffle": 3}, r"config\.data\.shuffle is no setting.*by another version of bltjax"),
-        ({"row_bytes": "x"}, r"config\.data\.row_bytes is 'x', not int.*by another version"),
-        ({"row_bytes": 1}, r"config: a row needs 2 bytes.*row_bytes is 1.*by another version"),
+        ({"seq_len": "x"}, r"config\.data\.seq_len is 'x', not int.*by another version"),
+        ({"seq_len": 1}, r"config: a row needs 2 bytes.*seq_len is 1.*by another version"),
     ):
         changed = manifest["config"] | {"data": manifest["config"]["data"] | change}
         (export / "export.json").write_text(json.dumps(manifest | {"config": changed}))

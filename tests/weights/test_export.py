@@ -52,7 +52,7 @@ def sharded(runs, tmp_path_factory):
         sys.executable, "-m", "bltjax", "train", "--config=tests/tiny.py:blt",
         f"--workdir={folder / 'run'}", *runs.blt_settings, *mesh, "--config.optimizer.steps=2",
         f"--config.data.train.text.path={runs.root}/records/train",
-        f"--config.data.held_out.text.path={runs.root}/records/held_out",
+        f"--config.data.eval.text.path={runs.root}/records/held_out",
     ]  # fmt: skip
     subprocess.run(command, check=True, env=environment(8), capture_output=True)
     assert main(["--debug", "convert", str(folder / "run"), str(folder / "export")]) == 0

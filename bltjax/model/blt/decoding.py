@@ -104,8 +104,7 @@ class CachedBLT:
         return LocalDecoder(self.config, self.dtype, None)
 
     def prepared(self, params, scorer_params) -> dict:
-        """Parameters for decoding: latent layers unstacked, all but norms cast to its dtype, and
-        the scorer's parameters."""
+        """Parameters for decoding: latent layers unstacked, all but norms cast; the scorer's."""
         params = dict(params) | {"latent": unscanned(params["latent"])}
         cast = constrained_tree(narrowed(params, self.dtype))
         return {"model": cast, "scorer": self.scorer.prepared(scorer_params)}
@@ -219,8 +218,7 @@ class CachedBLT:
         return jnp.stack([latent, memory.open_B + ahead > slots], axis=1)
 
     def close(self, params, memory: Memory, go_B) -> Memory:
-        """Runs the latent transformer on the complete patches of some rows; others are
-        unchanged."""
+        """Runs the latent transformer on the complete patches of some rows; keeps the others."""
         go_B11 = go_B[:, None, None]
         slots = memory.offered[0].k_BJTC.shape[2] if memory.offered else 1
         seen_BPT = (jnp.arange(slots)[None] < memory.open_B[:, None])[:, None]
