@@ -28,7 +28,7 @@ cd "$repository"
 source launch/environment.sh quickstart
 # A name that the runs below could not have is refused before the first of them.
 python -c 'import sys
-from bltjax.system.storage import check_arrays_path, path_of
+from bltjax.system.paths import check_arrays_path, path_of
 try:
     check_arrays_path(path_of(sys.argv[1]))
 except ValueError as error:

@@ -16,12 +16,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import TINY
+from readmes import ROOT
 
 import bltjax
 from bltjax.__main__ import main
 from bltjax.config.data import SourceConfig
 from bltjax.config.run import RunConfig
 from bltjax.data import pipeline
+from bltjax.evaluation.scores import Evaluation
 from bltjax.inference.loaded import LoadedModel
 from bltjax.training import train as trainer
 from bltjax.training.run import Run
@@ -247,3 +249,52 @@ def test_load_names_the_folder_that_holds_no_model(runs, tmp_path):
     (tmp_path / "damaged" / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="damaged"):
         bltjax.load(tmp_path / "damaged")
+
+
+@pytest.fixture(scope="module")
+def user_folder(runs, tmp_path_factory):
+    """A folder as a user has it: text, the quickstart's runs, and its configs, which are tiny."""
+    folder = tmp_path_factory.mktemp("user")
+    for part in ("train", "held_out"):
+        (folder / "text" / part).mkdir(parents=True)
+        lines = (runs.root / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines):
+            path = folder / "text" / part / f"{number}.txt"
+            path.write_text(json.loads(line)["text"], encoding="utf-8")
+    (folder / "configs").mkdir()
+    shutil.copy(TINY, folder / "configs" / "quickstart.py")
+    for model in ("byte_lm", "blt"):
+        shutil.copytree(getattr(runs, model), folder / "runs" / "quickstart" / model)
+    return folder
+
+
+@pytest.mark.parametrize("readme", ["README.md", "bltjax/README.md"])
+def test_the_examples_of_the_readme_run(readme, user_folder, monkeypatch):
+    """Its blocks of Python, one after the other, with fewer steps and shorter texts."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / readme).read_text("utf-8"), re.M | re.S)
+    assert blocks
+    monkeypatch.chdir(user_folder)
+    scope: dict = {}
+    for block in blocks:
+        block = re.sub(r"optimizer\.steps=\d+", "optimizer.steps=12", block)
+        block = re.sub(r"max_bytes=\d+", "max_bytes=8", block)
+        exec(compile(block, readme, "exec"), scope)
+    if readme == "README.md":
+        return
+    assert scope["blt"].logits(scope["text"]).shape == (35, 260)
+    assert len(scope["texts"]) == 2
+    assert [step for step, _ in scope["run"].evaluations] == [6, 12]
+    assert scope["batch"].bytes_BN.shape == (4, 64) and scope["batch"].starts_BN1.shape == (4, 65)
+
+
+def test_the_readme_documents_every_name():
+    text = (ROOT / "bltjax" / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Python")[1].split("\n## ")[0]
+    for name in bltjax.__all__:
+        assert re.search(rf"`{name}[(`]", section), name
+    for kind in (LoadedModel, Run, Evaluation):
+        documented = {*re.findall(r"`\.(\w+)", section)}
+        assert kind.__name__ in section
+        public = {name for name in vars(kind) if not name.startswith("_")}
+        # Of a model, what other rooms use besides is in its docstrings.
+        assert public - documented <= {"logits_with", "starts"}, kind
