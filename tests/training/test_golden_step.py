@@ -5,7 +5,7 @@ Adam's moments, warm-up and the guard of bad batches. The numbers are this code'
 float32. They may change only in a commit that means to change training, whose message says why;
 then run this file as a program for the new ones:
 
-    python tests/training/test_golden_step.py
+    PYTHONPATH=.:tests/model python tests/training/test_golden_step.py
 """
 
 import jax
@@ -121,7 +121,7 @@ def test_golden_step():
         assert found[name] == pytest.approx(expected, rel=2e-5), (
             f"{name} is {found[name]!r}, was {expected!r}: training has changed. If that was meant,"
             " say why in the commit and take the new numbers:"
-            " python tests/training/test_golden_step.py"
+            " PYTHONPATH=.:tests/model python tests/training/test_golden_step.py"
         )
 
 
