@@ -9,7 +9,7 @@ import typing
 
 from bltjax.system.environment import check_flags, keep_buffers, prepare, refused_platform
 
-# What each verb does; its program has add_arguments(parser) and main(args, overrides).
+# Help of each verb; its program has add_arguments(parser) and main(args, overrides).
 VERBS = {
     "train": "train a byte LM or a BLT; the same command resumes it",
     "entropies": "score a corpus with a byte LM and write records to train a BLT on",
@@ -17,16 +17,16 @@ VERBS = {
     "calibrate": "find the threshold that gives a mean patch length",
     "evaluate": "bits per byte of a run on any text, beside gzip and xz",
     "generate": "continue a text",
-    "patches": "show how a text is cut: terminal, HTML, PNG",
-    "convert": "released weights into an export; a model into what others load",
-    "plan": "compile a training step for TPUs that are not here: does it fit, how fast can it be",
+    "patches": "show the patches of a text: terminal, HTML, PNG",
+    "convert": "convert released weights to an export, or a model to other layouts",
+    "plan": "compile a training step for absent TPUs: whether it fits, bounds on speed",
     "page": "write a run's page: curves, config, samples and patches in one HTML file",
-    "inspect": "what a folder is: run, export, records or weights, and whether it is whole",
+    "inspect": "identify a folder (run, export, records, weights) and check it",
     "benchmark": "time a training step, beside the transformers port",
 }
 
 
-# Those that compute little or once: they give memory back as soon as they can.
+# Verbs that compute little or once: they return freed memory as soon as they can.
 FRUGAL = ("convert", "inspect", "plan")
 
 
@@ -65,15 +65,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bltjax",
         description="The Byte Latent Transformer in JAX.",
-        epilog="python -m bltjax VERB --help tells a verb's options. Settings of a config are"
+        epilog="python -m bltjax VERB --help lists a verb's options. Settings of a config are"
         " overridden as --config.optimizer.lr=1e-3.",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     parser.add_argument(
         "--no_cache",
         action="store_true",
-        help="compile anew: neither read nor keep compiled programs, which are kept for the next"
-        " start under $BLTJAX_CACHE (default: ~/.cache/bltjax)",
+        help="neither read nor write the cache of compiled programs, which lies"
+        " under $BLTJAX_CACHE (default: ~/.cache/bltjax)",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     argv = sys.argv[1:] if argv is None else argv
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 1
             program.add_arguments(sub)
     args, rest = parser.parse_known_args(argv)
-    # Here, because they import jax, which --help needn't wait for.
+    # Imported here, because they import jax, which --help needn't wait for.
     from bltjax.distributed.coordinator import process_index
     from bltjax.distributed.processes import CTRL_C, RESTART, Restart, describe, lost_another
     from bltjax.system.compiling import keep_programs, skip_cache
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [word for word in rest if not word.startswith("--config.")]
     if unknown:
         if unknown[0] in ("--debug", "--no_cache"):
-            parser.error(f"{unknown[0]} stands before the verb: {unknown[0]} {args.verb} ...")
+            parser.error(f"{unknown[0]} goes before the verb: {unknown[0]} {args.verb} ...")
         parser.error(f"{args.verb} has no option {unknown[0]!r}; see {args.verb} --help")
     logger = logging.getLogger("bltjax")
     logger.setLevel(logging.INFO)
@@ -115,11 +115,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.no_cache:
             skip_cache()
         elif reason := keep_programs():
-            logger.warning("compiled programs are not kept for the next start: %s", reason)
+            logger.warning("compiled programs are not cached: %s", reason)
         program.main(args, overrides)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read the output, such as `head`, has seen enough; what is left of it goes nowhere.
+        # The reader of the output, such as `head`, closed it; the rest is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a shell has it: ended by SIGPIPE
     except Restart as error:
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         told = platform or describe(error)
         if lost:
             told = (
-                f"process {process_index()} can't go on, most likely because another one ended:"
+                f"process {process_index()} can't continue, most likely because another one ended:"
                 f" {told}"
             )
         print(f"bltjax {args.verb}: {told}", file=sys.stderr)

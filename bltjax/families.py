@@ -35,7 +35,7 @@ class Model(NamedTuple):
 
     config: ModelConfig
     params: Any
-    entropy_model: "Model | None" = None  # the byte LM that places the patches, if one does
+    entropy_model: "Model | None" = None  # the byte LM that places the patches, or None
     step: int = 0  # of its training
 
 
@@ -60,9 +60,9 @@ class Family(NamedTuple):
     recomputed_flops: Callable  # (config, N, P) -> of one row, by the backward pass
     paper_flops: Callable  # (config, N, P) -> FLOPs of one byte, as the paper counts
     decoding: Callable | None = None  # (ModelConfig, scorer's config, dtype, draft, attention)
-    empty_carry: Callable | None = None  # (config, lanes) -> what chunks of a long text carry
+    empty_carry: Callable | None = None  # (config, lanes) -> the first carry of a long text
     entropy_table: Callable | None = None  # (config, params) -> entropies of all its contexts
-    verbs: Mapping[str, str] = MappingProxyType({})  # reasons why one or an ability is refused
+    verbs: Mapping[str, str] = MappingProxyType({})  # reasons for missing abilities
 
     def require(self, ability: str) -> Any:
         """An ability by its field's name.
@@ -238,7 +238,7 @@ def model_shapes(config) -> dict:
     return jax.tree.map(lambda leaf: leaf, traced_shapes(config.model))
 
 
-@functools.lru_cache(maxsize=16)  # a folder's config is read by one check after another
+@functools.lru_cache(maxsize=16)  # several checks read a folder's config
 def traced_shapes(config) -> dict:
     return jax.eval_shape(lambda key: initial_params(config, key), random_key(0))
 

@@ -31,7 +31,7 @@ of a run on 2 vCPUs of an AMD EPYC, after 3 minutes on shared cores. Give its wo
 
 from ml_collections import ConfigDict
 
-ROWS, ROW_BYTES, ROW_PATCHES = 4, 2048, 456  # 4.49 bytes a patch
+ROWS, ROW_BYTES, ROW_PATCHES = 4, 2048, 456  # 4.49 bytes per patch
 BYTE_LM_STEPS, BLT_STEPS = 350, 190  # equal training FLOPs, to 1 %
 
 

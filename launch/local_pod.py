@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESTART = 75  # bltjax.distributed.processes.RESTART; not imported, because this script needs no jax
-ENDS_SECONDS = 15.0  # for processes that lost another one to say so, before they are killed
+ENDS_SECONDS = 15.0  # for processes that lost another one to log it, before they are killed
 
 
 def free_port() -> int:
@@ -61,8 +61,8 @@ def say(line: bytes) -> None:
         sys.stdout.buffer.write(line)
         sys.stdout.buffer.flush()
     except BrokenPipeError:
-        # Whoever read the lines has seen enough: all save and end. What they still say goes
-        # nowhere, but is taken from them, or they would wait for that.
+        # The reader closed the output: all save and end. Their remaining output is read and
+        # discarded, or they would block on it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         os.kill(os.getpid(), signal.SIGTERM)
 

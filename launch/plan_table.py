@@ -10,13 +10,13 @@ from pathlib import Path
 from bltjax.system.storage import read_json
 
 COLUMNS = (
-    "plan", "slice", "rows a chip", "HBM a chip", "compiled / exact", "sent a chip", "step >=",
-    "by", "MFU <=", "bytes/s a chip <=",
+    "plan", "slice", "rows per chip", "HBM per chip", "compiled / exact", "sent per chip",
+    "step >=", "by", "MFU <=", "bytes/s per chip <=",
 )  # fmt: skip
 
 
 MOST_RATIO = 1.10  # compiled FLOPs to exact ones
-MOST_GROWTH = 1.03  # of bytes that a chip sends, at equal rows a chip
+MOST_GROWTH = 1.03  # of bytes sent per chip, at equal rows per chip
 GROWTH = ("8b-v5p-64", "8b-v5p-512")
 
 
@@ -65,8 +65,8 @@ def main(paths: list[str]) -> int:
     if few and many and few["bound"] and many["bound"]:
         if rows_of_chip(few) != rows_of_chip(many):
             raise ValueError(
-                f"{' and '.join(GROWTH)} have {rows_of_chip(few)} and {rows_of_chip(many)} rows on"
-                " a chip: as many are compared"
+                f"{' and '.join(GROWTH)} have {rows_of_chip(few)} and {rows_of_chip(many)} rows"
+                " per chip: only equal numbers are compared"
             )
         growth = sent_bytes(many) / sent_bytes(few)
         print(f"\n{GROWTH[1]} sends {growth:.4f} times what {GROWTH[0]} sends, chip for chip")

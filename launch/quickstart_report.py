@@ -61,8 +61,8 @@ def main(workdir: Path) -> None:
     )
     print("seconds: " + ", ".join(f"{name} {value}" for name, value in seconds.items()))
     print(f"report: {workdir / 'report.json'}")
-    print(f"how a held-out text is cut: {workdir / 'patches.png'}, {workdir / 'patches.html'}")
-    print(f"the run, its curves and what it writes: {workdir / 'blt' / 'page.html'}")
+    print(f"patches of a held-out text: {workdir / 'patches.png'}, {workdir / 'patches.html'}")
+    print(f"the run, its curves and samples: {workdir / 'blt' / 'page.html'}")
     print(f"more text: python -m bltjax generate --workdir={workdir / 'blt'} --prompt='And God'")
 
 

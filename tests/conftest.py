@@ -24,7 +24,7 @@ from bltjax.training.train import train
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 keep_buffers()  # as every program does
-# Runs of one shape are compiled once, however many commands train them, in whichever process.
+# Runs of one shape are compiled once, for any number of commands and processes.
 SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
 CACHE = {
     "jax_compilation_cache_dir": f"{tempfile.gettempdir()}/bltjax-compiled-{SESSION}",

@@ -142,7 +142,7 @@ def test_entropies_keep_finished_shards(runs, tmp_path, capsys):
     manifest = RecordDocuments(folder).manifest
     positions, padding = manifest.total("positions"), manifest.total("padding")
     assert padding <= 0.03 * (positions + padding)
-    assert "begun with another" in error_of(capsys, *words[:-1], "--shard_bytes=4000")
+    assert "started with another" in error_of(capsys, *words[:-1], "--shard_bytes=4000")
 
 
 def test_calibrate(runs, tmp_path, capsys):

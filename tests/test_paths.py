@@ -53,7 +53,7 @@ SOME = [
     COMBINED, "exp[1]*?", "50% %20 #x", "a:b=c|d", "'q\"u`o\nte", "--config.seed=3",
     "zażółć日本e\u0301", "n" * 240, "~", ".hidden", "(1, 2)",
 ]  # fmt: skip
-# What stores arrays would write them to another place, or could not write them.
+# The storage library would write arrays elsewhere, or fail.
 NOT_FOR_ARRAYS = ["back\\slash", "gs:", "runs_gs:"]
 names = st.text(
     st.sampled_from("[]*?%:=#'\"\\ \n~-.@$|ażé日ab1")
@@ -205,10 +205,10 @@ def test_a_user_s_home_is_expanded(tmp_path, monkeypatch):
         settings += [f"data.{part}.text.path=~/*.txt" for part in ("train", "eval")]
         config = load_config(f"{TINY}:byte_lm", settings)
         assert config.entropy_model == config.init_from == str(home / "run")
-        # A run of before, whose settings have it as it was written, has the same config.
+        # An older run, whose settings have the unexpanded path, has the same config.
         old = to_dict(config) | {"entropy_model": "~/run"}
         assert parse(RunConfig, old) == config
-        # What such a path made when nothing was expanded is still found.
+        # Folders made by such a path before expansion existed are still found.
         Path("~").mkdir()
         Path("~/run").mkdir()
         assert expanded("~/run") == "~/run" and expanded("~/there") == str(home / "there")
@@ -293,7 +293,7 @@ def test_buckets_with_brackets(bucket, tmp_path):  # noqa: F811
     assert place_of(bucket / "a%b") == {"driver": "gcs", "bucket": "bucket", "path": "a%b/"}
     with pytest.raises(ValueError, match=r"\*\* is not for buckets"):
         matches("gs://bucket/**/1.txt")
-    # An object's name may be one that no disk has; its copy stays below the cache.
+    # An object's name may be impossible on a disk; its copy is still below the cache.
     for name in ("../../x.txt", f"{'n' * 400}.jsonl"):
         place = cache_place(f"gs://bucket/{name}")
         assert place.is_relative_to(tmp_path / "cache" / "gs" / "bucket")

@@ -54,7 +54,7 @@ ODD = {
     "JAX_TRANSFER_GUARD_DEVICE_TO_DEVICE": "disallow",
     "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": "disallow",
 }
-# Followed, and of no consequence for good data.
+# Respected, and without effect on good data.
 FOLLOWED = {
     "JAX_DEBUG_NANS": "1",
     "JAX_DEBUG_KEY_REUSE": "1",
@@ -132,7 +132,7 @@ def test_the_same_text_in_odd_surroundings(runs, tmp_path, expected):
     odd = program(*words, cwd=tmp_path, **ODD, **FOLLOWED)
     assert odd.returncode == 0, odd.stderr
     assert odd.stdout.decode() == expected
-    assert odd.stderr.count(b"is overruled") == len(ODD)
+    assert odd.stderr.count(b"is overridden") == len(ODD)
     assert not list(tmp_path.iterdir())
 
 
@@ -228,7 +228,7 @@ def test_platforms_that_are_not_there(monkeypatch):
     line = refused_platform(absent)
     assert line.startswith("JAX_PLATFORMS=tpu can't be used here (Unable to initialize")
     assert line.endswith("no device); without JAX_PLATFORMS jax would run on cpu")
-    # Found by whoever read a file, who takes it for the file's fault.
+    # Raised while reading a file, where it looks like the file's fault.
     wrapped = ValueError("checkpoints/12 can't be read")
     wrapped.__cause__ = absent
     assert refused_platform(wrapped) == line
@@ -422,7 +422,7 @@ def test_large_buffers_are_kept(monkeypatch):
         return int(done.stdout)
 
     kept = faults("kept")
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")  # whoever sets malloc decides
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")  # the user's setting wins
     assert kept < 100 < 10_000 < faults("not")
 
 

@@ -125,7 +125,7 @@ def cached_attention(q_BQHC, cache: Cache, seen_BQT, fresh=None):
     scores = scores.reshape(rows, shared, heads // shared, queries, -1)
     probs = masked_softmax(scores * channels**-0.5, seen_BQT[:, None, None])
     probs = probs.reshape(rows, shared, -1, probs.shape[-1]).astype(cache.v_BJTC.dtype)
-    slots, float32 = cache.v_BJTC.shape[2], jnp.float32  # of both parts, so that it rounds once
+    slots, float32 = cache.v_BJTC.shape[2], jnp.float32  # of both, so that it rounds once
     old, own = probs[..., :slots], probs[..., slots:]
     out = jnp.einsum("bjmt,bjtc->bjmc", old, cache.v_BJTC, preferred_element_type=float32)
     if fresh:

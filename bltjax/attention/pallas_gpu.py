@@ -30,7 +30,7 @@ from bltjax.attention.staircase import Tiles, seeing_tiles, seen_tiles
 from bltjax.attention.tiled import FLOOR, HIDDEN, outcome
 
 FP32 = jnp.float32
-LEAST = 16  # a side of the smallest matrix that a tensor core multiplies
+LEAST = 16  # side of the smallest matrix that a tensor core multiplies
 
 
 class Plan(NamedTuple):
@@ -39,8 +39,8 @@ class Plan(NamedTuple):
     forward: Tiles
     backward: Tiles
     warps: int
-    scale: float  # of the scores, from the channels before they were padded
-    precision: jax.lax.DotAlgorithmPreset | None  # of matrix products; None is jax's own
+    scale: float  # of the scores, by the unpadded channels
+    precision: jax.lax.DotAlgorithmPreset | None  # of matrix products; None is jax's default
     interpret: bool
 
 
@@ -69,7 +69,7 @@ def tile_sizes(queries: int, keys: int, channel_bytes: int) -> tuple[Tiles, Tile
 def pallas_gpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, interpret: bool = False):
     """Range attention; `interpret` runs the kernels on any platform, slowly."""
     queries, channels = q_BQHC.shape[1], q_BQHC.shape[3]
-    # Zeros in more channels change no score.
+    # Channels padded with zeros change no score.
     padded_channels = max(LEAST, pl.next_power_of_2(channels))
     precision = None if interpret else product_precision(q_BQHC.dtype)
     # An operand of three products is kept in two parts.
@@ -126,7 +126,7 @@ def attend_forward(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan: Plan):
 
 def attend_backward(plan: Plan, kept, grad_BQHC):
     q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, out, log_sum = kept
-    # sum over keys of p dp, for every query: what the softmax takes off each of its gradients.
+    # sum over keys of p dp, for every query: the softmax subtracts it from each gradient.
     delta = (grad_BQHC.astype(FP32) * out.astype(FP32)).sum(axis=3).transpose(0, 2, 1)
     arrays = dict(q=q_BQHC, k=k_BTJC, v=v_BTJC, start=start_BQ, end=end_BQ)
     arrays |= dict(grad=grad_BQHC, log_sum=log_sum, delta=delta)

@@ -14,9 +14,9 @@ array at all, and only k and v are ever transposed, a tile at a time. XLA by its
 share a key/value head stand side by side in a step, as if they were more queries.
 
 Backward, a list in the order of the queries gives dq and one in the order of the keys dk and dv, so
-scores and the gradients of the softmax weights are computed twice: seven products per pair of
-tiles. In a long context, where the products dominate, the second kernel holds dq of a whole row in
-VMEM and accumulates it: five products, and no other kernel.
+scores and the weights' gradients are computed twice: seven products per pair of tiles. In a long
+context, where products dominate, the second kernel accumulates dq of a whole row in VMEM: five
+products, and no other kernel.
 
 Softmax weights are powers of two, which saves a multiplication per score; the logarithms that the
 forward pass saves for the backward pass are to base 2.
@@ -57,7 +57,7 @@ from bltjax.attention.tpu_kernels import (
 )
 
 LANES = 128
-# What a program may use of a core's VMEM unless a flag says otherwise: so on v5e, v5p and v6e.
+# The VMEM that a program may use by default: the same on v5e, v5p and v6e.
 VMEM_BYTES = 16 * 2**20
 # With a flag: v5p has 64 MiB, v5e and v6e 128. A v4 has 16, and rows of up to 4096 patches need no
 # more.
@@ -86,18 +86,18 @@ class Plan:
         query = self.heads * channels * self.lanes  # elements of a step's tile
         key = self.heads * channels * self.tiles.keys
         scores = self.tiles.keys * self.lanes
-        buffers = 2  # while one is worked on, the next one arrives
+        buffers = 2  # double buffering
         return (
             buffers * 2 * query * itemsize  # q and the gradient of out
             + buffers * 2 * key * itemsize  # k and v
             + buffers * 2 * 8 * self.tiles.queries * 4  # start and end: one row of 8 sublanes
-            + buffers * 2 * self.heads * self.lanes * 4  # log_sum and delta, a row a head
+            + buffers * 2 * self.heads * self.lanes * 4  # log_sum and delta, one row per head
             + buffers * 2 * key * itemsize  # dk and dv on their way out
-            + 2 * key * 4  # dk and dv as they grow
+            + 2 * key * 4  # accumulators of dk and dv
             + 3 * scores * 4  # of one head: weights, their gradients, those of the scores
             + 2 * scores * itemsize  # two of them as operands of a product
-            + 2 * channels * self.tiles.keys * 4  # k and v of a head turned, or terms of dk and dv
-            + self.heads * channels * self.held * self.group * 4  # dq of a row as it grows
+            + 2 * channels * self.tiles.keys * 4  # k and v transposed, or terms of dk, dv
+            + self.heads * channels * self.held * self.group * 4  # accumulator of a row's dq
             + buffers * self.heads * channels * self.held * self.group * itemsize  # on its way out
         )
 
@@ -121,7 +121,7 @@ def make_plan(pattern: Pattern, queries: int, keys: int, shared: int, group: int
     side = 512 if long else 256
     query_slots = pattern.slots if isinstance(pattern, Pooling) else 1
     key_slots = pattern.slots if isinstance(pattern, Reading) else 1
-    # Many heads or slots make a tile of queries longer, and one of keys as much shorter.
+    # Many heads or slots make a tile of queries longer, and a tile of keys shorter by as much.
     tile = whole_patches(min(side // group, queries), LANES, query_slots)
     other = whole_patches(min(side * side // (tile * group), keys), LANES, key_slots)
     counts = (1,) if long else (4, 3, 2, 1)
@@ -196,7 +196,7 @@ def attend_forward(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan: Plan):
 def attend_backward(plan: Plan, kept, grad_BHCQ):
     q_BHCQ, k_BJCT, v_BJCT, bounds, work, out, log_sum = kept
     channels = q_BHCQ.shape[2]
-    # sum over keys of p dp, for every query: what the softmax takes off each of its gradients.
+    # sum over keys of p dp, for every query: the softmax subtracts it from each gradient.
     delta = (grad_BHCQ.astype(FP32) * out.astype(FP32)).sum(axis=2, keepdims=True)
     inputs = dict(start=bounds[0], end=bounds[1], q=q_BHCQ, k=k_BJCT, v=v_BJCT)
     inputs |= dict(grad=grad_BHCQ, log_sum=log_sum, delta=delta)
@@ -293,13 +293,13 @@ def call(kernel, work: Work, inputs, outputs, scratch, plan: Plan, *, products: 
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=MOST_VMEM_BYTES if needed > VMEM_BYTES else None,
         ),
-        # As if every step were a pair that sees.
+        # Counted as if every step were a pair that sees.
         cost_estimate=pl.CostEstimate(
             flops=2 * products * scores * channels,
             transcendentals=scores,
             bytes_accessed=sum(moved(*x) for x in (*inputs.items(), *outputs.items())),
         ),
-        # For who reads the compiled program: how many steps see something depends on these.
+        # For readers of the compiled program: the number of steps that see depends on these.
         metadata=dict(
             pattern=" ".join(map(str, (type(plan.pattern).__name__, *astuple(plan.pattern)))),
             tiles=f"{tiles.queries}x{tiles.keys}",

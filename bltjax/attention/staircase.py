@@ -25,7 +25,7 @@ import numpy as np
 
 from bltjax.attention.pattern import Pattern, Pooling, Reading, Sliding
 
-# What a step of a work list does: any sum of these; 0 is an idle step.
+# Flags of a step of a work list: any sum of these; 0 is an idle step.
 OPENS, SEES, CLOSES = 1, 2, 4
 
 

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-HIDDEN = -1e30  # the score of a key that is not seen
-FLOOR = -1e20  # below every score that is seen, above HIDDEN
-OUTCOME = "attention"  # by which rematerialisation knows what attention gave
+HIDDEN = -1e30  # the score of a masked key
+FLOOR = -1e20  # below every unmasked score, above HIDDEN
+OUTCOME = "attention"  # the name of attention's output for rematerialisation
 
 
 def outcome(*arrays):
@@ -81,7 +81,7 @@ def tiled_forward(q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ, tiles: Tiles):
 
 def tiled_backward(tiles: Tiles, kept, grad_BJIQC):
     out, log_sum = kept[-2:]
-    # sum over keys of p dp, for every query: what the softmax takes off each of its gradients.
+    # sum over keys of p dp, for every query: the softmax subtracts it from each gradient.
     delta = jnp.einsum("...c,...c->...", grad_BJIQC, out, preferred_element_type=jnp.float32)
     one_row = functools.partial(row_backward, tiles=tiles)
     grads = each_row(one_row, *kept[:-2], log_sum, delta, grad_BJIQC)

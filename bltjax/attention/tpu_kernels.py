@@ -21,7 +21,7 @@ EXACT = ("high", "highest", "bfloat16_3x", "tensorfloat32", "float32")
 def product(a, b, over_a: int, over_b: int):
     """fp32 product of two matrices, summed over one axis of each."""
     # Mosaic multiplies bfloat16 as it is, exactly, and refuses it with any precision asked for; for
-    # fp32 it has one that is exact, which serves whatever jax is told to be more exact by.
+    # fp32 it has one exact precision, which serves all of jax's higher settings.
     exact = a.dtype == FP32 and jax.config.jax_default_matmul_precision in EXACT
     precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
     sums = (((over_a,), (over_b,)), ((), ()))

@@ -35,7 +35,7 @@ def pooling(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, slots: int):
     seen_BT &= start_BT <= jnp.arange(keys)[None]
 
     row_B1 = jnp.arange(rows, dtype=jnp.int32)[:, None]
-    # One run more than there are takes the keys that nobody sees; ids stay sorted either way,
+    # One extra run at the end takes the keys that no query sees; ids stay sorted either way,
     # because such a key is counted with the run that follows it.
     ids = (row_B1 * (runs + 1) + run_BT).reshape(-1)
 

@@ -20,7 +20,7 @@ from bltjax.attention.pattern import Pooling, Reading, Sliding
 SLOTS, WINDOW, MEAN_PATCH = 4, 512, 4
 LOCAL_HEADS, LATENT_HEADS, LATENT_KEY_VALUE_HEADS = 20, 32, 8
 LOCAL_CHANNELS, LATENT_CHANNELS = 64, 128
-MOST_DENSE = 8192  # queries: beyond, scores of all pairs are larger than what they are compared to
+MOST_DENSE = 8192  # queries; above this, dense scores of all pairs are too large
 IMPLEMENTATIONS = ("ours", "xla", "dense", "library")
 
 

@@ -99,7 +99,7 @@ def benchmark_generate(peer: str | None, repeats: int, threads: int, prompt_byte
 
 def row_line(line: dict) -> str:
     parts = [
-        f"{side} {found['ms']:7.0f} ms ({found['ms'] * 1024 / line['row_bytes']:5.0f} a KiB)"
+        f"{side} {found['ms']:7.0f} ms ({found['ms'] * 1024 / line['row_bytes']:5.0f} per KiB)"
         f" {found['peak_mib']:6.0f} MiB"
         for side, found in line.items()
         if side != "row_bytes"
@@ -127,13 +127,13 @@ def benchmark_contexts(repeats: int, threads: int, longest: int, config: str | N
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=WHAT, help="see above")
     parser.add_argument(
-        "--peer", choices=PEERS, help="measure it too, as it comes or tuned (extra: parity)"
+        "--peer", choices=PEERS, help="also measure it, with defaults or tuned (extra: parity)"
     )
     parser.add_argument(
         "--repeats", type=int, help="steps of each (default: 5, after four more; generate: 3)"
     )
-    parser.add_argument("--prompt_bytes", type=int, default=512, help="generate: of the prompt")
-    parser.add_argument("--threads", type=int, default=2, help="CPUs that each side may use")
+    parser.add_argument("--prompt_bytes", type=int, default=512, help="generate: prompt length")
+    parser.add_argument("--threads", type=int, default=2, help="CPUs per side")
     parser.add_argument(
         "--contexts", action="store_true", help="generate: after 1k ... 32k bytes, ours alone"
     )
@@ -142,9 +142,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--records", nargs="+", help="slots: folders of records, mixed equally")
     parser.add_argument(
-        "--row_bytes", type=int, default=16384, help="slots, attention: bytes in a row"
+        "--row_bytes", type=int, default=16384, help="slots, attention: bytes per row"
     )
-    parser.add_argument("--rows", type=int, default=1, help="attention: rows of a batch")
+    parser.add_argument("--rows", type=int, default=1, help="attention: rows per batch")
     parser.add_argument(
         "--config", help="convert: the BLT's (default: configs/blt.py:1b); --contexts: a BLT's"
     )
@@ -154,7 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--folder",
         type=local_path_argument,
-        help="convert: where there is room (default: the system's own)",
+        help="convert: a folder with room (default: the system's own)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
@@ -168,7 +168,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError(f"--repeats ({args.repeats}) and --threads ({args.threads}) must be >= 1")
     there = len(os.sched_getaffinity(0))
     if args.what in ("train", "rows") and args.threads > there:
-        raise ValueError(f"--threads ({args.threads}) must be at most {there}, the CPUs there are")
+        raise ValueError(f"--threads ({args.threads}) must be at most {there}, the number of CPUs")
     if args.longest < ROW_LENGTHS[0]:
         raise ValueError(
             f"--longest ({args.longest}) must be at least {ROW_LENGTHS[0]}, the shortest row"
@@ -214,8 +214,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             for kind, found in result[f"documents_of_{size}"].items():
                 print(
                     f"{kind.replace('_', ' ')}, documents of {size} bytes:"
-                    f" {quantity(found['bytes_per_second_per_core'])}B a second of a core,"
-                    f" {quantity(found['bytes_per_second'])}B by the clock"
+                    f" {quantity(found['bytes_per_second_per_core'])}B per core-second,"
+                    f" {quantity(found['bytes_per_second'])}B per second"
                 )
     elif args.what == "generate":
         print(context_words(result) if args.contexts else speed_words(result))
@@ -231,7 +231,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     elif args.what == "train":
         print(
-            f"ours {result['ours_ms']:.0f} ms a step, {result['ours_gflop_per_second']:.0f} GFLOP/s"
+            f"ours {result['ours_ms']:.0f} ms per step,"
+            f" {result['ours_gflop_per_second']:.0f} GFLOP/s"
         )
         if args.peer:
             print(f"{args.peer} {result['peer_ms']:.0f} ms, {result['ratio']:.2f} times as long")

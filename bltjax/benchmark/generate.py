@@ -27,10 +27,10 @@ from bltjax.system.environment import random_key
 from bltjax.text.alphabet import OFFSET, VOCABULARY, encode
 
 BYTE_LM = ByteLMConfig(layers=4, width=256, heads=4, hidden=768)
-BYTES, WHOLE_BYTES = 128, 16  # the whole model's cost is that of a buffer, whatever is in it
+BYTES, WHOLE_BYTES = 128, 16  # the whole model costs as much as its buffer, full or not
 MEAN_PATCH = 4.49
 PLACES = 64  # tried for a prompt
-CHUNK, CHUNKS = 32, 3  # bytes that a context is timed over: all chunks but the first
+CHUNK, CHUNKS = 32, 3  # bytes timed per context: all chunks but the first
 PATCH_BYTES, NEVER = 4, 100.0  # of a context's patches: longest, and a threshold above them all
 LONGEST = 32768
 TRIES = 20
@@ -126,14 +126,14 @@ def context_side(model: BLTConfig | str, context_bytes: int):
     sampling = Sampling(temperature=1.0)  # a random model's greedy text runs in circles
 
     def write() -> dict:
-        # A text that ends early would cost less; the next seed's goes on.
+        # A text that ends early would cost less; try the next seed.
         for seed in range(TRIES):
             if said := timed(seed):
                 return said
         raise ValueError(f"{TRIES} texts in a row ended within {CHUNK * CHUNKS} bytes")
 
     def timed(seed: int) -> dict | None:
-        # Room for a patch a byte, so that no buffer is doubled while the clock runs.
+        # Room for one patch per byte, so that no buffer is doubled while the clock runs.
         state, asked = decoder.begun([text], 4 * CHUNK * CHUNKS, sampling, seed, [])
         latent = sum(x.nbytes for x in jax.tree.leaves(state.memory.latent))
         rings = (state.memory.scorer, state.memory.encoder, state.memory.decoder)
@@ -161,7 +161,7 @@ def context_side(model: BLTConfig | str, context_bytes: int):
 
 def bar_chart(title: str, bars: dict[str, float]) -> str:
     """A Mermaid chart, which GitHub draws: ms per byte, by name."""
-    return chart(title, f"x-axis [{names(bars)}]", "ms a byte", "bar", list(bars.values()))
+    return chart(title, f"x-axis [{names(bars)}]", "ms per byte", "bar", list(bars.values()))
 
 
 def line_chart(title: str, x: str, points: dict[str, float], y: str) -> str:
@@ -189,21 +189,21 @@ def speed_words(result: dict) -> str:
     """The figures of one prompt, and their chart."""
     prompt = result["prompt_bytes"]
     ours, uncached = result["ours_ms_per_byte"], result["uncached_ms_per_byte"]
-    lines = [f"after {prompt} bytes: ours {ours:.2f} ms a byte, {uncached:.1f} uncached"]
-    bars = {"bltjax": ours, "bltjax, the whole model a byte": uncached}
+    lines = [f"after {prompt} bytes: ours {ours:.2f} ms per byte, {uncached:.1f} uncached"]
+    bars = {"bltjax": ours, "bltjax, the whole model per byte": uncached}
     if peer := result.get("peer"):
         same = "the same" if result["same_text"] else "another"
         theirs, ratio = result["peer_ms_per_byte"], result["ratio"]
         lines.append(f"{peer} {theirs:.1f} ms, {ratio:.1f} times as long, {same} text")
         bars[peer] = theirs
-    return "\n".join([*lines, "", bar_chart(f"ms a byte after {prompt} bytes", bars)])
+    return "\n".join([*lines, "", bar_chart(f"ms per byte after {prompt} bytes", bars)])
 
 
 def context_words(result: dict) -> str:
     """The figures of each context, and the chart of their speeds."""
     lines = [
-        f"{found['context_bytes']:6d} bytes before: {found['ms_per_byte']:6.2f} ms a byte,"
-        f" {found['mean_patch_bytes']:.2f} bytes a patch; read for each byte"
+        f"{found['context_bytes']:6d} bytes before: {found['ms_per_byte']:6.2f} ms per byte,"
+        f" {found['mean_patch_bytes']:.2f} bytes per patch; read for each byte"
         f" {quantity(found['latent_cache_bytes_read_per_byte'])}B of latent caches,"
         f" {quantity(found['ring_bytes_read_per_byte'])}B of rings"
         for found in result["contexts"]
@@ -212,7 +212,7 @@ def context_words(result: dict) -> str:
         f"{found['context_bytes'] // 1024}k": 1000 / found["ms_per_byte"]
         for found in result["contexts"]
     }
-    graph = line_chart("Writing after a context", "bytes before", speeds, "bytes a second")
+    graph = line_chart("Writing after a context", "bytes before", speeds, "bytes per second")
     return "\n".join([*lines, "", graph])
 
 

@@ -93,7 +93,7 @@ def benchmark_input(repeats: int) -> dict:
 def benchmark_slots(records: list[str], row_bytes: int) -> dict:
     """Used shares of byte and patch slots, at the threshold that suits such rows."""
     documents = [RecordDocuments(Path(folder)) for folder in records]
-    # As much of each, as the mixture has it.
+    # Equal shares, as in the mixture.
     share = min([1 << 20, *(folder.manifest.total("text_bytes") for folder in documents)])
     sample = [document for folder in documents for document in sample_documents(folder, share, 0)]
     threshold, _ = calibrate(sample, Patching(), MEAN_PATCH)

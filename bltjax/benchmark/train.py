@@ -86,7 +86,7 @@ def transformers_step(config: RunConfig, *, fused: bool):
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    # Its byte LM takes no part: patch lengths are given.
+    # Its byte LM is not used: patch lengths are given.
     settings = port_settings(config, None)
     peer = BltForCausalLM(BltConfig(**settings, attn_implementation="sdpa")).train()
     trained = [weight for weight in peer.parameters() if weight.requires_grad]

@@ -13,8 +13,8 @@ from bltjax.benchmark.generate import cached_side, context_side, port_side, whol
 from bltjax.benchmark.train import MODEL, our_step, run_config, transformers_step
 from bltjax.system.environment import keep_buffers
 
-# By side: what makes its step, of what the worker was given, and how many steps it is given before
-# it is measured. The heap of training grows for a few steps.
+# By side: the function that makes its step from the worker's arguments, and the number of steps
+# before it is measured. The heap of training grows for a few steps.
 SIDES = {
     "ours": (lambda *size: our_step(run_config(*size)), 4),
     "transformers": (lambda *size: transformers_step(run_config(*size), fused=False), 4),
@@ -54,7 +54,7 @@ class Worker:
 
     def step(self) -> dict:
         """{"ms", "peak_mib"} of one more step, and any figures of its own."""
-        with contextlib.suppress(BrokenPipeError):  # it died, as the lack of an answer will say
+        with contextlib.suppress(BrokenPipeError):  # it died; the missing answer reports it
             self.process.stdin.write("step\n")
             self.process.stdin.flush()
         return self.answer()
@@ -68,7 +68,7 @@ class Worker:
 def serve(side: str, threads: int, *given: int | str) -> None:
     """The worker's side of the pipe: one JSON line when ready, and one per step."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    if side != "transformers":  # which is as it comes
+    if side != "transformers":  # with defaults
         keep_buffers()
     try:
         make, warm_up = SIDES[side]

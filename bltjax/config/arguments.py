@@ -117,12 +117,12 @@ def add_source_arguments(
         "--format",
         choices=FORMATS,
         default="auto",
-        help="what the files are (default: auto, as their first bytes say)",
+        help="format of the files (default: auto, by their first bytes)",
     )
     parser.add_argument("--split", default="train", help="TFDS: the split (default: train)")
-    parser.add_argument("--data_dir", default="", help="TFDS: where its datasets lie")
+    parser.add_argument("--data_dir", default="", help="TFDS: folder of the datasets")
     parser.add_argument(
-        "--skip_bad", action="store_true", help="count broken JSONL lines and go on"
+        "--skip_bad", action="store_true", help="count broken JSONL lines and continue"
     )
 
 

@@ -20,11 +20,11 @@ from bltjax.system.paths import expanded
 
 # Whether a setting may differ when a run is resumed. A field's rule holds for all that is in it;
 # unless all of it may change, a field in it may have a rule of its own.
-FIXED = "fixed"  # no: it would be another run. Also the rule of fields that name none
-MAY_CHANGE = "may change"  # yes: it says how a run is carried out, or matters at its start alone
-SAME_CONTENT = "same content"  # it names what the run reads: another name, but the same content
-RENAMED = "renamed"  # another name, whatever it stands for; but not none, and not the first
-LENGTH = "length"  # up, or down to what has been done
+FIXED = "fixed"  # no: it would be another run. The default rule
+MAY_CHANGE = "may change"  # yes: it only affects how a run is executed, or its start
+SAME_CONTENT = "same content"  # a path of an input: another path, but the same contents
+RENAMED = "renamed"  # another path, whatever its contents; but not none, and not the first
+LENGTH = "length"  # up, or down to the steps already done
 
 
 # Settings that were renamed: their old names are read wherever there are settings.
@@ -274,7 +274,7 @@ def changes(old, new, path: str = "", rule: str = FIXED) -> list[Change]:
         return found
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [Change(path, old, new, rule)] if old != new else []
-    # A source that is new, or gone, has nothing to compare its content with.
+    # A source that is new, or gone, has nothing to compare with.
     whole = FIXED if rule == SAME_CONTENT else rule
     found = []
     for key in sorted(old.keys() | new.keys()):

@@ -113,7 +113,7 @@ def config_path(path: str) -> Path:
         for folder in SHIPPED:
             found = folder.joinpath(*file.parts[1:])
             if found.is_file():
-                LOG.info("%s is not in the working directory; takes %s", path, found)
+                LOG.info("%s is not in the working directory; using %s", path, found)
                 return found
     there = [str(found) for found in file.parent.glob("*.py")]
     shipped = [f"configs/{found.name}" for folder in SHIPPED for found in folder.glob("*.py")]
@@ -177,7 +177,7 @@ def place_in(file: Path, path: str, error: Exception) -> str:
         return f"{place}, line {error.lineno}: {type(error).__name__}: {error.msg}"
     trace = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in trace if frame.filename == str(file)]
-    # A config's own ValueError says all there is to say.
+    # A config's own ValueError is a complete message.
     what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
     what = re.sub(r"\s*\n\s*", " ", what)[:500]
     return f"{path}, line {lines[-1]}: {what}" if lines else f"{path}: {what}"

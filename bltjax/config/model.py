@@ -6,8 +6,8 @@ import typing
 from bltjax.config.data import check_row
 from bltjax.config.fields import SAME_CONTENT, expand, finite, one_of, positive, setting
 
-# What a block keeps for the backward pass, which computes the rest once more.
-#     none      everything but weights that were gathered from fsdp, which are gathered again
+# What a block keeps for the backward pass, which recomputes the rest.
+#     none      everything but weights all-gathered over fsdp, which are gathered again
 #     products  outputs of matrix products and of attention
 #     full      the block's input alone
 REMAT = ("none", "products", "full")

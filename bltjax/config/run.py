@@ -173,4 +173,4 @@ class RunConfig:
             for name, size in getattr(self.model, "split_by_tensor", {}).items():
                 divides("mesh.tensor", mesh.tensor, name, size)
         if self.latent_init.path and (not hasattr(self.model, "latent") or self.init_from):
-            raise ValueError("latent_init.path is for a BLT that does not begin from init_from")
+            raise ValueError("latent_init.path is for a BLT that does not start from init_from")

@@ -84,7 +84,7 @@ def open_model(path: epath.Path, *, as_port: bool = False) -> ModelFiles:
     names = path.iterdir() if path.is_dir() else [epath.Path("a file")]
     there = sorted(child.name for child in names if not child.name.startswith("."))[:6]
     raise ValueError(
-        f"{path} holds no model that is known (it has {', '.join(there) or 'nothing'}): looked for"
+        f"{path} holds no known model (it has {', '.join(there) or 'nothing'}): looked for"
         " export.json; checkpoints/; config.json of model_type 'blt'; params.json with"
         " consolidated.pth; config.json with 'args'"
     )
@@ -155,7 +155,7 @@ def convert(
         hidden_beside(destination, "lock"), "convert", name=str(destination),
         instead="another destination", lost=functools.partial(leave, 1), take_over=take_over,
     ):  # fmt: skip
-        check_absent(destination)  # another may have finished it
+        check_absent(destination)  # another process may have finished it
         write_whole(files, programs, destination, to)
     return opened, files
 
@@ -173,7 +173,7 @@ def write_whole(
     local = "://" not in str(destination)
     partial = hidden_beside(destination, "partial") if local else destination
     if partial.exists():
-        partial.rmtree()  # what a killed command left
+        partial.rmtree()  # leftovers of a killed command
     progress = Progress(f"writing {destination}", files.bytes)
     partial.mkdir(parents=True)
     try:
@@ -232,15 +232,15 @@ def patching_words(patching) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=path_argument, help="the model: a folder or gs://")
-    parser.add_argument("destination", type=path_argument, help="what to write; must not exist")
+    parser.add_argument("destination", type=path_argument, help="the output; must not exist")
     parser.add_argument(
         "--to", choices=("orbax", "transformers", "meta"), default="orbax", help="(default: orbax)"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="(default: each tensor as it is stored)"
+        "--dtype", choices=("float32", "bfloat16"), help="(default: each tensor as stored)"
     )
     parser.add_argument(
-        "--byte_lm", type=path_argument, help="the byte LM, where it is not beside the BLT"
+        "--byte_lm", type=path_argument, help="the byte LM, if it is not beside the BLT"
     )
     parser.add_argument(
         "--as_port",
@@ -251,11 +251,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--take_over",
         action="store_true",
-        help="begin at once where a command on another host, which is gone, wrote the same",
+        help="don't wait for a command on another host that wrote the same and is gone",
     )
-    parser.add_argument(
-        "--verify", action="store_true", help="compare what was written with the source"
-    )
+    parser.add_argument("--verify", action="store_true", help="compare the result with the source")
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -32,7 +32,7 @@ from bltjax.weights.stored import ModelFiles
 from bltjax.weights.workdir import read_config as read_run
 from bltjax.weights.workdir import read_reports
 
-TOLD = 8  # lines of damage for a person
+TOLD = 8  # lines of damage in the text report
 
 
 def described_model(config: ModelConfig) -> dict:

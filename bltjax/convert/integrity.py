@@ -43,12 +43,12 @@ def wrong_shapes(found: dict[str, tuple], expected: dict[str, tuple], item: str)
         for name in sorted(expected.keys() ^ found.keys()):
             yield f"{name} {'is missing' if name in expected else 'has no place in the config'}"
     for name, shape in found.items():
-        # An optimizer's names go on as the parameter's does: 0/mu/encoder/...
+        # An optimizer's names end with the parameter's: 0/mu/encoder/...
         parts = name.split("/")
         moment = next((i + 1 for i, part in enumerate(parts) if part in MOMENTS), 0)
         asked = expected.get("/".join(parts[moment:]))
         if shape is None:
-            yield f"{name} is named by the index, but isn't there"
+            yield f"{name} is in the index, but missing"
         elif asked is not None and asked != shape:
             yield f"{name} has shape {shape}, the config asks for {asked}"
 
@@ -107,7 +107,7 @@ def check_arrays(
     """
     try:
         found = arrays_in(folder)
-    except Exception as error:  # what is cut off or mangled reads as anything
+    except Exception as error:  # truncated or mangled files raise any error
         return [f"{item}: its index can't be read: {reason_of(error)}"], 0
     problems = [f"{item}: {line}" for line in wrong_shapes(found, expected, item)]
     context = tensorstore.Context(CACHE)

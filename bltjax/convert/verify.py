@@ -136,7 +136,7 @@ class Verdict(NamedTuple):
     boundaries: int
     differing: int
     near_ties: int
-    by: tuple[str, str]  # who scored the source, who what was written
+    by: tuple[str, str]  # the implementations that scored the source and the result
 
 
 def verify(source: ModelFiles, written: ModelFiles) -> Verdict:

@@ -53,7 +53,7 @@ def calibrate(
       ValueError: if no threshold comes within FAR of the target, with the reachable means.
     """
     if not 0 < target < math.inf:
-        raise ValueError(f"the mean patch asked for is {target} bytes, not > 0")
+        raise ValueError(f"the target mean patch is {target} bytes, not > 0")
     tried: list[tuple[float, float]] = []
 
     def mean_at(threshold: float) -> float:
@@ -104,10 +104,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheme",
         default="entropy",
-        help="the patching whose threshold it is, such as entropy:monotonic=True (as for patches)",
+        help="the patching scheme, such as entropy:monotonic=True (as for patches)",
     )
-    parser.add_argument("--sample_bytes", type=int, default=SAMPLE_BYTES, help="text to look at")
-    parser.add_argument("--seed", type=int, default=0, help="which documents are sampled")
+    parser.add_argument("--sample_bytes", type=int, default=SAMPLE_BYTES, help="text to sample")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
     parser.add_argument(
         "--out", type=local_path_argument, help="also write the threshold to this file"
     )
@@ -129,7 +129,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     resets = records.manifest.newline_reset
     if patching.newline_reset and not resets:
         raise ValueError(
-            f"scheme {args.scheme!r} is for entropies whose context begins anew with each newline,"
+            f"scheme {args.scheme!r} is for entropies whose context is reset at each newline,"
             f" but {args.records} was scored without it, by byte LM {records.manifest.byte_lm}:"
             " score the corpus with entropies --newline_reset"
         )

@@ -31,7 +31,7 @@ class CutDocument:
 
     ids_N: np.ndarray  # int16 [len + 2], since many wait: BOS, bytes, EOS
     starts_N1: np.ndarray  # [len + 3]
-    patches: int  # that begin at one of its ids
+    patches: int  # that start at one of its ids
 
 
 def cut(document: Document, patching: Patching | None) -> CutDocument:
@@ -53,7 +53,7 @@ class Piece(NamedTuple):
     document: CutDocument
     begin: int
     end: int
-    patches: int  # that begin in the piece, those that the row forces included
+    patches: int  # that start in the piece, including the row's forced starts
 
 
 def next_piece(document: CutDocument, begin: int, used: int, room: int, patch_room: int) -> Piece:
@@ -69,7 +69,7 @@ def next_piece(document: CutDocument, begin: int, used: int, room: int, patch_ro
     if patches > patch_room:
         opens_N = opens_N.copy()
         opens_N[forced] = True
-        # Where the first patch begins that has no room.
+        # Start of the first patch that doesn't fit.
         end, patches = begin + int(np.flatnonzero(opens_N)[patch_room]), patch_room
     return Piece(document, begin, end, patches)
 
@@ -96,9 +96,7 @@ def lay_out(
     for array in (bytes_N, targets_N, weights_N, target_bytes_N, documents_N):
         array[place:] = 0
     if starts_N1 is not None:
-        starts_N1[place + bool(place) :] = (
-            False  # after the last byte stands what its document says
-        )
+        starts_N1[place + bool(place) :] = False  # the start after the last byte is the document's
         starts_N1[: 2 * bool(place)] = True
     if place:
         weights_N[:place] = 1
@@ -126,7 +124,7 @@ class Candidate(NamedTuple):
     key: Any
     document: CutDocument
     shares: tuple[float, float]  # of a row's bytes and patches
-    since: int = 0  # the pick at which it began to wait
+    since: int = 0  # the pick since which it waits
     position: int = 0
 
 
@@ -175,14 +173,14 @@ class Packer:
         while len(self.waiting) < self.look_ahead:
             self.waiting.append(self.candidate(*self.supply(), since=self.picks))
         self.picks += 1
-        # The awkward ones must not wait for ever.
+        # No document may wait for ever.
         if self.picks - self.waiting[0].since > 4 * self.look_ahead:
             return self.waiting.pop(0)
         byte_share, patch_share = used / self.row_bytes, patches / self.row_patches
         least, chosen = math.inf, 0
         for place, candidate in enumerate(self.waiting):
             more_bytes, more_patches = candidate.shares
-            # As much of it as the row has room for; compared one by one, for speed.
+            # As much of it as fits in the row; compared one by one, for speed.
             part = (1 - byte_share) / more_bytes
             patch_part = (1 - patch_share) / more_patches
             if patch_part < part:

@@ -38,8 +38,8 @@ class Stream:
         self.weights = {name: data.train[name].weight for name in sources}
         self.order: dict[str, Order] = {}
         self.number, self.rows, self.row_bytes = number, data.batch_size, data.seq_len
-        # Where in its turn a source begins. Were it 0 in all streams, they would all meet a rare
-        # source in the same batch.
+        # Initial phase of a source. With 0 in all streams, they would all reach a rare source in
+        # the same batch.
         self.phase, self.lead = {}, {}
         for rank, (name, documents) in enumerate(sources.items()):
             stream_seed, phase = np.random.SeedSequence([seed, number, rank]).generate_state(2)
@@ -80,8 +80,8 @@ class Stream:
         return (self.bytes[name] + self.lead[name]) / self.weights[name]
 
     def read(self, key: list) -> CutDocument:
-        # A large file may wait in every stream, many times over. All who hold it hold the same
-        # arrays, which go when the last of them lets go.
+        # A large file may wait in every stream, many times over. All of them share the same
+        # arrays, which are freed with the last reference.
         name, record = key
         document = self.shared.get((name, record))
         if document is None:
@@ -191,7 +191,7 @@ def training_batches(
     if sources is None:
         sources = training_sources(data, expected_identity)
     if patching is not None and patching.mode == "bpe":
-        load_tokenizer(patching.tokenizer)  # what is wrong with it is said now
+        load_tokenizer(patching.tokenizer)  # so that its errors are raised now
     records = sum(map(len, sources.values()))
     if records < data.batch_size:
         split = any(source.split_bytes for source in data.train.values())

@@ -30,9 +30,9 @@ HEADER = struct.Struct("<4sII")
 MANIFEST = "manifest.json"
 VERSION = 1
 # Entropies, four fifths of a record, hardly compress: zstd makes records of English 9 % smaller
-# than snappy does, but reading them takes longer by a sixth of what making rows takes.
+# than snappy does, but reading them takes longer by a sixth of the time of making rows.
 OPTIONS = "group_size:1,snappy"
-# Ends the identity of a byte LM whose context began anew with each newline.
+# Suffix of the identity of a byte LM whose context was reset at each newline.
 NEWLINE_RESET = "+newline_reset"
 
 
@@ -127,7 +127,7 @@ def write_shard(path: epath.Path, records: Iterable[bytes], writer_name: str = "
                 writer.write(record)
         finally:
             writer.close()
-    except RuntimeError as error:  # what the writer raises, on a full disk for example
+    except RuntimeError as error:  # raised by the writer, on a full disk for example
         raise OSError(f"{partial} could not be written: {error}") from error
     publish(partial, path)
 
@@ -217,7 +217,7 @@ def read_manifest(folder: epath.Path) -> Manifest:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is not a manifest of records: {error}. Run the entropies command again: it"
-            " keeps whole shards, and writes this file anew."
+            " keeps whole shards, and rewrites this file."
         ) from None
     raise ValueError(
         f"{path} has format version {version}, but this code reads version {VERSION}."
@@ -237,7 +237,7 @@ class RecordDocuments:
         if expected_identity not in (None, self.manifest.byte_lm):
             raise ValueError(
                 f"{folder} was scored by byte LM {self.manifest.byte_lm}"
-                f" ({self.manifest.byte_lm_path}), but the byte LM asked for is"
+                f" ({self.manifest.byte_lm_path}), but the requested byte LM is"
                 f" {expected_identity}. Score the corpus with it, or set --config.entropy_model."
             )
         for shard in self.manifest.shards:

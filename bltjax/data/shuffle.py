@@ -8,7 +8,7 @@ computed in blocks, because numpy is fast with many and slow with one.
 
 import numpy as np
 
-BLOCK = 1024  # places worked out together
+BLOCK = 1024  # indices computed together
 ROUNDS = 6
 KEYS = np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 

@@ -32,7 +32,7 @@ def check_agreement(settings: dict) -> None:
     digests = gathered("comparing settings", digest)
     if len(set(digests)) == 1:
         return
-    # Whole settings travel only now: of process 0, and of those that differ from it.
+    # Whole settings are sent only now: by process 0, and by those that differ from it.
     differs = digests[process_index()] != digests[0]
     told = gathered(
         "comparing settings", [socket.gethostname(), mine if differs or is_writer() else None]

@@ -7,14 +7,14 @@ while no device does. A test searches the package for private names in other fil
 
 import jax
 
-# The store, until jax.distributed has one; and this process' number, which jax.process_index tells
-# only by starting devices.
+# The store, until jax.distributed has one; and this process' index, for which jax.process_index
+# would start devices.
 from jax._src import distributed
 
-# A process' place in a cluster without joining it, until jax.distributed tells that.
+# A process' index in a cluster without joining it, until jax.distributed has a function for it.
 from jax._src.clusters import ClusterEnv
 
-# Whether devices have been started, until jax.extend.backend tells that.
+# Whether devices have been started, until jax.extend.backend has a function for it.
 from jax._src.xla_bridge import backends_are_initialized
 
 joined = jax.distributed.is_initialized  # public; here beside the others

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bltjax.distributed.processes import together
 from bltjax.distributed.sharding import AXES, replicated
 
-NONE, TERMINATED, INTERRUPTED = range(3)  # of several notices the highest counts
+NONE, TERMINATED, INTERRUPTED = range(3)  # the highest of several signals counts
 
 
 class Notice:
@@ -30,7 +30,7 @@ class Notice:
         self.given = NONE
         self.before: dict[signal.Signals, object] = {}
         everywhere = NamedSharding(mesh, PartitionSpec(AXES))
-        # The answers lie ready on the devices, so that asking transfers nothing.
+        # The answers are prepared on the devices, so that asking transfers nothing.
         self.answers = [
             jax.make_array_from_callback(
                 (mesh.size,), everywhere, lambda _, answer=answer: np.full(1, answer, np.int32)
@@ -62,7 +62,7 @@ class Notice:
         if self.given == INTERRUPTED:
             raise KeyboardInterrupt
         self.given = INTERRUPTED
-        # Not by print, which may be what the signal interrupted.
+        # Not by print, which the signal may have interrupted.
         os.write(2, b"bltjax: interrupted: saves after this step; Ctrl-C again ends it at once\n")
 
     def __exit__(self, *error) -> None:

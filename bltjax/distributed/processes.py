@@ -36,8 +36,8 @@ RESTART = 75  # EX_TEMPFAIL of sysexits.h
 CTRL_C = 130  # as a shell has it: ended by SIGINT
 JOIN_SECONDS = 300
 AGREE_SECONDS = 1200  # hosts read their data at different speeds
-PATIENCE = 3600  # seconds, for what may take long without being a hang: compiling, evaluating
-calls = itertools.count()  # every process makes the same calls, so a number names one
+PATIENCE = 3600  # seconds, for work that may take long without being a hang: compiling, evaluating
+calls = itertools.count()  # every process makes the same calls, so a counter names each
 
 
 class Restart(Exception):
@@ -48,11 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --coordinator, --processes and --process, for programs that run as many processes."""
     group = parser.add_argument_group(
         "many processes",
-        "found by themselves on Cloud TPU, GKE and SLURM; elsewhere give all three",
+        "found automatically on Cloud TPU, GKE and SLURM; elsewhere give all three",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process", type=int, metavar="I", help="which this is: 0 ... N - 1")
+    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process", type=int, metavar="I", help="index of this one: 0 ... N - 1")
     group.add_argument(
         "--join_seconds",
         type=int,
@@ -110,18 +110,18 @@ def placed(args: argparse.Namespace) -> tuple[int, int]:
 
 def join_cluster(seconds: int) -> None:
     if coordinator.devices_started():
-        return  # called from a program that has begun to compute, such as a notebook: alone
+        return  # called from a program that has already started devices, such as a notebook: alone
     try:
         jax.distributed.initialize(initialization_timeout=seconds)
     except ValueError as error:
-        # So jax says that it knows no cluster here: one process is all there is.
+        # jax knows no cluster here: this is the only process.
         if not says(error, "no cluster"):
             raise
     except (OSError, RuntimeError) as error:
-        # To go on alone would let every host of a pod train for itself.
+        # Continuing alone would let every host of a pod train by itself.
         raise ValueError(
             f"looking for the other processes of a cluster failed: {error}\nIf this is the only"
-            " one, say --processes=1."
+            " one, give --processes=1."
         ) from error
 
 
@@ -134,7 +134,7 @@ def join_at(address: str, count: int, index: int, seconds: int) -> None:
     deadline = time.monotonic() + seconds
     if index:
         wait_for_listener(host.strip("[]"), int(port), address, index, seconds)
-    # Time's end inside jax aborts the process with a stack trace. Ours comes first.
+    # A timeout inside jax aborts the process with a stack trace. Ours comes first.
     late = threading.Timer(
         max(1.0, deadline - time.monotonic()),
         lambda: leave(
@@ -185,19 +185,17 @@ def lost_another(error: Exception) -> bool:
         error = error.__cause__
     if isinstance(error, jax.errors.JaxRuntimeError):
         return not says(error, *OWN_FAULTS)
-    # Some of jax's calls tell of a collective that was broken off by a ValueError.
+    # Some of jax's calls report a broken collective by a ValueError.
     return isinstance(error, ValueError) and says(error, "broken collective") is not None
 
 
 def describe(error: Exception) -> str:
     """An error's message, with the file's name for an OSError."""
     if disk_is_full(error):
-        return (
-            "the disk is full. What was saved before is whole: make room, then run the same command"
-        )
+        return "the disk is full. Earlier saves are intact: make room, then run the same command"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror.lower()}"
-    # One word, as a KeyError has it, is no message.
+    # One word, as in a KeyError, is no message.
     return str(error) if " " in str(error) else f"{type(error).__name__}: {error}".rstrip(": ")
 
 
@@ -208,7 +206,7 @@ def leave(code: int, message: str = "") -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if is_writer() and joined():
-        time.sleep(1)  # without their coordinator the others abort, before they say why they end
+        time.sleep(1)  # without their coordinator the others abort, before they log why
     os._exit(code)
 
 
@@ -230,7 +228,7 @@ def gathered(what: str, value: Any, seconds: int = AGREE_SECONDS) -> list:
     except jax.errors.JaxRuntimeError as error:
         lost = sorted(set(range(count)) - coordinator.values_by_process(folder).keys())
         raise Restart(
-            f"{what}: no word from process {', '.join(map(str, lost))} in {seconds} s"
+            f"{what}: no answer from process {', '.join(map(str, lost))} in {seconds} s"
             if lost
             else f"{what}: {error}"
         ) from error

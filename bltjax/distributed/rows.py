@@ -24,7 +24,7 @@ def global_batch(batch, sharding: NamedSharding, rows: int):
     places = sharding.addressable_devices_indices_map((rows,))
 
     def array(local: np.ndarray) -> jax.Array:
-        # A transfer that is asked for; jax.make_array_from_callback would be an implicit one.
+        # An explicit transfer; jax.make_array_from_callback would be an implicit one.
         parts = [
             jax.device_put(local[[place_of[row] for row in range(rows)[place]]], device)
             for device, (place,) in places.items()

@@ -37,7 +37,7 @@ LETTER_AXES = {
     "J": ("tensor",),
     "M": ("fsdp", "tensor"),
 }
-# The byte stacks' heads are few (12, 16 or 20); where `tensor` doesn't divide them they are whole.
+# The byte stacks have few heads (12, 16 or 20); where `tensor` doesn't divide them, no split.
 WHERE_DIVIDING = ("G",)
 
 
@@ -59,7 +59,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     elif known != len(devices):
         raise ValueError(
             f"mesh data x fsdp x tensor = {' x '.join(map(str, sizes))} = {known},"
-            f" but there are {len(devices)} devices (--config.mesh.fsdp=-1 takes what is left)"
+            f" but there are {len(devices)} devices (--config.mesh.fsdp=-1 takes the rest)"
         )
     kinds = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})

@@ -18,15 +18,15 @@ GIB = 2**30
 class Chip:
     """One TPU as jax counts devices, and its slices."""
 
-    kind: str  # what jax calls it: `device.device_kind`
+    kind: str  # jax's name: `device.device_kind`
     flops: float  # bf16, per second
-    hbm_bytes: int  # that a program may use: what libtpu 0.0.42 says when one does not fit
+    hbm_bytes: int  # usable by a program: from libtpu 0.0.42's message when one does not fit
     hbm_rate: float  # bytes per second
     links: int  # to neighbouring chips
     link_rate: float  # bytes per second over one link, one way
     dcn_rate: float  # bytes per second to other slices, one way
     host_chips: int  # of a virtual machine in a slice of several
-    devices: int = 1  # that jax sees in a chip; the figures are of one of them
+    devices: int = 1  # per chip, as jax counts them; the figures are per device
     flat: tuple[str, ...] = ()  # slices of a two-dimensional torus
     cubes: int = 0  # of 4 x 4 x 4 chips, in the largest slice of a three-dimensional torus
     options: tuple[tuple[str, str], ...] = ()  # of `get_topology_desc`
@@ -58,7 +58,7 @@ CHIPS = {
         hbm_rate=1200e9,
         links=6,
         link_rate=50e9,  # 2400 Gbit/s over six
-        dcn_rate=6.25e9,  # not on the page; that of v5p
+        dcn_rate=6.25e9,  # not on the page; as v5p
         host_chips=4,
         cubes=64,
         options=(("chip_config_name", "megacore"),),  # two cores as one device, as jax runs them
@@ -77,7 +77,7 @@ CHIPS = {
     "v5p": Chip(
         kind="TPU v5",
         flops=459e12,
-        hbm_bytes=int(95.74 * GIB),  # of 95, says the page
+        hbm_bytes=int(95.74 * GIB),  # of 95 by the page
         hbm_rate=2765e9,
         links=6,
         link_rate=100e9,  # 1200 GB/s both ways over six

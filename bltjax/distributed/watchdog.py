@@ -94,13 +94,15 @@ def silent_or_behind(before: dict[int, list], after: dict[int, list], count: int
     lines = []
     for index in range(count):
         if index not in after:
-            lines.append(f"process {index} has never been heard of")
+            lines.append(f"process {index} has sent no heartbeat")
             continue
         host, step, doing, beats = after[index]
         if before.get(index, [None] * 4)[3] == beats:
-            lines.append(f"process {index} ({host}) is silent; its last word: {doing}, step {step}")
+            lines.append(
+                f"process {index} ({host}) sends no heartbeats; the last: {doing}, step {step}"
+            )
     if not lines:
-        # A process that reports step n has begun step n + 1: compare as steps begun.
+        # A process that reports step n has started step n + 1: compare started steps.
         first = min(step for _, step, _, _ in after.values())
         last = max(step for _, step, _, _ in after.values())
         behind = {i: beat for i, beat in after.items() if beat[1] == first}

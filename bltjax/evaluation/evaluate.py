@@ -120,7 +120,7 @@ def evaluate(
       FloatingPointError: for a result that is not finite, naming the parameter or the text.
     """
     config = read_config(workdir)
-    if documents is None:  # what is wrong with a source is said before a model is loaded
+    if documents is None:  # errors of a source come before a model is loaded
         documents = open_source(source, skip_bad=skip_bad)
     mesh = mesh or evaluation_mesh(config)
     check_mesh(config.model, None, mesh)

@@ -62,7 +62,7 @@ class Evaluation(NamedTuple):
     bits_per_byte: float
     text_bytes: int
     documents: int
-    cuts: int  # places where a document longer than a row was cut
+    cuts: int  # cuts in documents longer than a row
 
 
 def evaluate_documents(
@@ -100,7 +100,7 @@ def evaluate_documents(
             )
         nats += float(sums.text_nats)
         text_bytes += float(sums.text_bytes)
-        progress.begun += compiling.seconds - before  # a rate is of what ran
+        progress.begun += compiling.seconds - before  # the rate counts all that ran
         progress.advance(1)
     bits = float(nats / np.log(2.0) / max(text_bytes, 1.0))
     return Evaluation(bits, int(text_bytes), len(documents), cuts)

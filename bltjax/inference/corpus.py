@@ -30,7 +30,7 @@ SAMPLE_BYTES = 2 << 20
 THRESHOLDS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)  # nats
 MEAN_PATCH = 4.5  # bytes
 REPORT, PICTURE = "report.json", "report.png"
-MFU = 0.4  # of a pod's peak, where it must be assumed
+MFU = 0.4  # assumed share of a pod's peak
 TERABYTE = 1e12
 LONGEST = 24  # bytes of a patch; longer ones are counted together
 
@@ -77,7 +77,7 @@ def made_of(side: epath.Path) -> dict | None:
         if made and not (whole and all(type(made.get(k)) is kind for k, kind in kinds.items())):
             raise ValueError(f"{side} is damaged: made is {made}")
     except ValueError as error:
-        print(f"{error}; how fast its shard was scored is left out")
+        print(f"{error}; the scoring speed of its shard is left out")
         return None
     return made or None
 
@@ -138,7 +138,7 @@ def projection(found: dict, pod: str | None, mfu: float) -> list[str]:
         same = topology is not None and topology.chip.kind == scoring["device"]
         count = topology.devices if same else 256
         lines.append(
-            f"scored at {quantity(rate)}B/s a device ({scoring['device']}):"
+            f"scored at {quantity(rate)}B/s per device ({scoring['device']}):"
             f" 1 TB takes {duration(TERABYTE / rate)} on one,"
             f" {duration(TERABYTE / rate / count)} on {count}"
         )
@@ -149,10 +149,10 @@ def projection(found: dict, pod: str | None, mfu: float) -> list[str]:
         lines.append(
             f"1 TB on {pod} ({topology.chips} chips): {duration(TERABYTE / rate)} at"
             f" {quantity(rate)}B/s, if {mfu:.0%} of the chips' peak is reached"
-            f" ({quantity(flops)}FLOP a byte); not measured"
+            f" ({quantity(flops)}FLOP per byte); not measured"
         )
     elif pod:
-        lines.append(f"{pod}: not projected, for the byte LM is no longer where it was")
+        lines.append(f"{pod}: not projected, because the byte LM has moved")
     return lines
 
 
@@ -171,7 +171,7 @@ def bars(lengths: np.ndarray, width: int = 40) -> list[str]:
 def text_report(sources: Sequence[Source], found: dict, threshold: float) -> str:
     """The report for a terminal."""
     width = max(16, *(len(source.name) for source in sources))
-    heads = ("bytes", "documents", "a document", "bits a byte of the byte LM")
+    heads = ("bytes", "documents", "mean bytes", "bits per byte of the byte LM")
     lines = [f"{'':{width}}" + "".join(f"  {head:>10}" for head in heads)]
     for source in sources:
         mine = found[source.name]
@@ -201,7 +201,7 @@ def draw(sources: Sequence[Source], threshold: float):
         entropies = np.concatenate([document.entropies[:-1] for document in source.sample])
         edges = np.linspace(0, 5.6, 57)
         shares = np.histogram(entropies, edges)[0] / len(entropies)
-        label = source.name.replace("$", r"\$")  # a dollar sign in a name begins no formula
+        label = source.name.replace("$", r"\$")  # a dollar sign in a name starts no formula
         style = dict(fill=len(sources) == 1, alpha=0.8, label=label, lw=1.5)
         left.stairs(shares, edges, **style)
         lengths = np.minimum(lengths_at(source, threshold), LONGEST)
@@ -281,8 +281,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mfu", type=float, default=MFU, help=f"share of the pod's peak (default: {MFU})"
     )
-    parser.add_argument("--sample_bytes", type=int, default=SAMPLE_BYTES, help="text to look at")
-    parser.add_argument("--seed", type=int, default=0, help="which documents are sampled")
+    parser.add_argument("--sample_bytes", type=int, default=SAMPLE_BYTES, help="text to sample")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:

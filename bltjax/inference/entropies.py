@@ -175,7 +175,7 @@ def score(
         info_of(path, len(indices), size, checksum)
         for path, (indices, size) in zip(paths, shards, strict=True)
     ]
-    # Others' shards were published whole; their sizes say that they are still there.
+    # Others' shards were published complete; their sizes show that they are still there.
     missing = [
         path.name
         for path, info in zip(paths, infos, strict=True)
@@ -183,8 +183,8 @@ def score(
     ]
     if missing:
         print(
-            f"process {process} of {count} has done its part; {len(missing)} shards of others are"
-            f" not there yet ({missing[0]} ...). The last to finish completes {out}; if a process"
+            f"process {process} of {count} is done; {len(missing)} shards of others are still"
+            f" missing ({missing[0]} ...). The last to finish completes {out}; if a process"
             " was lost, run the same command again."
         )
         return None
@@ -211,12 +211,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--newline_reset",
         action="store_true",
-        help="the byte LM's context begins anew with each newline (patching.newline_reset)",
+        help="the byte LM's context is reset at each newline (patching.newline_reset)",
     )
     parser.add_argument(
         "--take_over",
         action="store_true",
-        help="begin at once where this share's process was on another host, and is gone",
+        help="don't wait for this share's process on another host if that is gone",
     )
     parser.add_argument("--shard_bytes", type=int, default=SHARD_BYTES, help="text per shard")
     processes.add_arguments(parser)

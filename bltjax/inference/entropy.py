@@ -34,11 +34,11 @@ from bltjax.text.alphabet import OFFSET, encode
 from bltjax.weights.export import load_params
 from bltjax.weights.workdir import identity
 
-# Lanes and chunk: an accelerator wants work, a CPU wants it to stay in its cache.
+# Lanes and chunk: an accelerator needs large steps, a CPU needs them to fit in its cache.
 CPU_BATCH, DEVICE_BATCH = (8, 512), (64, 1024)
-# Lanes and chunks shrink until padding, at most one chunk a lane, is at most 1 / 64 of the work.
+# Lanes and chunks shrink until padding, at most one chunk per lane, is at most 1 / 64 of the work.
 PADDING_SHARE = 64
-PREVIEW = 20  # bytes by which an error shows a text
+PREVIEW = 20  # bytes of a text shown in an error
 
 
 class EntropyModel(NamedTuple):
@@ -46,7 +46,7 @@ class EntropyModel(NamedTuple):
 
     model: Model
     newline_reset: bool
-    identity: str  # records remember it; another newline_reset is another identity
+    identity: str  # stored in records; another newline_reset is another identity
 
 
 def as_scorer(model: Model, newline_reset: bool) -> EntropyModel:

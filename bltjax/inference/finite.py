@@ -38,7 +38,7 @@ def not_finite(what: str, models: dict[str, Any]) -> FloatingPointError:
         line for prefix, params in models.items() for line in broken_parameters(params, prefix)
     ]
     if not lines:
-        lines = ["all parameters are finite, so what is computed of them overflows"]
+        lines = ["all parameters are finite, so a value computed from them overflows"]
     more = f" ({len(lines) - 1} more parameters do)" if len(lines) > 1 else ""
     return FloatingPointError(f"{what} not finite; {lines[0]}{more}")
 

@@ -56,7 +56,8 @@ def summary(decoder: Decoder, seconds: float, compiled: float) -> str:
     if decoder.draft and counts.bytes:
         accepted = (counts.bytes - counts.passes) / max(1, counts.passes * decoder.draft)
         line += (
-            f"; {counts.passes / counts.bytes:.2f} passes of the whole model a byte, {accepted:.0%}"
+            f"; {counts.passes / counts.bytes:.2f} passes of the whole model per byte,"
+            f" {accepted:.0%}"
             " of drafts accepted"
         )
     return f"[{line}]"
@@ -101,26 +102,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=local_path_argument,
-        help="with --prompts: write the results here, after those that a killed command left",
+        help="with --prompts: write the results here, after those of a killed command",
     )
-    parser.add_argument("--rows", type=int, default=8, help="prompts that are run side by side")
+    parser.add_argument("--rows", type=int, default=8, help="prompts per batch")
     parser.add_argument("--max_bytes", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest bytes (0: all)")
     parser.add_argument("--top_p", type=float, default=1.0, help="keep this much probability")
     parser.add_argument(
-        "--min_p", type=float, default=0.0, help="keep what is this likely beside the likeliest"
+        "--min_p", type=float, default=0.0, help="least probability, relative to the likeliest"
     )
     parser.add_argument(
-        "--repetition_penalty", type=float, default=1.0, help="> 1: bytes of the text less likely"
+        "--repetition_penalty", type=float, default=1.0, help="> 1: text's bytes less likely"
     )
     parser.add_argument("--valid_utf8", action="store_true", help="write whole characters only")
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; then one more")
+    parser.add_argument("--seed", type=int, default=0, help="of prompt 0; prompt i adds i")
     parser.add_argument(
         "--stop", action="append", default=[], help="stop before this string; several may be given"
     )
     parser.add_argument(
-        "--draft", type=int, default=0, help="bytes to draft for one pass of the whole model"
+        "--draft", type=int, default=0, help="bytes to draft per pass of the whole model"
     )
     parser.add_argument(
         "--context", type=int, default=CONTEXT, help="most bytes of a prompt and its continuation"
@@ -139,8 +140,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--truncate", choices=("left",), help="drop the beginning of a prompt that is too long"
     )
     parser.add_argument(
-        "--show", choices=("text", "patches"), default="text", help="patches: ground by patch,"
-        " letters the redder the less certain",
+        "--show", choices=("text", "patches"), default="text", help="patches: background by"
+        " patch, letters redder with entropy",
     )  # fmt: skip
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
 
@@ -166,7 +167,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     elif args.prompt_file is not None:
         prompts = [Prompt(read_input(args.prompt_file), input_name(args.prompt_file))]
     else:
-        # What is not UTF-8 on the command line came as surrogates.
+        # Invalid UTF-8 on the command line arrives as surrogates.
         prompts = [Prompt(os.fsencode(args.prompt))]
     reads = [(option, path) for option, path in (
         ("--prompts", args.prompts), ("--prompt_file", args.prompt_file)
@@ -191,10 +192,10 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     _, step = params_folder(args.workdir)
     first = begin_results(args.out, prompts, settings_of(args, step)) if args.out else 0
     if first:
-        print(f"{args.out}: {first} of {len(prompts)} results are there; the rest follows",
+        print(f"{args.out}: {first} of {len(prompts)} results exist; writing the rest",
               file=sys.stderr)  # fmt: skip
     mesh = read_mesh(args.mesh) if args.mesh else None
-    # The decoder has weights of its own, so the model's are given up with it.
+    # The decoder has weights of its own, so the model's can be freed.
     decoder = Decoder(
         load_onto(mesh, args.workdir, args.dtype),
         context=args.context,

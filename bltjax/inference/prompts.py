@@ -65,7 +65,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """
     data, file = read_input(path), input_name(path)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{file} is UTF-16: write it anew as UTF-8")
+        raise ValueError(f"{file} is UTF-16: rewrite it as UTF-8")
     prompts = []
     # Lines of JSON end with \n alone: other ends of lines may stand in strings.
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
@@ -132,9 +132,9 @@ def begin_results(out: Path, prompts: Sequence[Prompt], settings: dict) -> int:
       ValueError: for a file with other contents, and for one that has all the results.
     """
     if out.exists() and not out.is_file():
-        return 0  # a pipe: nothing stays there
+        return 0  # a pipe: nothing is kept there
     side, data = settings_path(out), out.read_bytes() if out.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]  # half a line is what a killed command leaves
+    whole = data[: data.rfind(b"\n") + 1]  # a killed command leaves half a line
     lines = whole.split(b"\n")[:-1]
     way_out = "remove that file, or give another --out"
     if data:
@@ -154,7 +154,7 @@ def begin_results(out: Path, prompts: Sequence[Prompt], settings: dict) -> int:
                 f"--out={out} has the results of all {len(prompts)} prompts already: {way_out}"
             )
         if before is None:
-            logger.warning("%s: with which settings its lines were written is not known", out)
+            logger.warning("%s: the settings of its lines are unknown", out)
         if len(whole) < len(data):
             os.truncate(out, len(whole))
     write_text(side, json.dumps(settings) + "\n")

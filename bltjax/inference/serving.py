@@ -76,12 +76,12 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
         "--serving",
         type=int,
         metavar="POSITIONS",
-        help="programs for a server that lacks bltjax, for texts of so many bytes with BOS",
+        help="also programs for a server without bltjax, for texts of this many bytes with BOS",
     )
     parser.add_argument(
-        "--serving_patches", type=int, help="most patches of a text (default: half of --serving)"
+        "--serving_patches", type=int, help="most patches per text (default: half of --serving)"
     )
-    parser.add_argument("--serving_rows", type=int, help="texts that a step takes (default: 1)")
+    parser.add_argument("--serving_rows", type=int, help="texts per step (default: 1)")
 
 
 def serving_from(args: argparse.Namespace) -> ServingConfig | None:
@@ -138,7 +138,7 @@ def prompt_shapes(length: int) -> tuple:
 
 
 def exported(function, *shapes) -> export.Exported:
-    # What a program has no use for is an argument all the same: the manifest's order holds.
+    # Unused arguments are kept, so that the manifest's order holds.
     return export.export(jax.jit(function, keep_unused=True), platforms=PLATFORMS)(*shapes)
 
 
@@ -189,7 +189,7 @@ class Programs:
             memory = self.model.prefill(params, scored, patches, self.open_slots)
             return self.model.grown(memory, self.config.patches, self.open_slots)
 
-        # The latent transformer runs over slots for patches: one for four bytes is mostly enough.
+        # The latent transformer runs over slots for patches: one per four bytes is mostly enough.
         held = (scored.closed_B + (scored.open_B > 0)).max()
         memory = jax.lax.cond(held <= few, lambda: of(few), lambda: of(most))
         return self.predicted(params, memory)
@@ -208,7 +208,7 @@ class Programs:
         logits_BV, memory = self.model.predict(params, memory)
         room_B = self.config.positions - memory.count_B
         if self.patched:
-            # One slot stays free: rows that stand still write where their next patch will be.
+            # One slot stays free: paused rows write where their next patch will be.
             room_B = jnp.minimum(room_B, self.config.patches - 1 - memory.patches_B)
         return logits_BV, room_B, memory
 

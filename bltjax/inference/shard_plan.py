@@ -102,7 +102,7 @@ def agree_on(plan: dict, out: epath.Path) -> None:
     lines = differences(there or {}, plan)
     if lines:
         raise ValueError(
-            f"{out} was begun with another byte LM or corpus (there -> here):\n  "
+            f"{out} was started with another byte LM or corpus (there -> here):\n  "
             + "\n  ".join(lines)
             + "\nGive another --out, or remove that folder; on a pod, give all processes the same."
         )

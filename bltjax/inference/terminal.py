@@ -34,7 +34,7 @@ class Painter:
         self.terminal, self.held = out.isatty(), ""
 
     def prompt(self, text: bytes) -> None:
-        self.plain(self.stream.decode(text))  # one stream: a prompt may end inside a character
+        self.plain(self.stream.decode(text))  # one decoder: a prompt may end inside a character
         if self.patches:
             self.plain("", last=True)
 
@@ -42,7 +42,7 @@ class Painter:
         """Writes a text uncoloured; for a terminal, control characters are escaped."""
         if self.terminal:
             text, self.held = self.held + text, ""
-            if text.endswith("\r") and not last:  # what it is depends on what comes next
+            if text.endswith("\r") and not last:  # its kind depends on the next byte
                 text, self.held = text[:-1], "\r"
             text = harmless(text)
         self.show(text)

@@ -61,7 +61,7 @@ class CachedBytes:
         past_BT = jnp.concatenate([memory.past_BT[:, 1:], id_B[:, None]], axis=1)
         caches = memory.caches
         if isinstance(self.config, ByteCNNConfig):
-            # Before BOS there are zeros, which is what a context beyond the document counts as.
+            # Zeros before BOS: a context beyond the document counts as zeros.
             model = ByteCNN(self.config, self.dtype)
             past = (past_BT, jnp.ones_like(past_BT))
             logits_BQV, _ = model.apply({"params": params["model"]}, *past)

@@ -48,7 +48,7 @@ def embedded_backward(kept, grad_BNE):
         flat = grad_BNE.reshape(-1, grad_BNE.shape[-1]).astype(jnp.float32)
         return jax.ops.segment_sum(flat, bytes_BN.reshape(-1), num_segments=bytes_V0.shape[0])
 
-    # Left to the partitioner, a device may gather all rows to add up some columns.
+    # The partitioner alone might gather all rows on a device to sum some columns.
     return summed_by_rows(of_rows, bytes_BN, grad_BNE).astype(bytes_V0.dtype), None
 
 
@@ -87,7 +87,7 @@ class BlockSize(NamedTuple):
         return self.width // self.heads
 
 
-# What casts and moves: weights come from it anew in the backward pass.
+# Casts and all-gathers: the backward pass repeats these for weights.
 FREE = ("convert_element_type", "reshape", "sharding_constraint", "squeeze", "transpose")
 
 

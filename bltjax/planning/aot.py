@@ -33,7 +33,7 @@ class TooLarge(Exception):
 
     def __init__(self, needed: float):
         super().__init__(f"needs {needed / 2**30:.2f} GiB")
-        self.needed = needed  # bytes, as far as the compiler says
+        self.needed = needed  # bytes, if the compiler reports them
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ their communication.
     ENTRY main            x 1
       while  (25 trips)
         body              x 25
-          fusion -> fused x 25        only the fusion itself touches memory; what is fused doesn't
+          fusion -> fused x 25        only the fusion touches memory, not its parts
 """
 
 import re
@@ -72,7 +72,7 @@ class Instruction:
     kind: str  # fusion, while, all-gather-start, ...
     shape: str
     operands: tuple[str, ...]
-    argument: str  # what stands between the parentheses
+    argument: str  # the text between the parentheses
     rest: str  # attributes, metadata, backend_config
     is_root: bool = False
 

@@ -24,9 +24,9 @@ class Collective:
 
     kind: str
     axes: tuple[str, ...]  # of the mesh, along which its groups lie
-    group: tuple[int, ...]  # places in the mesh of one group
-    bytes: float  # that a chip sends in one run
-    whole: float  # bytes of what is gathered, reduced or exchanged, of one group's chip
+    group: tuple[int, ...]  # indices in the mesh of one group
+    bytes: float  # sent per chip in one run
+    whole: float  # bytes gathered, reduced or exchanged, per chip of a group
     runs: int
     source: str  # the operation of the model that it comes from
 
@@ -55,7 +55,7 @@ def read_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Colle
 
 
 def collective_kind(program: Program, computation: Computation, instruction: Instruction):
-    """One of KINDS; None for what isn't a collective, or continues one."""
+    """One of KINDS; None for another instruction, or one that continues a collective."""
     kind = instruction.kind.removesuffix("-start")
     users = computation.users[instruction.name]
     if instruction.kind == "send" and between_slices(instruction):

@@ -23,7 +23,7 @@ from bltjax.attention.pattern import Pattern, Pooling, Reading, Sliding
 from bltjax.attention.staircase import Tiles, row_steps, seen_tiles
 from bltjax.planning.hlo import Array, Computation, Instruction, Program
 
-# What names, groups or describes arrays, and moves none.
+# Instructions that name, group or describe arrays, and move none.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "opt-barrier", "partition-id", "replica-id", "async-start",
@@ -37,8 +37,8 @@ class Work:
     """Cost on one chip, for one run of the program."""
 
     products: float  # FLOPs outside kernels
-    kernels: float  # FLOPs of tiles that are visited in full rows of one document
-    idle: float  # FLOPs that the kernels' grids have room for besides
+    kernels: float  # FLOPs of the tiles visited in full rows of one document
+    idle: float  # FLOPs of idle steps in the kernels' grids
     bytes: float  # to and from main memory
 
     @property
@@ -212,9 +212,9 @@ def read_bytes(program: Program, inner: Computation, place: int) -> float:
             elif user.kind in SLICES and user.operands[0] == name:
                 total += sum(x.padded_bytes for x in user.arrays)
             elif user.kind in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
-                continue  # what is not overwritten stays where it is
+                continue  # parts that are not overwritten don't move
             elif user.kind == "tuple" or "chain_id=" in user.rest:
-                continue  # handed on; a collective that goes on meanwhile
+                continue  # passed on; a collective in progress
             elif user.kind == "fusion":
                 called = program.computations[user.calls[0]]
                 for position, given in enumerate(user.operands):

@@ -102,7 +102,7 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
         try:
             compiled = compile_ahead(lowered)
         except TooLarge as error:
-            # What the compiler says may be the temporaries alone.
+            # The compiler's figure may cover the temporaries alone.
             total = max(error.needed, topology.chip.hbm_bytes) + memory.parameters
             total += memory.optimizer
             return dataclasses.replace(
@@ -131,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", required=True, help="configs/FILE.py or configs/FILE.py:ARGUMENT"
     )
     parser.add_argument("--topology", required=True, help="CHIP:SHAPE, such as v5p:4x4x8")
-    parser.add_argument("--slices", type=int, default=1, help="how many of them (default: 1)")
+    parser.add_argument("--slices", type=int, default=1, help="number of slices (default: 1)")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument(
         "--generate", action="store_true", help="plan a decoder instead: prefill, byte and patch"
@@ -145,14 +145,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=int,
         default=CONTEXT,
-        help="of --generate: bytes that caches have room for",
+        help="of --generate: capacity of the caches, bytes of text",
     )
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     topology = read_topology(args.topology, args.slices)
     config = load_config(args.config, overrides)
-    jax.config.update("jax_platforms", "cpu")  # a TPU that is here may be busy
+    jax.config.update("jax_platforms", "cpu")  # a local TPU may be busy
     if args.generate:
         decoder = plan_generate(
             config,

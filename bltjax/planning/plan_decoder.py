@@ -174,17 +174,17 @@ def text(found: GenerationPlan, name: str) -> str:
         + "  ".join(
             f"{part.replace('_', ' ')} {quantity(size)}B" for part, size in found.weights.items()
         )
-        + "  a chip",
-        f"memory       {quantity(found.state)}B a chip for what is remembered of texts",
+        + "  per chip",
+        f"memory       {quantity(found.state)}B per chip for the state of texts",
     ]
     for program, each in found.programs.items():
         moved = "too large" if each.moved is None else f"moves {quantity(each.moved)}B"
-        lines.append(f"{program:13}{quantity(each.total)}B a chip; {moved}")
+        lines.append(f"{program:13}{quantity(each.total)}B per chip; {moved}")
     verdict = "fits" if found.fits else "DOES NOT FIT"
-    lines.append(f"HBM a chip   {quantity(found.total)}B of {quantity(chip.hbm_bytes)}B: {verdict}")
+    lines.append(f"HBM per chip {quantity(found.total)}B of {quantity(chip.hbm_bytes)}B: {verdict}")
     if found.bytes_per_second:
         lines.append(
-            f"bound        a byte moves {quantity(found.moved)}B a chip (patches of"
+            f"bound        a byte moves {quantity(found.moved)}B per chip (patches of"
             f" {found.mean_patch:.1f} bytes): at most {quantity(found.bytes_per_second)}B/s of text"
         )
     lines.append(

@@ -19,7 +19,7 @@ class Flops:
 
     paper: float
     exact: float
-    rematerialised: float  # what the backward pass computes anew
+    rematerialised: float  # recomputed in the backward pass
     entropy_model: float  # the paper's formula for the byte LM that scores as many bytes, once
     compiler: float | None = None
 
@@ -39,7 +39,7 @@ class Plan:
     memory: Memory
     flops: Flops
     compile_s: float
-    work: Work | None = None  # this and what follows: None where it was too large to compile
+    work: Work | None = None  # this and the next fields: None where it was too large to compile
     collectives: list[dict] = dataclasses.field(default_factory=list)
     bound: Bound | None = None
     unknown_loops: int = 0
@@ -90,7 +90,7 @@ def memory_lines(memory: Memory, width: int = 60) -> list[str]:
     bar = bar[:width] + ">" if done > memory.capacity else bar.ljust(width, ".")
     verdict = "fits" if memory.fits else "DOES NOT FIT"
     return [
-        f"HBM a chip   [{bar}] {gib(memory.total)} of {gib(memory.capacity)}: {verdict}",
+        f"HBM per chip [{bar}] {gib(memory.total)} of {gib(memory.capacity)}: {verdict}",
         f"             p parameters {gib(memory.parameters)}  o optimizer {gib(memory.optimizer)}"
         f"  a activations, gradients, code {gib(memory.activations)}",
     ]
@@ -99,8 +99,8 @@ def memory_lines(memory: Memory, width: int = 60) -> list[str]:
 def flops_lines(found: Plan) -> list[str]:
     flops, lines = found.flops, []
     line = (
-        f"FLOPs a step paper {quantity(flops.paper)}  exact {quantity(flops.exact)}  with what is"
-        f" recomputed {quantity(flops.exact + flops.rematerialised)}"
+        f"FLOPs/step   paper {quantity(flops.paper)}  exact {quantity(flops.exact)}  with"
+        f" recomputation {quantity(flops.exact + flops.rematerialised)}"
     )
     if flops.compiler:
         line += f"  compiled {quantity(flops.compiler)}, {flops.ratio:.3f} times that"
@@ -122,11 +122,11 @@ def flops_lines(found: Plan) -> list[str]:
 def bound_lines(found: Plan) -> list[str]:
     if found.bound is None:
         return ["             too large to be compiled to the end, so there is no bound"]
-    limits, lines = found.bound, [f"moved        {quantity(found.work.bytes)}B a chip"]
+    limits, lines = found.bound, [f"moved        {quantity(found.work.bytes)}B per chip"]
     for place, each in enumerate(found.collectives):
         name = "" if place else "collectives"
         lines.append(
-            f"{name:13}{each['kind']} over {each['axis']}: {quantity(each['bytes'])}B a chip"
+            f"{name:13}{each['kind']} over {each['axis']}: {quantity(each['bytes'])}B per chip"
         )
     if found.unknown_loops:
         lines.append(
@@ -140,7 +140,7 @@ def bound_lines(found: Plan) -> list[str]:
         *lines,
         f"bound        compute {seconds(limits.compute_s)}  HBM {seconds(limits.hbm_s)}  {network}",
         f"             so a step takes {seconds(limits.step_s)} or more ({limits.limit}): at most"
-        f" {limits.mfu:.1%} MFU, {quantity(limits.bytes_per_second_per_chip)}B/s a chip",
+        f" {limits.mfu:.1%} MFU, {quantity(limits.bytes_per_second_per_chip)}B/s per chip",
     ]
 
 
@@ -170,7 +170,7 @@ def text(found: Plan, name: str) -> str:
 
 
 def change_lines(changes: list[Change], memory: Memory) -> list[str]:
-    lines = ["it would fit with" if changes else "nothing near makes it fit: take a larger slice"]
+    lines = ["it would fit with" if changes else "no small change makes it fit: use a larger slice"]
     for change in changes:
         how = "compiled" if change.compiled else "estimated"
         lines.append(f"    {change.options}   {gib(change.total)} of {gib(memory.capacity)}, {how}")

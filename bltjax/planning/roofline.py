@@ -107,7 +107,7 @@ def collective_seconds(
     chip = topology.chip
     slices = len(set(places[:, 0].tolist()))
     inner = places[places[:, 0] == places[0, 0]][:, 1:]
-    # Along each side: how many places the group has, and over how many links a chip reaches them.
+    # Along each side: the group's number of chips, and the links by which a chip reaches them.
     sides = [len(set(inner[:, axis].tolist())) for axis in range(len(topology.sides))]
     links = [
         0 if side == 1 else 2 if wraps and side == whole else 1

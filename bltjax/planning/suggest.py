@@ -15,7 +15,7 @@ from bltjax.config.run import RunConfig
 from bltjax.distributed.topology import Topology, read_topology
 from bltjax.families import family_of
 
-COMPILED = 2  # changes at most, as each takes minutes
+COMPILED = 2  # most changes to compile, as each takes minutes
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def estimates(found) -> Iterator[Change]:
             if getattr(getattr(config.model, field.name), "remat", "full") != "full"
         )
         if lean:
-            # A block keeps its input, not a dozen arrays of its width and of its hidden width.
+            # A block keeps its input only, instead of a dozen arrays of its width and hidden width.
             yield Change(lean, "", states + gradients + rest / 4)
         if mesh["fsdp"] % 2 == 0 and count % 2 == 0:
-            # As many rows in each micro-batch of half as many devices: heads and hidden layers are
-            # split in two, what lies between blocks is not.
+            # The same rows per micro-batch on half as many devices: heads and hidden layers are
+            # split in two, the activations between blocks are not.
             split = (("mesh.tensor", 2 * mesh["tensor"]), ("mesh.fsdp", mesh["fsdp"] // 2))
             split += (("optimizer.grad_accum_steps", 2 * count),)
             yield Change(split, "", states + gradients + rest * 0.7)

@@ -46,7 +46,7 @@ EVENTS = {
     "/jax/core/compile/backend_compile_duration",  # contains the reading from the cache
 }
 lock = threading.Lock()
-spans: list[tuple[float, float]] = []  # disjoint, in order: from when to when something compiled
+spans: list[tuple[float, float]] = []  # (start, end) of compiling; disjoint, in order
 
 
 class CompileTime:
@@ -127,7 +127,7 @@ def machine() -> str:
     told.append(str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0))
     with contextlib.suppress(OSError):
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-        # Not its frequency of the moment.
+        # Without its current frequency.
         kept = ("vendor", "cpu family", "model", "stepping", "flags", "features", "cpu ")
         told += [x for x in first.lower().splitlines() if x.startswith(kept) and "mhz" not in x]
     digest = hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
@@ -164,7 +164,7 @@ def mend(folder: Path) -> None:
                 if lacks and (not size or not names.get(lacks) or zeroed(folder / name, kind)):
                     (folder / name).unlink()
     except filelock.Timeout:
-        pass  # others are at work there, and jax waits for them longer
+        pass  # others hold it, and jax waits for them longer
 
 
 def zeroed(path: Path, kind: str) -> bool:

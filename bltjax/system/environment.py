@@ -42,7 +42,7 @@ OVERRULED = {
     "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": {"allow"},
 }
 PROBE = "from jaxlib.xla_client import make_cpu_client; make_cpu_client()"
-# What streams show for letters that they lack, where the escape would be hard to read.
+# Replacements for letters that a stream lacks, where the escape would be hard to read.
 PLAIN = {"█": "#", "␣": "_", "↵": "\\n", "→": "\\t", "␡": "\\x7f"}
 PLAIN |= {chr(0x2400 + code): f"\\x{code:02x}" for code in range(32)}
 # mallopt's names for numbers, from glibc's malloc.h.
@@ -55,14 +55,14 @@ def prepare() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="bltjax.plain")
-    if "jax" in sys.modules:  # it has read them; whoever imported it decides
+    if "jax" in sys.modules:  # jax has already read them; its importer decides
         return
     for name, harmless in OVERRULED.items():
         value = os.environ.get(name)
         if value is not None and value.lower() not in harmless:
             del os.environ[name]
             print(
-                f"bltjax: {name}={value} is overruled: it changes numbers, or stops programs",
+                f"bltjax: {name}={value} is overridden: it changes numbers, or stops programs",
                 file=sys.stderr,
             )
 
@@ -95,7 +95,7 @@ def check_flags() -> None:
             timeout=60, encoding="utf-8", errors="replace",
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
-        return  # it says nothing of the flags
+        return  # not about the flags
     if probe.returncode == 0 or not re.search("XLA_FLAGS|Flag", probe.stderr):
         return
     reasons = re.findall(r"^[EF]\d{4} .*?\] (.*)$", probe.stderr, re.MULTILINE)
@@ -209,7 +209,7 @@ def keep_buffers() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (ValueError, OSError, AttributeError):
         return False  # another C library
-    # One heap for all threads, never trimmed (-1 is the largest size), from which all comes.
+    # One heap for all threads and sizes, never trimmed (-1 is the largest size).
     settings = ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, -1), (M_TRIM_THRESHOLD, -1))
     return all([mallopt(name, value) == 1 for name, value in settings])
 
@@ -227,7 +227,7 @@ def cache_folders() -> list[Path]:
     found = []
     if named := os.environ.get("BLTJAX_CACHE"):
         found.append(Path(named).expanduser())
-    elif (xdg := os.environ.get("XDG_CACHE_HOME", "")).startswith("/"):  # so its rules say
+    elif (xdg := os.environ.get("XDG_CACHE_HOME", "")).startswith("/"):  # by the XDG rules
         found.append(Path(xdg) / "bltjax")
     else:
         with contextlib.suppress(RuntimeError):  # a user without a home

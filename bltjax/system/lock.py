@@ -107,7 +107,7 @@ def take(
         try:
             if replace(path, seen, text, stale):
                 return
-        except InUse:  # another process takes it over, and has done so soon
+        except InUse:  # another process is taking it over
             if time.monotonic() - begun > stale:
                 raise
             time.sleep(PAUSE)
@@ -149,11 +149,11 @@ class Lock:
 
     def __exit__(self, *error) -> None:
         self.ended.set()
-        self.thread.join(STALE)  # not for ever, where a file server is away
+        self.thread.join(STALE)  # not for ever, if a file server is down
 
     def watch(self) -> None:
         while not self.ended.wait(self.every):
-            with contextlib.suppress(Exception):  # a file server that is away for a while
+            with contextlib.suppress(Exception):  # a file server that is down for a while
                 if self.check():
                     self.refresh()
 
@@ -166,12 +166,12 @@ class Lock:
         if seen is None or seen.holder is None:
             return False
         if seen.holder != self.holder:
-            self.lost(f"{self.path} was taken over by {seen.holder}: this process stood still")
+            self.lost(f"{self.path} was taken over by {seen.holder}: this process was suspended")
         return seen.holder == self.holder
 
     def refresh(self) -> None:
         self.refreshed += 1
-        if is_remote(self.path):  # where another time can't be given, or is of whole seconds
+        if is_remote(self.path):  # where times can't be set, or only in whole seconds
             self.path.write_text(
                 text_of_lock(self.holder, refreshed=self.refreshed), encoding="utf-8"
             )
@@ -215,5 +215,5 @@ def held(
             f"{name} is in use by {error}: wait for it, stop it, or give {instead}{way_out}"
         ) from None
     finally:
-        with contextlib.suppress(Exception):  # a file server that is away; then it is left over
+        with contextlib.suppress(Exception):  # a file server that is down: then it becomes stale
             drop(path, holder)

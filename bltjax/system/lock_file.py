@@ -20,7 +20,7 @@ from bltjax.system.paths import is_remote
 from bltjax.system.storage import parse_json
 
 SETTLE = 1.0  # seconds
-PAUSE = 0.01  # seconds, at first, between two looks at a lock that is watched
+PAUSE = 0.01  # seconds, initially, between two looks at a watched lock
 # A file system without hard links says one of these.
 NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -68,7 +68,7 @@ def look(path: Path) -> Seen | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        if error.errno == errno.ESTALE:  # replaced on a file server since its name was looked up
+        if error.errno == errno.ESTALE:  # replaced on a file server after its name was looked up
             return None
         raise
 
@@ -107,7 +107,7 @@ def create(path: Path, text: str) -> bool:
             os.link(partial, path)
             return True
         except FileExistsError:
-            # A file server whose first answer was lost says so of the link that it made.
+            # A file server whose first answer was lost reports this about its own link.
             return partial.stat().st_nlink == 2
         except OSError as error:
             if error.errno not in NO_LINKS:
@@ -117,7 +117,7 @@ def create(path: Path, text: str) -> bool:
     except FileExistsError:
         return False
     try:
-        os.write(descriptor, text.encode())  # so little is written at once
+        os.write(descriptor, text.encode())  # so short a text is written at once
     finally:
         os.close(descriptor)
     seen = look(path)

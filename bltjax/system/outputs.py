@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bltjax.system.paths import NAME_BYTES, hidden_beside, is_remote, matches
 
-# What a run or an export consists of; other files beside them are the user's own.
+# The files of a run or an export; other files beside them are the user's own.
 MODEL_FILES = ("config.json", "export.json", "goodput.json", "metrics.jsonl", "tokenizer.json")
 MODEL_FOLDERS = ("byte_lm", "checkpoints", "damaged", "params", "serving", "tensorboard")
 

@@ -21,7 +21,7 @@ class Holder:
     boot: str  # of the machine
     pids: str  # the namespace of process numbers: a container has its own
     pid: int
-    start: str  # when the process began
+    start: str  # start of the process
     token: str
     doing: str
     since: str
@@ -112,4 +112,4 @@ def runs(holder: Holder) -> bool | None:
     if found is None or not holder.start:
         return None if exists(holder.pid) else False  # it may have ended meanwhile
     state, start = found
-    return state not in "ZX" and start == holder.start  # those have ended, and nobody asked yet
+    return state not in "ZX" and start == holder.start  # ended, but not yet waited for

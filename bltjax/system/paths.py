@@ -31,9 +31,9 @@ LOGGER = logging.getLogger(__name__)
 SCHEMES = ("gs", "s3", "az", "hf")  # that etils opens
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)")
 MAGIC = re.compile(r"[*?\[]")
-NAME_BYTES, PATH_BYTES = 255, 4096  # most of a name and of a path, on the disks of today
-ARRAY_BYTES = 256  # of PATH_BYTES, for what Orbax puts below a folder
-# What a folder is, by a file that it then has.
+NAME_BYTES, PATH_BYTES = 255, 4096  # limits of a name and of a path on common disks
+ARRAY_BYTES = 256  # of PATH_BYTES, for Orbax's files below a folder
+# The kind of a folder, by a file in it.
 MARKS = {
     "export.json": "an export",
     "manifest.json": "records",
@@ -230,7 +230,7 @@ def folders_below(tops: Iterable[str]) -> Iterator[str]:
         seen.add(real)
         try:
             entries = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)
-        except OSError:  # no folder, or not readable: a glob passes over it
+        except OSError:  # no folder, or not readable: a glob skips it
             continue
         yield folder
         for entry in entries:

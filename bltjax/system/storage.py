@@ -34,7 +34,7 @@ def write_text(path: epath.Path | Path, text: str, *, durable: bool = True) -> N
     if is_remote(path):
         path.write_text(text, encoding="utf-8")
         return
-    # Another process may be writing the same.
+    # Another process may be writing the same file.
     partial = hidden_beside(Path(path), f"{uuid.uuid4().hex[:8]}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -138,7 +138,7 @@ def check_writable(folder: epath.Path | Path) -> None:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("", encoding="utf-8")
         probe.unlink()
-    except Exception as error:  # a bucket's library raises kinds of its own
+    except Exception as error:  # a bucket's library raises errors of its own
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if not is_remote(folder):
             reason = obstacle(Path(folder)) or reason

@@ -12,7 +12,7 @@ import numpy as np
 from bltjax.system.storage import refuse_pointer
 from bltjax.text.alphabet import OFFSET
 
-NOT_UTF8 = re.compile("([\udc80-\udcff])")  # what surrogateescape makes of such a byte
+NOT_UTF8 = re.compile("([\udc80-\udcff])")  # surrogateescape of such a byte
 
 
 @functools.lru_cache(maxsize=8)
@@ -27,14 +27,14 @@ def load_tokenizer(path: str):
         from tokenizers import Tokenizer
     except ImportError:
         raise ValueError("bpe patching needs tokenizers: pip install 'bltjax[bpe]'") from None
-    refuse_pointer(path)  # and a file that isn't there: its own message would not name it
+    refuse_pointer(path)  # raises for a missing file, which its own message would not name
     try:
         tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # it raises plain Exception
         raise ValueError(
             f"{path} is not a tokenizer file of Hugging Face's tokenizers (tokenizer.json): {error}"
         ) from None
-    # Tokens that were cut off, or added to fill a length, are no boundaries of the text.
+    # Truncation and padding tokens are no boundaries of the text.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

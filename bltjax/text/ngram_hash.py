@@ -19,7 +19,7 @@ import numpy as np
 # Hash tables are stored padded to a multiple of this many rows whatever the mesh, so that a
 # checkpoint fits every mesh whose axes divide it. The padding is never addressed.
 TABLE_ROW_MULTIPLE = 512
-# One prime per hash function, as the released models have them.
+# One prime per hash function, as in the released models.
 HASH_PRIMES = (
     1000000007, 5915587277, 1500450271, 3267000013, 5754853343, 4093082899,
     9576890767, 3628273133, 2860486313, 5463458053, 3367900313,
@@ -33,7 +33,7 @@ class HashConfig:
     sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
     functions: int = 1
     rows: int = 500002  # M, as addressed
-    crosses_documents: bool = False  # the reference's windows do; ours stop at a document's start
+    crosses_documents: bool = False  # as in the reference; ours stop at a document's start
 
     def __post_init__(self):
         if self.sizes and not 2 <= min(self.sizes) <= max(self.sizes) <= 16:

@@ -27,13 +27,13 @@ class Trace(NamedTuple):
 
     starts_N1: Any
     began_N1: Any  # the last start up to here, before long patches are split
-    waits: Any  # starts that wait for the end of a character: after the mode's own, after splitting
+    waits: Any  # starts waiting for the end of a character: after the mode's rule, after splitting
 
 
 class Cursor(NamedTuple):
     """State at the end of each row's trace, from which `next_starts` continues."""
 
-    index_B: jax.Array  # the position that was decided last
+    index_B: jax.Array  # the last decided position
     entropy_B: jax.Array  # known before it
     began_B: jax.Array | None
     waits: Any
@@ -73,8 +73,8 @@ def document_starts(config: Patching, ids_N, entropies: np.ndarray | None) -> np
             )
         check_finite(entropies)
         if config.above_threshold:
-            # Most runs' rule, in the one pass that it needs: the general way's ten cost a sixth of
-            # all that making rows does.
+            # The rule of most runs, in the one pass that it needs: the general path's ten passes
+            # take a sixth of the time of making rows.
             starts_N1 = np.ones(len(ids_N) + 1, bool)
             np.greater(entropies[1:], np.float32(config.threshold), out=starts_N1[2:-1])
             return starts_N1
@@ -204,7 +204,7 @@ def shifted(xp, x_N, by: int, fill):
     """x[t - by] at t of N + 1 positions, `fill` where there is none."""
     length = x_N.shape[-1] + 1
     kept_N = x_N[..., : max(0, length - by)]
-    if xp is np:  # with one copy of what is kept
+    if xp is np:  # with a single copy
         moved_N1 = np.empty((*x_N.shape[:-1], length), x_N.dtype)
         moved_N1[..., :by], moved_N1[..., by:] = fill, kept_N
         return moved_N1

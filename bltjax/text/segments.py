@@ -83,8 +83,8 @@ def row_patches(documents_BN, starts_BN1, patches: int, window: int) -> Patches:
     count_BN1 = jnp.cumsum(starts_BN1.astype(jnp.int32), axis=1)
     patch_of_BN = jnp.where(real_BN, count_BN1[:, :-1] - 1, patches)
 
-    # Where patches begin, in order, and the row's end for those that don't: a sort, because to
-    # count the bytes of each is a scatter of single numbers, one after the other on a TPU.
+    # Starts of the patches, in order, then the row's end as padding: by a sort, because counting
+    # the bytes of each is a scatter of single numbers, which is sequential on a TPU.
     begins_BN = jnp.where(starts_BN1[:, :-1] & real_BN, index_like(documents_BN), length_B1)
     begins_BN = jnp.sort(begins_BN, axis=1, stable=False)
     begins_BN1 = jnp.concatenate([begins_BN, length_B1], axis=1)

@@ -43,7 +43,7 @@ def failure_ends_process():
     try:
         yield
     except Exception as error:  # Orbax and its storage raise many kinds
-        # The loop itself finds out that another process was lost.
+        # The loop itself detects the loss of another process.
         if process_count() > 1 and not lost_another(error):
             leave(1, f"a checkpoint can't be written: {describe(error)}")
         raise
@@ -145,9 +145,9 @@ def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
         # which must not come between those of the steps.
         everyone = set(range(process_count()))
         processes = ocp.options.MultiprocessingOptions(active_processes=everyone)
-    # Made asynchronously, folders may not be there when a process writes its streams: it asks once
-    # whether there is anything to wait for, and process 0 may not have said so yet. Its part would
-    # be missing, and the others would wait for it until SAVE_SECONDS have passed.
+    # If made asynchronously, folders may not exist yet when a process writes its streams: it checks
+    # once whether to wait, possibly before process 0 has announced it. Its part would be missing,
+    # and the others would wait for it for SAVE_SECONDS.
     writing = ocp.options.AsyncOptions(
         timeout_secs=SAVE_SECONDS, create_directories_asynchronously=False
     )
@@ -159,7 +159,7 @@ def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
         options=ocp.CheckpointManagerOptions(
             preservation_policy=preserve.AnyPreservationPolicy(policies),
             create=False,
-            cleanup_tmp_directories=True,  # what was cut off
+            cleanup_tmp_directories=True,  # truncated files
             multiprocessing_options=processes,
             async_options=writing,
         ),

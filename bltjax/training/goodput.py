@@ -28,7 +28,7 @@ from bltjax.system.storage import read_json, scratch, write_text
 
 KINDS = ("steps", "input", "checkpoints", "evaluation", "compile", "start", "restarts", "lost")
 NAME = "goodput.json"
-REMEMBERED = 100  # checkpoints, of those whose step a run may fall back to
+REMEMBERED = 100  # recent checkpoints that a run may fall back to
 
 
 def read_sums(path) -> dict:
@@ -114,7 +114,7 @@ class Goodput:
         self.charge(self.rest)
         if is_writer():
             told = {"seconds": self.seconds, "saved": self.saved, "until": time.time()}
-            # A disk would keep the steps waiting, and what a power failure takes can be missed.
+            # A disk sync would delay the steps, and a loss by a power failure doesn't matter here.
             write_text(self.path, json.dumps(told | {"ended": ended}) + "\n", durable=False)
 
     def shares(self) -> dict[str, float]:

@@ -57,7 +57,7 @@ def check_start(config: RunConfig, workdir: Path, resumes: bool) -> None:
     if config.init_from:
         model = open_stored(config.init_from).config.model
         found = changes(model, config.model)
-        # What may change when a run is resumed, such as remat, is of no meaning to weights either.
+        # Settings that may change on resume, such as remat, don't affect weights either.
         lines = [str(change) for change in found if change.rule != MAY_CHANGE]
         if lines:
             raise ValueError(
@@ -157,7 +157,7 @@ def started(config: RunConfig, params, shardings):
     """Fresh parameters, replaced by the initial weights if any are given."""
     if config.init_from:
         loaded = load_params(config.init_from, shardings, jnp.float32)
-        print(f"begins with the parameters of {config.init_from}, step {loaded.step}")
+        print(f"starts from the parameters of {config.init_from}, step {loaded.step}")
         return loaded.params
     if not config.latent_init.path:
         return params
@@ -167,7 +167,7 @@ def started(config: RunConfig, params, shardings):
         blocks[name] = placed(leaves[f"latent/blocks/{name}"], shardings["latent"]["blocks"][name])
     params["latent"]["blocks"] = blocks
     print(
-        f"the latent transformer begins as {config.latent_init.path}: its learning rate is"
+        f"the latent transformer starts from {config.latent_init.path}: its learning rate is"
         f" {config.latent_init.lr_multiplier} of the others', from step"
         f" {config.latent_init.frozen_steps} on"
     )

@@ -12,7 +12,7 @@ import optax
 from bltjax.config.run import FaultsConfig, LatentInitConfig, OptimizerConfig
 
 MEAN_DECAY = 0.98  # the running mean of losses looks back about 50 steps
-SETTLED = 20  # good steps before the mean is worth comparing with
+SETTLED = 20  # good steps before the mean is used for comparison
 
 
 class Guard(NamedTuple):
@@ -48,7 +48,7 @@ def guarded(inner: optax.GradientTransformation, config: FaultsConfig):
         if config.bad_batch == "skip":
             updates = jax.tree.map(lambda u: jnp.where(bad, 0, u), updates)
             state = jax.tree.map(lambda old, new: jnp.where(bad, old, new), guard.inner, state)
-        # The plain mean of the first batches, then one that forgets.
+        # The plain mean of the first batches, then an exponential one.
         share = jnp.maximum(1 - MEAN_DECAY, 1 / (guard.good + 1))
         mean = jnp.where(bad, guard.mean_loss, (1 - share) * guard.mean_loss + share * loss)
         skipped = guard.skipped + bad

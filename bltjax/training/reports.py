@@ -47,13 +47,13 @@ class Reporter:
             lines = [line for line, report in whole_lines(path) if report["step"] <= first_step]
             write_text(path, "".join(line + "\n" for line in lines))
         self.file = path.open("a", encoding="utf-8")
-        # It imports torch where there is one: two seconds, of which only training has to know.
+        # It imports torch if installed, which takes two seconds: only training should pay for it.
         from tensorboardX import SummaryWriter
 
         self.events = SummaryWriter(
             str(self.folder / "tensorboard"),
             purge_step=first_step + 1,
-            filename_suffix=f".{uuid.uuid4().hex[:8]}",  # its own names are of this second
+            filename_suffix=f".{uuid.uuid4().hex[:8]}",  # default names are unique per second only
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -160,7 +160,7 @@ class Reports:
         )
         row = int(guard["in_a_row"])
         if faults.bad_batch == "skip" and row <= faults.most_skips:
-            print(f"{told}: batch skipped, {row} in a row, {int(guard['skipped'])} in all")
+            print(f"{told}: batch skipped, {row} in a row, {int(guard['skipped'])} in total")
             return
         limit = f" Skipped {row - 1} in a row before." if row > 1 else ""
         raise FloatingPointError(f"{told}.{limit} {self.last_good()}")

@@ -39,7 +39,7 @@ def check_fits(folder: Path, progress: dict, target: TrainState) -> None:
              for name in sorted(names ^ asked.keys())]  # fmt: skip
     if not lines:
         saved = progress.get("shapes", {})
-        with contextlib.suppress(Exception):  # what can't be read is named by restoring it
+        with contextlib.suppress(Exception):  # restoring names unreadable files
             saved = saved or stored_shapes_of(folder)
         differing = sorted(x for x in saved.keys() & asked.keys() if saved[x] != asked[x])
         lines = [f"{name}: {saved[name]} -> {asked[name]}" for name in differing]
@@ -126,8 +126,8 @@ def restore_newest(workdir: Path, target: TrainState, streams: list[int]) -> Res
         told = reasons[0].text
         if len(steps) == 1:
             raise ValueError(
-                f"{folder} can't be restored: {told}\nIt is the last one that there is. Begin anew"
-                " in another --workdir, or bring the files back."
+                f"{folder} can't be restored: {told}\nIt is the only one left. Start again"
+                " in another --workdir, or restore the files."
             )
         moved = from_writer(
             "moving a checkpoint aside", functools.partial(move_aside, workdir, folder)
@@ -144,9 +144,9 @@ def stays(folder: Path, why: Reason) -> Exception:
     """
     if why.kind == "away":
         return Restart(f"{folder} can't be read now: {why.text}")
-    if why.text.startswith(f"{folder} "):  # a Misfit, which says what to do
+    if why.text.startswith(f"{folder} "):  # a Misfit, whose message has the way out
         return ValueError(why.text)
-    way_out = "It was left where it is: once the cause is mended, the same command resumes."
+    way_out = "It was left where it is: once the cause is fixed, the same command resumes."
     if why.kind == "unknown":
         way_out = (
             f"It was left where it is. `python -m bltjax inspect {folder.parent.parent}` tells"

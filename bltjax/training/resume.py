@@ -63,12 +63,12 @@ def refusal(change: Change, step: int) -> str:
 
 def way_out(run: RunConfig, config: RunConfig, workdir) -> str:
     """How to start a new run instead, with this one's weights if they fit."""
-    begin = "begin a new run in another --workdir"
+    begin = "start a new run in another --workdir"
     if any(change.rule != MAY_CHANGE for change in changes(run.model, config.model)):
         return begin
     return (
         f"{begin}; with --init_from={workdir} it has this one's weights, but neither the"
-        " optimizer's moments nor the place in the data"
+        " optimizer's moments nor the position in the data"
     )
 
 
@@ -181,7 +181,7 @@ def check_place(workdir: Path) -> None:
 
 def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> dict | None:
     """Creates the directory and `mark` in it; returns the config of an existing run, as JSON."""
-    check_writable(mark.parent)  # found now, not at the first checkpoint
+    check_writable(mark.parent)  # fail now, not at the first checkpoint
     mark.write_text("", encoding="utf-8")
     if not saved_steps(workdir):
         return None

@@ -51,7 +51,7 @@ class Setup(NamedTuple):
     held_out: list[Batch]
     fingerprints: dict[str, str]  # of the training sources
     flops: int  # of a step
-    notes: list[str]  # of what a resumed run calls by another name
+    notes: list[str]  # about paths that changed on resume
 
 
 def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
@@ -111,7 +111,7 @@ def summary(setup: Setup) -> str:
     return (
         f"{family_of(config).title}: {quantity(counts['total'])} parameters ("
         + ", ".join(f"{part} {quantity(n)}" for part, n in counts.items() if part != "total")
-        + f"); {quantity(setup.flops)}FLOP a step; mesh {dict(setup.mesh.shape)};"
+        + f"); {quantity(setup.flops)}FLOP per step; mesh {dict(setup.mesh.shape)};"
         + f" {parts.config.compute_dtype}"
         + (f"; {process_count()} processes" if process_count() > 1 else "")
     )
@@ -127,7 +127,7 @@ def claim(setup: Setup) -> None:
             ckpt.save_params(workdir / "byte_lm", setup.byte_lm.model, 0)
         if patching is not None and patching.mode == "bpe":
             epath.Path(config.patching.tokenizer).copy(workdir / TOKENIZER, overwrite=True)
-    barrier("beginning the work directory")
+    barrier("creating the work directory")
 
 
 def first_state(setup: Setup) -> tuple[TrainState, int]:

@@ -92,7 +92,7 @@ def only_run(workdir: epath.Path, take_over: bool) -> Iterator[Callable[[], Any]
         checks = []
 
         def lock() -> None:
-            resume.check_place(workdir)  # a name that is refused leaves nothing behind
+            resume.check_place(workdir)  # a refused name leaves nothing behind
             holds = held(
                 workdir / ".lock", "train", name=str(workdir), instead="another --workdir",
                 lost=functools.partial(leave, 1), take_over=take_over,
@@ -143,7 +143,7 @@ def train_alone(
     )  # fmt: skip
     notice, watchdog = Notice(setup.mesh), Watchdog(config.faults.hang_seconds)
     phase = Phases(watchdog, goodput)
-    ending = 0  # the notice to end, if any process has been given one
+    ending = 0  # the signal, if any process has received one
 
     with contextlib.ExitStack() as exits:
         exits.callback(setup.batches.close)
@@ -152,8 +152,8 @@ def train_alone(
         exits.push(lambda error, *_: close(manager, error))
         exits.enter_context(notice)
         exits.enter_context(watchdog)
-        exits.enter_context(jax.set_mesh(setup.mesh))  # by which kernels are split among devices
-        # A transfer that nobody asked for would stall every step; it is an error here.
+        exits.enter_context(jax.set_mesh(setup.mesh))  # kernels are split among devices by it
+        # An implicit transfer would stall every step; it is an error here.
         exits.enter_context(jax.transfer_guard("disallow"))
         pending = None
         for step in profile.steps(range(first + 1, last_step + 1)):
@@ -164,7 +164,7 @@ def train_alone(
                     state, out = take_step(state, batch)
                     jax.block_until_ready((out, checksums(state)))  # of a first checkpoint
                 goodput.begin_steps()
-                notice.catch(signal.SIGINT)  # before, there is nothing that it should save
+                notice.catch(signal.SIGINT)  # earlier there is nothing to save
             else:
                 watchdog.mark(step, "computes")
                 state, out = take_step(state, batch)
@@ -174,12 +174,12 @@ def train_alone(
                 ending = reports.take(*pending)
             pending = (step, out)
             ends = step == last_step
-            # Whoever was given notice has little time, and saves at once.
+            # After a signal there is little time: save at once.
             due = ends or (step % config.evaluate_every == 0 and not ending)
             evaluates = bool(setup.held_out) and due
             saves = ends or ending or step % config.checkpoint.every == 0
             if evaluates or saves:
-                reports.take(*pending)  # nothing that is not finite may reach a checkpoint
+                reports.take(*pending)  # a checkpoint must hold finite numbers only
                 pending = None
             if evaluates:
                 with phase(step, "evaluates", "evaluation", PATIENCE), reports.paused():
@@ -204,7 +204,7 @@ def train_alone(
     if ending == INTERRUPTED and step < last_step:
         raise KeyboardInterrupt(f"step {step} is saved; the same command resumes")
     if ending and step < last_step:
-        raise Restart(f"SIGTERM: step {step} is saved, and the same command goes on from there")
+        raise Restart(f"SIGTERM: step {step} is saved, and the same command resumes")
     return reports.values
 
 
@@ -237,7 +237,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, help="configs/FILE.py or configs/FILE.py:ARGUMENT"
     )
-    parser.add_argument("--workdir", required=True, type=path_argument, help="where the run lives")
+    parser.add_argument("--workdir", required=True, type=path_argument, help="the run's folder")
     add_process_arguments(parser)
     parser.add_argument("--stop_at", type=int, help="stop after this step, as if interrupted")
     parser.add_argument(
@@ -246,12 +246,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--take_over",
         action="store_true",
-        help="begin at once where a run on another host, which is gone, used the work directory",
+        help="don't wait for a run on another host that had the work directory and is gone",
     )
-    parser.add_argument("--init_from", help="run or export whose parameters training begins with")
+    parser.add_argument("--init_from", help="run or export to initialise the parameters from")
     parser.add_argument(
         "--init_latent_from",
-        help="folder of Llama 3 safetensors that the latent transformer begins as; see the"
+        help="folder of Llama 3 safetensors to initialise the latent transformer from; see the"
         " settings of config.latent_init",
     )
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from bltjax.progress import quantity
 
 POINTS = 400  # of a curve; of more, neighbours are averaged
-HINTS = 80  # of a curve's points, those that say what they are
+HINTS = 80  # points of a curve that have a label
 WIDTH, HEIGHT = 460, 230  # of a picture, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30
 

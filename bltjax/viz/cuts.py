@@ -19,7 +19,7 @@ class Cut(NamedTuple):
     title: str
     patching: Patching
     begins: np.ndarray  # byte offsets; the first is 0
-    entropies: np.ndarray | None  # float32 [len], nats, known before the byte is
+    entropies: np.ndarray | None  # float32 [len], nats, known before each byte
 
 
 def spans(text: bytes, cut: Cut) -> list[tuple[int, int]]:
@@ -33,7 +33,7 @@ def cut_text(text: bytes, title: str, patching: Patching, entropies_by_reset: di
     entropies_N = entropies_by_reset.get(patching.newline_reset)
     entropies_N = entropies_N if patching.mode == "entropy" else None
     starts_N1 = force_starts(patch_starts(patching, ids_N, entropies_N))
-    begins = np.flatnonzero(starts_N1[1:-1])  # without BOS, and what would follow the text
+    begins = np.flatnonzero(starts_N1[1:-1])  # without BOS and the start after the text
     return Cut(title, patching, begins, None if entropies_N is None else entropies_N[:-1])
 
 

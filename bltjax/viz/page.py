@@ -79,9 +79,9 @@ def curves(reports: Sequence[dict]) -> str:
         chart("Learning rate", [one("learning_rate")], from_zero=True),
         chart("Gradient norm", gradients, from_zero=True),
         chart("Update norm", by_part("update_norms"), from_zero=True),
-        chart("Bytes a second", [one("bytes_per_second")], from_zero=True),
+        chart("Bytes per second", [one("bytes_per_second")], from_zero=True),
         chart("Share of flops (MFU)", [one("mfu", "MFU")], from_zero=True),
-        chart("Rows are full of", [one("byte_fill", "bytes"), one("patch_fill", "patches")]),
+        chart("Row fill", [one("byte_fill", "bytes"), one("patch_fill", "patches")]),
         chart("Mean patch, bytes", [one("mean_patch_bytes")]),
     ]
     return "".join(figures)
@@ -105,7 +105,7 @@ def cards(config: RunConfig, reports: Sequence[dict]) -> str:
             "FLOP in training",
             quantity(last["training_flops"]) if "training_flops" in last else None,
         ),
-        ("bytes a second", quantity(last["bytes_per_second"]) if "loss" in last else None),
+        ("bytes per second", quantity(last["bytes_per_second"]) if "loss" in last else None),
     ]
     return "".join(
         f'<div class="card"><b>{value}</b><span>{name}</span></div>'
@@ -153,7 +153,7 @@ def samples_part(found: dict) -> str:
         )
     if found.get("texts"):
         parts.append(
-            f"<h2>What it writes</h2><p class=soft>at step {found['step']:,}, temperature"
+            f"<h2>Samples</h2><p class=soft>at step {found['step']:,}, temperature"
             f" {found['temperature']}; the prompts are held out</p>"
         )
     for text in found.get("texts", ()):
@@ -172,7 +172,7 @@ def read_samples(path: epath.Path) -> dict:
     try:
         samples_part(found)
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(f"{path} doesn't hold what a run's model wrote") from None
+        raise ValueError(f"{path} doesn't hold a run's samples") from None
     return found
 
 

@@ -69,7 +69,7 @@ def asked_schemes(
     schemes = schemes or [(own.mode, own)]
     for _, patching in schemes:
         if patching.mode == "bpe":
-            load_tokenizer(patching.tokenizer)  # what is wrong with it is found before a model runs
+            load_tokenizer(patching.tokenizer)  # its errors come before a model runs
     by_entropy = [title for title, patching in schemes if patching.mode == "entropy"]
     model = None
     if by_entropy and run is not None and run.patching is None:
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             raise ValueError("a PNG needs matplotlib: pip install 'bltjax[pictures]'") from None
     outputs = {"--html": args.html, "--png": args.png}
     check_outputs(outputs, [("--file", args.file)], model=args.workdir)
-    # The command line's own bytes, be they text or not.
+    # The command line's raw bytes, valid UTF-8 or not.
     whole = args.file.read_bytes() if args.file else os.fsencode(args.text)
     if not whole:
         raise ValueError(f"{args.file or '--text'} is empty: there is nothing to cut")
@@ -118,7 +118,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     note = f"{len(text):,} bytes"
     if len(text) < len(whole):
         note = f"the first {len(text):,} of {len(whole):,} bytes (--limit shows more)"
-    # Files come first: whoever reads the terminal's output may stop reading, as `head` does.
+    # Files come first: the reader of the terminal's output may stop, as `head` does.
     written = []
     if args.html:
         write_text(args.html, page(text, cuts, note))

@@ -65,7 +65,7 @@ def draw(text: bytes, cuts: list[Cut]):
     from matplotlib.font_manager import FontProperties
     from matplotlib.patches import Rectangle
 
-    # One curve for each way that entropies were made.
+    # One curve per kind of entropies.
     curves = {cut.patching.newline_reset: cut for cut in cuts if cut.entropies is not None}
     units = characters(text)
     fonts = fonts_of({sign for unit in units if unit.shown for sign in glyph(unit.shown)})
@@ -119,7 +119,7 @@ def draw(text: bytes, cuts: list[Cut]):
             row += 1
             axes.set(xlim=(first, last), ylim=(0, 1), xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-            # A title or a text may have dollar signs, and neither is mathematics.
+            # Dollar signs in a title or a text are not mathematics.
             axes.set_ylabel(
                 title, rotation=0, ha="right", va="center", fontsize=size, parse_math=False
             )

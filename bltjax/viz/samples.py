@@ -97,10 +97,10 @@ def write_samples(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("workdir", type=path_argument, help="a training run's work directory")
-    parser.add_argument("--samples", type=int, default=3, help="texts to write (0: none anew)")
-    parser.add_argument("--max_bytes", type=int, default=300, help="bytes of each")
+    parser.add_argument("--samples", type=int, default=3, help="texts to generate (0: none)")
+    parser.add_argument("--max_bytes", type=int, default=300, help="bytes per text")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest byte")
-    parser.add_argument("--seed", type=int, default=0, help="of the first")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first")
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -116,7 +116,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     read_config(args.workdir)  # a folder that is no run is refused before anything is loaded
     check_writable(args.workdir)
     if args.samples and not saved_steps(args.workdir):
-        logger.warning("%s has no checkpoint yet: nothing is written anew", args.workdir)
+        logger.warning("%s has no checkpoint yet: no samples are generated", args.workdir)
     elif args.samples:
         write_samples(
             args.workdir,

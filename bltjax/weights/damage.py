@@ -17,7 +17,7 @@ from bltjax.distributed.processes import describe
 from bltjax.system.storage import read_json
 from bltjax.weights.workdir import unsealed
 
-FORMAT = 3  # of progress/; another one is refused, not taken for damage
+FORMAT = 3  # of progress/; another one is refused, and doesn't count as damage
 
 
 class Damaged(ValueError):
@@ -54,7 +54,7 @@ def read_progress(folder: Path) -> dict:
     if progress.get("format") != FORMAT:
         raise Misfit(
             f"{folder} was written by another version of bltjax (format"
-            f" {progress.get('format', 1)}, not {FORMAT}): resume it with that one, or begin anew"
+            f" {progress.get('format', 1)}, not {FORMAT}): resume it with that one, or start again"
             f" with --init_from={folder.parent.parent}"
         )
     return progress
@@ -83,12 +83,12 @@ def reason(error: Exception) -> Reason:
     for cause, is_cause in causes(error):
         kind = kind_of(cause)
         if kind == "damaged" and not is_cause:
-            kind = "unknown"  # a file that was missed and wasn't needed
+            kind = "unknown"  # a missing file that wasn't needed
         text = (str(cause).strip().splitlines() or [""])[0].split(" [tensorstore_spec")[0][:300]
         if isinstance(cause, Misfit | OSError):
             text = describe(cause)
         found.append(Reason(kind, text or type(cause).__name__))
-    # What doesn't lie in the files counts more than what may follow from it.
+    # Causes outside the files take precedence over their consequences.
     for kind in ("refused", "away", "damaged"):
         for each in found:
             if each.kind == kind:
@@ -110,7 +110,7 @@ def kind_of(error: BaseException) -> str:
         return "away"
     if says(error, "storage refuses"):
         return "refused"
-    # XLA has its own meaning of these, and raises no ValueError.
+    # XLA uses these statuses for other errors, and raises no ValueError.
     named = isinstance(error, ValueError) and says(error, "damaged files")
     return "damaged" if named else "unknown"
 
@@ -168,7 +168,7 @@ def reading(folder: Path):
         why = reason(error)
         way_out = "Write that export again."
         if folder.parent.parent.name == "checkpoints" or folder.parent.name == "checkpoints":
-            way_out = "Remove that folder to go on from the one before it, if there is one."
+            way_out = "Remove that folder to resume from the one before it, if there is one."
         if why.kind in ("refused", "away"):
-            way_out = "Nothing says that it is damaged: mend the cause, and read it again."
+            way_out = "There is no sign of damage: fix the cause, and read it again."
         raise ValueError(f"{folder} can't be read: {why.text[:200]}\n{way_out}") from error

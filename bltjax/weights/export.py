@@ -32,7 +32,7 @@ from bltjax.weights.stored import ModelFiles, check_layers
 
 FORMAT, VERSION = "bltjax export", 1
 MANIFEST = "export.json"
-TOKENIZER = "tokenizer.json"  # what bpe patching needs, in exports and work directories alike
+TOKENIZER = "tokenizer.json"  # for bpe patching, in exports and work directories alike
 # The parts of a manifest, and their types.
 PARTS = {
     "config": dict, "dtype": str, "step": int, "held_out_bits_per_byte": float, "source": str,
@@ -164,7 +164,7 @@ def load_model(path, shardings=None, dtype=None) -> Model:
       ValueError: for entropy patching without a byte LM.
     """
     path = path_of(path)
-    scorer = load_scorer(path, read_config(path))  # whether it is there is known first
+    scorer = load_scorer(path, read_config(path))  # fail first if it is missing
     model = load_params(path, shardings, dtype)
     return model._replace(config=with_tokenizer(model.config, path), entropy_model=scorer)
 
@@ -226,7 +226,7 @@ def open_array(folder: epath.Path, path: str, context: tensorstore.Context):
         kvstore = {"driver": "ocdbt", "base": place_of(folder), "path": f"{name}/"}
     else:
         kvstore = place_of(folder / name)
-    # What was lost from the disk must not read as zeros.
+    # Missing chunks must not read as zeros.
     spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
     return tensorstore.open(spec, open=True, read=True, context=context).result()
 

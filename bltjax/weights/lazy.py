@@ -21,8 +21,8 @@ from etils import epath
 from bltjax.config.letters import suffix_axes
 from bltjax.system.storage import read_json, refuse_pointer
 
-BLOCK_BYTES = 64 << 20  # what is read or written at once
-DTYPES = {  # by the names that people know them by
+BLOCK_BYTES = 64 << 20  # read or written at once
+DTYPES = {  # by their common names
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -54,7 +54,7 @@ def write_rows(file, tensor: Tensor, written: Callable[[int], None]) -> None:
 class Leaf(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[tuple[int, ...], slice], np.ndarray]  # at a place, rows of what is there
+    read: Callable[[tuple[int, ...], slice], np.ndarray]  # rows of the array at a place
 
     @property
     def bytes(self) -> int:
@@ -75,7 +75,7 @@ def refuse_not_finite(
     if array.dtype.kind in "biu" or not array.size:
         return
     inf, bits = np.array(np.inf, array.dtype), array.dtype.itemsize
-    # As whole numbers, signed and not, NaN and infinity of either sign are larger than the rest.
+    # Viewed as integers, NaN and infinity of either sign are larger than all finite numbers.
     positive, negative = (inf.view(f"i{bits}"), (-inf).view(f"u{bits}"))
     if array.view(f"i{bits}").max() < positive and array.view(f"u{bits}").max() < negative:
         return

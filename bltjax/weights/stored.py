@@ -10,11 +10,11 @@ class ModelFiles(NamedTuple):
     config: ModelConfig
     leaves: dict[str, Leaf]  # by path: "encoder/block_0/q_EGC"
     layout: str  # export, run, meta or transformers
-    origin: dict  # what the release said of itself, verbatim, to be given back: JSON
-    notes: tuple[str, ...] = ()  # what was assumed, for people
+    origin: dict  # the release's own settings, verbatim, for the way back: JSON
+    notes: tuple[str, ...] = ()  # assumptions, for people
     byte_lm: "ModelFiles | None" = None
     step: int = 0
-    bits_per_byte: float | None = None  # held out, when it was trained
+    bits_per_byte: float | None = None  # held out, at training time
 
     @property
     def bytes(self) -> int:

@@ -52,7 +52,7 @@ def whole_lines(path: epath.Path | Path) -> list[tuple[str, dict]]:
         try:
             report = parse_json(line, "")
             whole = type(report.get("step")) is int and is_number(report["step"])
-        except ValueError:  # of a process that was killed while it wrote, or a disk's
+        except ValueError:  # by a process killed while writing, or by a disk
             whole = False
         if whole:
             found.append((line.decode("utf-8-sig"), report))
@@ -105,7 +105,7 @@ def saved_steps(workdir: Path) -> list[int]:
     writes a marker file last.
     """
     if not is_remote(workdir):
-        try:  # glob would find nothing in a folder that may not be read
+        try:  # glob would find nothing in an unreadable folder
             names = os.listdir(workdir / "checkpoints")
         except (FileNotFoundError, NotADirectoryError):
             return []

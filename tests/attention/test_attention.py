@@ -109,7 +109,7 @@ def outcome(implementation, pattern, start, end, q, k, v, weight):
     """Output, and gradients of q, k and v."""
     start, end = jnp.asarray(start, jnp.int32), jnp.asarray(end, jnp.int32)
 
-    # Arrays are small: what takes time is compiling.
+    # Arrays are small: compiling takes most of the time.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def value_and_gradients(q, k, v, start, end):
         def loss(q, k, v):

@@ -96,7 +96,7 @@ def test_cross_attentions_are_linear(kind, pattern):
     visited = pairs(by_rows, 0)
     assert len(visited) <= most and set(visited) >= expected
     assert sorted((row, column) for column, row in pairs(by_columns, 0)) == sorted(visited)
-    # A tile that is visited for nothing lies between two that its queries see.
+    # A tile that is visited in vain lies between two that its queries see.
     assert len(visited) <= len(expected) + rows
 
 

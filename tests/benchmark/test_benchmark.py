@@ -99,7 +99,7 @@ def test_benchmark_rows(capsys, monkeypatch):
 def test_charts_are_drawn_from_the_figures():
     result = {"prompt_bytes": 512, "ours_ms_per_byte": 11.1, "uncached_ms_per_byte": 396.0}
     said = speed_words(result)
-    assert said.startswith("after 512 bytes: ours 11.10 ms a byte, 396.0 uncached")
+    assert said.startswith("after 512 bytes: ours 11.10 ms per byte, 396.0 uncached")
     assert "bar [11.1, 396]" in said and "0 --> 436" in said and "transformers" not in said
     result |= {"peer": "transformers", "peer_ms_per_byte": 500.0, "ratio": 45.0, "same_text": True}
     said = speed_words(result)
@@ -117,7 +117,8 @@ def test_charts_are_drawn_from_the_figures():
     ]
     said = context_words({"contexts": contexts})
     assert (
-        "  1024 bytes before:   8.00 ms a byte, 4.00 bytes a patch; read for each byte 3MB" in said
+        "  1024 bytes before:   8.00 ms per byte, 4.00 bytes per patch; read for each byte 3MB"
+        in said
     )
     assert '["1k", "32k"]' in said and "line [125, 100]" in said
     assert said.count("```") == 2 and said.endswith("```")
@@ -131,7 +132,7 @@ def test_contexts(capsys):
     assert found["context_bytes"] == 1024 and found["ms_per_byte"] > 0
     held = found["latent_cache_bytes_read_per_byte"] * found["mean_patch_bytes"]
     slot = MODEL.latent.layers * 2 * MODEL.latent.width * 4
-    # The text begins with patches of two bytes; there is room for a patch for each of 4 bytes more.
+    # The text starts with patches of two bytes; there is room for one patch per 4 further bytes.
     assert round(held / slot, 3) in (512, 1024)
 
 

@@ -216,7 +216,7 @@ def test_configs_that_came_with_the_package(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path / "here")
     with caplog.at_level("INFO"):
         assert load_config("configs/quickstart.py:byte_lm").model.group == "byte_lm"
-    assert f"takes {tmp_path / 'installed' / 'quickstart.py'}" in caplog.text
+    assert f"using {tmp_path / 'installed' / 'quickstart.py'}" in caplog.text
     with pytest.raises(ValueError, match=r"did you mean 'configs/quickstart.py'"):
         load_config("configs/quikstart.py")
     (tmp_path / "here" / "configs" / "quickstart.py").write_text("broken")
@@ -330,7 +330,7 @@ def test_the_commands_in_docstrings_are_valid(path):
         assert args.config.partition(":")[0] == str(path) and len(overrides) == len(rest)
         config = load_config(args.config, overrides)
         told.add(args.config)
-        # Only who places patches by entropy needs a byte LM, its threshold and its records.
+        # Only entropy patching needs a byte LM, its threshold and its records.
         by_entropy = model_config(config).by_entropy
         named = {override.partition("=")[0] for override in overrides}
         assert by_entropy == ({"entropy_model", "patching.threshold"} <= named)
@@ -422,7 +422,7 @@ def test_the_arithmetic_in_docstrings(path):
     assert number(r"take (\d+) \w+") == pytest.approx(hours / per, abs=0.7)
 
 
-# What may change when a run is resumed, and how. A new setting is fixed unless it stands here.
+# The settings that may change on resume, and how. A new setting is fixed unless listed here.
 RESUME = {
     "byte_lm.remat": "may change",
     "blt.local.remat": "may change",
@@ -473,7 +473,7 @@ def test_every_setting_has_a_rule_of_resuming():
         for path, _, _ in leaves(config):
             other = copy.deepcopy(config)
             group, name = next((group, name) for at, group, name in leaves(other) if at == path)
-            object.__setattr__(group, name, "something else")  # whatever its checks would say
+            object.__setattr__(group, name, "something else")  # without its checks
             (change,) = changes(config, other)
             assert (change.path, change.new) == (path, "something else")
             found[path] = change.rule
@@ -544,7 +544,7 @@ def test_a_config_of_another_version_names_its_file(tmp_path):
     message = rf"{tmp_path}/config.json: config.data.shuffle_buffer is no setting.*another version"
     with pytest.raises(ValueError, match=message):
         read_config(tmp_path)
-    # One of before there was a setting has its default.
+    # A config from before a setting existed has its default.
     del values["data"]["shuffle_buffer"], values["optimizer"]["table_moments"], values["faults"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert read_config(tmp_path) == RunConfig(ByteLMConfig())

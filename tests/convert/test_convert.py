@@ -157,7 +157,7 @@ def test_nothing_is_left_behind(runs, tmp_path, capsys, monkeypatch):
         capsys, "convert", runs.blt, out, "--as_port"
     )
     assert "none does not exist" in error_of(capsys, "convert", tmp_path / "none", out)
-    assert "holds no model that is known (it has nothing)" in error_of(
+    assert "holds no known model (it has nothing)" in error_of(
         capsys, "convert", (tmp_path / "empty").mkdir() or tmp_path / "empty", out
     )
     (tmp_path / "llama").mkdir()
@@ -180,7 +180,7 @@ def test_nothing_is_left_behind(runs, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
         assert "has room for 5 bytes" in error_of(capsys, "convert", runs.blt, out)
-    (tmp_path / ".out.partial").mkdir()  # as a killed command leaves it
+    (tmp_path / ".out.partial").mkdir()  # left by a killed command
     run(runs.blt, out)
     assert not (tmp_path / ".out.partial").exists()
     unfinished = tmp_path / "unfinished"

@@ -45,7 +45,7 @@ def test_damage_is_named_and_the_status_is_1(runs, tmp_path, capsys):
     assert "checkpoint 8: opt: " in printed.err
     assert len(printed.err.splitlines()) < 14
     damage = inspect(epath.Path(tmp_path / "run"))["damage"]
-    # Which arrays lie in a file, and in what order, is the storage's business.
+    # The arrays in a file, and their order, are up to the storage.
     assert any(line.startswith("checkpoint 8: opt: ") for line in damage)
     assert "checkpoint 12: progress is missing" in damage
     assert "byte_lm is missing, which its patches need" in damage
@@ -124,4 +124,4 @@ def test_what_is_none_of_these(tmp_path, capsys, what):
     (tmp_path / "empty").mkdir()
     assert main(["inspect", str(tmp_path / what)]) == 1
     told = capsys.readouterr().err
-    assert ("holds no model that is known" if what == "empty" else "is no folder") in told
+    assert ("holds no known model" if what == "empty" else "is no folder") in told

@@ -74,7 +74,7 @@ def test_exact_packing(seed, row_bytes, data):
     for row in rows:
         check_row(row, row_bytes, row_patches)
     assert (targets_of(rows) == all_targets(documents)).all()
-    # All up to EOS, of which a row may end short: as a last target it needs no place.
+    # All but EOS, which needs no place in a row as the last target.
     fit = [len(d.ids_N) - 1 <= row_bytes and d.starts_N1[:-2].sum() <= row_patches for d in cuts_of]
     assert (cuts == 0) if all(fit) else (cuts > 0)
 

@@ -62,7 +62,7 @@ def test_reading_by_number(folder):
 
 
 def test_another_byte_lm_is_refused(folder):
-    with pytest.raises(ValueError, match=r"scored by byte LM id-1.*asked for is id-2"):
+    with pytest.raises(ValueError, match=r"scored by byte LM id-1.*requested byte LM is id-2"):
         RecordDocuments(folder, expected_identity="id-2")
 
 
@@ -118,7 +118,7 @@ def test_jsonl(tmp_path):
     for line, message in (
         ("not json", "line 2: not JSON"),
         ('{"body": "x"}', r"line 2: no field 'text' \(there: 'body'\)"),
-        ('{"text": 3}', "line 2: field 'text' is no string"),
+        ('{"text": 3}', "line 2: field 'text' is not a string"),
         ("[1]", r"line 2: no field 'text' \(there: no fields\)"),
     ):
         path.write_text(f'{{"text": "one"}}\n{line}\n')

@@ -30,7 +30,7 @@ def test_seeds_and_epochs_are_other_orders():
         for epoch in (0, 1)
     ]
     for a, b in itertools.combinations(orders, 2):
-        assert (a == b).sum() < 15  # one, for two orders that have nothing to do with each other
+        assert (a == b).sum() < 15  # one, for two independent orders
     for order in orders:
         places = np.arange(1000)
         assert abs(np.corrcoef(order, places)[0, 1]) < 0.1

@@ -361,7 +361,7 @@ def test_json_as_python_reads_it(tmp_path, line, text):
 def test_numbers_are_no_text_however_they_are_parsed(tmp_path):
     for number in ("3", "3.5", "9" * 5000, "NaN"):
         (tmp_path / "a").write_text(f'{{"text": {number}}}\n')
-        with pytest.raises(ValueError, match=r"line 1: field 'text' is no string"):
+        with pytest.raises(ValueError, match=r"line 1: field 'text' is not a string"):
             texts_of(tmp_path / "a")
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"n": ' + "[" * 100_000 + "\n")
     with pytest.raises(ValueError, match=r"line 2: not JSON"):
@@ -375,7 +375,7 @@ def test_a_file_counts_once_whatever_links_to_it(tmp_path, caplog):
         (corpus / f"{name}.txt").write_text(name)
     plain = texts_of(corpus / "**/*.txt")
     assert plain == [b"b", b"deep/a", b"deep/c"]
-    # Two ways round in circles: each path of up to 40 links would be another name.
+    # Two circular links: each path of up to 40 links would be another name.
     (corpus / "again").symlink_to(".")
     (corpus / "deep" / "up").symlink_to("..")
     (corpus / "a.txt").symlink_to("deep/a.txt")
@@ -417,7 +417,7 @@ def test_pipes_and_devices_are_refused_at_once(tmp_path):
             with pytest.raises(ValueError, match="is a pipe or a device, not a file that can be"):
                 texts_of(path)
     os.write(writing, b"x")
-    assert os.read(reading, 2) == b"x"  # nothing was taken from it
+    assert os.read(reading, 2) == b"x"  # nothing was read from it
     os.close(reading)
     os.close(writing)
     (tmp_path / "a.txt").write_text("x")

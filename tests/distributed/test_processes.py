@@ -262,7 +262,7 @@ def test_a_pod_whose_reader_has_seen_enough_ends(tmp_path):
     assert b"step 0" in run.stdout.readline()
     run.stdout.close()
     try:
-        assert run.wait(timeout=30) == RESTART  # nobody saved: they were ended by a signal
+        assert run.wait(timeout=30) == RESTART  # none saved: they were ended by a signal
     finally:
         run.terminate()
     assert run.stderr.read() == b""

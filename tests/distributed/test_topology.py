@@ -35,7 +35,7 @@ def test_slices_that_are_offered(name, chips, wraps):
         ("v9:2x2", "no chip 'v9'; .* Write CHIP:SHAPE"),
         ("v5p", "v5p comes as 2x2x1"),
         ("v5e:16x32", "v5e comes as 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
-        # libtpu describes these three without a word.
+        # libtpu describes these three without an error.
         ("v5e:32x32", "not offered"),
         ("v5p:4x8x4", r"A <= B <= C, .* Nearest to 128 chips: .*4x4x8 \(128\)"),
         ("v5p:16x16x28", r"at most 6144 chips\. Nearest to 7168 chips: 16x16x24 \(6144\)"),
@@ -78,7 +78,7 @@ def test_libtpu_knows_the_chips(kind, monkeypatch):
         devices = described_devices(topology)
         assert len(devices) == topology.devices
         assert {device.device_kind for device in devices} == {CHIPS[kind].kind}
-        # Whatever this process starts next would think that it runs on a TPU.
+        # Later child processes would believe that they run on a TPU.
         assert not marks & os.environ.keys()
         where = places(topology, devices)
         assert len({tuple(place) for place in where.tolist()}) == topology.chips

@@ -113,11 +113,11 @@ def test_weights_stay_where_they_lie():
     sizes = [np.prod([int(x) for x in shape.split(",") if x] or [1]) for shape in gathers]
     assert max(sizes, default=0) <= 72, gathers  # one position's hidden states
     assert "all-to-all" not in text
-    # Groups don't hear of each other: whatever is summed is summed within one.
+    # Groups don't communicate: all sums are within one group.
     assert set(re.findall(r"all-reduce\(.*?replica_groups=(\S+?),? ", text)) <= {
         "[2,4]<=[8]", "{{0,1,2,3},{4,5,6,7}}",
     }, text.count("all-reduce(")  # fmt: skip
-    # The state is given up: what comes out lies where it lay.
+    # The state is donated: the result has its shardings.
     caches = jax.tree.leaves(state.memory.latent)
     after, _, _ = compiled(decoder.params, asked, state)
     assert all(cache.is_deleted() for cache in caches)
@@ -150,13 +150,13 @@ def test_bfloat16_on_request(tmp_path, capsys):
     run_folder = saved(tmp_path / "run")
     model = bltjax.load(run_folder, mesh="data=2,tensor=2", dtype="bfloat16")
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
-        # Norms are few, and stay as they are stored.
+        # Norms are few, and keep their dtype.
         assert leaf.dtype.name == ("float32" if "norm" in path[-1].key else "bfloat16")
     assert next(model.generate(PROMPTS[1], max_bytes=4))
     decoder = model.decoder
     memory = decoder.memory([np.array([1, 70], np.int32)] * 2)
     assert {x.dtype.name for x in jax.tree.leaves((memory.latent, memory.encoder))} == {"bfloat16"}
-    # What places the patches is exact, whatever the rest is.
+    # The byte LM that places patches is exact, whatever the dtype of the rest.
     kept = (decoder.params["scorer"], memory.scorer)
     assert {x.dtype.name for x in jax.tree.leaves(kept)} == {"float32"}
     words = ["--mesh=data=2,tensor=2", "--dtype=bfloat16", "--prompt=A BLT", "--max_bytes=4"]

@@ -137,9 +137,9 @@ def test_evaluation_takes_any_number_of_devices(tmp_path, caplog):
 
 def check_shardings(shape, lowered: str, compiled: str):
     _, fsdp, tensor = shape
-    # Every product of a layer holds its output, and every weight is brought together.
+    # Every product of a layer holds its output, and every weight is all-gathered.
     assert fsdp * tensor == 1 or lowered.count("sdy.sharding_constraint") > 100
-    # Nothing moves from one way of splitting to another: only ids, rows, gradients of tables.
+    # No resharding: all-to-alls carry only ids, rows and gradients of tables.
     exchanges = re.findall(r'all-to-all.*op_name="[^"]*/([^/"]+)"', compiled)
     assert set(exchanges) <= {"all_to_all"}
     # No device holds a whole table, the latent layers together, or a gradient of either.

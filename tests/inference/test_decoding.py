@@ -158,7 +158,7 @@ def check_cached_equals_full(mode, whole: bytes, prompts: list[int], count: int,
     for row, n in enumerate(prompts):
         np.testing.assert_array_equal(opens[:, row], starts[row, n + 1 : n + 1 + count])
         np.testing.assert_allclose(logits[:, row], expected[row, n : n + count], atol=1e-4, rtol=0)
-        # One latent step for each patch that is whole, and none else.
+        # One latent step per complete patch, and no others.
         whole_patches = starts[row, : n + count + 2].sum() - 1 - memory.closes_B[row]
         assert memory.patches_B[row] == whole_patches
     assert near > 1e-6
@@ -221,7 +221,7 @@ def test_rows_do_not_depend_on_each_other():
 def test_one_latent_step_for_each_patch_written():
     decoder, *_ = made("entropy")
     ((text, _, entropies, opens, _),) = written(decoder, ["A BLT"], max_bytes=300, sampling=RANDOM)
-    # The last byte may have closed a patch that nothing has read yet; BOS opened one, "A" another.
+    # The last byte may have closed a patch that no byte has read yet; BOS opened one, "A" another.
     assert decoder.counts.latent_runs == decoder.counts.patches == opens.sum()
     _, starts, _ = full_forward("entropy", [b"A BLT" + text])
     np.testing.assert_array_equal(opens, starts[0, 6 : 6 + len(text)])
@@ -370,7 +370,7 @@ def test_what_is_not_finite_is_an_error_and_no_end_of_a_text(draft):
         f"first: logits after its {len(prompts[0])} bytes are not finite; parameter decoder/head_EV"
         " holds 1 value that is not finite"
     )
-    # A byte that rows write, and no prompt has.
+    # A byte that rows generate, and no prompt has.
     fresh = next(byte for byte in whole[0] if all(byte not in prompt for prompt in prompts))
     broken = poisoned(decoder, "model", "encoder/bytes_VE", 4 + fresh)
     texts, error = written_until_error(broken, prompts, **settings)
@@ -387,7 +387,7 @@ def test_entropies_that_are_not_finite_place_no_patches():
     broken = poisoned(decoder, "scorer", "bytes_VE", 4 + ord("L"))
     texts, error = written_until_error(broken, prompts, max_bytes=8)
     assert texts == [b"", b""]
-    # A value that is masked is multiplied by zero, so its NaN may reach a little before it.
+    # A masked value is multiplied by zero, so its NaN may spread to positions just before it.
     assert re.fullmatch(
         r"prompt 2: the entropy after its first [0-4] bytes is not finite; parameter"
         r" byte_lm/bytes_VE holds 16 values that are not finite",

@@ -39,7 +39,7 @@ def test_processes_that_never_meet_leave_the_records_of_one(runs, tmp_path, caps
     expected = contents(runs.root / "records" / "train")
     assert part(runs, tmp_path / "o", 2, 3) is None
     assert part(runs, tmp_path / "o", 0, 3) is None
-    assert "1 shards of others are not there yet" in capsys.readouterr().out
+    assert "1 shards of others are still missing" in capsys.readouterr().out
     assert part(runs, tmp_path / "o", 1, 3) is not None
     assert contents(tmp_path / "o") == expected
 

@@ -80,7 +80,7 @@ def test_entropies_that_are_not_finite_are_refused_with_their_place():
         r" parameter bytes_VE holds 1 value that is not finite",
         str(raised.value),
     )
-    # A value that is masked is multiplied by zero, so its NaN may reach a little before it.
+    # A masked value is multiplied by zero, so its NaN may spread to positions just before it.
     assert 0 <= place - int(named[1]) < CONFIG.window
 
 

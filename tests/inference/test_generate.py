@@ -182,7 +182,7 @@ def test_drafts_are_accounted_for(runs, capsys):
     runs.run(*words, "--max_bytes=0")
     assert "passes" not in capsys.readouterr().err
     runs.run(*words, "--max_bytes=12")
-    assert "passes of the whole model a byte" in capsys.readouterr().err
+    assert "passes of the whole model per byte" in capsys.readouterr().err
 
 
 def test_results_that_are_not_utf8():
@@ -283,7 +283,7 @@ def test_results_are_continued(runs, tmp_path, monkeypatch, capsys):
 
     assert "temperature: 1.0 -> 0.5" in error_of("--temperature=0.5")
     runs.run(*words, f"--out={out}")
-    assert f"{out}: 2 of 4 results are there" in capsys.readouterr().err
+    assert f"{out}: 2 of 4 results exist" in capsys.readouterr().err
     assert out.read_text() == straight and sorted(tmp_path.glob(".*")) == []
     assert "has the results of all 4 prompts already" in error_of()
     out.write_text(straight.replace("the 1", "the 9"))
@@ -302,7 +302,7 @@ def test_results_whose_settings_are_not_known_are_continued_with_a_warning(tmp_p
     lines = [result_line(p, [Piece(0, b"", none, none, none, "eos")]) + "\n" for p in prompts]
     out.write_text(lines[0])
     assert begin_results(out, prompts, {"seed": 0}) == 1
-    assert "is not known" in warnings.text
+    assert "are unknown" in warnings.text
     assert begin_results(out, prompts, {"seed": 0}) == 1  # now they are
     finish_results(out)
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]

@@ -80,7 +80,7 @@ def test_draws_have_their_distribution():
     ids = np.asarray(chosen(sampling.steps, found_BV, keys_B, jnp.full(rows, 7)))
     counts = np.bincount(ids, minlength=VOCABULARY) / rows
     assert abs(counts - expected).max() < 4 * np.sqrt(0.25 / rows)
-    # Another byte of the same rows is drawn anew.
+    # Another byte of the same rows is drawn independently.
     again = np.asarray(chosen(sampling.steps, found_BV, keys_B, jnp.full(rows, 8)))
     assert 0.2 < (ids == again).mean() < 0.9
 
@@ -162,7 +162,7 @@ def test_random_bytes_under_the_constraint_are_utf8(seed, length):
         allowed_V = np.asarray(allowed()(np.array([state]), np.array([length - made])))[0]
         assert allowed_V.any() and not allowed_V[[0, 1, 3]].any()
         ids = np.flatnonzero(allowed_V)
-        # Rare bytes as often as ASCII: lead and continuation bytes are what is at stake.
+        # Rare bytes as often as ASCII, because the test is about lead and continuation bytes.
         high = ids[ids >= OFFSET + 0x80]
         chosen_id = random.choice(high if high.size and random.random() < 0.8 else ids)
         if chosen_id == EOS:

@@ -26,7 +26,7 @@ from bltjax.weights.lazy import leaf_of
 from bltjax.weights.stored import ModelFiles
 
 ROOT = Path(__file__).parents[2]
-# launch/serve_export.py runs in a process that can import neither our code nor its foundations.
+# launch/serve_export.py runs in a process that can import neither our code nor flax or orbax.
 WITHOUT_US = """
 import json, runpy, sys
 
@@ -117,7 +117,7 @@ def test_a_server_without_our_code_writes_the_same(runs, tmp_path, capsys):
         program = export.deserialize(stored)
         assert program.platforms == ("cpu", "tpu")
         assert "custom_call" not in program.mlir_module()
-    # The manifest says how a program is called.
+    # The manifest gives a program's arguments.
     sizes = [len(about["weights"]), len(about["memory"]), 1, 1]
     assert len(program.in_avals) == sum(sizes)
     listed = [*about["weights"], *about["memory"]]

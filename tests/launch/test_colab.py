@@ -118,5 +118,5 @@ def test_run_all(tmp_path):
     assert len(pages) == 4 and all(page.count("<span") > 20 for page in pages)
     pictures = [base64.b64decode(data["image/png"]) for data in shown if "image/png" in data]
     assert len(pictures) == 6
-    for number, picture in enumerate(pictures):  # pytest keeps them, to be looked at
+    for number, picture in enumerate(pictures):  # pytest keeps them for inspection
         (tmp_path / f"colab_{number}.png").write_bytes(picture)

@@ -28,7 +28,7 @@ def launched(launcher: str, *words: str, **variables: str) -> subprocess.Complet
 
 
 def dry_run(launcher: str, *words: str) -> str:
-    # With an empty PATH but for the shell's own programs nothing could be contacted.
+    # With only the shell's own programs in PATH, nothing can be contacted.
     split = words.index("--") if "--" in words else len(words)
     done = launched(launcher, *words[:split], "--dry-run", *words[split:], PATH="/usr/bin:/bin")
     assert done.returncode == 0, done.stderr
@@ -226,7 +226,7 @@ def test_manifest_says_what_was_asked_for():
     assert container["image"] == IMAGE
     tpus = {"google.com/tpu": 4}
     assert container["resources"] == {"requests": tpus, "limits": tpus}
-    # The same answer to exit codes as restart.sh's: an error is not tried again.
+    # The same handling of exit codes as in restart.sh: an error is not retried.
     (rule,) = spec["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"] == {"containerName": "bltjax", "operator": "In", "values": [1, 2]}
     assert container["name"] == "bltjax" and spec["backoffLimit"] == 0

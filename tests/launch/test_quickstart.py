@@ -70,7 +70,7 @@ def test_quickstart(tmp_path):
     assert flops["blt"] == pytest.approx(flops["byte_lm"], rel=0.01)
     assert report["mean_patch_bytes"] == pytest.approx(4.5, rel=0.05)
     assert report["parameters"]["blt"]["total"] > report["parameters"]["byte_lm"]["total"]
-    # Again: everything is there, nothing is trained anew.
+    # Again: everything exists, nothing is retrained.
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.count("done before") == 11
     for name in ("report.json", "patches.png", "patches.html", "blt/page.html"):

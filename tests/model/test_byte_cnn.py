@@ -25,7 +25,7 @@ def test_table_is_the_forward_pass():
     found = [table_entropies(table, *row) for row in zip(ids_BN, documents_BN, strict=True)]
     np.testing.assert_allclose(found, entropies_of(logits_BNV), atol=1e-5)
 
-    # Two bytes of context: what came before them changes nothing.
+    # Two bytes of context: earlier bytes have no effect.
     other = jnp.asarray(ids_BN).at[:, 20].set(7)
     changed = model.apply({"params": params}, other, documents_BN)[0] != logits_BNV
     assert np.flatnonzero(changed.any(axis=(0, 2))).tolist() == [20, 21]

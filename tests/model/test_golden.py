@@ -171,7 +171,7 @@ def test_blt(name, implementation):
     close(out["embeds_BNE"], golden["act/embeds"])
     close(out["states_BNE"], golden["act/h_encoder"])
     close(out["slots_BSE"], golden["act/h_cross"])
-    # The reference lets patches without bytes attend to others; nothing reads what they become.
+    # The reference lets patches without bytes attend to others; their results are not used.
     filled_BP = np.asarray(found.pool_ranges.end_BQ > found.pool_ranges.start_BQ)
     close(np.asarray(out["latent_BPD"])[filled_BP], golden["act/global_out"][filled_BP])
     close(logits_BNV, golden["logits"])

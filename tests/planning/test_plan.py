@@ -79,7 +79,7 @@ def test_a_plan_in_json(planned):
     flops = told["flops"]
     assert {"paper", "exact", "compiler", "ratio"} <= set(flops)
     assert flops["ratio"] == flops["compiler"] / (flops["exact"] + flops["rematerialised"])
-    # Outside kernels (whose tiles are larger than these rows) the program does what is needed.
+    # Outside kernels (whose tiles are larger than these rows) the program has the exact FLOPs.
     products = planned.work.products * 4
     config = planned.config
     crosses = 3.5 * config.data.batch_size * kernel_flops(config)  # scores once more
@@ -114,7 +114,7 @@ def test_a_plan_in_words(planned):
     assert len(lines) < 25 and max(map(len, lines)) <= 120
     text = "\n".join(lines)
     assert "4 chips, 1 host" in text and "hash tables 9.6k" in text
-    assert re.search(r"HBM a chip   \[[poa.]{60}\] .* of 15.75 GiB: fits", text)
+    assert re.search(r"HBM per chip \[[poa.]{60}\] .* of 15.75 GiB: fits", text)
     assert "A bound from published rates, not a measurement: nothing was run." in text
 
 
@@ -235,7 +235,7 @@ def test_what_is_recomputed():
     assert {config.model.local.remat, config.model.latent.remat} <= {"none", "products", "full"}
     everything = changed(config, [("blt.local.remat", "full"), ("blt.latent.remat", "full")])
     nothing = changed(config, [("blt.local.remat", "none"), ("blt.latent.remat", "products")])
-    # Scores: half of what attention is forward.
+    # Scores: half of attention's forward pass.
     family = family_of(config)
     scores = family.recomputed_flops(nothing.model, *sizes)
     assert scores == kernel_flops(config) // 2

@@ -25,14 +25,14 @@ def test_the_8b_decodes_on(topology):
     widen = 4 * config.model.local.width * config.model.latent.width
     assert found.weights["latent"] < 1.01 * 2 * ((6.5e9 - widen) / chips.chips + widen)
     assert found.total > sum(found.weights.values()) + found.state
-    # A step moves its weights once; no table, and none of what other chips hold.
+    # A step moves its weights once; no table, and nothing of other chips.
     read = found.weights["latent"] + found.state
     assert found.weights["latent"] < found.programs["patch"].moved < 1.5 * read
     assert found.programs["byte"].moved < 2 * sum(found.weights.values()) / 3
     for name in ("byte", "patch", "loop"):
         for each in found.programs[name].collectives:
             assert each["kind"] not in ("all-gather", "all-to-all") or each["bytes"] < 1e6, each
-    assert re.search(r"HBM a chip .* fits\n", text(found, "8b"))
+    assert re.search(r"HBM per chip .* fits\n", text(found, "8b"))
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_another_machine_has_another_folder(monkeypatch):
     def absent(*_, **__):
         raise FileNotFoundError
 
-    monkeypatch.setattr(Path, "read_text", absent)  # as elsewhere than on Linux
+    monkeypatch.setattr(Path, "read_text", absent)  # as on other systems than Linux
     names.add(machine())
     monkeypatch.setattr(platform, "processor", lambda: "arm")
     assert len(names | {machine()}) == 6
@@ -230,7 +230,7 @@ def test_a_home_that_cannot_be_written(cache, monkeypatch, tmp_path):
     folder = Path(jax.config.jax_compilation_cache_dir)
     assert folder.is_relative_to(tmp_path / "temporary")
     jax.config.update("jax_compilation_cache_dir", None)
-    folder.parent.parent.chmod(0o777)  # somebody else could put programs there
+    folder.parent.parent.chmod(0o777)  # another user could write programs there
     reason = keep_programs()
     assert reason.startswith(f"{tmp_path}/cache") and jax.config.jax_compilation_cache_dir is None
     compiled_anew(6.5)

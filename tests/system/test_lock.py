@@ -108,7 +108,7 @@ def test_a_lock_whose_process_is_gone_is_taken_over_at_once(tmp_path, capsys):
     start = owner.state_and_start(unreaped.pid)[1]
     for gone in (
         {"pid": ended_process()},
-        {"pid": os.getppid(), "start": "1"},  # its number was given to another
+        {"pid": os.getppid(), "start": "1"},  # its number was reused
         {"pid": unreaped.pid, "start": start},
         {"boot": "of yesterday", "machine": owner.here()["machine"]},
         {},  # of this process, which has forgotten it
@@ -134,7 +134,7 @@ def test_processes_are_known_without_proc():
 def test_who_holds_it_is_named(tmp_path):
     path = tmp_path / "new" / ".lock"
     told = rf"runs/x is in use by process {os.getpid()} on .+ since 20.* UTC \(train\): wait for it"
-    for take_over in (False, True):  # which takes nothing from a process that is known to live
+    for take_over in (False, True):  # never from a process known to be alive
         with (
             hold(path),
             pytest.raises(ValueError, match=told) as refused,
@@ -194,7 +194,7 @@ def test_a_lock_that_says_nothing_counts_by_its_age(tmp_path):
     ):
         pass
     touch.join()
-    # One that is just being written is read once it says more.
+    # A lock that is just being written is read again later.
     path.write_text("")
     touch = threading.Timer(0.1, lambda: leave_lock(path, pid=ended_process()))
     touch.start()
@@ -213,7 +213,7 @@ def test_it_is_refreshed_and_whoever_lost_it_is_told(tmp_path):
         other = leave_lock(path, **ELSEWHERE)
         until(lambda: told)
         assert f"taken over by process {other.pid} on tpu-vm-3" in told[0] and not held.check()
-    assert lock_file.look(path).holder == other  # which isn't ours to remove
+    assert lock_file.look(path).holder == other  # not ours to remove
 
 
 def until(condition, seconds: float = 20) -> None:
@@ -232,7 +232,7 @@ def test_it_is_released_however_the_work_ends(tmp_path):
         with pytest.raises(type(error)), hold(path):
             raise error
         assert not path.exists() and not path.with_suffix(".partial").exists()
-    assert not list(tmp_path.iterdir())  # what was left long ago, too
+    assert not list(tmp_path.iterdir())  # old leftovers, too
 
 
 def test_file_systems_without_links(tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def test_lengths_of_the_reference():
         (Patching(threshold=0.05, monotonic=True), "patch_lengths_mono"),
     ):
         starts_BN1 = patch_starts(config, golden["x"], golden["entropies"])
-        # These lengths place the byte not yet seen, too: they sum to N + 1.
+        # These lengths include the next byte, too: they sum to N + 1.
         assert [patch_lengths(starts_N1).tolist() for starts_N1 in starts_BN1] == expected[key]
 
 
@@ -268,7 +268,7 @@ def test_whole_characters_by_hand():
     )
     assert np.flatnonzero(plain).tolist() == [0, 1, 4]
     assert np.flatnonzero(whole).tolist() == [0, 1, 5]
-    # A promise that is broken ends with the byte that breaks it.
+    # A broken sequence ends with the byte that breaks it.
     broken = encode(b"\xe4a\xbdb\xff\xf0\x9f", eos=False)
     byte = Patching(mode="byte", whole_characters=True)
     assert np.flatnonzero(~patch_starts(byte, broken)).tolist() == [2, 7, 8]

@@ -59,7 +59,7 @@ def test_too_many_in_a_row_end_the_run(runs, tmp_path, capsys):
     ]  # fmt: skip
     assert main(command(runs, "byte_lm", tmp_path, *words)) == 1
     captured = capsys.readouterr()
-    assert "step 3: " in captured.out and "batch skipped, 2 in a row, 2 in all" in captured.out
+    assert "step 3: " in captured.out and "batch skipped, 2 in a row, 2 in total" in captured.out
     assert "step 4: " in captured.err and "Skipped 2 in a row before." in captured.err
 
 

@@ -64,7 +64,7 @@ def test_which_checkpoints_are_kept(tmp_path):
     restored = restore(tmp_path / "checkpoints" / "4", target_like(small_state(0)), [0])
     assert restored.streams == {"0": {"taken": 4}} and int(restored.state.step) == 4
     assert damage(restored) == ""
-    # What the files can't tell, the arrays do: one that is another step's is named.
+    # The files look right, but the arrays don't: one from another step is named.
     other = restored._replace(state=restored.state._replace(params=small_state(3).params))
     assert "norm_E" in damage(other) and "ngrams_RME" not in damage(other)
 
@@ -113,9 +113,9 @@ def test_the_last_checkpoint_is_left_where_it_is(runs, tmp_path, capsys):
     (copy / "checkpoints" / "12" / "streams" / "2.json").write_text("{")
     assert main(command(runs, "byte_lm", copy)) == 1
     error = capsys.readouterr().err
-    assert "12 can't be restored" in error and "the last one that there is" in error
+    assert "12 can't be restored" in error and "the only one left" in error
     assert saved_steps(copy) == [12]
-    # One of another version is not damaged.
+    # A checkpoint of another version is not damaged.
     progress = copy / "checkpoints" / "12" / "progress" / "metadata"
     old = json.loads(progress.read_text()) | {"format": 1}
     old.pop("crc32")
@@ -182,7 +182,7 @@ def test_64_bits_leave_checkpoints_alone(saved):
     folder, target = saved / "checkpoints" / "5", target_like(small_state(0))
     whole = restore(folder, target, [0])
     with jax.enable_x64(True):
-        # What is of 32 bits restores to the same, with the same checksums.
+        # 32-bit arrays restore unchanged, with the same checksums.
         again = restore(folder, target, [0])
         assert damage(again) == ""
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), whole.state, again.state))
@@ -248,7 +248,7 @@ def test_too_many_open_files_are_no_damage(saved, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     told = []
     for spare in range(1, 4):
-        taken = [os.open("/", os.O_RDONLY) for _ in range(spare)]  # the last numbers that there are
+        taken = [os.open("/", os.O_RDONLY) for _ in range(spare)]  # the file's last numbers
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1, hard))
         for descriptor in taken:
             os.close(descriptor)
@@ -349,7 +349,7 @@ def test_parameters_that_may_not_be_read(runs):
     shutil.copytree(runs.byte_lm, folder / "run")
     largest_file(folder / "run/checkpoints/12/params").chmod(0)
     try:
-        with another_user(), pytest.raises(ValueError, match=r"PERMISSION_DENIED.*\n.*mend") as e:
+        with another_user(), pytest.raises(ValueError, match=r"PERMISSION_DENIED.*\n.*fix") as e:
             load_params(folder / "run")
         assert "Remove" not in str(e.value)
     finally:

@@ -53,7 +53,7 @@ def test_every_second_is_counted_once(tmp_path, clock):
     assert second.seconds == expected
     assert second.shares()["steps"] == pytest.approx(33 / 90)
     assert "goodput 36.7% of 90 s" in second.told() and "lost 7.8%" in second.told()
-    clock.now += 1000  # a run that ended as it was told to may rest
+    clock.now += 1000  # the pause after a requested stop doesn't count
     assert Goodput(tmp_path, begun=clock.now).seconds["restarts"] == 30.0
     assert json.loads((tmp_path / "goodput.json").read_text())["saved"] == {"10": 20.0}
 
@@ -65,13 +65,13 @@ def test_who_keeps_the_others_waiting():
     before = beats((7, "computes", 3), (7, "computes", 3), (7, "computes", 3))
     silent = beats((7, "computes", 5), (7, "computes", 3), (7, "computes", 5))
     assert silent_or_behind(before, silent, 3) == (
-        "Look at: process 1 (vm-1) is silent; its last word: computes, step 7."
+        "Look at: process 1 (vm-1) sends no heartbeats; the last: computes, step 7."
     )
     behind = beats((7, "computes", 5), (7, "computes", 5), (6, "waits for data", 5))
     assert "process 2 (vm-2) waits for data at step 6" in silent_or_behind(before, behind, 3)
     other = beats((7, "computes", 5), (7, "waits for data", 5), (7, "computes", 5))
     assert "process 1 (vm-1) waits for data at step 7" in silent_or_behind(before, other, 3)
-    assert "process 3 has never been heard of" in silent_or_behind(before, silent, 4)
+    assert "process 3 has sent no heartbeat" in silent_or_behind(before, silent, 4)
     alike = beats(*[(7, "computes", 5)] * 3)
     assert silent_or_behind(before, alike, 3) == "All 3 processes are at step 7: computes."
 

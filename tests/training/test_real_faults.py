@@ -29,7 +29,7 @@ def test_a_silent_process_is_named(work):
     os.kill(run.members()[1], signal.SIGSTOP)
     assert run.ends() == 75, run.text
     assert "nothing has happened for" in run.text and "process 1 (" in run.text
-    assert "is silent" in run.text
+    assert "sends no heartbeats" in run.text
     again = faults.Pod(work, work.root / "silent", more=["--config.faults.hang_seconds=300"])
     assert again.ends() == 0, again.text
     assert faults.traces(work.root / "silent")["losses"] == work.expected["losses"]

@@ -76,7 +76,7 @@ def test_a_window_of_steps_is_traced(runs, tmp_path, capsys):
     assert marked == ["2", "3"]
     assert sum(event.get("name") == "input" for event in events) == 2
     assert not [event for event in events if event.get("name", "").startswith("$")]
-    # What a start can't trace is left out, or said: its first step, and what lies before it.
+    # Steps that a start can't trace are skipped, or logged: its first step, and earlier ones.
     for window, told in (
         ("5:6", "trace of steps 6 to 6"),
         ("7:7", "no trace: this start had none"),
@@ -164,7 +164,7 @@ def test_entropies_of_another_byte_lm_are_refused(runs, tmp_path, capsys):
     assert main(command(runs, "byte_lm", tmp_path / "lm", "--config.seed=9", "--stop_at=1")) == 0
     words = command(runs, "blt", tmp_path / "run", f"--config.entropy_model={tmp_path / 'lm'}")
     assert main(words) == 1
-    assert "but the byte LM asked for is" in capsys.readouterr().err
+    assert "but the requested byte LM is" in capsys.readouterr().err
 
 
 def test_unwritable_workdir(runs, tmp_path, capsys):

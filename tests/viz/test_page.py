@@ -63,10 +63,10 @@ def test_the_command_adds_samples_and_patches(runs, tmp_path, capsys):
     assert sum(piece["bytes"] for piece in found["patches"]) > 60
     page = (tmp_path / "run" / "page.html").read_text()
     checked(page)
-    assert "What it writes" in page and "Patches of a held-out text" in page
+    assert "Samples</h2>" in page and "Patches of a held-out text" in page
     (tmp_path / "run" / "page.html").unlink()
-    assert main([*words, "--samples=0"]) == 0  # nothing is written anew, and what was is shown
-    assert "What it writes" in (tmp_path / "run" / "page.html").read_text()
+    assert main([*words, "--samples=0"]) == 0  # no new samples, and the old ones are shown
+    assert "Samples</h2>" in (tmp_path / "run" / "page.html").read_text()
 
 
 def test_what_a_run_wrote_is_no_markup_and_half_a_line_is_left_out(runs, tmp_path):
@@ -87,7 +87,7 @@ def test_a_run_without_a_checkpoint_has_a_page(runs, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     shutil.copy(runs.byte_lm / "config.json", tmp_path / "run")
     assert main(["page", str(tmp_path / "run")]) == 0
-    assert "has no checkpoint yet: nothing is written anew" in capsys.readouterr().err
+    assert "has no checkpoint yet: no samples are generated" in capsys.readouterr().err
     checked((tmp_path / "run" / "page.html").read_text())
 
 

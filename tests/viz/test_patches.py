@@ -50,7 +50,7 @@ def test_cutting_keeps_characters_whole():
         assert limit - 3 <= len(whole_characters_up_to(b"\xf0\x80\x80\x80" * 3, limit)) <= limit
 
 
-# What each would do to a terminal: move, clear, turn the line around, hide what follows.
+# Their effects on a terminal: move, clear, reverse the line, hide the rest.
 TERRORS = "\x1b\x07\x85\x9b\u200b\u202e\u2066\u2028\u2029\ufeff\u00ad\U000e0041\r\x7f"
 
 
@@ -62,7 +62,7 @@ def test_nothing_that_commands_a_terminal_reaches_it():
     assert [visible(c) for c in "\x1b\x9b\u202e\U000e0041\t\r"] == [
         "␛", r"\u009b", r"\u202e", r"\U000e0041", "→", "␍",
     ]  # fmt: skip
-    # What makes one emoji of several characters stays.
+    # The joiner of several characters into one emoji is kept.
     assert "👩\u200d🚀\ufe0f" in terminal(text, cut_text(text, "s", WHOLE, {}), colour=False)
     assert [glyph(c) for c in "\x1b\x7f\x9b\u202e\t\n a"] == [
         "^[", "^?", "009b", "202e", "→", "↵", "␣", "a",

@@ -32,7 +32,7 @@ def test_parameters_round_trip_with_their_identity(tmp_path):
 def test_a_checkpoint_being_written_is_not_one(tmp_path):
     (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
     assert saved_steps(tmp_path) == []
-    check_workdir(tmp_path, CONFIG)  # nothing was saved, so nothing is in the way
+    check_workdir(tmp_path, CONFIG)  # nothing was saved, so the folder may be reused
     with pytest.raises(ValueError, match="is neither a training run nor an export"):
         load_params(tmp_path)
 

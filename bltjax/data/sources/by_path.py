@@ -97,7 +97,7 @@ def files_of(source: SourceConfig) -> tuple[list[Path], str]:
         raise ValueError(nothing_there(source.path))
     paths, kinds, remarks = [], [], []
     for file in found:
-        paths.append(local_copy(file))  # all of a bucket's are read once anyway
+        paths.append(local_copy(file))  # all files of a bucket are read once anyway
         kind, remark = recognised(paths[-1], source.field, source.format)
         kinds.append(kind)
         remarks += [remark] if remark else []

@@ -45,7 +45,7 @@ class JsonlDocuments:
                             raise ValueError(
                                 f"{path}, line {line_number}: {problem}."
                                 " --skip_bad (training: --config.data.skip_bad=True) counts such"
-                                f" lines and goes on.{ways_out(path, line, problem, first)}"
+                                f" lines and continues.{ways_out(path, line, problem, first)}"
                             )
                         self.bad += bool(problem)
                         self.empty += not problem and not text
@@ -72,7 +72,7 @@ class JsonlDocuments:
             return f"no field {self.field!r} (there: {there})", b""
         text = value[self.field]
         if not isinstance(text, str | None):
-            return f"field {self.field!r} is no string", b""
+            return f"field {self.field!r} is not a string", b""
         return "", as_bytes(text or "")
 
     def __len__(self) -> int:

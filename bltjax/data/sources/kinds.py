@@ -28,7 +28,7 @@ PACKED_SUFFIXES = (
 TABLES = "write it as Parquet or JSON lines"
 RECORDS = "give the folder that has its manifest.json, or the data set as tfds:NAME"
 LEAVE_OUT = "narrow the path, so that it is left out"
-# How a file begins, what it is, and the way out. The first that matches counts.
+# First bytes of a file, its kind, and the way out. The first match counts.
 BINARY = [
     (re.compile(begin, re.DOTALL), what, way)
     for begin, what, way in (
@@ -187,7 +187,7 @@ def is_utf8(head: bytes) -> bool:
 
 def is_tfrecord(head: bytes) -> bool:
     """Whether the leading length is followed by its checksum: CRC-32C, rotated and offset."""
-    if len(head) < 12 or head[7]:  # nothing is that long; text has no NUL there
+    if len(head) < 12 or head[7]:  # no record is that long; text has no NUL there
         return False
     crc = crc32c(head[:8])
     masked = (crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF

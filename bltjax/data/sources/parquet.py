@@ -28,7 +28,7 @@ def text_kind(kind: pa.DataType) -> pa.DataType | None:
     types = pa.types
     plain = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
     views = (types.is_string_view, types.is_binary_view)
-    nothing = types.is_null  # what writers give a column of which every value is null
+    nothing = types.is_null  # the type that writers give a column of nulls only
     return kind if any(is_kind(kind) for is_kind in (*plain, *views, nothing)) else None
 
 

@@ -20,7 +20,7 @@ from bltjax.data.records import Document
 
 BLANK_LINES = re.compile(rb"\n(?:\r?\n)+")
 SPACE = re.compile(rb"[ \t]")
-# Times split_bytes: longer pieces are cut between blank lines too. A chapter is not, as a rule.
+# Times split_bytes: longer pieces are also cut between blank lines. Chapters are usually shorter.
 REACH = 16
 
 
@@ -102,7 +102,7 @@ def blank_line_cuts(text: bytes | mmap.mmap, split_bytes: int) -> list[int]:
 def cuts_within(text: bytes | mmap.mmap, begin: int, end: int, split_bytes: int) -> list[int]:
     """Offsets that cut [begin, end) into pieces of 1 to 3 x `split_bytes`.
 
-    A cut is after the first newline in the second `split_bytes` of what is left; if it has none,
+    A cut is after the first newline in the second `split_bytes` of the rest; if it has none,
     after its first space; else before it, or as far on as a character of UTF-8 goes.
     """
     found = []

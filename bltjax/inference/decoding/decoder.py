@@ -48,7 +48,7 @@ from bltjax.inference.finite import not_finite
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import OFFSET, VOCABULARY, as_bytes, encode
 
-ENDED = -1  # the row of a place in the batch that has none
+ENDED = -1  # the row index of an empty place in the batch
 STOPS = (4, 16)  # stop strings, and their bytes, that the first program is compiled for
 
 
@@ -58,7 +58,7 @@ class Counts(NamedTuple):
     bytes: int = 0
     latent_runs: int = 0  # of the latent transformer, on one row or more
     patches: int = 0  # that it ran on
-    passes: int = 0  # of the whole model over a row: one a byte, or one a round of drafts
+    passes: int = 0  # of the whole model over a row: one per byte, or one per round of drafts
 
 
 class Decoder:
@@ -184,8 +184,7 @@ class Decoder:
                 state = state._replace(memory=self.doubled(state.memory, *full_B2.any(axis=0)))
             size = self.groups * power_of_two(-(-going // self.groups), 1)
             if size < len(rows):
-                # Those that go on first, in turn to each group; ones that have ended fill a power
-                # of two.
+                # Running rows first, in turn to each group; ended ones fill up a power of two.
                 places = np.argsort(rows < 0, kind="stable")[:size]
                 places = places.reshape(-1, self.groups).T.reshape(-1)
                 with on_mesh(self.mesh):
@@ -262,7 +261,7 @@ class Decoder:
         held = int((closed_B + (open_B > 0)).max())
         patches = min(power_of_two(held), bytes_BN.shape[1])
         open_slots = power_of_two(int(open_B.max()) + 1 + self.draft)
-        # A patch for every four bytes; where there are more, the cache grows when it is full.
+        # One patch per four bytes; with more patches, the cache grows when it is full.
         wanted = power_of_two(int(closed_B.max()) + 1 + room // 4)
         with on_mesh(self.mesh):
             memory = prefill(self.model, patches, open_slots, self.params, scored)

@@ -28,7 +28,7 @@ from bltjax.model.byte_lm import entropies_of
 from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY
 
 RUNNING, AT_EOS, AT_STOP, AT_LIMIT, NOT_FINITE = range(5)
-WHY = ("", "eos", "stop", "max_bytes", "")  # what is not finite is an error, no end of a text
+WHY = ("", "eos", "stop", "max_bytes", "")  # numbers that aren't finite are errors
 
 
 class Asked(NamedTuple):
@@ -47,7 +47,7 @@ class Costs(NamedTuple):
 
     latent_runs: jax.Array  # of the latent transformer, whatever the number of rows
     latent_patches: jax.Array  # that it ran on
-    passes: jax.Array  # of the whole model over a row: one a byte, or one a round of drafts
+    passes: jax.Array  # of the whole model over a row: one per byte, or one per round of drafts
 
     def plus(self, latent_runs, latent_patches, passes) -> "Costs":
         more = (latent_runs, latent_patches, passes)
@@ -61,7 +61,7 @@ class State(NamedTuple):
     keys_B: jax.Array
     made_B: jax.Array  # ids written, EOS among them
     why_B: jax.Array
-    used_BV: jax.Array  # ids that the text has
+    used_BV: jax.Array  # ids that occur in the text
     utf8_B: jax.Array
     tail_BT: jax.Array  # the newest ids that were written, for stop strings
     costs: Costs
@@ -72,8 +72,8 @@ class Written(NamedTuple):
 
     count_B: jax.Array
     ids_BN: jax.Array
-    log_probs_BN: jax.Array  # of each id, under the model as it is: before any setting
-    entropies_BN: jax.Array  # nats, of what decides on patches, before each id
+    log_probs_BN: jax.Array  # of each id, under the model itself: before any sampling setting
+    entropies_BN: jax.Array  # nats, of the model that places patches, before each id
     opens_BN: jax.Array  # whether the id opens a patch
 
 
@@ -189,7 +189,7 @@ def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Wr
     if steps.penalises:
         is_id_BV = jnp.arange(VOCABULARY)[None] == id_B[:, None]
         state = state._replace(used_BV=state.used_BV | (is_id_BV & go_B[:, None]))
-    # A row that has ended takes no more: its memory is that of the text before its last id.
+    # A row that has ended is not advanced: its memory is that of the text before its last id.
     memory = model.advance(params, state.memory, id_B, go_B & (why_B == RUNNING))
     return state._replace(memory=memory), out
 

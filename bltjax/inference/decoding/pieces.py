@@ -16,7 +16,7 @@ class Piece(NamedTuple):
     log_probs: np.ndarray  # float32 [len(text)], nats, under the model before any sampling setting
     entropies: np.ndarray  # float32 [len(text)], nats, known before each byte
     opens: np.ndarray  # bool [len(text)]: whether the byte opens a patch
-    why: str  # "" while the row goes on; then eos, stop or max_bytes
+    why: str  # "" while the row runs; then eos, stop or max_bytes
 
 
 class Rest:

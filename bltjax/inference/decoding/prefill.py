@@ -11,7 +11,7 @@ from bltjax.inference.decoding.placement import held, in_groups
 from bltjax.inference.decoding.request import check_decodable
 
 SHORTEST = 64  # bytes and patches of the smallest buffers
-CHUNK = 32  # bytes between two looks of the host
+CHUNK = 32  # bytes per call of the loop
 
 
 def power_of_two(size: int, least: int = SHORTEST) -> int:

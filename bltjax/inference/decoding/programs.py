@@ -35,7 +35,7 @@ from bltjax.inference.decoding.sampling import GREEDY
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import VOCABULARY
 
-CHUNK = 32  # bytes between two looks of the host
+CHUNK = 32  # bytes per call of the loop
 OPEN_SLOTS = 64  # bytes that an open patch may have
 STOPS = (4, 16)  # stop strings, and their bytes
 

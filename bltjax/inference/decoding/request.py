@@ -33,13 +33,13 @@ def check_decodable(config: ModelConfig, has_byte_lm: bool, draft: int) -> None:
     if patching.mode == "bpe":
         raise ValueError(
             "bpe patching can't generate: where a token ends depends on text that is not written"
-            " yet (paper 2.4). It serves training, evaluation and pictures."
+            " yet (paper 2.4). Use it for training, evaluation and pictures."
         )
     if not patching.incremental:
         raise ValueError(
             "patching.looks_past_end is False, as the transformers port has it: whether a patch"
-            " begins after a text's last byte would depend on there being no other byte. Take the"
-            " released way: `convert` again without --as_port"
+            " begins after a text's last byte would depend on there being no other byte. Use the"
+            " released behaviour: `convert` again without --as_port"
         )
     if patching.mode == "entropy" and not has_byte_lm:
         raise ValueError("entropy patching needs a byte LM to generate: there is none")
@@ -76,7 +76,7 @@ def fitting_prompts(
     if draft and sampling != GREEDY:
         raise ValueError(
             "drafts are verified greedily: sampling, a penalty or a constraint would need the"
-            " draft's distribution at every byte. Take draft 0, or temperature 0 alone"
+            " draft's distribution at every byte. Use draft 0, or temperature 0 alone"
         )
     stops = [as_bytes(text) for text in stop]
     if not all(stops):

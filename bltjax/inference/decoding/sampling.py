@@ -136,8 +136,8 @@ def permitted(steps: Steps, utf8_B, left_B):
     next_B256 = jnp.asarray(UTF8_NEXT)[utf8_B]
     needs_B256 = 1 + jnp.asarray(UTF8_LACKS)[next_B256]
     fits_B256 = (next_B256 >= 0) & (needs_B256 <= left_B[:, None])
-    # A text may end between characters only, unless what is left is too short to end one: then
-    # nothing would be permitted, and EOS is.
+    # A text may end only between characters, unless the bytes left are too few to complete one:
+    # then no byte would be permitted, and EOS is.
     ends_B1 = (utf8_B == 0)[:, None] | ~fits_B256.any(axis=1, keepdims=True)
     ends_BV = jnp.pad(ends_B1, ((0, 0), (EOS, OFFSET - EOS - 1)))
     return jnp.concatenate([ends_BV, fits_B256], axis=1)
@@ -166,7 +166,7 @@ def narrowed(steps: Steps, numbers: Numbers, logits_BV):
             sorted_BV = jnp.where(kept_BV, sorted_BV, -jnp.inf)
         if steps.top_p:
             probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
-            # Mass of the likelier ones: the likeliest always stays.
+            # Mass of the likelier ones: the likeliest is always kept.
             kept_BV = kept_BV & (jnp.cumsum(probs_BV, axis=-1) - probs_BV < numbers.top_p)
         place_BV = jnp.argsort(order_BV, axis=-1)
         kept_BV = jnp.broadcast_to(kept_BV, order_BV.shape)

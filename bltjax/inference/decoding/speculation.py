@@ -51,7 +51,7 @@ class Verified(NamedTuple):
     context_BQ: jax.Array
     cursors: Cursor  # [Q, B]
     running: tuple[jax.Array, ...]  # maxima over the open patch up to each byte, [B, Q, E]
-    sources: Any  # what the decoder reads: the old patch, then those that closed
+    sources: Any  # the decoder's inputs: the old patch, then those that closed
     memory: Memory  # with caches written
 
 
@@ -124,8 +124,8 @@ def verified(model: CachedBLT, params, memory: Memory, ids_BQ, states, go_B) -> 
 
     slot_BQ = memory.open_B[:, None] + jnp.arange(queries)[None]
     offered = written(memory.offered, sources, slot_BQ)
-    # The patches that close, in order, then as many that don't, which see nothing and which
-    # nothing sees: their slots in the latent caches lie beyond every patch that counts.
+    # The patches that close, in order, then padding, which is masked both ways: its slots in
+    # the latent caches lie beyond every valid patch.
     order_BQ = jnp.argsort(~opens_BQ, axis=1, stable=True)
     closes_BQ = jnp.take_along_axis(opens_BQ, order_BQ, axis=1)
     end_BQ = jnp.where(closes_BQ, memory.open_B[:, None] + order_BQ + 1, 0)
@@ -174,7 +174,7 @@ def committed(model: CachedBLT, ids_BQ, states, found: Verified, taken_B, go_B) 
     place_1Q = jnp.arange(queries, dtype=jnp.int32)[None]
     closed_BQ = found.opens_BQ & (place_1Q < taken_B[:, None])
     closed_B = closed_BQ.sum(axis=1, dtype=jnp.int32)
-    # Where, among the bytes, the patch begins that is open now; 0 if none closed.
+    # Index, among the bytes, of the start of the open patch; 0 if none closed.
     begin_B = jnp.where(closed_BQ, place_1Q + 1, 0).max(axis=1)
     shift_B = jnp.where(closed_B > 0, memory.open_B + begin_B, 0)
 
@@ -235,7 +235,7 @@ def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out
     ids_BQ, states, memory = drafted(model, params, before, pending_BV, queries)
     found = verified(model, params, memory, ids_BQ, states, go_B)
 
-    # What each id was chosen by is what was known before it.
+    # The logits that chose an id are those before it.
     def earlier(first_B, x_BQ):
         return jnp.concatenate([first_B[:, None], x_BQ[:, :-1]], axis=1)
 

@@ -43,7 +43,7 @@ class CrossConfig:
     heads: int = 16
     encoder: str = "last"  # none, last, all: after which encoder layers
     decoder: str = "all"  # none, first, all: before which decoder layers
-    repools: bool = False  # the transformers port pools anew at each layer; ours and Meta's once
+    repools: bool = False  # the transformers port pools at each layer; ours and Meta's once
 
     def __post_init__(self):
         positive(self, "slots", "heads")

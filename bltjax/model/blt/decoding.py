@@ -47,7 +47,7 @@ class Scored(NamedTuple):
     scorer: tuple[Cache, ...]
     context_B: jax.Array
     cursor: Cursor
-    closed_B: jax.Array  # patches that are whole
+    closed_B: jax.Array  # complete patches
     open_B: jax.Array  # bytes of the open patch
     sound_B: jax.Array  # positions before the first entropy that is not finite: all, if none is
 
@@ -58,18 +58,18 @@ class Memory(NamedTuple):
     past_BT: jax.Array  # the newest ids, the newest last
     count_B: jax.Array
     scorer: tuple[Cache, ...]
-    context_B: jax.Array  # where the scorer's context begins
+    context_B: jax.Array  # start of the scorer's context
     cursor: Cursor
     opens_B: jax.Array  # whether the next byte opens a patch
     encoder: tuple[Cache, ...]
-    state_B1E: jax.Array  # the newest byte's, which the decoder has yet to see
+    state_B1E: jax.Array  # the newest byte's, which the decoder has not read yet
     open_B: jax.Array  # bytes of the open patch
     pooled: tuple[jax.Array, ...]  # the maxima over them, [B, 1, E]
     offered: tuple[Cache, ...]  # their keys and values
-    closes_B: jax.Array  # whether the open patch is whole, and waits for the latent transformer
+    closes_B: jax.Array  # whether the open patch is complete, and waits for the latent transformer
     latent: tuple[Cache, ...]
     patches_B: jax.Array  # in the latent caches
-    reads: Any  # what the decoder reads of the newest of them
+    reads: Any  # the decoder's inputs from the newest of them
     decoder: tuple[Cache, ...]
 
 
@@ -92,7 +92,7 @@ class CachedBLT:
     patching: Patching
     scorer: Scorer
     dtype: Any
-    extra: int = 0  # slots that the rings have beyond their windows
+    extra: int = 0  # slots of the rings beyond their windows
     implementation: str | None = None  # of attention over whole prompts
 
     @property
@@ -159,7 +159,7 @@ class CachedBLT:
             jnp.where(inside_BT1, x, -jnp.inf).max(axis=1, keepdims=True) for x in pooled
         )
 
-        # The latent caches hold every patch that is whole; a patch beyond is not seen before it is.
+        # The latent caches hold every complete patch; later ones are masked until then.
         angles = rotary_angles(
             jnp.broadcast_to(jnp.arange(patches)[None], (rows, patches)),
             latent.width // latent.heads,

@@ -72,7 +72,7 @@ def looked_up_forward(tables_RME, ids_RBN, dtype):
 
 def looked_up_backward(dtype, kept, grad_BNE):
     """Table by table; differentiating the slices would add up as many whole gradients."""
-    ids_RBN, tables_RM0 = kept  # no columns: what is left of the tables is their shape and dtype
+    ids_RBN, tables_RM0 = kept  # no columns: only the shape and dtype of the tables are needed
     shape = (*tables_RM0.shape[:2], grad_BNE.shape[-1])
     mesh = owned_mesh(shape)
     if mesh is None:
@@ -127,10 +127,10 @@ class Route(NamedTuple):
     """The distinct ids of one device and one table, sorted, with their owners."""
 
     distinct_Q: jax.Array  # ascending; after the last one, numbers that are no id
-    first_S1: jax.Array  # where each owner's begin among them; the last is their number
+    first_S1: jax.Array  # start of each owner's ids among them; the last is their number
     order_Q: jax.Array  # positions by ascending id
-    rank_Q: jax.Array  # of each of those, which of the distinct ids it has
-    rounds: jax.Array  # how many the fullest device of the slice needs
+    rank_Q: jax.Array  # for each of those, the index of its distinct id
+    rounds: jax.Array  # number for the fullest device of the slice
 
 
 def capacity_of(positions: int, owners: int) -> int:
@@ -201,7 +201,7 @@ def fetched(tables_RME, ids_RBN, *, dtype):
     def of_table(total_QE, table_and_ids):
         table, ids_Q = table_and_ids
         route = route_of(ids_Q, owned, owners, capacity)
-        # In which round, and from which place in it, each position's row comes.
+        # The round, and the index in it, from which each position's row comes.
         owner_Q = ids_Q[route.order_Q] // owned
         since_Q = route.rank_Q - route.first_S1[owner_Q]
         place_Q = since_Q // capacity * sent + owner_Q * capacity + since_Q % capacity
@@ -245,7 +245,7 @@ def returned(ids_RBN, grad_BNE, *, owned: int, dtype, replicas: tuple[str, ...])
     R, E = ids_RBN.shape[0], grad_BNE.shape[-1]
     owners = jax.lax.axis_size(OWNERS)
     ids_RQ = own_part(ids_RBN.reshape(R, -1), 1)
-    grad_QE = own_part(grad_BNE.reshape(-1, E), 0)  # zero where positions only pad
+    grad_QE = own_part(grad_BNE.reshape(-1, E), 0)  # zero for padding
     positions = ids_RQ.shape[1]
     capacity = capacity_of(positions, owners)
 

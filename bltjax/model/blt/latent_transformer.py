@@ -35,7 +35,7 @@ class LatentTransformer(nn.Module):
     config: BLTConfig
     dtype: jnp.dtype
     implementation: str | None
-    span: int  # P: a patch sees at most so many
+    span: int  # P: the most patches that a patch sees
     scanned: bool = True  # False: a plain loop over layers whose parameters are apart
 
     def setup(self):

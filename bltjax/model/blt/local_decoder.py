@@ -27,7 +27,7 @@ class LocalDecoder(nn.Module):
         local, cross = self.config.local, self.config.cross
         E, K, D = local.width, cross.slots, self.config.latent.width
         if cross.decoder == "none":
-            # Without cross-attention each byte adds what it reads, once, before the layers.
+            # Without cross-attention each byte adds its patch's state, once, before the layers.
             self.narrow_DE = self.param("narrow_DE", truncated_normal(D), (D, E))
         else:
             self.narrow_DKE = self.param("narrow_DKE", truncated_normal(D), (D, K, E))

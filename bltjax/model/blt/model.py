@@ -46,6 +46,6 @@ class BLT(nn.Module):
             "slots_BSE": slots_BSE,
             "latent_BPD": latent_BPD,
             "patches": patches,
-            # Keys, not rotated, and values of every self-attention: what a decoder goes on from.
+            # Unrotated keys, and values, of every self-attention: for a decoder's prefill.
             "kept": {"encoder": encoder_kept, "latent": latent_kept, "decoder": decoder_kept},
         }

@@ -5,7 +5,7 @@ Where the port deviates from the released models, an import follows the release 
 asks for the port's behaviour, which is then a setting of ours:
 
     the port                                                    the setting
-    pools anew before each encoder cross-attention              cross.repools
+    pools again before each encoder cross-attention             cross.repools
     with max_patch_length, forgets a patch just after the end   patching.looks_past_end
     cuts every byte alone unless patching_mode is "entropy"     patching.mode = "byte"
 """

@@ -63,8 +63,8 @@ REQUIRED = {
     "vocab_size": (260,), "tie_word_embeddings": (False,), "hidden_act": ("silu",),
     "attention_bias": (False,), "mlp_bias": (False,), "pm_size": (0, None),
 }  # fmt: skip
-# Fields that transformers writes into any config, now or in earlier versions, and that change
-# nothing of what the model computes.
+# Fields that transformers writes into any config, now or in earlier versions, and that don't
+# affect the model's results.
 WITHOUT_EFFECT = set(
     "_name_or_path _attn_implementation_autoset architectures dtype torch_dtype "
     "transformers_version model_type use_cache initializer_range dropout patch_size "
@@ -87,7 +87,7 @@ LLAMA3 = {
     "factor": float, "low_freq_factor": float, "high_freq_factor": float,
     "original_max_position_embeddings": int,
 }  # fmt: skip
-# Rotary settings that change nothing at these values, whatever the type.
+# Rotary settings without effect at these values, whatever the type.
 NEUTRAL = {"partial_rotary_factor": (1.0, None), "attention_factor": (1.0, None)}
 
 

@@ -162,5 +162,5 @@ def byte_lm_pieces(names: Names, config: ByteLMConfig) -> list[Piece]:
     return pieces
 
 
-# How the tensors of a family lie, by its name; others are in no released layout.
+# The mapping of each family, by name; others have no released layout.
 PIECES = {"blt": blt_pieces, "byte_lm": byte_lm_pieces}

@@ -53,7 +53,7 @@ REQUIRED = {
     "downsampling_by_pooling": ("max",), "encoder_enable_byte_ngrams": (False,),
     "dim_token_emb": (None,), "dim_patch_emb": (None,), "ngram_vocab_sizes": (None,),
 }  # fmt: skip
-# Fields that change nothing of what a trained model computes.
+# Fields that don't affect the results of a trained model.
 WITHOUT_EFFECT = set(
     "seed init_base_std init_std_factor attn_impl attn_bias_type eos_id sliding_window "
     "dropout patch_size patching_mode patching_threshold patching_threshold_add monotonicity "

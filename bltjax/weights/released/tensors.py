@@ -7,7 +7,7 @@ import numpy as np
 from bltjax.weights.lazy import DTYPES, Leaf, Tensor, finite, stacked
 from bltjax.weights.released.mapping import Piece
 
-STORED = (DTYPES["float32"], DTYPES["bfloat16"])  # what our exports hold
+STORED = (DTYPES["float32"], DTYPES["bfloat16"])  # the dtypes of our exports
 
 
 def inner_shape(piece: Piece, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -118,7 +118,7 @@ def joined_leaf(
         begin, end, _ = rows.indices(inner[0])
         if piece.kind != "table":
             return into_ours(piece, tensor.all(), inner)[begin:end].astype(dtype)
-        held = max(begin, min(end, piece.rows))  # what lies beyond is padding, and zero
+        held = max(begin, min(end, piece.rows))  # rows beyond are padding, and zero
         found = tensor.read(piece.first + begin, piece.first + held)
         padded = np.zeros((end - begin, *inner[1:]), dtype)
         padded[: held - begin] = found
