@@ -108,7 +108,8 @@ def evaluate(model, source):
     """
     from bltjax.evaluation import scores
 
-    return scores.evaluate_model(model.model, source)
+    devices = None if model.mesh is None else model.mesh.devices.flat
+    return scores.evaluate_model(model.model, source, devices)
 
 
 def patch(text: str | bytes, patching, entropies=None) -> list[bytes]:
@@ -132,7 +133,7 @@ def training_batches(config):
     (data/batches.py). Its state is exact: `get_state()`, `set_state(state)`.
 
         batch = next(bltjax.training_batches(config))
-        batch.bytes_BN      # int32 [rows, row_bytes]
+        batch.bytes_BN      # int32 [batch_size, seq_len]
 
     Raises:
       ValueError: for data that the config cannot use.
@@ -140,9 +141,18 @@ def training_batches(config):
     from bltjax.data import pipeline
     from bltjax.families import model_config
 
-    streams = list(range(config.data.batch_size))
-    patching = model_config(config).patching
-    return iter(pipeline.training_batches(config.data, patching, seed=config.seed, streams=streams))
+    model, identity = model_config(config), None
+    if model.by_entropy and config.entropy_model:
+        from bltjax.inference import entropy
+
+        newline_reset = model.patching.newline_reset
+        scorer = entropy.load_entropy_model(config.entropy_model, newline_reset=newline_reset)
+        identity = scorer.identity
+    batches = pipeline.training_batches(
+        config.data, model.patching, seed=config.seed, streams=range(config.data.batch_size),
+        expected_identity=identity,
+    )  # fmt: skip
+    return iter(batches)
 
 
 def threshold(records, mean: float) -> float:

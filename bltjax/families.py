@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.attention import fastest
-from bltjax.config.fields import divides, from_dict, renamed
+from bltjax.config.fields import divides, from_dict, renamed, to_dict
 from bltjax.config.load import read_config_file
 from bltjax.config.model import ModelConfig
 from bltjax.config.run import RunConfig
@@ -136,13 +136,21 @@ def family_of(config) -> Family:
     return FAMILIES[getattr(config, "model", config).group]
 
 
-def parse(kind: type, values, where: str = "config"):
+def parse(kind: type, values, where: str = "config", file=""):
     """A RunConfig or ModelConfig from nested dicts; the group named after a family holds its model.
+
+    file: that has them, for the log.
 
     Raises:
       ValueError: as `from_dict`.
     """
-    return from_dict(kind, renamed(values, where), where, groups())
+    config = from_dict(kind, renamed(values, file or where), where, groups())
+    if kind is ModelConfig and (config.patching is None) == (family_of(config).rows == "patches"):
+        raise ValueError(
+            f"{where}.patching is for families with patches: a {family_of(config).title} has"
+            f" {'some' if config.patching is None else 'none'}"
+        )
+    return config
 
 
 def load_config(spec: str, overrides: Iterable[str] = ()) -> RunConfig:
@@ -161,7 +169,7 @@ def from_json(values, path) -> RunConfig:
       ValueError: as `parse`, naming the file.
     """
     try:
-        return parse(RunConfig, values)
+        return parse(RunConfig, values, file=path)
     except ValueError as error:
         raise ValueError(
             f"{path}: {error}. Most likely another version of bltjax wrote it, and can read it"
@@ -175,6 +183,15 @@ def model_config(run: RunConfig) -> ModelConfig:
         run.model, patching, run.data.seq_len, run.data.max_patches, run.compute_dtype,
         run.attention,
     )  # fmt: skip
+
+
+def run_layout(config: ModelConfig) -> dict:
+    """The settings of a model as JSON, in the layout of a run's config.json."""
+    values = to_dict(config)
+    limits = {"seq_len": values.pop("max_bytes"), "max_patches": values.pop("max_patches")}
+    if values["patching"] is None:
+        del values["patching"]
+    return values | {"data": limits}
 
 
 def resolved(config, device):

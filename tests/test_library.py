@@ -23,6 +23,7 @@ from bltjax.__main__ import main
 from bltjax.config.data import SourceConfig
 from bltjax.config.run import RunConfig
 from bltjax.data import pipeline
+from bltjax.distributed import rows
 from bltjax.evaluation.scores import Evaluation
 from bltjax.inference.loaded import LoadedModel
 from bltjax.training import train as trainer
@@ -182,7 +183,7 @@ def same(batch, other) -> bool:
 @pytest.mark.parametrize("model", ["byte_lm", "blt"])
 def test_training_batches_are_those_of_a_run(runs, model, tmp_path, monkeypatch):
     config, trained_on = config_of(runs, model), []
-    kept = trainer.global_batch
+    kept = rows.global_batch
     monkeypatch.setattr(
         trainer, "global_batch", lambda batch, *more: trained_on.append(batch) or kept(batch, *more)
     )

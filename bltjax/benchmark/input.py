@@ -16,8 +16,8 @@ import numpy as np
 
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.model import Patching
+from bltjax.data.batches import fills
 from bltjax.data.calibrate import calibrate, sample_documents
-from bltjax.data.packing import fills
 from bltjax.data.pipeline import training_batches
 from bltjax.data.records import (
     Manifest,

@@ -10,6 +10,7 @@ attribute `group`, its name in a config file or JSON. The functions below take t
 
 import dataclasses
 import difflib
+import functools
 import json
 import logging
 import math
@@ -25,8 +26,6 @@ MAY_CHANGE = "may change"  # yes: it only affects how a run is executed, or its 
 SAME_CONTENT = "same content"  # a path of an input: another path, but the same contents
 RENAMED = "renamed"  # another path, whatever its contents; but not none, and not the first
 LENGTH = "length"  # up, or down to the steps already done
-
-
 # Settings that were renamed: their old names are read wherever there are settings.
 OLD_NAMES = {
     "data.rows": "data.batch_size",
@@ -56,15 +55,21 @@ def renamed(values, where: str):
         values = values | {group: {now if key == name else key: x for key, x in inner.items()}}
         found.append(f"{old} is now {new}")
     if found:
-        LOG.info("%s has settings by their old names: %s", where, ", ".join(found))
+        notify(f"{where} has settings by their old names: {', '.join(found)}")
     return values
+
+
+@functools.cache
+def notify(line: str) -> None:
+    """Logs a line, the first time that it is given."""
+    LOG.warning("%s", line)
 
 
 def renamed_override(override: str) -> str:
     """An override `key=value` by its setting's new name."""
     for old, new in OLD_NAMES.items():
         if override.startswith((f"{old}=", f"{old}.")):
-            LOG.info("config.%s is now config.%s", old, new)
+            notify(f"config.{old} is now config.{new}")
             return new + override.removeprefix(old)
     return override
 
@@ -191,7 +196,7 @@ def from_dict(kind, values, where: str = "config", groups: dict[str, type] | Non
             if len(given) != 1:
                 *others, last = groups
                 raise ValueError(
-                    f"a run trains one model: give one of {', '.join(others)} and {last}"
+                    f"a config has one model: give one of {', '.join(others)} and {last}"
                 )
             made[name] = given[0]
         for field in dataclasses.fields(kind):

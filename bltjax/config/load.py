@@ -135,7 +135,8 @@ def made_by(file: Path, path: str, argument: str) -> ConfigDict | FrozenConfigDi
     if isinstance(alias := getattr(module, "ALIAS", None), str):  # FILE.py:ARGUMENT beside it
         name, first = split_spec(alias)
         LOG.info("%s is now %s", path, f"{file.parent.name}/{alias}")
-        return made_by(file.with_name(name), name, "_".join(filter(None, (first, argument))))
+        beside = str(Path(path).with_name(name))
+        return made_by(file.with_name(name), beside, "_".join(filter(None, (first, argument))))
     if not callable(getattr(module, "get_config", None)):
         raise ValueError(f"{path} is no config: it has no function get_config")
     check_argument(inspect.signature(module.get_config), path, argument)

@@ -12,7 +12,6 @@ converted model and through the source.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import logging
@@ -46,14 +45,7 @@ from bltjax.weights.lazy import DTYPES, cast, read_object
 from bltjax.weights.released.hf import is_port, read_port, write_port
 from bltjax.weights.released.hub import not_there, of_hub_cache
 from bltjax.weights.released.meta import is_meta, read_meta, write_meta
-from bltjax.weights.stored import ModelFiles
-
-LAYOUTS = {
-    "export": "an export",
-    "run": "a training run",
-    "meta": "Meta's files",
-    "transformers": "the transformers port",
-}
+from bltjax.weights.stored import LAYOUTS, ModelFiles, patching_words
 
 
 def open_model(path: epath.Path, *, as_port: bool = False) -> ModelFiles:
@@ -216,18 +208,6 @@ def described(source: epath.Path, files: ModelFiles) -> list[str]:
         if files.config.by_entropy and files.byte_lm is None:
             lines.append("  note: no byte LM beside it, which its patches need; --byte_lm adds one")
     return lines
-
-
-def patching_words(patching) -> str:
-    """The settings of a patching that are not defaults, and the threshold."""
-    words = [patching.mode]
-    if patching.mode == "entropy":
-        words.append(f"threshold {patching.threshold}")
-    for field in dataclasses.fields(patching):
-        value = getattr(patching, field.name)
-        if field.name not in ("mode", "threshold") and value != field.default:
-            words.append(f"{field.name} {value}")
-    return ", ".join(words)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

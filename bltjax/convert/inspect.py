@@ -18,19 +18,19 @@ from etils import epath
 from bltjax.config.arguments import path_argument
 from bltjax.config.fields import to_dict
 from bltjax.config.model import ModelConfig
-from bltjax.convert.convert import LAYOUTS, open_model, patching_words
+from bltjax.convert.convert import open_model
 from bltjax.convert.integrity import check_arrays, check_checkpoint, read_through
 from bltjax.data.records import MANIFEST, read_manifest
-from bltjax.families import family_of, leaf_shapes, model_config, model_shapes
+from bltjax.families import family_of, leaf_shapes, model_config, model_shapes, run_layout
 from bltjax.model.params import parameter_count
 from bltjax.progress import Progress, duration, quantity
 from bltjax.system.paths import size_of
 from bltjax.weights.export import is_export, read_config
 from bltjax.weights.export import read_manifest as read_export
 from bltjax.weights.lazy import blocks
-from bltjax.weights.stored import ModelFiles
+from bltjax.weights.stored import LAYOUTS, ModelFiles, patching_words
+from bltjax.weights.workdir import config_values, read_reports
 from bltjax.weights.workdir import read_config as read_run
-from bltjax.weights.workdir import read_reports
 
 TOLD = 8  # lines of damage in the text report
 
@@ -41,7 +41,7 @@ def described_model(config: ModelConfig) -> dict:
         "parameters": parameter_count(model_shapes(config), config.model),
         "patches": patching_words(config.patching) if config.patching else None,
         "rows": f"{config.max_bytes} bytes",
-        "config": to_dict(config),
+        "config": run_layout(config),
     }
 
 
@@ -58,7 +58,9 @@ def inspect_run(path: epath.Path, quick: bool) -> dict:
     if not steps:
         damage.append("it has no checkpoint yet")
     found = {"kind": "run", "step": steps[-1]["step"] if steps else 0}
-    found |= {"steps_asked": run.optimizer.steps} | described_model(config)
+    if "optimizer" in config_values(path):  # not a copy of a model alone
+        found["steps_asked"] = run.optimizer.steps
+    found |= described_model(config)
     found |= {"rows": f"{run.data.batch_size} x {run.data.seq_len} bytes", "config": to_dict(run)}
     if (path / "metrics.jsonl").exists():
         found["last_report"] = last_report(path / "metrics.jsonl")

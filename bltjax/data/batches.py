@@ -80,3 +80,14 @@ def one_row(ids_N: np.ndarray, starts_N1: np.ndarray | None, length: int) -> Bat
     starts_BN1 = np.zeros((1, length + 1), bool)
     starts_BN1[0, : len(ids_N) + 1] = starts_N1
     return PatchBatch(bytes_BN, documents_BN, starts_BN1)
+
+
+def fills(batch, slots: int):
+    """Used shares of the byte slots and of the patch slots of a batch; for numpy and for jax.
+
+    slots: patches that fit in a row. A byte LM's positions are its patches.
+    """
+    real_BN = batch.documents_BN > 0
+    starts_BN1 = getattr(batch, "starts_BN1", None)
+    opens_BN = real_BN if starts_BN1 is None else starts_BN1[:, :-1] & real_BN
+    return real_BN.mean(), opens_BN.sum(axis=1).mean() / slots

@@ -252,14 +252,3 @@ def pack_exact(
             rows.append(([piece], size, piece.patches))
         bisect.insort(by_room, (room - size, number))
     return [pieces for pieces, _, _ in rows], cuts
-
-
-def fills(batch, slots: int):
-    """Used shares of the byte slots and of the patch slots of a batch; for numpy and for jax.
-
-    slots: patches that fit in a row. A byte LM's positions are its patches.
-    """
-    real_BN = batch.documents_BN > 0
-    starts_BN1 = getattr(batch, "starts_BN1", None)
-    opens_BN = real_BN if starts_BN1 is None else starts_BN1[:, :-1] & real_BN
-    return real_BN.mean(), opens_BN.sum(axis=1).mean() / slots

@@ -7,16 +7,12 @@ devices or processes: the parameters and the rows are divided among all devices 
 """
 
 import argparse
-import dataclasses
 import gzip
 import json
 import logging
 import lzma
-import math
 import time
-from collections.abc import Sequence
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -28,15 +24,13 @@ from bltjax.config.arguments import (
     source_from,
 )
 from bltjax.config.data import SourceConfig
-from bltjax.config.model import ModelConfig
-from bltjax.config.run import MeshConfig
 from bltjax.data.calibrate import mean_patch_bytes
 from bltjax.data.records import RecordDocuments
 from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.distributed.processes import add_arguments as add_process_arguments
 from bltjax.distributed.processes import is_writer, join
-from bltjax.distributed.sharding import make_mesh, tree_shardings
-from bltjax.evaluation.scores import evaluate_documents
+from bltjax.distributed.sharding import tree_shardings
+from bltjax.evaluation.scores import evaluate_documents, evaluation_mesh
 from bltjax.families import check_mesh, family_of, model_shapes
 from bltjax.inference.entropy import as_scorer, scored_source
 from bltjax.model.params import parameter_count
@@ -49,57 +43,6 @@ from bltjax.weights.export import load_params, load_scorer, read_config, read_ru
 
 logger = logging.getLogger("bltjax")
 XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
-
-
-def mesh_words(config: MeshConfig) -> str:
-    """A mesh in the form of --mesh: data=2,fsdp=4."""
-    sizes = dataclasses.asdict(config).items()
-    return ",".join(f"{axis}={size}" for axis, size in sizes if size != 1) or "data=1"
-
-
-def evaluation_mesh(
-    config: ModelConfig, asked: MeshConfig | None = None, devices: Sequence | None = None
-) -> Mesh:
-    """The requested mesh, or the one of all devices that splits the parameters most.
-
-    As many devices split the parameters as divide them; the rest share the rows (`data`).
-
-    Raises:
-      ValueError: if the request doesn't fit the devices or the model, with meshes that do.
-    """
-    devices = jax.devices() if devices is None else devices
-    shapes, count = model_shapes(config), len(devices)
-
-    def made(sizes: MeshConfig) -> Mesh:
-        mesh = make_mesh(sizes, devices)
-        check_mesh(config.model, None, mesh)
-        tree_shardings(shapes, mesh)
-        return mesh
-
-    refused = None
-    for fsdp in (size for size in range(count, 0, -1) if count % size == 0):
-        sizes = MeshConfig(count // fsdp, fsdp, 1)
-        try:
-            default = made(sizes)
-            break
-        except ValueError as error:
-            refused = refused or error
-    if asked is None:
-        if refused:
-            logger.info("evaluating on mesh %s, since %s", mesh_words(sizes), refused)
-        return default
-    way_out = f"--mesh={mesh_words(sizes)} works here, and is the default"
-    known = (asked.data, asked.fsdp, asked.tensor)
-    product = math.prod(known)
-    if product > 0 and product != count:
-        raise ValueError(
-            f"--mesh={mesh_words(asked)}: data x fsdp x tensor = {' x '.join(map(str, known))} ="
-            f" {product}, but there are {count} devices; {way_out}"
-        )
-    try:
-        return made(asked)
-    except ValueError as error:
-        raise ValueError(f"--mesh={mesh_words(asked)}: {error}; {way_out}") from None
 
 
 def evaluate(

@@ -1,5 +1,8 @@
 """Bits per byte of a model in memory: on documents, on batches, on a source."""
 
+import dataclasses
+import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,26 +11,75 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.config.data import DataConfig, SourceConfig
+from bltjax.config.model import ModelConfig
 from bltjax.config.run import MeshConfig
 from bltjax.data.batches import Batch
 from bltjax.data.pipeline import held_out_batches
 from bltjax.data.records import Document
 from bltjax.distributed.processes import is_writer, together
 from bltjax.distributed.rows import own_part
-from bltjax.distributed.sharding import (
-    make_mesh,
-    replicated,
-    row_sharding,
-    tree_shardings,
-    under,
-)
-from bltjax.families import Model, batch_logits, model_shapes, module_of, resolved
+from bltjax.distributed.sharding import make_mesh, replicated, row_sharding, tree_shardings, under
+from bltjax.families import Model, batch_logits, check_mesh, model_shapes, module_of, resolved
 from bltjax.inference.entropy import PREVIEW, device_of, scored_source, scorer_of
 from bltjax.inference.finite import not_finite
 from bltjax.model.loss import Sums, target_sums
 from bltjax.progress import Progress
 from bltjax.system.compiling import CompileTime
 from bltjax.text.alphabet import decode
+
+logger = logging.getLogger("bltjax")
+ROW_BYTES = 2**16  # per device and batch
+
+
+def mesh_words(config: MeshConfig) -> str:
+    """A mesh in the form of --mesh: data=2,fsdp=4."""
+    sizes = dataclasses.asdict(config).items()
+    return ",".join(f"{axis}={size}" for axis, size in sizes if size != 1) or "data=1"
+
+
+def evaluation_mesh(
+    config: ModelConfig, asked: MeshConfig | None = None, devices: Sequence | None = None
+) -> Mesh:
+    """The requested mesh, or the one of all devices that splits the parameters most.
+
+    As many devices split the parameters as divide them; the rest share the rows (`data`).
+
+    Raises:
+      ValueError: if the request doesn't fit the devices or the model, with meshes that do.
+    """
+    devices = jax.devices() if devices is None else devices
+    shapes, count = model_shapes(config), len(devices)
+
+    def made(sizes: MeshConfig) -> Mesh:
+        mesh = make_mesh(sizes, devices)
+        check_mesh(config.model, None, mesh)
+        tree_shardings(shapes, mesh)
+        return mesh
+
+    refused = None
+    for fsdp in (size for size in range(count, 0, -1) if count % size == 0):
+        sizes = MeshConfig(count // fsdp, fsdp, 1)
+        try:
+            default = made(sizes)
+            break
+        except ValueError as error:
+            refused = refused or error
+    if asked is None:
+        if refused:
+            logger.info("evaluating on mesh %s, since %s", mesh_words(sizes), refused)
+        return default
+    way_out = f"--mesh={mesh_words(sizes)} works here, and is the default"
+    known = (asked.data, asked.fsdp, asked.tensor)
+    product = math.prod(known)
+    if product > 0 and product != count:
+        raise ValueError(
+            f"--mesh={mesh_words(asked)}: data x fsdp x tensor = {' x '.join(map(str, known))} ="
+            f" {product}, but there are {count} devices; {way_out}"
+        )
+    try:
+        return made(asked)
+    except ValueError as error:
+        raise ValueError(f"--mesh={mesh_words(asked)}: {error}; {way_out}") from None
 
 
 def jitted_scores(model, shardings, mesh: Mesh):
@@ -77,9 +129,7 @@ def evaluate_documents(
       FloatingPointError: for a result that is not finite, naming the parameter or the text.
     """
     config, params, compiling = model.config, model.params, CompileTime()
-    # An accelerator wants work; rows that the devices divide. The figure depends on neither.
-    rows = 8 if mesh.devices.flat[0].platform == "cpu" else max(8, 2**16 // config.max_bytes)
-    rows = -(-rows // mesh.size) * mesh.size
+    rows = rows_of_a_batch(config.max_bytes, mesh)
     data = DataConfig(batch_size=rows, seq_len=config.max_bytes, max_patches=config.max_patches)
     batches, cuts = held_out_batches(documents, data, config.patching)
     shardings = tree_shardings(model_shapes(config), mesh)
@@ -106,6 +156,14 @@ def evaluate_documents(
     return Evaluation(bits, int(text_bytes), len(documents), cuts)
 
 
+def rows_of_a_batch(max_bytes: int, mesh: Mesh) -> int:
+    """Rows that the devices divide, about ROW_BYTES per device; the result doesn't depend on it."""
+    rows = max(1, ROW_BYTES // max_bytes)
+    if mesh.devices.flat[0].platform == "cpu":
+        return -(-min(8, rows) // mesh.size) * mesh.size
+    return rows * mesh.size
+
+
 def broken_row(batch: Batch, sums_of: Callable[[Batch], Sums]) -> str:
     """The first row of a batch whose sums are not finite, by its first bytes of text."""
     for row in range(len(batch.documents_BN)):
@@ -118,8 +176,12 @@ def broken_row(batch: Batch, sums_of: Callable[[Batch], Sums]) -> str:
     return "some texts together"
 
 
-def evaluate_model(model: Model, source: SourceConfig | str) -> Evaluation:
-    """Bits per byte of a loaded model on a source, on a device that its parameters lie on.
+def evaluate_model(
+    model: Model, source: SourceConfig | str, devices: Sequence | None = None
+) -> Evaluation:
+    """Bits per byte of a loaded model on a source.
+
+    devices: to split it over; None: a device that its parameters lie on.
 
     Raises:
       ValueError: for a source that can't be read, or entropy patching without a byte LM.
@@ -127,6 +189,7 @@ def evaluate_model(model: Model, source: SourceConfig | str) -> Evaluation:
     """
     source = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
     documents = scored_source(source, model.config.patching, scorer_of(model))
-    mesh = make_mesh(MeshConfig(), [device_of(model.params)])
+    devices = [device_of(model.params)] if devices is None else list(devices)
+    mesh = evaluation_mesh(model.config, devices=devices)
     params = jax.device_put(model.params, tree_shardings(model_shapes(model.config), mesh))
     return evaluate_documents(model._replace(params=params), documents, source.path, mesh)

@@ -87,7 +87,7 @@ def contexts(ids_N: np.ndarray, newline_reset: bool) -> np.ndarray:
     return 1 + np.cumsum(ids_N == OFFSET + ord("\n"), dtype=np.int32)
 
 
-def power_of_two(value: float) -> int:
+def power_of_two_below(value: float) -> int:
     """The largest power of two not above value, at least 1."""
     return 1 << max(0, int(value).bit_length() - 1)
 
@@ -168,9 +168,9 @@ def run_documents(
     device = device_of(params)
     most_lanes, longest = CPU_BATCH if device.platform == "cpu" else DEVICE_BATCH
     if chunk is None:
-        chunk = min(longest, max(8, power_of_two(total / PADDING_SHARE)))
+        chunk = min(longest, max(8, power_of_two_below(total / PADDING_SHARE)))
     if lanes is None:
-        lanes = min(most_lanes, power_of_two(total / (PADDING_SHARE * chunk)))
+        lanes = min(most_lanes, power_of_two_below(total / (PADDING_SHARE * chunk)))
 
     loads = [(0, lane) for lane in range(lanes)]
     members: list[list[int]] = [[] for _ in range(lanes)]
@@ -198,7 +198,7 @@ def run_documents(
         left = [lane for lane in left if done[lane] < len(ids[lane])]
         if not left:
             break
-        now = left[: power_of_two(len(left))]
+        now = left[: power_of_two_below(len(left))]
         bytes_BN = np.zeros((len(now), chunk), np.int32)
         documents_BN = np.zeros((len(now), chunk), np.int32)
         for row, lane in enumerate(now):

@@ -1,4 +1,4 @@
-"""The public door for notebooks: a model in memory, and what people ask of it.
+"""A model in memory, with the methods that people and notebooks use; `bltjax.load` makes it.
 
 Texts are str or bytes, of any length that memory allows; programs are compiled for buffers of
 powers of two, so that a few serve all texts. A whole text is one document.
@@ -18,25 +18,17 @@ from bltjax.families import Model, batch_logits, make_model, resolved
 from bltjax.inference.attention_maps import CrossWeights, cross_weights
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.placement import load_onto, on_mesh, read_mesh
+from bltjax.inference.decoding.prefill import power_of_two
 from bltjax.inference.decoding.sampling import Sampling
-from bltjax.inference.decoding.uncached import bucket
 from bltjax.inference.entropies import write_entropies
 from bltjax.inference.entropy import score_documents
 from bltjax.inference.finite import first_not_finite, not_finite
 from bltjax.system.environment import check_numbers, check_platform
 from bltjax.system.paths import hidden_beside, path_of
-from bltjax.text.alphabet import (
-    EOS,
-    OFFSET,
-    VOCABULARY,
-    as_bytes,
-    decode,
-    encode,
-    text_stream,
-)
+from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY, as_bytes, decode, encode, text_stream
 from bltjax.text.patching import force_starts, patch_starts
 from bltjax.text.segments import split_at
-from bltjax.weights.export import open_stored
+from bltjax.weights.export import open_stored, params_folder
 from bltjax.weights.exporting import write_export
 
 
@@ -101,7 +93,7 @@ class LoadedModel:
         return [(decode([id]), float(chances_V[id])) for id in likeliest]
 
     def cross_weights(self, text: str | bytes) -> CrossWeights:
-        """What the cross-attentions look at in a text, by layer, slot, head and byte.
+        """Cross-attention weights of a text, by layer, slot, head and byte.
 
         Raises:
           ValueError: for a byte LM.
@@ -219,6 +211,7 @@ class LoadedModel:
         """
         if self.path is None or self.config.patching is not None:
             raise ValueError("records are written by a byte LM that was loaded from a folder")
+        check_step(self.path, self.model)
         write_entropies(SourceConfig(str(source), split_bytes=split_bytes), self.path, path_of(out))
 
     def export(self, destination) -> None:
@@ -233,10 +226,20 @@ class LoadedModel:
             raise ValueError("only a model that was loaded from a folder is exported")
         if destination.exists():
             raise ValueError(f"{destination} exists; give another destination, or remove it")
+        check_step(self.path, self.model)
         partial = hidden_beside(destination, "partial")
         partial.rmtree(missing_ok=True)
         write_export(open_stored(self.path), partial, lambda written: None)
         partial.rename(destination)
+
+
+def check_step(path, model: Model) -> None:
+    """Raises ValueError if a folder has another checkpoint now than the one in memory."""
+    _, step = params_folder(path)
+    if step != model.step:
+        raise ValueError(
+            f"{path} was loaded at step {model.step} and is at step {step} now: load it again"
+        )
 
 
 def shown_pieces(pieces) -> Iterator[str]:
@@ -251,8 +254,8 @@ def shown_pieces(pieces) -> Iterator[str]:
 
 def row_of(ids: np.ndarray, starts_N1: np.ndarray | None) -> tuple[Batch, int]:
     """A batch of one row, padded to a power of two, and room for its patches."""
-    length = bucket(len(ids))
-    patches = 0 if starts_N1 is None else min(length, bucket(int(starts_N1[:-1].sum())))
+    length = power_of_two(len(ids))
+    patches = 0 if starts_N1 is None else min(length, power_of_two(int(starts_N1[:-1].sum())))
     return one_row(ids, starts_N1, length), patches
 
 

@@ -10,6 +10,8 @@
     lost          steps after the checkpoint that was resumed, which were run again
 
 WORKDIR/goodput.json holds the sums, so that they belong to the run and not to the process.
+
+`Profile` writes a trace of a few steps, for xprof.
 """
 
 import contextlib

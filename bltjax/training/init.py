@@ -20,8 +20,9 @@ from bltjax.system.paths import is_remote, path_of
 from bltjax.training.resume import check_copy
 from bltjax.training.step import StepParts, step_parts
 from bltjax.weights import workdir as ckpt
-from bltjax.weights.export import TOKENIZER, load_params, open_stored
+from bltjax.weights.export import load_params, open_stored
 from bltjax.weights.released.llama import llama_leaves
+from bltjax.weights.workdir import TOKENIZER
 
 MOST_MESHES = 4  # that a message names
 

@@ -1,6 +1,12 @@
-"""The optimizer, and a guard that skips bad batches on the device: not finite, or a loss spike.
+"""AdamW with warm-up and cosine (paper 4.6), and a guard that skips bad batches on the device.
 
-The guard's scalars are part of the optimizer's state, so that they are saved and restored with it.
+Norms, byte embeddings and hash tables don't decay. Moments are fp32, except, with
+`optimizer.table_moments`, those of hash tables: a row of them is touched seldom, and its scale is
+what matters (Adafactor, arXiv 1804.04235). A latent transformer initialised from a Llama learns
+more slowly than the rest, and can wait for it (paper 6.2).
+
+A batch is bad if its loss or gradient is not finite, or at a spike of the loss. The guard's scalars
+are part of the optimizer's state, so that they are saved and restored with it.
 """
 
 from typing import Any, NamedTuple

@@ -6,6 +6,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from bltjax.config.run import RunConfig
+from bltjax.distributed.processes import is_writer
 from bltjax.inference.loaded import LoadedModel, load
 from bltjax.system.paths import path_of
 from bltjax.training.train import train
@@ -41,7 +42,7 @@ class Run:
         return load(self.workdir)
 
     def page(self) -> Path:
-        """Writes the run's page, one HTML file with its curves, samples and settings."""
+        """Writes the run's page, one HTML file with its curves and settings."""
         return write_page(self.workdir)
 
     def __repr__(self) -> str:
@@ -57,7 +58,8 @@ def train_run(config: RunConfig, workdir, *, resume: bool = True) -> Run:
             f"{workdir} has a run, saved at step {steps[-1]}: resume it, or give another workdir"
         )
     total = config.optimizer.steps
-    with tqdm(total=total, unit="step", initial=steps[-1] if steps else 0) as bar:
+    initial = steps[-1] if steps else 0
+    with tqdm(total=total, unit="step", initial=initial, disable=not is_writer()) as bar:
 
         def watch(step: int, values: dict) -> None:
             if "held_out_bits_per_byte" in values:

@@ -32,7 +32,7 @@ from bltjax.training.restore import restore_newest
 from bltjax.training.resume import change_lines, check_sources, check_workdir
 from bltjax.training.step import StepParts, TrainState
 from bltjax.weights import workdir as ckpt
-from bltjax.weights.export import TOKENIZER
+from bltjax.weights.workdir import TOKENIZER
 
 
 class Setup(NamedTuple):

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from bltjax.config.run import RunConfig
-from bltjax.data.packing import fills
+from bltjax.data.batches import fills
 from bltjax.distributed.sharding import (
     constrained_tree,
     free_axes,

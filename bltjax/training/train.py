@@ -10,6 +10,7 @@ reports.
 import argparse
 import contextlib
 import functools
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -141,7 +142,9 @@ def train_alone(
         config, reporter, setup.flops, last_step,
         lambda: last_good(manager, workdir, config.faults), watch,
     )  # fmt: skip
-    notice, watchdog = Notice(setup.mesh), Watchdog(config.faults.hang_seconds)
+    # Whoever watches sees a hang, and may not want to lose the process by it.
+    hang_seconds = config.faults.hang_seconds if watch is None else math.inf
+    notice, watchdog = Notice(setup.mesh), Watchdog(hang_seconds)
     phase = Phases(watchdog, goodput)
     ending = 0  # the signal, if any process has received one
 
@@ -186,8 +189,8 @@ def train_alone(
                     bits = held_out_bits(scores, state.params, setup.held_out, setup.rows)
                 reports.held_out(step, bits)
             if saves:
-                check_lock()
                 with phase(step, "saves", "checkpoints", PATIENCE):
+                    check_lock()
                     progress = progress_of(setup, step, reports)
                     save(manager, state, setup.batches.get_state(), progress)
                 goodput.save(step)

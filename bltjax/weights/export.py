@@ -29,10 +29,10 @@ from bltjax.weights import workdir as ckpt
 from bltjax.weights.damage import reading
 from bltjax.weights.lazy import DTYPES, Leaf, read_object, refuse_not_finite
 from bltjax.weights.stored import ModelFiles, check_layers
+from bltjax.weights.workdir import TOKENIZER
 
 FORMAT, VERSION = "bltjax export", 1
 MANIFEST = "export.json"
-TOKENIZER = "tokenizer.json"  # for bpe patching, in exports and work directories alike
 # The parts of a manifest, and their types.
 PARTS = {
     "config": dict, "dtype": str, "step": int, "held_out_bits_per_byte": float, "source": str,

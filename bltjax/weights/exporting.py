@@ -9,22 +9,13 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from bltjax.config.fields import to_dict
-from bltjax.config.model import ModelConfig
+from bltjax.families import run_layout
 from bltjax.system.storage import refuse_pointer, write_text
 from bltjax.weights import workdir as ckpt
-from bltjax.weights.export import FORMAT, MANIFEST, TOKENIZER, VERSION, place_of
+from bltjax.weights.export import FORMAT, MANIFEST, VERSION, place_of
 from bltjax.weights.lazy import BLOCK_BYTES, DTYPES, Leaf, blocks
 from bltjax.weights.stored import ModelFiles
-
-
-def manifest_config(config: ModelConfig) -> dict:
-    """The settings of a model in the layout of a run's config.json."""
-    values = to_dict(config)
-    limits = {"seq_len": values.pop("max_bytes"), "max_patches": values.pop("max_patches")}
-    if values["patching"] is None:
-        del values["patching"]
-    return values | {"data": limits}
+from bltjax.weights.workdir import TOKENIZER
 
 
 def chunk_shape(shape: tuple[int, ...], place: tuple[int, ...], dtype: np.dtype) -> list[int]:
@@ -90,7 +81,7 @@ def write_export(files: ModelFiles, folder: epath.Path, written: Callable[[int],
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "config": manifest_config(config),
+        "config": run_layout(config),
         "dtype": " and ".join(dtypes),
         "step": files.step,
         "held_out_bits_per_byte": files.bits_per_byte,

@@ -1,9 +1,29 @@
 """A stored model: its settings, its lazily read parameters, its origin."""
 
+import dataclasses
 from typing import NamedTuple
 
 from bltjax.config.model import ModelConfig
 from bltjax.weights.lazy import Leaf
+
+LAYOUTS = {
+    "export": "an export",
+    "run": "a training run",
+    "meta": "Meta's files",
+    "transformers": "the transformers port",
+}
+
+
+def patching_words(patching) -> str:
+    """The settings of a patching that are not defaults, and the threshold."""
+    words = [patching.mode]
+    if patching.mode == "entropy":
+        words.append(f"threshold {patching.threshold}")
+    for field in dataclasses.fields(patching):
+        value = getattr(patching, field.name)
+        if field.name not in ("mode", "threshold") and value != field.default:
+            words.append(f"{field.name} {value}")
+    return ", ".join(words)
 
 
 class ModelFiles(NamedTuple):

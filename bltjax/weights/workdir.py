@@ -26,16 +26,15 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
 
-from bltjax.config.data import DataConfig
 from bltjax.config.fields import to_dict
-from bltjax.config.model import Patching
 from bltjax.config.run import RunConfig
 from bltjax.distributed.coordinator import process_index
-from bltjax.families import Model, from_json
+from bltjax.families import Model, from_json, run_layout
 from bltjax.model.params import is_norm
 from bltjax.system.paths import is_remote
 from bltjax.system.storage import parse_json, read_json, write_text
 
+TOKENIZER = "tokenizer.json"  # for bpe patching, in exports and work directories alike
 METRICS = "metrics.jsonl"
 
 
@@ -225,13 +224,7 @@ def save_params(workdir: epath.Path, model: Model, step: int) -> None:
     with reader() as checkpointer:
         path = (workdir / "checkpoints" / str(step) / "params").absolute()
         checkpointer.save(path, jax.device_get(model.params), force=True)
-    config = model.config
-    data = DataConfig(seq_len=config.max_bytes, max_patches=config.max_patches)
-    run = RunConfig(
-        config.model, patching=config.patching or Patching(), data=data,
-        compute_dtype=config.compute_dtype, attention=config.attention,
-    )  # fmt: skip
-    write_config(workdir, run)
+    write_text(workdir / CONFIG, json.dumps(run_layout(model.config), indent=1) + "\n")
 
 
 @contextlib.contextmanager

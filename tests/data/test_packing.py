@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.model import Patching
-from bltjax.data.packing import Packer, batch_of, cut, fills, pack_exact
+from bltjax.data.batches import fills
+from bltjax.data.packing import Packer, batch_of, cut, pack_exact
 from bltjax.data.pipeline import training_batches
 from bltjax.data.records import Document
 from bltjax.text.alphabet import BOS, EOS, encode

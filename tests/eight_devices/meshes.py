@@ -16,7 +16,8 @@ from random_batch import random_batch
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.run import MeshConfig, OptimizerConfig, RunConfig
 from bltjax.distributed.sharding import make_mesh, row_sharding
-from bltjax.evaluation.evaluate import evaluate, evaluation_mesh
+from bltjax.evaluation.evaluate import evaluate
+from bltjax.evaluation.scores import evaluation_mesh
 from bltjax.families import Model, initial_params, model_config
 from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
 from bltjax.model.byte_lm import ByteLMConfig

@@ -13,17 +13,12 @@ import numpy as np
 from bltjax.attention import fastest
 from bltjax.data.batches import ByteBatch, one_row
 from bltjax.families import Model, batch_logits, family_of, make_model, resolved
+from bltjax.inference.decoding.prefill import power_of_two
 from bltjax.inference.entropy import contexts
 from bltjax.model.byte_cnn import table_entropies
 from bltjax.model.byte_lm import entropies_of
 from bltjax.text.alphabet import EOS, OFFSET, encode
 from bltjax.text.patching import force_starts, patch_starts
-
-SHORTEST = 64  # bytes in the smallest buffer
-
-
-def bucket(size: int) -> int:
-    return max(SHORTEST, 1 << (size - 1).bit_length())
 
 
 class Predictor:
@@ -59,12 +54,12 @@ class Predictor:
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
         """float32 [V]: logits of the byte after `ids`, which start with BOS."""
-        length, patches = bucket(len(ids)), 0
+        length, patches = power_of_two(len(ids)), 0
         starts_N1 = None
         if self.patching is not None:
             entropies_N = self.prefix_entropies(ids, length)
             starts_N1 = force_starts(patch_starts(self.patching, ids, entropies_N))
-            patches = min(length, bucket(int(starts_N1[:-1].sum())))
+            patches = min(length, power_of_two(int(starts_N1[:-1].sum())))
         batch = one_row(ids, starts_N1, length)
         return np.asarray(self.last_logits(self.params, batch, len(ids) - 1, patches=patches))
 
