@@ -115,10 +115,11 @@ def take(
 
 def drop(path: Path, holder: Holder) -> None:
     """Releases a lock if it is this process' own."""
-    ours.discard(holder.token)
     seen = look(path)
     if seen is not None and seen.holder == holder and holder.pid == os.getpid():
         path.unlink(missing_ok=True)
+    # Not before: another thread would take the lock over, and what is removed would be its own.
+    ours.discard(holder.token)
 
 
 def clean(path: Path) -> None:
