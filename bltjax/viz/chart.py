@@ -1,11 +1,11 @@
 """Line charts as inline SVG, in both colour schemes."""
 
-import html
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from bltjax.progress import quantity
+from bltjax.viz.html import filled
 
 POINTS = 400  # of a curve; of more, neighbours are averaged
 HINTS = 80  # points of a curve that have a label
@@ -79,35 +79,30 @@ def chart(title: str, lines: Sequence[Line], *, from_zero: bool = False) -> str:
         y = TOP + (high - min(value, high)) / (high - low) * (HEIGHT - TOP - BOTTOM)
         return round(x, 1), round(y, 1)
 
-    parts = []
-    for value in ticks(low, high):
-        _, y = place(first, value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{label(value)}</text>')
-    for step in ticks(first, first + wide, 5):
-        if step != int(step):
-            continue
-        x, _ = place(step, low)
-        anchor = "end" if x > WIDTH - 40 else "middle"
-        text = f'<text x="{x}" y="{HEIGHT - 10}" text-anchor="{anchor}">{label(step)}</text>'
-        parts.append(text)
-    for number, line in enumerate(lines):
-        colour = f"var(--c{number % 4})"
+    curves = []
+    for line in lines:
         placed = [place(*point) for point in line.points]
-        path = " ".join(f"{x},{y}" for x, y in placed)
-        parts.append(f'<polyline class="curve" stroke="{colour}" points="{path}"/>')
-        every = -(-len(placed) // HINTS)
-        for (x, y), (step, value) in list(zip(placed, line.points, strict=True))[::every]:
-            shown = f'r="3.5" fill="{colour}"' if line.marked else 'r="6" opacity="0"'
-            name = html.escape(f"{line.name}, step {step:.0f}: {value:.5g}")
-            parts.append(f'<circle cx="{x}" cy="{y}" {shown}><title>{name}</title></circle>')
-    names = "".join(
-        f'<span style="color:var(--c{number % 4})">{html.escape(line.name)}</span>'
-        for number, line in enumerate(lines)
-        if len(lines) > 1
-    )
-    return (
-        f"<figure><figcaption>{html.escape(title)}{names}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
-        f"{''.join(parts)}</svg></figure>"
+        hints = [
+            (*at, f"{line.name}, step {step:.0f}: {value:.5g}")
+            for at, (step, value) in zip(placed, line.points, strict=True)
+        ]
+        curves.append(
+            {
+                "name": line.name,
+                "marked": line.marked,
+                "path": " ".join(f"{x},{y}" for x, y in placed),
+                "hints": hints[:: -(-len(hints) // HINTS)],
+            }
+        )
+    steps = [step for step in ticks(first, first + wide, 5) if step == int(step)]
+    return filled(
+        "chart.html",
+        title=title,
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=WIDTH - RIGHT,
+        rows=[(place(first, value)[1], label(value)) for value in ticks(low, high)],
+        columns=[(place(step, low)[0], label(step)) for step in steps],
+        curves=curves,
     )

@@ -10,7 +10,7 @@ from bltjax.text.alphabet import encode
 from bltjax.text.patching import force_starts, patch_starts
 
 LINE = 80  # bytes in a line of the PNG
-HTML_COLOURS = ("#aecbfa", "#fdd9a5", "#a8dab5", "#f5b7c5", "#d3c4f3", "#fdf1a3")
+COLOURS = ("#aecbfa", "#fdd9a5", "#a8dab5", "#f5b7c5", "#d3c4f3", "#fdf1a3")
 
 
 class Cut(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 from bltjax.inference.terminal import visible, whole_characters_up_to
 from bltjax.system.paths import hidden_beside
 from bltjax.system.storage import publish
-from bltjax.viz.cuts import HTML_COLOURS, LINE, Cut, characters, glyph, spans
+from bltjax.viz.cuts import COLOURS, LINE, Cut, characters, glyph, spans
 
 PNG_LIMIT = 1200
 TITLE = 24  # characters in a line of a scheme's title, if it has commas to break at
@@ -126,7 +126,7 @@ def draw(text: bytes, cuts: list[Cut]):
             for patch, (begin, end) in enumerate(spans(text, cut)):
                 begin, end = max(begin, first), min(end, until)
                 if end > begin:
-                    colour = HTML_COLOURS[patch % len(HTML_COLOURS)]
+                    colour = COLOURS[patch % len(COLOURS)]
                     box = Rectangle((begin, 0.08), end - begin, 0.84, fc=colour, ec="white", lw=1.5)
                     axes.add_patch(box)
             for begin, end, shown in units:

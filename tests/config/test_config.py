@@ -229,6 +229,7 @@ def test_a_wheel_has_every_package_and_the_configs():
     packages = {".".join(path.parent.parts) for path in Path("bltjax").rglob("*.py")}
     assert sorted(built["packages"]) == sorted({*packages, "bltjax.configs"})
     assert built["package-dir"] == {"bltjax.configs": "configs"}
+    assert built["package-data"] == {"bltjax.viz": ["templates/*.html"]}
 
 
 def test_missing_file_names_its_neighbour():
