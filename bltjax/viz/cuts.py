@@ -9,7 +9,7 @@ from bltjax.inference.terminal import TERMINAL_COLOURS, is_hidden, visible
 from bltjax.text.alphabet import encode
 from bltjax.text.patching import force_starts, patch_starts
 
-LINE = 80  # bytes in a line of the PNG
+PNG_LIMIT = 1200  # bytes that a PNG shows at most
 COLOURS = ("#aecbfa", "#fdd9a5", "#a8dab5", "#f5b7c5", "#d3c4f3", "#fdf1a3")
 
 

@@ -18,9 +18,8 @@ from bltjax.system.compiling import CompileTime
 from bltjax.system.outputs import check_outputs
 from bltjax.system.storage import write_text
 from bltjax.text.bpe import load_tokenizer
-from bltjax.viz.cuts import cut_text, summary, terminal
+from bltjax.viz.cuts import PNG_LIMIT, cut_text, summary, terminal
 from bltjax.viz.html import page
-from bltjax.viz.png import PNG_LIMIT, write_png
 from bltjax.weights.export import load_params, load_scorer, read_config, with_tokenizer
 
 logger = logging.getLogger("bltjax")
@@ -90,7 +89,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError(f"--limit is {args.limit}, not >= 1")
     if args.png:
         try:
-            import matplotlib  # noqa: F401
+            from bltjax.viz.png import write_png
         except ImportError:
             raise ValueError("a PNG needs matplotlib: pip install 'bltjax[pictures]'") from None
     outputs = {"--html": args.html, "--png": args.png}

@@ -5,26 +5,32 @@ patches of every requested scheme. A character is as wide as its bytes, so a pat
 inside one is visible.
 """
 
+import itertools
+import re
 import uuid
 from pathlib import Path
 
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.ft2font import FT2Font
+from matplotlib.patches import Rectangle
 
 from bltjax.inference.terminal import visible, whole_characters_up_to
 from bltjax.system.paths import hidden_beside
 from bltjax.system.storage import publish
-from bltjax.viz.cuts import COLOURS, LINE, Cut, characters, glyph, spans
+from bltjax.viz.cuts import COLOURS, PNG_LIMIT, Cut, characters, glyph, spans
 
-PNG_LIMIT = 1200
+LINE = 80  # bytes
+DPI = 110
 TITLE = 24  # characters in a line of a scheme's title, if it has commas to break at
 
 
 def fonts_of(shown: set[str]) -> dict[str, str]:
     """For each character the file of an installed font that has it; characters without one are
     absent. Colour fonts can't be drawn by matplotlib and don't count."""
-    from matplotlib import font_manager
-    from matplotlib.ft2font import FT2Font
-
     first = font_manager.findfont("DejaVu Sans")
     installed = [font.fname for font in font_manager.fontManager.ttflist]
     installed += font_manager.findSystemFonts()  # newer than matplotlib's own list
@@ -49,102 +55,121 @@ def title_lines(title: str) -> str:
         return title
     mode, colon, settings = title.partition(":")
     lines = [mode + colon]
-    for number, setting in enumerate(settings.split(",")):
-        setting += "," * (number < settings.count(","))
-        if number and len(lines[-1] + setting) <= TITLE:
+    for setting in re.findall("[^,]*,|[^,]+", settings):
+        if len(lines) > 1 and len(lines[-1] + setting) <= TITLE:
             lines[-1] += setting
         else:
             lines.append(setting)
-    return "\n".join(filter(None, lines))
+    return "\n".join(lines)
+
+
+def line_spans(text: bytes) -> list[tuple[int, int]]:
+    """[begin, end) of each line, in bytes: no character is split."""
+    ends = [0]
+    while ends[-1] < len(text):
+        ends.append(ends[-1] + len(whole_characters_up_to(text[ends[-1] :], LINE)))
+    return list(itertools.pairwise(ends))
+
+
+def signs_of(text: bytes) -> tuple[list[tuple[float, str, dict]], set[str]]:
+    """Each sign to draw, with its place and its style, and the characters that no font has: their
+    bytes are drawn, as those that are not UTF-8."""
+    units = characters(text)
+    fonts = fonts_of({sign for unit in units if unit.shown for sign in glyph(unit.shown)})
+    signs, missing = [], set()
+    for begin, end, shown in units:
+        sign = glyph(shown) if shown else ""
+        if sign and fonts.keys() >= set(sign):
+            points = 6 if len(sign) > 1 else 9 if end - begin < 3 else 12
+            font = FontProperties(fname=fonts[sign[0]], size=points)
+            signs.append(((begin + end) / 2, sign, {"font": font}))
+            continue
+        missing |= {shown} - {""}
+        for place in range(begin, end):
+            style = {"fontsize": 6, "color": "#555555"}
+            signs.append((place + 0.5, f"{text[place]:02x}", style))
+    return signs, missing
+
+
+def title_points(cut: Cut) -> int:
+    return 7 if "\n" in cut.title else 8
+
+
+def empty_figure(cuts: list[Cut], lines: int, shortest: int):
+    """A figure, and its axes [line, row]: a row of entropies, if there are any, then each cut's."""
+    figure = Figure(dpi=DPI)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    left = 0.7  # inches, as all that follows: of the axis of nats
+    heights = [1.5] * any(cut.entropies is not None for cut in cuts)
+    for cut in cuts:
+        font, titles = FontProperties(size=title_points(cut)), cut.title.split("\n")
+        heights.append(max(0.5, 0.1 + 0.13 * len(titles)))
+        for title in titles:
+            size = renderer.get_text_width_height_descent(title, font, False)
+            left = max(left, 0.2 + size[0] / DPI)
+    heights.append(0.35)  # between two lines
+    width, height = left + 0.7 + 0.155 * shortest, 0.5 + lines * sum(heights)
+    figure.set_size_inches(width, height)
+    grid = figure.add_gridspec(
+        lines * len(heights), 1, height_ratios=heights * lines, hspace=0, left=left / width,
+        right=1 - 0.2 / width, top=1 - 0.2 / height, bottom=0.1 / height,
+    )  # fmt: skip
+    axes = grid.subplots(squeeze=False).reshape(lines, -1)
+    for between in axes[:, -1]:
+        between.remove()
+    return figure, axes[:, :-1]
+
+
+def draw_entropies(axes, cuts: list[Cut], begin: int, end: int) -> None:
+    """A line's entropies, one curve per kind of them, with the thresholds."""
+    places = np.arange(begin, end)
+    for reset, cut in {cut.patching.newline_reset: cut for cut in cuts}.items():
+        label = "entropy, newline_reset" if reset else "entropy"
+        axes.plot(places + 0.5, cut.entropies[places], marker=".", lw=1, label=label)
+    for level in {cut.patching.threshold for cut in cuts if not cut.patching.monotonic}:
+        axes.axhline(level, color="#c33333", lw=1, ls="--")
+    axes.set(ylim=(0, 5.6))
+    axes.set_ylabel("nats", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_patches(axes, text: bytes, cut: Cut, signs: list, begin: int, end: int) -> None:
+    """A line's patches under one scheme, and its signs."""
+    axes.set(ylim=(0, 1), yticks=[])
+    axes.spines[:].set_visible(False)
+    # Dollar signs in a title or a text are not mathematics.
+    centred = {"va": "center", "parse_math": False}
+    axes.set_ylabel(cut.title, rotation=0, ha="right", fontsize=title_points(cut), **centred)
+    for patch, (first, until) in enumerate(spans(text, cut)):
+        first, until = max(first, begin), min(until, end)
+        if first < until:
+            colour = COLOURS[patch % len(COLOURS)]
+            box = Rectangle((first, 0.08), until - first, 0.84, fc=colour, ec="white", lw=1.5)
+            axes.add_patch(box)
+    for place, sign, style in signs:
+        if begin < place < end:
+            axes.text(place, 0.47, sign, ha="center", **centred, **style)
 
 
 def draw(text: bytes, cuts: list[Cut]):
     """A matplotlib Figure, and the characters that no installed font has, drawn as bytes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.patches import Rectangle
-
-    # One curve per kind of entropies.
-    curves = {cut.patching.newline_reset: cut for cut in cuts if cut.entropies is not None}
-    units = characters(text)
-    fonts = fonts_of({sign for unit in units if unit.shown for sign in glyph(unit.shown)})
-    missing = {u.shown for u in units if u.shown and not fonts.keys() >= set(glyph(u.shown))}
-    lines = [0]  # the byte that each line begins with: never inside a character
-    while lines[-1] + LINE < len(text):
-        lines.append(lines[-1] + len(whole_characters_up_to(text[lines[-1] :], LINE)))
-    shortest = min(LINE, len(text))
-
-    figure = Figure(dpi=110)
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    titles = [title_lines(cut.title) for cut in cuts]
-    sizes = [7 if "\n" in title else 8 for title in titles]
-    widths = [
-        renderer.get_text_width_height_descent(line, FontProperties(size=size), False)[0] / 110
-        for title, size in zip(titles, sizes, strict=True)
-        for line in title.split("\n")
-    ]
-    left = max(0.7, 0.2 + max(widths))  # inches, as all that follows; the axis of nats needs 0.7
-    below = [max(0.5, 0.1 + 0.13 * len(title.split("\n"))) for title in titles]
-    heights = [1.5] * bool(curves) + below + [0.35]
-    figure.set_size_inches(left + 0.7 + 0.155 * shortest, 0.5 + len(lines) * sum(heights))
-    grid = figure.add_gridspec(
-        len(lines) * len(heights), 1, height_ratios=heights * len(lines),
-        left=left / figure.get_figwidth(), right=1 - 0.2 / figure.get_figwidth(),
-        top=1 - 0.2 / figure.get_figheight(), bottom=0.1 / figure.get_figheight(), hspace=0,
-    )  # fmt: skip
-    for number, first in enumerate(lines):
-        row, last = number * len(heights), first + shortest
-        until = min([*lines[number + 1 : number + 2], len(text)])
-        if curves:
-            axes = figure.add_subplot(grid[row, 0])
-            row += 1
-            places = np.arange(first, until)
-            for reset, cut in curves.items():
-                label = "entropy, newline_reset" if reset else "entropy"
-                axes.plot(places + 0.5, cut.entropies[places], marker=".", lw=1, label=label)
-            if len(curves) > 1 and not number:
-                axes.legend(
-                    loc="lower right", bbox_to_anchor=(1, 0.97), fontsize=7, ncols=2, frameon=False
-                )
-            for level in {c.patching.threshold for c in cuts if c.entropies is not None
-                          and not c.patching.monotonic}:  # fmt: skip
-                axes.axhline(level, color="#c33333", lw=1, ls="--")
-            axes.set(xlim=(first, last), ylim=(0, 5.6), xticks=[])
-            axes.set_ylabel("nats", fontsize=8)
-            axes.tick_params(labelsize=7)
-            axes.spines[["top", "right"]].set_visible(False)
-        for cut, title, size in zip(cuts, titles, sizes, strict=True):
-            axes = figure.add_subplot(grid[row, 0])
-            row += 1
-            axes.set(xlim=(first, last), ylim=(0, 1), xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-            # Dollar signs in a title or a text are not mathematics.
-            axes.set_ylabel(
-                title, rotation=0, ha="right", va="center", fontsize=size, parse_math=False
-            )
-            for patch, (begin, end) in enumerate(spans(text, cut)):
-                begin, end = max(begin, first), min(end, until)
-                if end > begin:
-                    colour = COLOURS[patch % len(COLOURS)]
-                    box = Rectangle((begin, 0.08), end - begin, 0.84, fc=colour, ec="white", lw=1.5)
-                    axes.add_patch(box)
-            for begin, end, shown in units:
-                if end <= first or begin >= until:
-                    continue
-                if shown and shown not in missing:
-                    sign = glyph(shown)
-                    points = 6 if len(sign) > 1 else 9 if end - begin < 3 else 12
-                    font = FontProperties(fname=fonts[sign[0]], size=points)
-                    marks = [((begin + end) / 2, sign, {"font": font})]
-                else:
-                    marks = [
-                        (place + 0.5, f"{text[place]:02x}", {"fontsize": 6, "color": "#555555"})
-                        for place in range(begin, end)
-                    ]
-                for middle, sign, style in marks:
-                    axes.text(middle, 0.47, sign, **style, ha="center", va="center",
-                              parse_math=False)  # fmt: skip
+    signs, missing = signs_of(text)
+    lines, shortest = line_spans(text), min(LINE, len(text))
+    cuts = [cut._replace(title=title_lines(cut.title)) for cut in cuts]
+    by_entropy = [cut for cut in cuts if cut.entropies is not None]
+    figure, axes = empty_figure(cuts, len(lines), shortest)
+    for (begin, end), rows in zip(lines, axes, strict=True):
+        for row in rows:
+            row.set(xlim=(begin, begin + shortest), xticks=[])
+        if by_entropy:
+            draw_entropies(rows[0], by_entropy, begin, end)
+        for row, cut in zip(rows[-len(cuts) :], cuts, strict=True):
+            draw_patches(row, text, cut, signs, begin, end)
+    if len({cut.patching.newline_reset for cut in by_entropy}) > 1:
+        axes[0, 0].legend(
+            loc="lower right", bbox_to_anchor=(1, 0.97), fontsize=7, ncols=2, frameon=False
+        )
     return figure, missing
 
 
