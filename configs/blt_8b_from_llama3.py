@@ -58,16 +58,13 @@ def get_config():
         dict(path="llama-3.1-8b", lr_multiplier=0.1, frozen_steps=10_000)
     )
     config.patching = ConfigDict(dict(mode="entropy", threshold=1.335442066192627))
-    source = dict(path="data/records", weight=1.0, field="text", split_bytes=0)
     config.data = ConfigDict(
         dict(
-            train=dict(text=source),
-            eval=dict(text=source | {"path": "data/held_out_records"}),
+            train=dict(text=dict(path="data/records")),
+            eval=dict(text=dict(path="data/held_out_records")),
             batch_size=256,
             seq_len=16384,
             max_patches=4096,
-            look_ahead=32,
-            skip_bad=False,
         )
     )
     config.optimizer = ConfigDict(
@@ -75,10 +72,8 @@ def get_config():
             steps=50_000,
             lr=4e-4,
             warmup_steps=2000,
-            final_lr_ratio=0.0,
             b1=0.9,
             b2=0.95,
-            eps=1e-8,
             weight_decay=0.1,
             clip=1.0,
             grad_accum_steps=4,
@@ -86,9 +81,5 @@ def get_config():
     )
     config.checkpoint = ConfigDict(dict(every=1000, keep=2))
     config.mesh = ConfigDict(dict(data=1, fsdp=64, tensor=1))
-    config.compute_dtype = "auto"
-    config.attention = "auto"
-    config.seed = 0
-    config.log_every = 10
     config.evaluate_every = 1000
     return config

@@ -32,16 +32,13 @@ def get_config():
             remat="full",
         )
     )
-    source = dict(path="data/*.jsonl", weight=1.0, field="text", split_bytes=0)
     config.data = ConfigDict(
         dict(
-            train=dict(text=source),
-            eval=dict(text=source | {"path": "data/val.jsonl"}),
+            train=dict(text=dict(path="data/*.jsonl")),
+            eval=dict(text=dict(path="data/val.jsonl")),
             batch_size=64,
             seq_len=8192,
             max_patches=8192,
-            look_ahead=32,
-            skip_bad=False,
         )
     )
     config.optimizer = ConfigDict(
@@ -51,14 +48,9 @@ def get_config():
             warmup_steps=500,
             final_lr_ratio=0.1,
             clip=10.0,
-            grad_accum_steps=1,
         )
     )
     config.checkpoint = ConfigDict(dict(every=1000, keep=2))
     config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
-    config.compute_dtype = "auto"
-    config.attention = "auto"
-    config.seed = 0
-    config.log_every = 10
     config.evaluate_every = 1000
     return config

@@ -58,34 +58,20 @@ def get_config(model: str = ""):
         config.byte_cnn = ConfigDict(dict(context=2, width=128, layers=2, hidden=384))
     else:
         config.byte_lm = ConfigDict(dict(layers=4, width=128, heads=2, hidden=384, window=64))
-    config.patching = ConfigDict(dict(mode="entropy", threshold=1.335442066192627))
-    source = dict(path="", weight=1.0, field="text", split_bytes=1000)
-    part = "records" if is_blt else "text"
-    suffix = "" if is_blt else "/*.txt"
+    source = "runs/quickstart/records/{}" if is_blt else "runs/quickstart/text/{}/*.txt"
     config.data = ConfigDict(
         dict(
-            train=dict(text=source | {"path": f"runs/quickstart/{part}/train{suffix}"}),
-            eval=dict(text=source | {"path": f"runs/quickstart/{part}/held_out{suffix}"}),
+            train=dict(text=dict(path=source.format("train"), split_bytes=1000)),
+            eval=dict(text=dict(path=source.format("held_out"), split_bytes=1000)),
             batch_size=ROWS,
             seq_len=ROW_BYTES,
             max_patches=ROW_PATCHES if is_blt else ROW_BYTES,
-            look_ahead=32,
         )
     )
     steps = BLT_STEPS if is_blt else BYTE_LM_STEPS
-    config.optimizer = ConfigDict(
-        dict(
-            steps=steps,
-            lr=4e-3,
-            warmup_steps=40,
-            final_lr_ratio=0.0,
-            weight_decay=0.1,
-            grad_accum_steps=1,
-        )
-    )
+    config.optimizer = ConfigDict(dict(steps=steps, lr=4e-3, warmup_steps=40, weight_decay=0.1))
     config.checkpoint = ConfigDict(dict(every=100, keep=2))
     config.compute_dtype = "float32"
-    config.seed = 0
     config.log_every = 20
     config.evaluate_every = 200
     return config

@@ -35,13 +35,11 @@ def cells(name: str, plan: dict) -> list[str]:
     rows = f"{plan['accumulate']} x {rows_of_chip(plan) // plan['accumulate']}"
     used = f"{memory['total'] / 2**30:.1f} of {memory['capacity'] / 2**30:.1f} GiB"
     used += "" if plan["fits"] else ", does not fit"
+    row = [name, slices + plan["topology"], rows, used]
     if bound is None:
-        return [name, slices + plan["topology"], rows, used] + [""] * (len(COLUMNS) - 4)
+        return row + [""] * (len(COLUMNS) - len(row))
     return [
-        name,
-        slices + plan["topology"],
-        rows,
-        used,
+        *row,
         f"{plan['flops']['ratio']:.3f}",
         f"{sent_bytes(plan) / 1e9:.1f} GB",
         f"{bound['step_s']:.2f} s",

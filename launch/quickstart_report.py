@@ -7,16 +7,9 @@ import json
 import sys
 from pathlib import Path
 
+from bltjax.convert.inspect import last_report
 from bltjax.system.storage import read_json
 from bltjax.weights.workdir import read_reports
-
-
-def last_values(metrics: Path) -> dict[str, float]:
-    """The newest value of every metric that a run reported."""
-    values: dict[str, float] = {}
-    for report in read_reports(metrics):
-        values |= report
-    return values
 
 
 def means(metrics: Path, names: tuple[str, ...]) -> dict[str, float]:
@@ -27,7 +20,7 @@ def means(metrics: Path, names: tuple[str, ...]) -> dict[str, float]:
 def main(workdir: Path) -> None:
     blt = read_json(workdir / "evaluation_blt.json")
     byte_lm = read_json(workdir / "evaluation_byte_lm.json")
-    runs = {name: last_values(workdir / name / "metrics.jsonl") for name in ("blt", "byte_lm")}
+    runs = {name: last_report(workdir / name / "metrics.jsonl") for name in ("blt", "byte_lm")}
     fill = means(workdir / "blt" / "metrics.jsonl", ("byte_fill", "patch_fill"))
     seconds = {
         path.name: int(path.read_text(encoding="utf-8"))

@@ -127,11 +127,5 @@ def add_source_arguments(
 
 
 def source_from(args: argparse.Namespace) -> SourceConfig:
-    return SourceConfig(
-        args.source,
-        field=args.field,
-        split_bytes=args.split_bytes,
-        split=args.split,
-        data_dir=args.data_dir,
-        format=args.format,
-    )
+    names = ("field", "split_bytes", "split", "data_dir", "format")
+    return SourceConfig(args.source, **{name: getattr(args, name) for name in names})

@@ -144,13 +144,9 @@ class RunConfig:
     patching: Patching = Patching()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint: CheckpointConfig = dataclasses.field(
-        default=CheckpointConfig(), metadata={"resume": MAY_CHANGE}
-    )
-    faults: FaultsConfig = dataclasses.field(
-        default=FaultsConfig(), metadata={"resume": MAY_CHANGE}
-    )
-    mesh: MeshConfig = dataclasses.field(default=MeshConfig(), metadata={"resume": MAY_CHANGE})
+    checkpoint: CheckpointConfig = setting(CheckpointConfig(), resume=MAY_CHANGE)
+    faults: FaultsConfig = setting(FaultsConfig(), resume=MAY_CHANGE)
+    mesh: MeshConfig = setting(MeshConfig(), resume=MAY_CHANGE)
     compute_dtype: str = "auto"  # auto: bfloat16 on TPU and GPU, float32 on CPU
     attention: str = setting("auto", resume=MAY_CHANGE)  # auto: by platform; or one of ATTENTION
     seed: int = 0

@@ -288,12 +288,9 @@ def after_character(xp, starts_N1, inside_N1):
 
 def force_starts(starts_N1):
     """The first two positions open patches: of every document (BOS is its own) and every row."""
-    if isinstance(starts_N1, jax.Array):
-        first_N1 = jnp.arange(starts_N1.shape[-1]) < 2
-        return starts_N1 | jnp.broadcast_to(first_N1, starts_N1.shape)
-    starts_N1 = starts_N1.copy()
-    starts_N1[..., :2] = True
-    return starts_N1
+    xp = jnp if isinstance(starts_N1, jax.Array) else np
+    first_N1 = xp.arange(starts_N1.shape[-1]) < 2
+    return starts_N1 | xp.broadcast_to(first_N1, starts_N1.shape)
 
 
 def patch_lengths(starts_N1) -> np.ndarray:

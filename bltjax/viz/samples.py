@@ -46,16 +46,11 @@ def cut_pieces(model: LoadedModel, text: bytes) -> list[dict]:
     """The patches of a text as JSON for the page."""
     lengths = [len(patch) for patch in model.patches(text)]
     begins = np.cumsum([0, *lengths[:-1]])
-    entropies_N = model.entropies(text) if model.config.threshold is not None else None
-    return [
-        {"text": shown, "bytes": length, "nats": None if entropies_N is None else float(nats)}
-        for shown, length, nats in zip(
-            patch_strings(text, begins),
-            lengths,
-            np.zeros(len(begins)) if entropies_N is None else entropies_N[begins],
-            strict=True,
-        )
-    ]
+    nats = [None] * len(lengths)
+    if model.config.threshold is not None:
+        nats = model.entropies(text)[begins].tolist()
+    pieces = zip(patch_strings(text, begins), lengths, nats, strict=True)
+    return [{"text": shown, "bytes": length, "nats": first} for shown, length, first in pieces]
 
 
 def write_samples(
