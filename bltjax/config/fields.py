@@ -98,6 +98,12 @@ def hints_of(kind, groups: dict[str, type]) -> dict[str, typing.Any]:
     return hints
 
 
+def without_none(hint):
+    """The type of a setting, or of one that may also be None."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return kinds[0] if type(None) in typing.get_args(hint) else hint
+
+
 def divides(small_name: str, small: int, large_name: str, large: int) -> None:
     """Raises ValueError unless small divides large: the rule, both numbers, and values that
     would."""
@@ -170,22 +176,18 @@ def from_dict(kind, values, where: str = "config", groups: dict[str, type] | Non
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if type(None) in args:
-        if values is None:
-            return None
-        return from_dict(next(arg for arg in args if arg is not type(None)), values, where)
+        return None if values is None else from_dict(without_none(kind), values, where)
+    if dataclasses.is_dataclass(kind) and isinstance(values, kind):
+        return values
+    if (origin is dict or dataclasses.is_dataclass(kind)) and not isinstance(values, dict):
+        raise ValueError(f"{where} is {values!r}, not a group of settings")
     if origin is dict:
-        if not isinstance(values, dict):
-            raise ValueError(f"{where} is {values!r}, not a group of settings")
         return {key: from_dict(args[1], value, f"{where}.{key}") for key, value in values.items()}
     if origin is tuple:
         if not isinstance(values, (list, tuple)):
             raise ValueError(f"{where} is {values!r}, not a list")
         return tuple(from_dict(args[0], value, where) for value in values)
     if dataclasses.is_dataclass(kind):
-        if isinstance(values, kind):
-            return values
-        if not isinstance(values, dict):
-            raise ValueError(f"{where} is {values!r}, not a group of settings")
         hints = hints_of(kind, groups or {})
         for key in values:
             if key not in hints:

@@ -25,6 +25,7 @@ from bltjax.config.fields import (
     renamed,
     renamed_override,
     to_dict,
+    without_none,
 )
 from bltjax.system.paths import check_name, check_utf8, expanded
 
@@ -59,12 +60,11 @@ def read_config_file(
         return config
 
     try:
-        config = checked(tree.to_dict())
+        return checked(tree.to_dict())
     except ValueError as error:
         if str(error) != problem_of(checked, before):
             raise
         raise ValueError(f"{path}: {error}") from None
-    return config
 
 
 def check_texts(settings: dict, where: str = "config") -> None:
@@ -184,37 +184,36 @@ def place_in(file: Path, path: str, error: Exception) -> str:
     return f"{path}, line {lines[-1]}: {what}" if lines else f"{path}: {what}"
 
 
-def completed(kind, values: dict, groups: dict[str, type]) -> dict:
+def completed(kind: typing.Any, values, groups: dict[str, type]):
     """Values for every setting of a dataclass, defaults where none is given; fresh dicts only.
 
     So every setting can be overridden, whether or not the config file mentions it. And no group
     is shared by two keys, as it would be in a ConfigDict that was given one dict twice: an override
-    of the training source must not change the held-out one. Unknown keys are kept, to be refused
-    later.
+    of the training source must not change the held-out one. Unknown keys, and values of a wrong
+    type, are kept, to be refused later.
     """
-    result = dict.fromkeys(groups if choice_of(kind) else ()) | dict(values)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for name, hint in hints_of(kind, groups).items():
-        inner = next((arg for arg in typing.get_args(hint) if arg is not type(None)), hint)
-        if name not in result:
-            field = fields[name]
-            if field.default_factory is not dataclasses.MISSING:
-                result[name] = field.default_factory()
-            elif dataclasses.is_dataclass(field.default):
-                result[name] = dataclasses.asdict(field.default)
-            elif field.default is not dataclasses.MISSING:
-                result[name] = field.default
-            continue
-        value = result[name]
-        if typing.get_origin(hint) is dict and isinstance(value, dict):
-            inner = typing.get_args(hint)[1]
-            result[name] = {
-                key: completed(inner, group, groups) if isinstance(group, dict) else group
-                for key, group in value.items()
-            }
-        elif dataclasses.is_dataclass(inner) and isinstance(value, dict):
-            result[name] = completed(inner, value, groups)
-    return result
+    if not isinstance(values, dict):
+        return values
+    if dataclasses.is_dataclass(kind):
+        absent = dict.fromkeys(groups if choice_of(kind) else ())
+        values = absent | defaults_of(kind) | values
+    return {
+        name: completed(kind_of_setting(kind, name, groups), value, groups)
+        for name, value in values.items()
+    }
+
+
+def defaults_of(kind: type) -> dict:
+    """The settings of a dataclass that have a default, with their defaults."""
+    found = {}
+    for field in dataclasses.fields(kind):
+        made = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if made else field.default
+        if default is not dataclasses.MISSING:
+            found[field.name] = (
+                dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
+            )
+    return found
 
 
 def apply_override(
@@ -228,8 +227,8 @@ def apply_override(
     node, where = tree, "config"
     for part in [*above, name]:
         kind = kind_of_setting(kind, part, groups or {})
-        if not isinstance(node, ConfigDict) or part not in node:
-            known = node.keys() if isinstance(node, ConfigDict) else ()
+        known = node.keys() if isinstance(node, ConfigDict) else ()
+        if part not in known:
             raise ValueError(f"{where}.{part} is no setting{nearest(part, known)}")
         node, where, parent = node[part], f"{where}.{part}", node
     try:
@@ -257,5 +256,4 @@ def kind_of_setting(kind: typing.Any, name: str, groups: dict[str, type]) -> typ
         kind = hints_of(kind, groups).get(name)
     else:
         return None
-    args = typing.get_args(kind)
-    return next((a for a in args if a is not type(None)), kind) if type(None) in args else kind
+    return without_none(kind)
