@@ -93,8 +93,7 @@ def run(count: int, devices: int, words: list[str], signals: list[int]) -> int:
         for number in signals[passed:]:
             passed += 1
             for process in processes:
-                if process.poll() is None:
-                    process.send_signal(number)
+                process.send_signal(number)  # nothing, to one that has ended
         if failed_at is None and any(process.poll() not in (None, 0) for process in processes):
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > ENDS_SECONDS:

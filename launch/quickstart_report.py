@@ -26,12 +26,11 @@ def main(workdir: Path) -> None:
         path.name: int(path.read_text(encoding="utf-8"))
         for path in sorted((workdir / "seconds").iterdir(), key=lambda path: path.stat().st_mtime)
     }
-    compressors = blt["compressors"]
     report = {
         "bits_per_byte": {
             "blt": blt["bits_per_byte"],
             "byte_lm": byte_lm["bits_per_byte"],
-            **compressors,
+            **blt["compressors"],
         },
         "training_flops": {name: run["training_flops"] for name, run in runs.items()},
         "mean_patch_bytes": blt["mean_patch_bytes"],

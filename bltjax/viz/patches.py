@@ -71,10 +71,9 @@ def asked_schemes(
             load_tokenizer(patching.tokenizer)  # its errors come before a model runs
     by_entropy = [title for title, patching in schemes if patching.mode == "entropy"]
     model = None
-    if by_entropy and run is not None and run.patching is None:
-        model = load_params(args.workdir)
-    elif by_entropy and run is not None:
-        model = load_scorer(args.workdir, run)
+    if by_entropy and run is not None:
+        is_scorer = run.patching is None
+        model = load_params(args.workdir) if is_scorer else load_scorer(args.workdir, run)
     if by_entropy and model is None:
         raise ValueError(
             f"scheme {by_entropy[0]!r} needs a byte LM: give --workdir of a run with one"

@@ -55,7 +55,7 @@ def cut_pieces(model: LoadedModel, text: bytes) -> list[dict]:
 
 def write_samples(
     workdir: epath.Path, *, count: int, max_bytes: int, temperature: float, seed: int
-) -> dict:
+) -> None:
     """Generates from the newest checkpoint, and stores the samples in the work directory.
 
     Raises:
@@ -87,7 +87,6 @@ def write_samples(
     if model.config.patching is not None and texts[0]:
         found["patches"] = cut_pieces(model, whole_characters_up_to(texts[0], CUT_BYTES))
     write_text(workdir / SAMPLES, json.dumps(found, allow_nan=False) + "\n")
-    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
