@@ -35,7 +35,7 @@ class Worker:
         if side == "transformers":
             variables.pop("GLIBC_TUNABLES", None)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bltjax.benchmark.command", json.dumps([side, threads, *given])],
+            [sys.executable, "-m", "bltjax.benchmark.worker", json.dumps([side, threads, *given])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

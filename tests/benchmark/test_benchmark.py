@@ -93,7 +93,7 @@ def test_benchmark_rows(capsys, monkeypatch):
     assert [line["row_bytes"] for line in lines] == [64, 128]
     for line in lines:
         assert line["ours"]["ms"] > 0 and line["ours"]["peak_mib"] > 500
-    assert printed.err.count("a KiB") == 2
+    assert printed.err.count("per KiB") == 2
 
 
 def test_charts_are_drawn_from_the_figures():
