@@ -5,6 +5,7 @@ gradients are compared with those of `xla` in float32. `library` is jax's own at
 on a GPU, where it can express the mask: a window, or causal.
 """
 
+import argparse
 import functools
 import statistics
 import sys
@@ -100,8 +101,15 @@ def errors(found, expected) -> list[float]:
     ]
 
 
-def benchmark_attention(repeats: int, rows: int, row_bytes: int) -> dict:
-    device = jax.devices()[0]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=5, help="measurements (default: 5)")
+    parser.add_argument("--rows", type=int, default=1, help="rows per batch (default: 1)")
+    parser.add_argument("--row_bytes", type=int, default=16384, help="(default: 16384)")
+    parser.set_defaults(run=benchmark_attention)
+
+
+def benchmark_attention(args: argparse.Namespace) -> tuple[dict, str]:
+    device, rows, row_bytes = jax.devices()[0], args.rows, args.row_bytes
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     result = {"device": device.device_kind, "rows": rows, "row_bytes": row_bytes}
     result |= {"dtype": jnp.dtype(dtype).name, "attentions": {}}
@@ -127,13 +135,13 @@ def benchmark_attention(repeats: int, rows: int, row_bytes: int) -> dict:
             forward, both = functions(side, pattern, device)
             given = (tuple(arrays), *bounds, weight)
             lines[side] = {
-                "forward_ms": median_ms(forward, given, repeats),
-                "both_ms": median_ms(both, given, repeats),
+                "forward_ms": median_ms(forward, given, args.repeats),
+                "both_ms": median_ms(both, given, args.repeats),
                 "errors": errors(both(*given), expected),
             }
             print(line_words(name, side, lines), file=sys.stderr, flush=True)
         result["attentions"][name] = lines
-    return result
+    return result, attention_words(result)
 
 
 def line_words(name: str, side: str, lines: dict) -> str:

@@ -1,5 +1,6 @@
 """Time and peak memory of importing released weights: the 1B's shapes, with made-up numbers."""
 
+import argparse
 import json
 import resource
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
+from bltjax.config.arguments import local_path_argument
 from bltjax.families import leaf_shapes, load_config, model_config
+from bltjax.progress import duration, quantity
 from bltjax.weights.lazy import DTYPES, Tensor
 from bltjax.weights.released.hf import port_settings
 from bltjax.weights.released.mapping import PIECES, PORT
@@ -28,15 +31,27 @@ def made_up(shape: tuple[int, ...], noise: np.ndarray) -> Tensor:
     return Tensor(shape, noise.dtype, read, "made up")
 
 
-def benchmark_convert(config: str, byte_lm: str, folder: Path) -> dict:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    blt, byte_lm = "configs/blt.py:1b", "configs/byte_lm_100m.py"
+    parser.add_argument("--config", default=blt, help=f"the BLT's (default: {blt})")
+    parser.add_argument("--byte_lm", default=byte_lm, help=f"its byte LM's (default: {byte_lm})")
+    parser.add_argument(
+        "--folder",
+        type=local_path_argument,
+        help="a folder with room (default: the system's own)",
+    )
+    parser.set_defaults(run=benchmark_convert)
+
+
+def benchmark_convert(args: argparse.Namespace) -> tuple[dict, str]:
     """Writes a folder of the transformers port with made-up weights, and times its import."""
-    run, lm, dtype = load_config(config), load_config(byte_lm), DTYPES["bfloat16"]
+    run, lm, dtype = load_config(args.config), load_config(args.byte_lm), DTYPES["bfloat16"]
     run, lm = model_config(run), model_config(lm)
     shapes = tensor_shapes(PIECES["blt"](PORT, run.model), leaf_shapes(run))
     shapes |= tensor_shapes(PIECES["byte_lm"](PORT, lm.model), leaf_shapes(lm))
     noise = np.random.default_rng(0).standard_normal(1 << 24, np.float32).astype(dtype)
     tensors = {name: made_up(shape, noise) for name, shape in shapes.items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix="bltjax-convert-") as room:
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="bltjax-convert-") as room:
         source, out = Path(room) / "source", Path(room) / "out"
         source.mkdir()
         write_folder(epath.Path(source), tensors, lambda _: None)
@@ -47,9 +62,11 @@ def benchmark_convert(config: str, byte_lm: str, folder: Path) -> dict:
         command = [sys.executable, "-m", "bltjax", "convert", str(source), str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - begun
-    return {
-        "bytes": sum(tensor.bytes for tensor in tensors.values()),
-        "largest_tensor_bytes": max(tensor.bytes for tensor in tensors.values()),
-        "seconds": seconds,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
-    }
+    sizes = [tensor.bytes for tensor in tensors.values()]
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    result = {"bytes": sum(sizes), "largest_tensor_bytes": max(sizes)}
+    result |= {"seconds": seconds, "peak_bytes": peak}
+    return result, (
+        f"{quantity(sum(sizes))}B, the largest tensor {quantity(max(sizes))}B:"
+        f" {duration(seconds)}, peak memory {quantity(peak)}B"
+    )

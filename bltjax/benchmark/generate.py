@@ -14,33 +14,35 @@ model would end its text at any byte.
 """
 
 import dataclasses
-import functools
 import time
 
+import jax
 import numpy as np
 
+from bltjax.benchmark.train import MEAN_PATCH, MODEL, peer_libraries, text
 from bltjax.config.model import ModelConfig, Patching
-from bltjax.model.blt.config import BLTConfig
+from bltjax.convert.verify import port_model
+from bltjax.families import Model, initial_params, load_config, model_config, resolved
+from bltjax.inference.decoding.decoder import Decoder
+from bltjax.inference.decoding.loop import run
+from bltjax.inference.decoding.sampling import Sampling
+from bltjax.inference.decoding.uncached import Predictor
+from bltjax.inference.entropy import score_documents
 from bltjax.model.byte_lm import ByteLMConfig
+from bltjax.model.params import flattened, narrowed
 from bltjax.progress import quantity
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import OFFSET, VOCABULARY, encode
+from bltjax.weights.lazy import leaf_of
+from bltjax.weights.stored import ModelFiles
 
 BYTE_LM = ByteLMConfig(layers=4, width=256, heads=4, hidden=768)
 BYTES, WHOLE_BYTES = 128, 16  # the whole model costs as much as its buffer, full or not
-MEAN_PATCH = 4.49
 PLACES = 64  # tried for a prompt
 CHUNK, CHUNKS = 32, 3  # bytes timed per context: all chunks but the first
 PATCH_BYTES, NEVER = 4, 100.0  # of a context's patches: longest, and a threshold above them all
 LONGEST = 32768
 TRIES = 20
-
-
-def text() -> bytes:
-    """English of the standard library."""
-    from pydoc_data.topics import topics
-
-    return "".join(topics.values()).encode()
 
 
 def without_specials(params: dict) -> dict:
@@ -53,11 +55,6 @@ def without_specials(params: dict) -> dict:
 def random_params(config: ModelConfig, seed: int) -> dict:
     """Initial parameters of training, except the head's columns of specials; in the run's compute
     dtype, except norms, so that no more is ever held."""
-    import jax
-
-    from bltjax.families import initial_params, resolved
-    from bltjax.model.params import narrowed
-
     dtype = resolved(config, jax.devices()[0]).compute_dtype
 
     @jax.jit
@@ -67,34 +64,26 @@ def random_params(config: ModelConfig, seed: int) -> dict:
     return drawn(random_key(seed))
 
 
-def random_byte_lm(settings: ByteLMConfig):
+def random_byte_lm(settings: ByteLMConfig) -> Model:
     """A byte LM with random parameters."""
-    from bltjax.families import Model
-
     config = ModelConfig(settings, None, LONGEST, LONGEST, "float32")
     return Model(config, random_params(config, 1))
 
 
-@functools.cache
-def random_model(settings: BLTConfig):
+def random_model() -> Model:
     """A BLT with random parameters and a byte LM, the same in every process."""
-    from bltjax.families import Model
-    from bltjax.inference.entropy import score_documents
-
     byte_lm = random_byte_lm(BYTE_LM)
     sample = np.frombuffer(text()[:8192], np.uint8)
     entropies, _ = score_documents(BYTE_LM, byte_lm.params, [sample])
     threshold = float(np.quantile(entropies[0], 1 - 1 / MEAN_PATCH))
     patching = Patching(threshold=round(threshold, 4))
-    config = ModelConfig(settings, patching, LONGEST, LONGEST, "float32")
+    config = ModelConfig(MODEL, patching, LONGEST, LONGEST, "float32")
     return Model(config, random_params(config, 0), byte_lm)
 
 
-def model_of_config(path: str):
+def model_of_config(path: str) -> Model:
     """`random_model` of a config file's BLT, in its compute dtype; the byte LM has the sizes of the
     released one, and is None where patches need none."""
-    from bltjax.families import Model, load_config, model_config
-
     config = model_config(load_config(path))
     if config.patching is None:
         raise ValueError(f"{path} trains a byte model: --contexts is of a BLT")
@@ -102,27 +91,21 @@ def model_of_config(path: str):
     return Model(config, random_params(config, 0), byte_lm)
 
 
-def context_side(model: BLTConfig | str, context_bytes: int):
+def context_side(path: str | None, context_bytes: int):
     """() -> ms per byte after a context, and the bytes read from caches for each.
 
-    model: a BLT to make, or a config file that has one.
+    path: a config file of a BLT; None for `random_model`.
     """
-    import jax
-
-    from bltjax.inference.decoding.decoder import Decoder
-    from bltjax.inference.decoding.loop import run
-    from bltjax.inference.decoding.sampling import Sampling
-
     # Patches of one length after every context, or their number would decide; the byte LM still
     # scores each byte.
-    made = model_of_config(model) if isinstance(model, str) else random_model(model)
+    made = model_of_config(path) if path else random_model()
     patching = Patching(
         mode="entropy" if made.entropy_model else "static",
         threshold=NEVER, max_patch_bytes=PATCH_BYTES, patch_bytes=PATCH_BYTES,
     )  # fmt: skip
     config = dataclasses.replace(made.config, patching=patching)
     decoder = Decoder(made._replace(config=config))
-    text = prompt_at(0, context_bytes)
+    prompt = prompt_at(0, context_bytes)
     sampling = Sampling(temperature=1.0)  # a random model's greedy text runs in circles
 
     def write() -> dict:
@@ -134,7 +117,7 @@ def context_side(model: BLTConfig | str, context_bytes: int):
 
     def timed(seed: int) -> dict | None:
         # Room for one patch per byte, so that no buffer is doubled while the clock runs.
-        state, asked = decoder.begun([text], 4 * CHUNK * CHUNKS, sampling, seed, [])
+        state, asked = decoder.begun([prompt], 4 * CHUNK * CHUNKS, sampling, seed, [])
         latent = sum(x.nbytes for x in jax.tree.leaves(state.memory.latent))
         rings = (state.memory.scorer, state.memory.encoder, state.memory.decoder)
         rings = sum(x.nbytes for x in jax.tree.leaves(rings))
@@ -159,30 +142,21 @@ def context_side(model: BLTConfig | str, context_bytes: int):
     return write
 
 
-def bar_chart(title: str, bars: dict[str, float]) -> str:
-    """A Mermaid chart, which GitHub draws: ms per byte, by name."""
-    return chart(title, f"x-axis [{names(bars)}]", "ms per byte", "bar", list(bars.values()))
+def chart(title: str, kind: str, x: str, y: str, figures: dict[str, float]) -> str:
+    """A Mermaid diagram, which GitHub draws: figures by name, on an axis that starts at zero.
 
-
-def line_chart(title: str, x: str, points: dict[str, float], y: str) -> str:
-    return chart(title, f'x-axis "{x}" [{names(points)}]', y, "line", list(points.values()))
-
-
-def names(figures: dict[str, float]) -> str:
-    return ", ".join(f'"{name}"' for name in figures)
-
-
-def chart(title: str, x_axis: str, y: str, kind: str, figures: list[float]) -> str:
-    """A Mermaid diagram whose axis starts at zero."""
-    shown = ", ".join(f"{figure:.4g}" for figure in figures)
-    lines = (
-        "xychart-beta",
-        f'    title "{title}"',
-        f"    {x_axis}",
-        f'    y-axis "{y}" 0 --> {1.1 * max(figures):.3g}',
-        f"    {kind} [{shown}]",
-    )
-    return "\n".join(("```mermaid", *lines, "```"))
+    kind: `bar` or `line`; x: the title of the names, in quotes, or "".
+    """
+    names = ", ".join(f'"{name}"' for name in figures)
+    shown = ", ".join(f"{figure:.4g}" for figure in figures.values())
+    return f"""
+```mermaid
+xychart-beta
+    title "{title}"
+    x-axis {x}[{names}]
+    y-axis "{y}" 0 --> {1.1 * max(figures.values()):.3g}
+    {kind} [{shown}]
+```"""
 
 
 def speed_words(result: dict) -> str:
@@ -196,7 +170,8 @@ def speed_words(result: dict) -> str:
         theirs, ratio = result["peer_ms_per_byte"], result["ratio"]
         lines.append(f"{peer} {theirs:.1f} ms, {ratio:.1f} times as long, {same} text")
         bars[peer] = theirs
-    return "\n".join([*lines, "", bar_chart(f"ms per byte after {prompt} bytes", bars)])
+    title = f"ms per byte after {prompt} bytes"
+    return "\n".join([*lines, chart(title, "bar", "", "ms per byte", bars)])
 
 
 def context_words(result: dict) -> str:
@@ -212,8 +187,8 @@ def context_words(result: dict) -> str:
         f"{found['context_bytes'] // 1024}k": 1000 / found["ms_per_byte"]
         for found in result["contexts"]
     }
-    graph = line_chart("Writing after a context", "bytes before", speeds, "bytes per second")
-    return "\n".join([*lines, "", graph])
+    title, x = "Writing after a context", '"bytes before" '
+    return "\n".join([*lines, chart(title, "line", x, "bytes per second", speeds)])
 
 
 def prompt_at(begin: int, prompt_bytes: int) -> bytes:
@@ -225,11 +200,9 @@ def prompt_at(begin: int, prompt_bytes: int) -> bytes:
     return found
 
 
-def cached_side(model: BLTConfig, prompt_bytes: int, begin: int):
+def cached_side(prompt_bytes: int, begin: int):
     """() -> the text of our decoder; a negative `begin` is searched for."""
-    from bltjax.inference.decoding.decoder import Decoder
-
-    decoder = Decoder(random_model(model))
+    decoder = Decoder(random_model())
 
     def write(begin: int) -> dict:
         pieces = decoder.generate([prompt_at(begin, prompt_bytes)], max_bytes=BYTES)
@@ -243,32 +216,22 @@ def cached_side(model: BLTConfig, prompt_bytes: int, begin: int):
     return lambda: write(begin)
 
 
-def whole_side(model: BLTConfig, prompt_bytes: int, begin: int):
+def whole_side(prompt_bytes: int, begin: int):
     """() -> the beginning of the same text, by the whole model for every byte."""
-    from bltjax.inference.decoding.uncached import Predictor
-
-    predictor, prompt = Predictor(random_model(model)), prompt_at(begin, prompt_bytes)
+    predictor, prompt = Predictor(random_model()), prompt_at(begin, prompt_bytes)
     return lambda: {"text": predictor.greedy(prompt, WHOLE_BYTES)[0].hex()}
 
 
-def port_side(model: BLTConfig, prompt_bytes: int, begin: int):
+def port_side(prompt_bytes: int, begin: int):
     """() -> the same text by transformers, with our weights."""
-    from bltjax.convert.verify import port_model
-    from bltjax.model.params import flattened
-    from bltjax.weights.lazy import leaf_of
-    from bltjax.weights.stored import ModelFiles
-
-    try:
-        import torch
-    except ImportError as error:
-        raise ValueError(f"the peer is not installed ({error}): pip install '.[parity]'") from None
+    torch, _ = peer_libraries()
 
     def files(one) -> ModelFiles:
         leaves = {path: leaf_of(np.asarray(x)) for path, x in flattened(one.params).items()}
         byte_lm = one.entropy_model and files(one.entropy_model)
         return ModelFiles(one.config, leaves, "run", {}, byte_lm=byte_lm)
 
-    peer = port_model(files(random_model(model)))
+    peer = port_model(files(random_model()))
     ids = torch.from_numpy(encode(prompt_at(begin, prompt_bytes), eos=False)).long()[None]
 
     def write(count: int) -> dict:

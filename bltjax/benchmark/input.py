@@ -5,15 +5,16 @@ over records made for it: English of the standard library in documents of one si
 entropies whose threshold gives patches of 4.5 bytes.
 """
 
+import argparse
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import numpy as np
 
+from bltjax.benchmark.train import text
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.model import Patching
 from bltjax.data.batches import fills
@@ -27,24 +28,39 @@ from bltjax.data.records import (
     write_manifest,
     write_shard,
 )
+from bltjax.progress import quantity
 
 MEAN_PATCH = 4.5  # bytes
 DOCUMENT_BYTES = (4096, 512)
 CORPUS_BYTES = 16 << 20
 ROWS, ROW_BYTES = 8, 16384
+LOOK_AHEAD = (1, 32)
 BATCHES = 100  # in one measurement, after as many again
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=5, help="measurements (default: 5)")
+    parser.set_defaults(run=benchmark_input)
+
+
+def add_slots_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--records", nargs="+", required=True, help="folders of records, mixed equally"
+    )
+    parser.add_argument("--row_bytes", type=int, default=16384, help="(default: 16384)")
+    parser.set_defaults(run=slots_and_words)
 
 
 def made_records(folder: Path, document_bytes: int) -> None:
     """Writes a folder of records: pieces of English, and exponentially distributed entropies."""
     random = np.random.default_rng(0)
-    text = "".join(topics.values()).encode()
+    english = text()
     count = CORPUS_BYTES // document_bytes
 
     def records() -> Iterator[bytes]:
-        for begin in random.integers(0, len(text) - document_bytes, count):
+        for begin in random.integers(0, len(english) - document_bytes, count):
             entropies = random.exponential(1.0, document_bytes + 1).astype(np.float32)
-            yield encode_record(text[begin : begin + document_bytes], entropies)
+            yield encode_record(english[begin : begin + document_bytes], entropies)
 
     path = folder / "shard-00000-of-00001.array_record"
     write_shard(path, records())
@@ -75,19 +91,26 @@ def input_rate(folder: Path, *, blt: bool, repeats: int) -> dict[str, float]:
     return {"bytes_per_second_per_core": per_core, "bytes_per_second": per_second}
 
 
-def benchmark_input(repeats: int) -> dict:
+def benchmark_input(args: argparse.Namespace) -> tuple[dict, str]:
     """The rate of BLT's input from documents of 4 KiB; and all others beside it."""
     result: dict = {"row_bytes": ROW_BYTES, "rows": ROWS}
+    lines = []
     with tempfile.TemporaryDirectory(prefix="bltjax-input-") as room:
         for size in DOCUMENT_BYTES:
             folder = Path(room) / str(size)
             folder.mkdir()
             made_records(folder, size)
-            result[f"documents_of_{size}"] = {
-                kind: input_rate(folder, blt=kind == "blt", repeats=repeats)
+            rates = result[f"documents_of_{size}"] = {
+                kind: input_rate(folder, blt=kind == "blt", repeats=args.repeats)
                 for kind in ("blt", "byte_lm")
             }
-    return result[f"documents_of_{DOCUMENT_BYTES[0]}"]["blt"] | result
+            lines += [
+                f"{kind.replace('_', ' ')}, documents of {size} bytes:"
+                f" {quantity(found['bytes_per_second_per_core'])}B per core-second,"
+                f" {quantity(found['bytes_per_second'])}B per second"
+                for kind, found in rates.items()
+            ]
+    return result[f"documents_of_{DOCUMENT_BYTES[0]}"]["blt"] | result, "\n".join(lines)
 
 
 def benchmark_slots(records: list[str], row_bytes: int) -> dict:
@@ -98,7 +121,7 @@ def benchmark_slots(records: list[str], row_bytes: int) -> dict:
     sample = [document for folder in documents for document in sample_documents(folder, share, 0)]
     threshold, _ = calibrate(sample, Patching(), MEAN_PATCH)
     result = {"threshold": threshold, "row_bytes": row_bytes}
-    for look_ahead in (1, 32):
+    for look_ahead in LOOK_AHEAD:
         data = DataConfig(
             train={folder: SourceConfig(folder) for folder in records},
             batch_size=4,
@@ -113,3 +136,15 @@ def benchmark_slots(records: list[str], row_bytes: int) -> dict:
         byte_fill, patch_fill = (float(share) for share in np.mean(drawn, axis=0))
         result[f"look_ahead_{look_ahead}"] = {"byte_fill": byte_fill, "patch_fill": patch_fill}
     return result
+
+
+def slots_and_words(args: argparse.Namespace) -> tuple[dict, str]:
+    result = benchmark_slots(args.records, args.row_bytes)
+    lines = []
+    for look_ahead in LOOK_AHEAD:
+        found = result[f"look_ahead_{look_ahead}"]
+        lines.append(
+            f"rows of {args.row_bytes} bytes, look-ahead {look_ahead}: {found['byte_fill']:.1%}"
+            f" of bytes, {found['patch_fill']:.1%} of patches"
+        )
+    return result, "\n".join(lines)

@@ -6,6 +6,7 @@ another algorithm, equal only where the others' first moments are zero. The trai
 rows. This measures the cost of that, on one device, without look-ups, which are the same for both.
 """
 
+import argparse
 import statistics
 import time
 
@@ -80,7 +81,12 @@ def random_case(tables: int, rows: int, width: int, positions: int):
     return state, ids_RBN, grad_BNE
 
 
-def benchmark_tables(repeats: int) -> dict:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=5, help="updates of each (default: 5)")
+    parser.set_defaults(run=benchmark_tables)
+
+
+def benchmark_tables(args: argparse.Namespace) -> tuple[dict, str]:
     """By size, ms per update, medians of updates in turn, and the share of rows in use."""
     result = {}
     for name, size in SIZES.items():
@@ -92,7 +98,7 @@ def benchmark_tables(repeats: int) -> dict:
             for kind, update in UPDATES.items()
         }
         times = {kind: [] for kind in UPDATES}
-        for count in range(1, repeats + 3):  # the first two compile, and fill the heap
+        for count in range(1, args.repeats + 3):  # the first two compile, and fill the heap
             for kind, step in steps.items():
                 begun = time.perf_counter()
                 states[kind] = step(OptimizerConfig(), count, states[kind], *given)
@@ -101,7 +107,7 @@ def benchmark_tables(repeats: int) -> dict:
         used = np.mean([len(np.unique(ids)) for ids in ids_RBN]) / size[1]
         ms = {f"{kind}_ms": statistics.median(times[kind][2:]) for kind in UPDATES}
         result[name] = {"size": size, "used": float(used)} | ms
-    return result
+    return result, table_words(result)
 
 
 def table_words(result: dict) -> str:

@@ -4,16 +4,21 @@ Both take one optimizer step of the same model on the same batch, in fp32, AdamW
 """
 
 import os
+from pydoc_data.topics import topics
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bltjax.config.data import DataConfig
 from bltjax.config.run import OptimizerConfig, RunConfig
 from bltjax.data.batches import PatchBatch, target_bytes_of
+from bltjax.families import initial_params, model_config, module_of, resolved
 from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import BOS, OFFSET
 from bltjax.text.ngram_hash import HashConfig
+from bltjax.training.step import TrainState, make_train_step, run_optimizer
 from bltjax.weights.released.hf import port_settings
 
 MEAN_PATCH = 4.49  # bytes
@@ -30,15 +35,18 @@ def run_config(rows: int, row_bytes: int) -> RunConfig:
     return RunConfig(MODEL, data=data, optimizer=OptimizerConfig(), compute_dtype="float32")
 
 
+def text() -> bytes:
+    """English of the standard library."""
+    return "".join(topics.values()).encode()
+
+
 def sample_batch(data: DataConfig) -> PatchBatch:
     """English of the standard library, one document per row, with P patches of random lengths."""
-    from pydoc_data.topics import topics
-
     random = np.random.default_rng(0)
-    text = np.frombuffer("".join(topics.values()).encode(), np.uint8)
+    english = np.frombuffer(text(), np.uint8)
     B, N, P = data.batch_size, data.seq_len, data.max_patches
-    begins_B = random.integers(0, len(text) - N, B)
-    ids_BN1 = np.stack([text[begin : begin + N + 1] for begin in begins_B]).astype(np.int32)
+    begins_B = random.integers(0, len(english) - N, B)
+    ids_BN1 = np.stack([english[begin : begin + N + 1] for begin in begins_B]).astype(np.int32)
     ids_BN1 += OFFSET
     ids_BN1[:, 0] = BOS
     starts_BN1 = np.zeros((B, N + 1), bool)
@@ -54,12 +62,6 @@ def sample_batch(data: DataConfig) -> PatchBatch:
 
 def our_step(config: RunConfig):
     """() -> its loss: one optimizer step of the real trainer, on the device and back."""
-    import jax
-    import jax.numpy as jnp
-
-    from bltjax.families import initial_params, model_config, module_of, resolved
-    from bltjax.training.step import TrainState, make_train_step, run_optimizer
-
     config = resolved(config, jax.devices()[0])
     model, optimizer = module_of(model_config(config)), run_optimizer(config)
     params = jax.jit(lambda key: initial_params(config.model, key))(random_key(0))
@@ -76,19 +78,25 @@ def our_step(config: RunConfig):
     return run
 
 
-def transformers_step(config: RunConfig, *, fused: bool):
-    """The same for `transformers`: eager, sdpa; fused AdamW is its fastest on a CPU."""
+def peer_libraries() -> tuple:
+    """torch and transformers, of the extra `parity`."""
     try:
         import torch
-        from transformers import BltConfig, BltForCausalLM
+        import transformers
     except ImportError as error:
         raise ValueError(f"the peer is not installed ({error}): pip install '.[parity]'") from None
+    return torch, transformers
 
+
+def transformers_step(config: RunConfig, *, fused: bool):
+    """The same for `transformers`: eager, sdpa; fused AdamW is its fastest on a CPU."""
+    torch, transformers = peer_libraries()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     # Its byte LM is not used: patch lengths are given.
-    settings = port_settings(config, None)
-    peer = BltForCausalLM(BltConfig(**settings, attn_implementation="sdpa")).train()
+    settings = port_settings(model_config(config), None)
+    peer_config = transformers.BltConfig(**settings, attn_implementation="sdpa")
+    peer = transformers.BltForCausalLM(peer_config).train()
     trained = [weight for weight in peer.parameters() if weight.requires_grad]
     settings = config.optimizer
     optimizer = torch.optim.AdamW(

@@ -10,7 +10,7 @@ import sys
 import time
 
 from bltjax.benchmark.generate import cached_side, context_side, port_side, whole_side
-from bltjax.benchmark.train import MODEL, our_step, run_config, transformers_step
+from bltjax.benchmark.train import our_step, run_config, transformers_step
 from bltjax.system.environment import keep_buffers
 
 # By side: the function that makes its step from the worker's arguments, and the number of steps
@@ -19,10 +19,10 @@ SIDES = {
     "ours": (lambda *size: our_step(run_config(*size)), 4),
     "transformers": (lambda *size: transformers_step(run_config(*size), fused=False), 4),
     "transformers_tuned": (lambda *size: transformers_step(run_config(*size), fused=True), 4),
-    "cached": (lambda *where: cached_side(MODEL, *where), 1),
-    "whole": (lambda *where: whole_side(MODEL, *where), 1),
-    "port": (lambda *where: port_side(MODEL, *where), 0),
-    "context": (lambda length, model=MODEL: context_side(model, length), 1),
+    "cached": (cached_side, 1),
+    "whole": (whole_side, 1),
+    "port": (port_side, 0),
+    "context": (lambda length, config=None: context_side(config, length), 1),
 }
 
 
@@ -53,7 +53,7 @@ class Worker:
         return answer
 
     def step(self) -> dict:
-        """{"ms", "peak_mib"} of one more step, and any figures of its own."""
+        """{"ms", "peak_mib", "said"} of one more step; `said` are figures of its own."""
         with contextlib.suppress(BrokenPipeError):  # it died; the missing answer reports it
             self.process.stdin.write("step\n")
             self.process.stdin.flush()
@@ -85,25 +85,22 @@ def serve(side: str, threads: int, *given: int | str) -> None:
         said = run()
         ms = 1000 * (time.perf_counter() - begun)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"ms": ms, "peak_mib": peak} | said), flush=True)
+        print(json.dumps({"ms": ms, "peak_mib": peak, "said": said}), flush=True)
 
 
 def medians(sides: list[str], repeats: int, threads: int, *numbers: int) -> dict:
     """By side, the median ms, every time, and the peak memory of steps taken in turn."""
-    workers: list[Worker] = []
-    try:
+    with contextlib.ExitStack() as stack:
+        workers = []
         for side in sides:
-            workers.append(Worker(side, threads, *numbers))
+            workers.append(stack.enter_context(contextlib.closing(Worker(side, threads, *numbers))))
         answers = [[worker.step() for worker in workers] for _ in range(repeats)]
-    finally:
-        for worker in workers:
-            worker.close()
     return {
         side: {
             "ms": statistics.median(answer["ms"] for answer in mine),
             "all_ms": [round(answer["ms"], 1) for answer in mine],
             "peak_mib": mine[-1]["peak_mib"],
-            "said": {key: x for key, x in mine[-1].items() if key not in ("ms", "peak_mib")},
+            "said": mine[-1]["said"],
         }
         for side, mine in zip(sides, zip(*answers, strict=True), strict=True)
     }

@@ -49,7 +49,7 @@ def test_a_peer_as_it_comes_and_tuned(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     monkeypatch.setattr("bltjax.benchmark.worker.subprocess.Popen", started)
     monkeypatch.setattr(Worker, "answer", lambda self: {})
-    monkeypatch.setattr("bltjax.benchmark.command.os.sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr("bltjax.benchmark.worker.os.sched_setaffinity", lambda *_: None)
     monkeypatch.setattr("bltjax.benchmark.worker.keep_buffers", lambda: kept.append(side))
     sides = ("ours", "transformers", "transformers_tuned")
     for side in sides:
@@ -86,7 +86,7 @@ def test_benchmark_train(capsys):
 
 @pytest.mark.slow
 def test_benchmark_rows(capsys, monkeypatch):
-    monkeypatch.setattr("bltjax.benchmark.command.ROW_LENGTHS", (64, 128, 256))
+    monkeypatch.setattr("bltjax.benchmark.compare.ROW_LENGTHS", (64, 128, 256))
     assert main(["benchmark", "rows", "--json", "--repeats=1", "--threads=1", "--longest=128"]) == 0
     printed = capsys.readouterr()
     lines = json.loads(printed.out)["rows"]
@@ -159,8 +159,12 @@ def get_config(_=""):
 
 
 def test_config_is_for_two_of_them(capsys):
-    assert main(["benchmark", "train", "--config=configs/blt.py:1b"]) == 1
-    assert "--config is for benchmark convert, and for generate" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["benchmark", "train", "--config=configs/blt.py:1b"])
+    assert stopped.value.code == 2
+    assert "no option '--config=configs/blt.py:1b'" in capsys.readouterr().err
+    assert main(["benchmark", "generate", "--config=configs/blt.py:1b"]) == 1
+    assert "--config is for benchmark generate with --contexts" in capsys.readouterr().err
 
 
 def test_tables(capsys, monkeypatch):
@@ -296,10 +300,18 @@ def test_made_records_have_the_patches_that_their_threshold_gives(tmp_path, monk
 
 
 def test_refused(capsys):
-    assert main(["benchmark", "slots"]) == 1
-    assert "takes --records" in capsys.readouterr().err
+    for words, why in (
+        (["slots"], "arguments are required: --records"),
+        (["tables", "--records=x"], "no option '--records=x'"),
+        (["generate", "--peer=transformers_tuned"], "invalid choice: 'transformers_tuned'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["benchmark", *words])
+        assert stopped.value.code == 2 and why in capsys.readouterr().err
+    assert main(["benchmark", "generate", "--contexts", "--peer=transformers"]) == 1
+    assert "drop --peer" in capsys.readouterr().err
     assert main(["benchmark", "train", "--repeats=0"]) == 1
-    assert "must be >= 1" in capsys.readouterr().err
+    assert "--repeats (0) must be >= 1" in capsys.readouterr().err
     there = len(os.sched_getaffinity(0))
     assert main(["benchmark", "train", f"--threads={there + 1}"]) == 1
     assert f"--threads ({there + 1}) must be at most {there}" in capsys.readouterr().err

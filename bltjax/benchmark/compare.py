@@ -1,0 +1,158 @@
+"""The kinds whose sides each have a process of their own: `train`, `rows` and `generate`.
+
+In the first two, both sides run the same model on the same bytes and patches with AdamW in fp32.
+All processes are pinned to the same CPUs and work only on request; times are medians. The peer runs
+with defaults, `transformers`, or with the speed-ups that we know, `transformers_tuned`: fused
+AdamW, and an allocator that keeps large buffers, like ours.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+
+from bltjax.benchmark.generate import BYTES, WHOLE_BYTES, context_words, speed_words
+from bltjax.benchmark.train import MODEL, run_config
+from bltjax.benchmark.worker import Worker, medians
+from bltjax.families import training_flops
+
+PEERS = ("transformers", "transformers_tuned")
+PEER_HELP = "also measure it, with defaults or tuned (extra: parity)"
+ROW_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--peer", choices=PEERS, help=PEER_HELP)
+    parser.add_argument("--repeats", type=int, default=5, help="steps, after four (default: 5)")
+    parser.add_argument("--threads", type=int, default=2, help="CPUs per side (default: 2)")
+    parser.set_defaults(run=benchmark_train)
+
+
+def add_rows_arguments(parser: argparse.ArgumentParser) -> None:
+    add_train_arguments(parser)
+    parser.add_argument("--longest", type=int, default=ROW_LENGTHS[-1], help="bytes of a row")
+    parser.set_defaults(run=benchmark_rows)
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--peer", choices=PEERS[:1], help=PEER_HELP)
+    parser.add_argument("--repeats", type=int, default=3, help="texts of each side (default: 3)")
+    parser.add_argument("--threads", type=int, default=2, help="CPUs per side (default: 2)")
+    parser.add_argument("--prompt_bytes", type=int, default=512, help="(default: 512)")
+    parser.add_argument(
+        "--contexts", action="store_true", help="after 1k ... 32k bytes instead, ours alone"
+    )
+    parser.add_argument("--longest", type=int, default=ROW_LENGTHS[-1], help="--contexts: bytes")
+    parser.add_argument("--config", help="--contexts: a BLT's (default: the model of `train`)")
+    parser.set_defaults(run=benchmark_generate)
+
+
+def training_sides(args: argparse.Namespace) -> list[str]:
+    there = len(os.sched_getaffinity(0))
+    if args.threads > there:
+        raise ValueError(f"--threads ({args.threads}) must be at most {there}, the number of CPUs")
+    return ["ours"] + ([args.peer] if args.peer else [])
+
+
+def lengths_up_to(longest: int) -> list[int]:
+    if longest < ROW_LENGTHS[0]:
+        raise ValueError(
+            f"--longest ({longest}) must be at least {ROW_LENGTHS[0]}, the shortest row"
+        )
+    return [length for length in ROW_LENGTHS if length <= longest]
+
+
+def benchmark_train(args: argparse.Namespace) -> tuple[dict, str]:
+    sides, rows, row_bytes = training_sides(args), 4, 1024
+    found = medians(sides, args.repeats, args.threads, rows, row_bytes)
+    ours_ms, data = found["ours"]["ms"], run_config(rows, row_bytes).data
+    flops = training_flops(MODEL, data.batch_size, data.seq_len, data.max_patches)
+    speed = flops / 1e6 / ours_ms
+    result = {"ours_ms": ours_ms, "all_ms": {side: found[side]["all_ms"] for side in sides}}
+    lines = [f"ours {ours_ms:.0f} ms per step, {speed:.0f} GFLOP/s"]
+    if args.peer:
+        peer_ms = found[args.peer]["ms"]
+        ratio = peer_ms / ours_ms
+        result |= {"peer": args.peer, "peer_ms": peer_ms, "ratio": ratio}
+        lines.append(f"{args.peer} {peer_ms:.0f} ms, {ratio:.2f} times as long")
+    result |= {"step_gflop": flops / 1e9, "ours_gflop_per_second": speed, "threads": args.threads}
+    return result, "\n".join(lines)
+
+
+def benchmark_rows(args: argparse.Namespace) -> tuple[dict, str]:
+    """One row per step. A side that fails at a length (memory, usually) is not run at longer
+    ones."""
+    sides, lines = training_sides(args), []
+    for row_bytes in lengths_up_to(args.longest):
+        line = {"row_bytes": row_bytes}
+        for side in list(sides):
+            try:
+                found = medians([side], args.repeats, args.threads, 1, row_bytes)[side]
+            except ValueError as error:
+                sides.remove(side)
+                print(f"{side} stops here: {error}", file=sys.stderr)
+                continue
+            line[side] = {name: found[name] for name in ("ms", "peak_mib")}
+        lines.append(line)
+        print(row_line(line), file=sys.stderr, flush=True)
+    return {"rows": lines, "threads": args.threads}, ""
+
+
+def row_line(line: dict) -> str:
+    parts = [
+        f"{side} {found['ms']:7.0f} ms ({found['ms'] * 1024 / line['row_bytes']:5.0f} per KiB)"
+        f" {found['peak_mib']:6.0f} MiB"
+        for side, found in line.items()
+        if side != "row_bytes"
+    ]
+    return f"{line['row_bytes']:6d} bytes  " + "   ".join(parts)
+
+
+def benchmark_generate(args: argparse.Namespace) -> tuple[dict, str]:
+    """ms per byte: ours, our whole model for each byte, and the peer's, in turn in one run."""
+    if args.contexts:
+        return benchmark_contexts(args)
+    if args.config:
+        raise ValueError("--config is for benchmark generate with --contexts")
+    finder = Worker("cached", args.threads, args.prompt_bytes, -1)
+    finder.close()
+    sides = ["cached", "whole"] + (["port"] if args.peer else [])
+    place = args.prompt_bytes, finder.ready["begin"]
+    found = medians(sides, args.repeats, args.threads, *place)
+    ours, whole = found["cached"], found["whole"]
+    result = {
+        "prompt_bytes": args.prompt_bytes,
+        "ours_ms_per_byte": ours["ms"] / BYTES,
+        "uncached_ms_per_byte": whole["ms"] / WHOLE_BYTES,
+    }
+    result["uncached_ratio"] = result["uncached_ms_per_byte"] / result["ours_ms_per_byte"]
+    if args.peer:
+        port = found["port"]
+        result |= {"peer": args.peer, "peer_ms_per_byte": port["ms"] / BYTES}
+        result["ratio"] = result["peer_ms_per_byte"] / result["ours_ms_per_byte"]
+        result["same_text"] = port["said"]["text"] == ours["said"]["text"]
+    beginnings = {found[side]["said"]["text"][: 2 * WHOLE_BYTES] for side in sides}
+    result["same_beginning"] = len(beginnings) == 1
+    result["mean_patch_bytes"] = BYTES / max(1, ours["said"]["patches"])
+    result["all_ms"] = {side: found[side]["all_ms"] for side in sides}
+    return result | {"threads": args.threads}, speed_words(result)
+
+
+def benchmark_contexts(args: argparse.Namespace) -> tuple[dict, str]:
+    """ms per byte after growing contexts, without prefill, and bytes read from caches."""
+    if args.peer:
+        raise ValueError("--contexts is of ours alone: drop --peer")
+    lines = []
+    for length in lengths_up_to(args.longest):
+        given = [length, args.config] if args.config else [length]
+        with contextlib.closing(Worker("context", args.threads, *given)) as worker:
+            answers = [worker.step() for _ in range(args.repeats)]
+        times = [answer["said"]["ms_per_byte"] for answer in answers]
+        line = {"context_bytes": length} | answers[-1]["said"]
+        lines.append(line | {"ms_per_byte": statistics.median(times)})
+        lines[-1]["all_ms_per_byte"] = [round(ms, 3) for ms in times]
+        print(json.dumps(lines[-1]), file=sys.stderr, flush=True)
+    result = {"contexts": lines, "threads": args.threads}
+    return result, context_words(result)
