@@ -11,6 +11,7 @@ their communication.
           fusion -> fused x 25        only the fusion touches memory, not its parts
 """
 
+import math
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,13 @@ ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 NAME = re.compile(r"%([\w.-]+)")
 HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = ")
+# By kind, the attributes that name the computations which run as a part of an instruction.
+CALLS = {
+    "while": ("body",),
+    "conditional": ("branch_computations", "true_computation", "false_computation"),
+    "call": ("to_apply",),
+    "fusion": ("calls",),
+}
 
 
 @dataclass(frozen=True)
@@ -36,10 +44,7 @@ class Array:
 
     @property
     def elements(self) -> int:
-        count = 1
-        for size in self.sizes:
-            count *= size
-        return count
+        return math.prod(self.sizes)
 
     @property
     def bytes(self) -> float:
@@ -57,13 +62,10 @@ class Array:
         tile = re.match(r"T\(([\d,]+)\)", rest)
         if not tile or not order:
             return self.bytes
-        sides = [int(side) for side in tile[1].split(",")]
         sizes = [self.sizes[int(axis)] for axis in order.split(",")]  # the fastest axis first
-        count = 1
-        for place, size in enumerate(sizes):
-            side = sides[-1 - place] if place < len(sides) else 1
-            count *= -(-size // side) * side
-        return count * BYTES[self.kind]
+        sides = [int(side) for side in reversed(tile[1].split(","))] + [1] * len(sizes)
+        filled = (-(-size // side) * side for size, side in zip(sizes, sides, strict=False))
+        return math.prod(filled) * BYTES[self.kind]
 
 
 @dataclass(frozen=True)
@@ -88,16 +90,7 @@ class Instruction:
     @cached_property
     def calls(self) -> tuple[str, ...]:
         """Computations that run as a part of this instruction, other than scalar functions."""
-        if self.kind == "while":
-            names = ("body",)
-        elif self.kind == "conditional":
-            names = ("branch_computations", "true_computation", "false_computation")
-        elif self.kind == "call":
-            names = ("to_apply",)
-        elif self.kind == "fusion" or self.kind.endswith("-start"):
-            names = ("calls",)
-        else:
-            names = ()
+        names = ("calls",) if self.kind.endswith("-start") else CALLS.get(self.kind, ())
         return tuple(x for name in names for x in NAME.findall(self.attribute(name)))
 
 
@@ -133,7 +126,7 @@ class Program:
     entry: str
     runs: dict[str, int] = field(default_factory=dict)
     fused: set[str] = field(default_factory=set)
-    unknown_loops: list[str] = field(default_factory=list)
+    unknown_loops: set[str] = field(default_factory=set)
 
     def each(self):
         """(computation, instruction, executions), without instructions that never run."""
@@ -198,7 +191,6 @@ def read_program(text: str) -> Program:
     if not entry:
         raise ValueError(f"no HLO module: it has no ENTRY, and begins {text[:60]!r}")
     program = Program(computations, entry)
-    program.runs = {entry: 0}
     add_runs(program, entry, 1)
     return program
 
@@ -209,10 +201,9 @@ def add_runs(program: Program, name: str, runs: int) -> None:
         trips = 1
         if instruction.kind == "while":
             trips = trip_count(program, program.computations[name], instruction)
-            if trips is None:
-                trips = 1
-                if instruction.name not in program.unknown_loops:
-                    program.unknown_loops.append(instruction.name)
+        if trips is None:
+            trips = 1
+            program.unknown_loops.add(instruction.name)
         for called in instruction.calls:
             if instruction.kind == "fusion" or name in program.fused:
                 program.fused.add(called)

@@ -9,6 +9,7 @@ reduce-scatter is written as an all-reduce of which each chip keeps a slice, in 
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,8 +127,8 @@ def read_group(instruction: Instruction, kind: str, mesh_shape: dict[str, int]) 
         return tuple(places.transpose(order or range(len(dims))).reshape(groups)[0].tolist())
     named = re.match(r"mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", text)
     if named and not named[2].strip():
-        axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])]
-        return named_group(axes, named[3])
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        return named_group(sizes, named[3])
     raise ValueError(f"replica groups that cannot be read: {text[:90]!r}")
 
 
@@ -140,23 +141,16 @@ def listed(text: str) -> list[int]:
     return found
 
 
-def named_group(axes: list[tuple[str, int]], chosen: str) -> tuple[int, ...]:
+def named_group(sizes: dict[str, int], chosen: str) -> tuple[int, ...]:
     """The group of index 0 along axes of a mesh, or along parts of them: `'axis_0':(2)4` is those 4
     indices of an axis that step over everything after the first 2 x 4."""
-    places = np.arange(np.prod([size for _, size in axes])).reshape([size for _, size in axes])
-    index: list = [0] * len(axes)
-    picked = {}
+    places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    index = {name: np.zeros(1, int) for name in sizes}
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", chosen):
-        picked.setdefault(name, []).append((int(before or 1), int(size or 0)))
-    for axis, (name, whole) in enumerate(axes):
-        parts = picked.get(name, [])
-        along = np.zeros(1, int)
-        for before, size in parts:
-            size = size or whole
-            step = whole // (before * size)
-            along = (along[:, None] + np.arange(size) * step).reshape(-1)
-        index[axis] = along
-    return tuple(places[np.ix_(*[np.atleast_1d(x) for x in index])].reshape(-1).tolist())
+        count = int(size or sizes[name])
+        steps = np.arange(count) * (sizes[name] // (int(before or 1) * count))
+        index[name] = (index[name][:, None] + steps).reshape(-1)
+    return tuple(places[np.ix_(*index.values())].reshape(-1).tolist())
 
 
 def varying_axes(group: tuple[int, ...], mesh_shape: dict[str, int]) -> tuple[str, ...]:
@@ -171,11 +165,9 @@ def varying_axes(group: tuple[int, ...], mesh_shape: dict[str, int]) -> tuple[st
 
 def by_kind_and_axis(collectives: list[Collective]) -> list[dict]:
     """Bytes that a chip sends in one run of the program, by kind and axes, the most first."""
-    total: dict[tuple[str, str], float] = {}
+    total: Counter[tuple[str, str]] = Counter()
     for each in collectives:
-        key = (each.kind, ",".join(each.axes))
-        total[key] = total.get(key, 0) + each.runs * each.bytes
+        total[each.kind, ",".join(each.axes)] += each.runs * each.bytes
     return [
-        {"kind": kind, "axis": axis, "bytes": sent}
-        for (kind, axis), sent in sorted(total.items(), key=lambda x: -x[1])
+        {"kind": kind, "axis": axis, "bytes": sent} for (kind, axis), sent in total.most_common()
     ]

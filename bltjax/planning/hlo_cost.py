@@ -30,6 +30,9 @@ FREE = {
     "async-update", "add-dependency", "domain",
 }  # fmt: skip
 SLICES = ("dynamic-slice", "slice", "gather")
+# Attributes of a convolution's window, `3x1` or `1_1x0_0` by axis, and their defaults.
+WINDOW = {"size": 1, "pad": 0, "stride": 1, "lhs_dilate": 1, "rhs_dilate": 1}
+UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # place of the operand that is written
 
 
 @dataclass(frozen=True)
@@ -81,20 +84,13 @@ def convolution_flops(instruction: Instruction, left: Array, right: Array) -> in
     window = dict(re.findall(r"(\w+)=([\w.\-]+)", instruction.attribute("window").strip("{}")))
     met = 1
     for place, axis in enumerate(sorted(label for label in labels_out if label.isdigit())):
-
-        def side(name: str, default: str, place=place) -> str:
-            return window[name].split("x")[place] if name in window else default
-
-        low = int(side("pad", "0_0").split("_")[0])
-        met *= met_positions(
-            out[axis],
-            int(side("size", "1")),
-            into[axis],
-            low,
-            int(side("stride", "1")),
-            int(side("lhs_dilate", "1")),
-            int(side("rhs_dilate", "1")),
+        size, low, stride, spread, kernel_spread = (
+            int(re.match(r"-?\d+", window[name].split("x")[place])[0])
+            if name in window
+            else default
+            for name, default in WINDOW.items()
         )
+        met *= met_positions(out[axis], size, into[axis], low, stride, spread, kernel_spread)
     return 2 * out["b"] * out["f"] * kernel["i"] * met
 
 
@@ -113,25 +109,18 @@ def is_kernel(instruction: Instruction) -> bool:
 def kernel_flops(computation: Computation, instruction: Instruction) -> tuple[float, float]:
     """A kernel's own estimate, and the share of its steps that see something in a full row."""
     flops = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
-    plan = kernel_plan(instruction)
     if not flops:
         raise ValueError(f"kernel {instruction.name} has no cost estimate")
-    if plan is None:
-        return float(flops[1]), 1.0
-    q, k = (computation.instructions[x].arrays[0].sizes[-1] for x in instruction.operands[5:7])
-    pattern, tiles = plan
-    return float(flops[1]), visited_share(pattern, q, k, tiles)
-
-
-def kernel_plan(instruction: Instruction) -> tuple[Pattern, Tiles] | None:
-    """The pattern and tiles that a range attention kernel recorded when it was compiled."""
+    # The pattern and tiles that a range attention kernel recorded when it was compiled.
     found = re.search(r"kernel_metadata=(\{[^}]*\})", instruction.rest)
     notes = json.loads(found[1].replace('\\"', '"')) if found and len(found[1]) > 2 else {}
     if "pattern" not in notes:
-        return None
-    kinds = {"Sliding": Sliding, "Pooling": Pooling, "Reading": Reading}
+        return float(flops[1]), 1.0
     kind, size = notes["pattern"].split()
-    return kinds[kind](int(size)), Tiles(*map(int, notes["tiles"].split("x")))
+    pattern = {"Sliding": Sliding, "Pooling": Pooling, "Reading": Reading}[kind](int(size))
+    tiles = Tiles(*map(int, notes["tiles"].split("x")))
+    q, k = (computation.instructions[x].arrays[0].sizes[-1] for x in instruction.operands[5:7])
+    return float(flops[1]), visited_share(pattern, q, k, tiles)
 
 
 @functools.cache
@@ -167,39 +156,40 @@ def moved_bytes(program: Program, computation: Computation, instruction: Instruc
         estimate = re.search(r'"bytes_accessed":"(\d+)"', instruction.rest)
         return float(estimate[1]) if estimate else 0
     if kind == "copy-start":  # (destination, source, a flag)
-        return sum(in_hbm(x) for x in instruction.arrays[:2])
+        return in_hbm(instruction.arrays[:2])
     if kind == "slice-start":  # (source, its slice, a flag): the rest of the source stays unread
-        part = instruction.arrays[1]
-        return part.padded_bytes + in_hbm(part)
+        part = instruction.arrays[1:2]
+        return padded(part) + in_hbm(part)
     given = [computation.instructions[x] for x in instruction.operands]
     if kind == "fusion":
         inner = program.computations[instruction.calls[0]]
-        read = sum(
-            read_bytes(program, inner, place) if in_hbm(x.arrays) else 0
-            for place, x in enumerate(given)
-        )
+        places = [place for place, x in enumerate(given) if in_hbm(x.arrays)]
+        read = sum(read_bytes(program, inner, place) for place in places)
         return read + written_bytes(program, inner, instruction.arrays)
     if kind == "custom-call":
         return 0  # buffers that are set aside, and notes to the compiler
     if kind.endswith("-start"):  # of a collective: (operands, results, flags)
         return 2 * sum(in_hbm(x.arrays) for x in given)
-    result = sum(in_hbm(x) for x in instruction.arrays)
+    result = in_hbm(instruction.arrays)
     if kind in SLICES:
         return 2 * result
-    if kind in ("dynamic-update-slice", "scatter"):
+    if kind in UPDATES:
         return 2 * sum(in_hbm(x.arrays) for x in given[1:])
     return result + sum(in_hbm(x.arrays) for x in given)
 
 
-def in_hbm(arrays: Array | tuple[Array, ...]) -> float:
-    arrays = (arrays,) if isinstance(arrays, Array) else arrays
+def padded(arrays: tuple[Array, ...]) -> float:
+    return sum(x.padded_bytes for x in arrays)
+
+
+def in_hbm(arrays: tuple[Array, ...]) -> float:
     return sum(x.padded_bytes for x in arrays if x.in_hbm)
 
 
 def read_bytes(program: Program, inner: Computation, place: int) -> float:
     """Bytes that a fusion reads of its operand: all of it, or the slices that it takes."""
     operand = inner.parameters[place]
-    total, whole = 0.0, sum(x.padded_bytes for x in operand.arrays)
+    total, whole = 0.0, padded(operand.arrays)
     seen, left = set(), [operand]
     while left:
         name = left.pop().name
@@ -210,8 +200,8 @@ def read_bytes(program: Program, inner: Computation, place: int) -> float:
             if user.kind == "bitcast":
                 left.append(user)
             elif user.kind in SLICES and user.operands[0] == name:
-                total += sum(x.padded_bytes for x in user.arrays)
-            elif user.kind in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
+                total += padded(user.arrays)
+            elif user.kind in UPDATES and user.operands[0] == name:
                 continue  # parts that are not overwritten don't move
             elif user.kind == "tuple" or "chain_id=" in user.rest:
                 continue  # passed on; a collective in progress
@@ -239,14 +229,10 @@ def written_bytes(program: Program, inner: Computation, arrays: tuple[Array, ...
 def written(program: Program, inner: Computation, made: Instruction, arrays) -> float:
     while made.kind == "bitcast":
         made = inner.instructions[made.operands[0]]
-    if made.kind == "parameter" or "chain_id=" in made.rest:
+    if made.kind == "parameter" or "chain_id=" in made.rest or not in_hbm(arrays):
         return 0
-    if not in_hbm(arrays):
-        return 0
-    if made.kind == "dynamic-update-slice":
-        return sum(x.padded_bytes for x in inner.instructions[made.operands[1]].arrays)
-    if made.kind == "scatter":
-        return sum(x.padded_bytes for x in inner.instructions[made.operands[-1]].arrays)
+    if made.kind in UPDATES:
+        return padded(inner.instructions[made.operands[UPDATES[made.kind]]].arrays)
     if made.kind == "fusion":
         return written_bytes(program, program.computations[made.calls[0]], arrays)
     return in_hbm(arrays)
