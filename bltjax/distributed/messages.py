@@ -17,6 +17,14 @@ class Known(NamedTuple):
     why: str  # the decision that depends on it
 
 
+# Errors of this process itself, and the names of their statuses. Others of jaxlib, in a run of
+# many, come of a lost process.
+OWN_FAULTS = {
+    "out of memory": "RESOURCE_EXHAUSTED",
+    "invalid argument": "INVALID_ARGUMENT",
+    "unimplemented": "UNIMPLEMENTED",
+    "not found": "NOT_FOUND",
+}
 KNOWN_MESSAGES = {
     "no cluster": Known(
         r"coordinator_address should be defined",
@@ -27,26 +35,6 @@ KNOWN_MESSAGES = {
         r"(?s)\A.{0,54} Gloo ",
         "jaxlib (gloo)",
         "ValueError of a collective that was broken off: another process ended, restart",
-    ),
-    "out of memory": Known(
-        r"\ARESOURCE_EXHAUSTED",
-        "jaxlib",
-        "JaxRuntimeError that this process meets again after a restart",
-    ),
-    "invalid argument": Known(
-        r"\AINVALID_ARGUMENT",
-        "jaxlib",
-        "JaxRuntimeError that this process meets again after a restart",
-    ),
-    "unimplemented": Known(
-        r"\AUNIMPLEMENTED",
-        "jaxlib",
-        "JaxRuntimeError that this process meets again after a restart",
-    ),
-    "not found": Known(
-        r"\ANOT_FOUND",
-        "jaxlib",
-        "JaxRuntimeError that this process meets again after a restart",
     ),
     "disk full": Known(
         r"(?i)no space left",
@@ -78,9 +66,12 @@ KNOWN_MESSAGES = {
         "libtpu",
         "JaxRuntimeError of the compiler: the program doesn't fit; its groups are number and unit",
     ),
+} | {
+    name: Known(
+        rf"\A{status}", "jaxlib", "JaxRuntimeError that this process meets again after a restart"
+    )
+    for name, status in OWN_FAULTS.items()
 }
-# Errors of this process itself. Others of jaxlib, in a run of many, come of a lost process.
-OWN_FAULTS = ("out of memory", "invalid argument", "unimplemented", "not found")
 
 
 def says(error: BaseException, *names: str) -> re.Match | None:

@@ -27,6 +27,7 @@ from bltjax.config.letters import suffix_axes
 from bltjax.config.run import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
+KINDS = (AxisType.Auto,) * 3
 LETTER_AXES = {
     "B": ("data", "fsdp"),
     "D": ("fsdp",),
@@ -50,9 +51,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
-    known = 1
-    for size in sizes:
-        known *= size if size != -1 else 1
+    known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         divides("the mesh's given sizes' product", known, "the number of devices", len(devices))
         sizes[sizes.index(-1)] = len(devices) // known
@@ -61,13 +60,12 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
             f"mesh data x fsdp x tensor = {' x '.join(map(str, sizes))} = {known},"
             f" but there are {len(devices)} devices (--config.mesh.fsdp=-1 takes the rest)"
         )
-    kinds = (AxisType.Auto,) * 3
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1 or devices[0].platform != "tpu":
-        return jax.make_mesh(tuple(sizes), AXES, kinds, devices=devices)
+        return jax.make_mesh(tuple(sizes), AXES, KINDS, devices=devices)
     divides("the number of slices", slices, "mesh axis data", sizes[0])
     within = (sizes[0] // slices, *sizes[1:])
-    return Mesh(create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=kinds)
+    return Mesh(create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=KINDS)
 
 
 def fitting_meshes(count: int, fits: Callable[[AbstractMesh], None]) -> list[MeshConfig]:
@@ -75,13 +73,13 @@ def fitting_meshes(count: int, fits: Callable[[AbstractMesh], None]) -> list[Mes
 
     Those with the smallest `tensor` come first, and of these those with the largest `fsdp`.
     """
-    found, kinds = [], (AxisType.Auto,) * 3
+    found = []
     for tensor in (n for n in range(1, count + 1) if count % n == 0):
         left = count // tensor
         for data in (n for n in range(1, left + 1) if left % n == 0):
             sizes = (data, left // data, tensor)
             try:
-                fits(AbstractMesh(sizes, AXES, axis_types=kinds))
+                fits(AbstractMesh(sizes, AXES, axis_types=KINDS))
             except ValueError:
                 continue
             found.append(MeshConfig(*sizes))
@@ -117,10 +115,10 @@ def spec_of(name: str, shape: tuple[int, ...], mesh, *, but: tuple[str, ...] = (
 
     `but`: axes that are left out.
     """
-    entries = []
-    for size, wanted in zip(shape, wanted_axes(name), strict=True):
-        axes = dividing(tuple(axis for axis in wanted if axis not in but), mesh, size)
-        entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    entries = (
+        dividing(tuple(axis for axis in wanted if axis not in but), mesh, size)
+        for size, wanted in zip(shape, wanted_axes(name), strict=True)
+    )
     return PartitionSpec(*entries)
 
 

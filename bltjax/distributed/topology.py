@@ -25,7 +25,7 @@ class Chip:
     links: int  # to neighbouring chips
     link_rate: float  # bytes per second over one link, one way
     dcn_rate: float  # bytes per second to other slices, one way
-    host_chips: int  # of a virtual machine in a slice of several
+    host_chips: int = 4  # of a virtual machine in a slice of several
     devices: int = 1  # per chip, as jax counts them; the figures are per device
     flat: tuple[str, ...] = ()  # slices of a two-dimensional torus
     cubes: int = 0  # of 4 x 4 x 4 chips, in the largest slice of a three-dimensional torus
@@ -41,12 +41,9 @@ class Chip:
         for a in range(1, self.cubes + 1):
             for b in range(a, self.cubes // a + 1):
                 found += [(a, b, c) for c in range(b, self.cubes // (a * b) + 1)]
-        found = sorted((tuple(4 * x for x in sides) for sides in found), key=order)
+        found = [tuple(4 * x for x in sides) for sides in found]
+        found.sort(key=lambda sides: (math.prod(sides), sides[::-1]))
         return ("2x2x1", "2x2x2", "2x2x4", "2x4x4", *("x".join(map(str, x)) for x in found))
-
-
-def order(sides: tuple[int, ...]) -> tuple:
-    return math.prod(sides), sides[::-1]
 
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -59,7 +56,6 @@ CHIPS = {
         links=6,
         link_rate=50e9,  # 2400 Gbit/s over six
         dcn_rate=6.25e9,  # not on the page; as v5p
-        host_chips=4,
         cubes=64,
         options=(("chip_config_name", "megacore"),),  # two cores as one device, as jax runs them
     ),
@@ -71,7 +67,6 @@ CHIPS = {
         links=4,
         link_rate=50e9,  # 400 GB/s both ways over four
         dcn_rate=3.125e9,  # 6.4 Tbit/s for a pod of 256
-        host_chips=4,
         flat=FLAT,
     ),
     "v5p": Chip(
@@ -82,7 +77,6 @@ CHIPS = {
         links=6,
         link_rate=100e9,  # 1200 GB/s both ways over six
         dcn_rate=6.25e9,  # 50 Gbit/s
-        host_chips=4,
         cubes=96,
     ),
     "v6e": Chip(
@@ -93,7 +87,6 @@ CHIPS = {
         links=4,
         link_rate=100e9,  # 800 GB/s both ways over four
         dcn_rate=12.5e9,  # 100 Gbit/s
-        host_chips=4,
         flat=FLAT,
     ),
     # A chip is two devices to jax, each with half of its memory, rates and links.
@@ -105,7 +98,6 @@ CHIPS = {
         links=6,
         link_rate=50e9,  # 1200 GB/s both ways over six, for both devices
         dcn_rate=6.25e9,  # 100 Gbit/s for both
-        host_chips=4,
         devices=2,
         cubes=144,
     ),

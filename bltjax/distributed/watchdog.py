@@ -93,20 +93,19 @@ def silent_or_behind(before: dict[int, list], after: dict[int, list], count: int
     """
     lines = []
     for index in range(count):
-        if index not in after:
+        host, step, doing, beats = after.get(index, [None] * 4)
+        if beats is None:
             lines.append(f"process {index} has sent no heartbeat")
-            continue
-        host, step, doing, beats = after[index]
-        if before.get(index, [None] * 4)[3] == beats:
+        elif before.get(index, [None] * 4)[3] == beats:
             lines.append(
                 f"process {index} ({host}) sends no heartbeats; the last: {doing}, step {step}"
             )
     if not lines:
         # A process that reports step n has started step n + 1: compare started steps.
-        first = min(step for _, step, _, _ in after.values())
-        last = max(step for _, step, _, _ in after.values())
+        steps = [step for _, step, _, _ in after.values()]
+        first = min(steps)
         behind = {i: beat for i, beat in after.items() if beat[1] == first}
-        if first == last:
+        if first == max(steps):
             kinds = [doing for _, _, doing, _ in after.values()]
             rare = min(set(kinds), key=kinds.count)
             behind = {i: beat for i, beat in after.items() if beat[2] == rare}
