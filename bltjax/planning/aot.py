@@ -70,12 +70,11 @@ def described_devices(topology: Topology) -> list:
         options["num_slices"] = topology.slices
     if topology.chips < topology.chip.host_chips:
         options["chips_per_host_bounds"] = (*topology.sides, 1)[:3]
-    kind, _, shape = topology.name.partition(":")
     missing = SURROUNDINGS.keys() - os.environ.keys()
     os.environ.update({name: SURROUNDINGS[name] for name in missing})
     try:
         return topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{kind}:{shape}", **options
+            platform="tpu", topology_name=topology.name, **options
         ).devices
     finally:
         for name in missing:  # the processes that this one starts aren't on a TPU

@@ -29,7 +29,6 @@ from bltjax.planning.aot import (
     shard_bytes,
     used_bytes,
 )
-from bltjax.planning.hlo_collectives import by_kind_and_axis
 from bltjax.planning.plan_decoder import plan_generate
 from bltjax.planning.plan_decoder import text as decoder_text
 from bltjax.planning.report import Flops, Plan, change_lines, text
@@ -48,10 +47,9 @@ def needed_flops(config: RunConfig) -> Flops:
     data, family, model = config.data, family_of(config), config.model
     N, P = data.seq_len, data.max_patches
     step_bytes = data.batch_size * N
-    scoring = 0.0
+    # The released entropy model; the run's own is not read for a plan.
+    scorer, scoring = ByteLMConfig(), 0.0
     if model_config(config).by_entropy:
-        # The released entropy model; the run's own is not read for a plan.
-        scorer = ByteLMConfig()
         scoring = step_bytes * family_of(scorer).paper_flops(scorer, N, P)
     return Flops(
         paper=3 * step_bytes * family.paper_flops(model, N, P),
@@ -82,48 +80,32 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     begun = time.monotonic()
     mesh = make_mesh(config.mesh, devices)
     parts = step_parts(config, mesh)
-    memory = Memory(
-        shard_bytes(parts.shapes.params, parts.shardings.params),
-        shard_bytes(parts.shapes.opt, parts.shardings.opt),
-        0.0,
-        topology.chip.hbm_bytes,
-    )
+    parameters = shard_bytes(parts.shapes.params, parts.shardings.params)
+    moments = shard_bytes(parts.shapes.opt, parts.shardings.opt)
+    capacity, compiled = topology.chip.hbm_bytes, None
+    with jax.set_mesh(mesh):
+        lowered = parts.step.lower(parts.shapes, batch_shapes(config))
+        try:
+            compiled = compile_ahead(lowered)
+            total = used_bytes(compiled)
+        except TooLarge as error:
+            # The compiler's figure may cover the temporaries alone.
+            total = max(error.needed, capacity) + parameters + moments
     found = Plan(
         config,
         topology,
         dict(mesh.shape),
         parameter_count(parts.shapes.params, config.model),
-        memory,
+        Memory(parameters, moments, total, capacity),
         needed_flops(config),
-        0.0,
+        time.monotonic() - begun,
     )
-    with jax.set_mesh(mesh):
-        lowered = parts.step.lower(parts.shapes, batch_shapes(config))
-        try:
-            compiled = compile_ahead(lowered)
-        except TooLarge as error:
-            # The compiler's figure may cover the temporaries alone.
-            total = max(error.needed, topology.chip.hbm_bytes) + memory.parameters
-            total += memory.optimizer
-            return dataclasses.replace(
-                found,
-                memory=dataclasses.replace(memory, total=total),
-                compile_s=time.monotonic() - begun,
-            )
-    spent = time.monotonic() - begun
+    if compiled is None:
+        return found
     step_bytes = config.data.batch_size * config.data.seq_len
     told = account(compiled.as_text(), topology, mesh, found.flops.exact, step_bytes)
     flops = dataclasses.replace(found.flops, compiler=told.work.flops * mesh.size)
-    return dataclasses.replace(
-        found,
-        memory=dataclasses.replace(memory, total=used_bytes(compiled)),
-        flops=flops,
-        compile_s=spent,
-        work=told.work,
-        collectives=by_kind_and_axis(told.collectives),
-        bound=told.bound,
-        unknown_loops=told.unknown_loops,
-    )
+    return dataclasses.replace(found, flops=flops, **vars(told))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,23 +136,18 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
     jax.config.update("jax_platforms", "cpu")  # a local TPU may be busy
     if args.generate:
-        decoder = plan_generate(
-            config,
-            topology,
-            groups=args.groups,
-            rows=args.rows,
-            prompt_bytes=args.prompt_bytes,
-            context=args.context,
-        )
-        told = json.dumps(decoder.summary(), indent=2)
-        print(told if args.json else decoder_text(decoder, args.config))
-        sys.exit(0 if decoder.fits else 1)
-    found = plan(config, topology)
-    told, lines = found.summary(), [text(found, args.config)]
-    if not found.memory.fits:
-        changes = nearest_changes(found, plan)
-        lines += change_lines(changes, found.memory)
-        told["changes"] = [dataclasses.asdict(x) | {"options": x.options} for x in changes]
+        sizes = {
+            name: getattr(args, name) for name in ("groups", "rows", "prompt_bytes", "context")
+        }
+        found = plan_generate(config, topology, **sizes)
+        told, lines, fits = found.summary(), [decoder_text(found, args.config)], found.fits
+    else:
+        found = plan(config, topology)
+        told, lines, fits = found.summary(), [text(found, args.config)], found.memory.fits
+        if not fits:
+            changes = nearest_changes(found, plan)
+            lines += change_lines(changes, found.memory)
+            told["changes"] = [dataclasses.asdict(x) | {"options": x.options} for x in changes]
     print(json.dumps(told, indent=2) if args.json else "\n".join(lines))
-    if not found.memory.fits:
+    if not fits:
         sys.exit(1)

@@ -67,20 +67,12 @@ class GenerationPlan:
 
     def summary(self) -> dict:
         """The plan as JSON values, for programs."""
+        names = ("mesh", "rows", "prompt_bytes", "context", "mean_patch", "fits")
+        memory = {name: getattr(self, name) for name in ("weights", "state", "total")}
         return {
             "topology": self.topology.name,
-            "mesh": self.mesh,
-            "rows": self.rows,
-            "prompt_bytes": self.prompt_bytes,
-            "context": self.context,
-            "mean_patch": self.mean_patch,
-            "fits": self.fits,
-            "hbm_bytes": {
-                "weights": self.weights,
-                "state": self.state,
-                "total": self.total,
-                "capacity": self.topology.chip.hbm_bytes,
-            },
+            **{name: getattr(self, name) for name in names},
+            "hbm_bytes": memory | {"capacity": self.topology.chip.hbm_bytes},
             "programs": {name: dataclasses.asdict(x) for name, x in self.programs.items()},
             "moved_bytes": self.moved,
             "bound_bytes_per_second": self.bytes_per_second,

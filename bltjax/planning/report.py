@@ -39,7 +39,8 @@ class Plan:
     memory: Memory
     flops: Flops
     compile_s: float
-    work: Work | None = None  # this and the next fields: None where it was too large to compile
+    # The fields of `Account`; None and empty where it was too large to compile.
+    work: Work | None = None
     collectives: list[dict] = dataclasses.field(default_factory=list)
     bound: Bound | None = None
     unknown_loops: int = 0

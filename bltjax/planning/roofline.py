@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from bltjax.distributed.topology import Topology
 from bltjax.planning.aot import places
 from bltjax.planning.hlo import read_program
-from bltjax.planning.hlo_collectives import Collective, read_collectives
+from bltjax.planning.hlo_collectives import Collective, by_kind_and_axis, read_collectives
 from bltjax.planning.hlo_cost import Work, read_work
 
 
@@ -55,7 +55,7 @@ class Account:
     """The cost of a compiled program on each chip, and its bound."""
 
     work: Work
-    collectives: list[Collective]
+    collectives: list[dict]  # bytes sent, by kind and axis
     bound: Bound
     unknown_loops: int
 
@@ -66,7 +66,7 @@ def account(text: str, topology: Topology, mesh: Mesh, flops: float, step_bytes:
     work, collectives = read_work(program), read_collectives(program, dict(mesh.shape))
     where = places(topology, mesh.devices.flat)
     limits = bound(work, collectives, topology, where, flops, step_bytes)
-    return Account(work, collectives, limits, len(program.unknown_loops))
+    return Account(work, by_kind_and_axis(collectives), limits, len(program.unknown_loops))
 
 
 def bound(
@@ -115,9 +115,9 @@ def collective_seconds(
     ]
     size = len(inner)
     if each.kind == "collective-permute":
-        return (
-            (0.0, each.whole / chip.dcn_rate) if slices > 1 else (each.whole / chip.link_rate, 0.0)
-        )
+        if slices > 1:
+            return 0.0, each.whole / chip.dcn_rate
+        return each.whole / chip.link_rate, 0.0
     factor = 2 if each.kind == "all-reduce" else 1
     across = 0.0
     if slices > 1:
