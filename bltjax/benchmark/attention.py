@@ -104,7 +104,7 @@ def errors(found, expected) -> list[float]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="measurements (default: 5)")
     parser.add_argument("--rows", type=int, default=1, help="rows per batch (default: 1)")
-    parser.add_argument("--row_bytes", type=int, default=16384, help="(default: 16384)")
+    parser.add_argument("--row_bytes", type=int, default=16384, help="per row (default: 16384)")
     parser.set_defaults(run=benchmark_attention)
 
 
@@ -157,11 +157,6 @@ def attention_words(result: dict) -> str:
         "{device}: {rows} rows of {row_bytes} bytes, {dtype}; ms forward, with backward,"
         " and the largest error".format(**result)
     )
-    return "\n".join(
-        [head]
-        + [
-            line_words(name, side, lines)
-            for name, lines in result["attentions"].items()
-            for side in lines
-        ]
-    )
+    attentions = result["attentions"].items()
+    lines = [line_words(name, side, found) for name, found in attentions for side in found]
+    return "\n".join([head, *lines])

@@ -19,13 +19,13 @@ from bltjax.benchmark.worker import Worker, medians
 from bltjax.families import training_flops
 
 PEERS = ("transformers", "transformers_tuned")
-PEER_HELP = "also measure it, with defaults or tuned (extra: parity)"
 ROW_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--peer", choices=PEERS, help=PEER_HELP)
-    parser.add_argument("--repeats", type=int, default=5, help="steps, after four (default: 5)")
+def add_train_arguments(parser: argparse.ArgumentParser, peers=PEERS, repeats: int = 5) -> None:
+    parser.add_argument("--peer", choices=peers, help="also measure it (extra: parity)")
+    runs = f"measured runs of each side, once it is warm (default: {repeats})"
+    parser.add_argument("--repeats", type=int, default=repeats, help=runs)
     parser.add_argument("--threads", type=int, default=2, help="CPUs per side (default: 2)")
     parser.set_defaults(run=benchmark_train)
 
@@ -37,9 +37,7 @@ def add_rows_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--peer", choices=PEERS[:1], help=PEER_HELP)
-    parser.add_argument("--repeats", type=int, default=3, help="texts of each side (default: 3)")
-    parser.add_argument("--threads", type=int, default=2, help="CPUs per side (default: 2)")
+    add_train_arguments(parser, peers=PEERS[:1], repeats=3)
     parser.add_argument("--prompt_bytes", type=int, default=512, help="(default: 512)")
     parser.add_argument(
         "--contexts", action="store_true", help="after 1k ... 32k bytes instead, ours alone"
@@ -121,21 +119,16 @@ def benchmark_generate(args: argparse.Namespace) -> tuple[dict, str]:
     sides = ["cached", "whole"] + (["port"] if args.peer else [])
     place = args.prompt_bytes, finder.ready["begin"]
     found = medians(sides, args.repeats, args.threads, *place)
-    ours, whole = found["cached"], found["whole"]
-    result = {
-        "prompt_bytes": args.prompt_bytes,
-        "ours_ms_per_byte": ours["ms"] / BYTES,
-        "uncached_ms_per_byte": whole["ms"] / WHOLE_BYTES,
-    }
-    result["uncached_ratio"] = result["uncached_ms_per_byte"] / result["ours_ms_per_byte"]
+    texts = {side: found[side]["said"]["text"] for side in sides}
+    ours_ms, whole_ms = found["cached"]["ms"] / BYTES, found["whole"]["ms"] / WHOLE_BYTES
+    result = {"prompt_bytes": args.prompt_bytes, "ours_ms_per_byte": ours_ms}
+    result |= {"uncached_ms_per_byte": whole_ms, "uncached_ratio": whole_ms / ours_ms}
     if args.peer:
-        port = found["port"]
-        result |= {"peer": args.peer, "peer_ms_per_byte": port["ms"] / BYTES}
-        result["ratio"] = result["peer_ms_per_byte"] / result["ours_ms_per_byte"]
-        result["same_text"] = port["said"]["text"] == ours["said"]["text"]
-    beginnings = {found[side]["said"]["text"][: 2 * WHOLE_BYTES] for side in sides}
-    result["same_beginning"] = len(beginnings) == 1
-    result["mean_patch_bytes"] = BYTES / max(1, ours["said"]["patches"])
+        peer_ms = found["port"]["ms"] / BYTES
+        result |= {"peer": args.peer, "peer_ms_per_byte": peer_ms, "ratio": peer_ms / ours_ms}
+        result["same_text"] = texts["port"] == texts["cached"]
+    result["same_beginning"] = len({text[: 2 * WHOLE_BYTES] for text in texts.values()}) == 1
+    result["mean_patch_bytes"] = BYTES / max(1, found["cached"]["said"]["patches"])
     result["all_ms"] = {side: found[side]["all_ms"] for side in sides}
     return result | {"threads": args.threads}, speed_words(result)
 

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def benchmark_convert(args: argparse.Namespace) -> tuple[dict, str]:
     """Writes a folder of the transformers port with made-up weights, and times its import."""
-    run, lm, dtype = load_config(args.config), load_config(args.byte_lm), DTYPES["bfloat16"]
-    run, lm = model_config(run), model_config(lm)
+    run, lm = (model_config(load_config(path)) for path in (args.config, args.byte_lm))
+    dtype = DTYPES["bfloat16"]
     shapes = tensor_shapes(PIECES["blt"](PORT, run.model), leaf_shapes(run))
     shapes |= tensor_shapes(PIECES["byte_lm"](PORT, lm.model), leaf_shapes(lm))
     noise = np.random.default_rng(0).standard_normal(1 << 24, np.float32).astype(dtype)

@@ -47,7 +47,7 @@ def add_slots_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--records", nargs="+", required=True, help="folders of records, mixed equally"
     )
-    parser.add_argument("--row_bytes", type=int, default=16384, help="(default: 16384)")
+    parser.add_argument("--row_bytes", type=int, default=16384, help="per row (default: 16384)")
     parser.set_defaults(run=slots_and_words)
 
 
@@ -68,17 +68,18 @@ def made_records(folder: Path, document_bytes: int) -> None:
     write_manifest(folder, Manifest("random", "", 0, "float32", str(folder), (info,)))
 
 
+def batches_of(patching: Patching | None, *, seq_len: int, **settings) -> Iterator:
+    """Batches of all rows, with slots for patches of MEAN_PATCH bytes."""
+    data = DataConfig(seq_len=seq_len, max_patches=round(seq_len / MEAN_PATCH), **settings)
+    return iter(training_batches(data, patching, seed=0, streams=range(data.batch_size)))
+
+
 def input_rate(folder: Path, *, blt: bool, repeats: int) -> dict[str, float]:
     """Text bytes per second, of processor time and of wall time; medians."""
-    data = DataConfig(
-        train={"records": SourceConfig(str(folder))},
-        batch_size=ROWS,
-        seq_len=ROW_BYTES,
-        max_patches=round(ROW_BYTES / MEAN_PATCH),
-    )
     # Above it lies 1 of 4.5 numbers of the exponential law.
     patching = Patching(threshold=float(np.log(MEAN_PATCH))) if blt else None
-    batches = iter(training_batches(data, patching, seed=0, streams=range(ROWS)))
+    train = {"records": SourceConfig(str(folder))}
+    batches = batches_of(patching, train=train, batch_size=ROWS, seq_len=ROW_BYTES)
     rates = []
     for _ in range(1 + repeats):
         processor, clock, text_bytes = time.process_time(), time.perf_counter(), 0
@@ -121,17 +122,13 @@ def benchmark_slots(records: list[str], row_bytes: int) -> dict:
     sample = [document for folder in documents for document in sample_documents(folder, share, 0)]
     threshold, _ = calibrate(sample, Patching(), MEAN_PATCH)
     result = {"threshold": threshold, "row_bytes": row_bytes}
+    train = {folder: SourceConfig(folder) for folder in records}
+    sizes = {"batch_size": 4, "seq_len": row_bytes}
+    slots, count = round(row_bytes / MEAN_PATCH), max(8, 2**19 // row_bytes)
     for look_ahead in LOOK_AHEAD:
-        data = DataConfig(
-            train={folder: SourceConfig(folder) for folder in records},
-            batch_size=4,
-            seq_len=row_bytes,
-            max_patches=round(row_bytes / MEAN_PATCH),
-            look_ahead=look_ahead,
-        )
         patching = Patching(threshold=threshold)
-        batches = iter(training_batches(data, patching, seed=0, streams=range(data.batch_size)))
-        drawn = [fills(next(batches), data.max_patches) for _ in range(max(8, 2**19 // row_bytes))]
+        batches = batches_of(patching, train=train, look_ahead=look_ahead, **sizes)
+        drawn = [fills(next(batches), slots) for _ in range(count)]
         batches.close()
         byte_fill, patch_fill = (float(share) for share in np.mean(drawn, axis=0))
         result[f"look_ahead_{look_ahead}"] = {"byte_fill": byte_fill, "patch_fill": patch_fill}
