@@ -251,14 +251,14 @@ def together(jitted: Callable) -> Callable:
     """
     programs = {}
 
+    def mesh_of(leaf):  # None of NumPy's arrays, which are on no device
+        return getattr(getattr(leaf, "sharding", None), "mesh", None)
+
     def call(*arguments):
         if not joined():
             return jitted(*arguments)
         leaves, structure = jax.tree.flatten(arguments)
-        shardings = [getattr(leaf, "sharding", None) for leaf in leaves]  # NumPy's are on no device
-        meshes = [getattr(sharding, "mesh", None) for sharding in shardings]
-        shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
-        key = structure, *zip(shapes, meshes, strict=True)
+        key = structure, *((leaf.shape, leaf.dtype, mesh_of(leaf)) for leaf in leaves)
         if key not in programs:
             programs[key] = jitted.lower(*arguments).compile()
             barrier("compiling", PATIENCE)

@@ -82,10 +82,14 @@ class Instruction:
     def arrays(self) -> tuple[Array, ...]:
         return read_arrays(self.shape)
 
+    def noted(self, pattern: str) -> str:
+        """The first group of a pattern that is searched in the attributes; "" without a match."""
+        found = re.search(pattern, self.rest)
+        return found[1] if found else ""
+
     def attribute(self, name: str) -> str:
         """The text of `name=...` up to the next comma; "" where there is none."""
-        found = re.search(rf"\b{name}=([^\s,{{]+|\{{[^}}]*\}})", self.rest)
-        return found[1] if found else ""
+        return self.noted(rf"\b{name}=([^\s,{{]+|\{{[^}}]*\}})")
 
     @cached_property
     def calls(self) -> tuple[str, ...]:
@@ -154,11 +158,9 @@ def closing(text: str, begin: int) -> int:
     raise ValueError(f"HLO that cannot be read: {text[:80]!r} has an unclosed parenthesis")
 
 
-def read_instruction(line: str) -> Instruction | None:
-    head = INSTRUCTION.match(line)
-    if not head:
-        return None
-    text = line[head.end() :]
+def read_instruction(head: re.Match) -> Instruction:
+    """The instruction in a line of which INSTRUCTION matched the beginning."""
+    text = head.string[head.end() :]
     end = closing(text, 0) if text.startswith("(") else text.index(" ")
     shape, text = text[:end], text[end:].lstrip()
     begin = text.index("(")
@@ -184,10 +186,8 @@ def read_program(text: str) -> Program:
             entry = header[2] if header[1] else entry
         elif line == "}":
             current = None
-        elif current is not None:
-            instruction = read_instruction(line)
-            if instruction:
-                current.instructions[instruction.name] = instruction
+        elif current is not None and (head := INSTRUCTION.match(line)):
+            current.instructions[head[2]] = read_instruction(head)
     if not entry:
         raise ValueError(f"no HLO module: it has no ENTRY, and begins {text[:60]!r}")
     program = Program(computations, entry)
@@ -212,9 +212,8 @@ def add_runs(program: Program, name: str, runs: int) -> None:
 
 def trip_count(program: Program, caller: Computation, loop: Instruction) -> int | None:
     """Trip count of a loop: as XLA noted, or for (i = a; i < b; i += c), or None."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
-    if known:
-        return int(known[1])
+    if known := loop.noted(r'"known_trip_count":\{"n":"(\d+)"\}'):
+        return int(known)
     condition = program.computations[NAME.findall(loop.attribute("condition"))[0]]
     body = program.computations[NAME.findall(loop.attribute("body"))[0]]
     compared = scalar_operands(program, condition, condition.root, "compare")

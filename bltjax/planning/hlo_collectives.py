@@ -50,8 +50,8 @@ def read_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Colle
             continue
         sent, whole = sizes(computation, instruction, kind, len(group))
         axes = varying_axes(group, mesh_shape)
-        source = re.search(r'op_name="([^"]*)"', instruction.rest)
-        found.append(Collective(kind, axes, group, sent, whole, runs, source[1] if source else ""))
+        source = instruction.noted(r'op_name="([^"]*)"')
+        found.append(Collective(kind, axes, group, sent, whole, runs, source))
     return found
 
 
@@ -59,8 +59,8 @@ def collective_kind(program: Program, computation: Computation, instruction: Ins
     """One of KINDS; None for another instruction, or one that continues a collective."""
     kind = instruction.kind.removesuffix("-start")
     users = computation.users[instruction.name]
-    if instruction.kind == "send" and between_slices(instruction):
-        return between_slices(instruction)
+    if kind == "send":
+        return between_slices(instruction) or None
     if kind not in KINDS:
         return None
     if "chain_id=" in instruction.rest and not any("AsyncCollectiveStart" in x.rest for x in users):
@@ -72,8 +72,8 @@ def collective_kind(program: Program, computation: Computation, instruction: Ins
 
 def between_slices(instruction: Instruction) -> str:
     """The kind of a collective between slices, which a TPU's program leaves to its host; or ""."""
-    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.rest)
-    return found[1].lower().replace("_", "-") if found else ""
+    kind = instruction.noted(r'_xla_megascale_transfer_type="(\w+)"')
+    return kind.lower().replace("_", "-")
 
 
 def scatters(computation: Computation, users: list[Instruction]) -> bool:
@@ -105,14 +105,13 @@ def read_group(instruction: Instruction, kind: str, mesh_shape: dict[str, int]) 
     permutation, its first pair that moves anything."""
     count = math.prod(mesh_shape.values())
     if between_slices(instruction):
-        target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', instruction.rest)
-        return tuple(range(0, count, count // len(listed(target[1]))))
+        target = instruction.noted(r'_xla_megascale_target="\{([\d,:]+)\}')
+        return tuple(range(0, count, count // len(listed(target))))
     if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.rest)
-        pairs = re.findall(r"\{(\d+),(\d+)", pairs[0]) if pairs else []
+        text = instruction.noted(r"source_target_pairs=\{(.*?)\}\}")
+        pairs = re.findall(r"\{(\d+),(\d+)", text)
         return next((tuple(map(int, pair)) for pair in pairs if pair[0] != pair[1]), ())
-    found = re.search(r"replica_groups=(.*)", instruction.rest)
-    text = found[1] if found else ""
+    text = instruction.noted(r"replica_groups=(.*)")
     if text.startswith("{{"):
         groups = re.findall(r"\{([\d,]+)\}", text[: text.index("}}") + 2])
         return max((tuple(map(int, group.split(","))) for group in groups), key=len)

@@ -108,19 +108,19 @@ def is_kernel(instruction: Instruction) -> bool:
 
 def kernel_flops(computation: Computation, instruction: Instruction) -> tuple[float, float]:
     """A kernel's own estimate, and the share of its steps that see something in a full row."""
-    flops = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
+    flops = instruction.noted(r'"cost_estimate":\{"flops":"(\d+)"')
     if not flops:
         raise ValueError(f"kernel {instruction.name} has no cost estimate")
     # The pattern and tiles that a range attention kernel recorded when it was compiled.
-    found = re.search(r"kernel_metadata=(\{[^}]*\})", instruction.rest)
-    notes = json.loads(found[1].replace('\\"', '"')) if found and len(found[1]) > 2 else {}
+    text = instruction.noted(r"kernel_metadata=(\{[^}]*\})")
+    notes = json.loads(text.replace('\\"', '"')) if len(text) > 2 else {}
     if "pattern" not in notes:
-        return float(flops[1]), 1.0
+        return float(flops), 1.0
     kind, size = notes["pattern"].split()
     pattern = {"Sliding": Sliding, "Pooling": Pooling, "Reading": Reading}[kind](int(size))
     tiles = Tiles(*map(int, notes["tiles"].split("x")))
     q, k = (computation.instructions[x].arrays[0].sizes[-1] for x in instruction.operands[5:7])
-    return float(flops[1]), visited_share(pattern, q, k, tiles)
+    return float(flops), visited_share(pattern, q, k, tiles)
 
 
 @functools.cache
@@ -153,8 +153,7 @@ def moved_bytes(program: Program, computation: Computation, instruction: Instruc
     if kind in FREE or kind.endswith("-done"):
         return 0
     if is_kernel(instruction):
-        estimate = re.search(r'"bytes_accessed":"(\d+)"', instruction.rest)
-        return float(estimate[1]) if estimate else 0
+        return float(instruction.noted(r'"bytes_accessed":"(\d+)"') or 0)
     if kind == "copy-start":  # (destination, source, a flag)
         return in_hbm(instruction.arrays[:2])
     if kind == "slice-start":  # (source, its slice, a flag): the rest of the source stays unread
@@ -220,10 +219,10 @@ def written_bytes(program: Program, inner: Computation, arrays: tuple[Array, ...
     root = inner.root
     if root.kind != "tuple":
         return written(program, inner, root, arrays)
-    total = 0.0
-    for name, array in zip(root.operands, arrays, strict=False):
-        total += written(program, inner, inner.instructions[name], (array,))
-    return total
+    return sum(
+        written(program, inner, inner.instructions[name], (array,))
+        for name, array in zip(root.operands, arrays, strict=False)
+    )
 
 
 def written(program: Program, inner: Computation, made: Instruction, arrays) -> float:

@@ -37,12 +37,6 @@ from bltjax.planning.suggest import nearest_changes
 from bltjax.training.step import step_parts
 
 
-def batch_shapes(config: RunConfig):
-    """The shapes of a batch from the pipeline."""
-    kind = BATCHES[family_of(config).rows]
-    return arrays_of(kind, config.data.batch_size, config.data.seq_len, jax.ShapeDtypeStruct)
-
-
 def needed_flops(config: RunConfig) -> Flops:
     data, family, model = config.data, family_of(config), config.model
     N, P = data.seq_len, data.max_patches
@@ -83,8 +77,10 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     parameters = shard_bytes(parts.shapes.params, parts.shardings.params)
     moments = shard_bytes(parts.shapes.opt, parts.shardings.opt)
     capacity, compiled = topology.chip.hbm_bytes, None
+    rows, row_bytes = config.data.batch_size, config.data.seq_len
+    batch = arrays_of(BATCHES[family_of(config).rows], rows, row_bytes, jax.ShapeDtypeStruct)
     with jax.set_mesh(mesh):
-        lowered = parts.step.lower(parts.shapes, batch_shapes(config))
+        lowered = parts.step.lower(parts.shapes, batch)
         try:
             compiled = compile_ahead(lowered)
             total = used_bytes(compiled)
@@ -102,8 +98,7 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     )
     if compiled is None:
         return found
-    step_bytes = config.data.batch_size * config.data.seq_len
-    told = account(compiled.as_text(), topology, mesh, found.flops.exact, step_bytes)
+    told = account(compiled.as_text(), topology, mesh, found.flops.exact, rows * row_bytes)
     flops = dataclasses.replace(found.flops, compiler=told.work.flops * mesh.size)
     return dataclasses.replace(found, flops=flops, **vars(told))
 

@@ -98,14 +98,14 @@ def memory_lines(memory: Memory, width: int = 60) -> list[str]:
 
 
 def flops_lines(found: Plan) -> list[str]:
-    flops, lines = found.flops, []
+    flops = found.flops
     line = (
         f"FLOPs/step   paper {quantity(flops.paper)}  exact {quantity(flops.exact)}  with"
         f" recomputation {quantity(flops.exact + flops.rematerialised)}"
     )
     if flops.compiler:
         line += f"  compiled {quantity(flops.compiler)}, {flops.ratio:.3f} times that"
-    lines.append(line)
+    lines = [line]
     if found.work and found.work.kernels:
         chips = found.topology.devices
         lines.append(

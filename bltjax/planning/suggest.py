@@ -63,8 +63,8 @@ def estimates(found) -> Iterator[Change]:
     tables = found.parameters.get("hash_tables", 0)
     if tables and config.optimizer.table_moments == "float32":
         narrow = (("optimizer.table_moments", "bfloat16"),)
-        share = tables / found.parameters["total"]
-        saved = memory.parameters * share  # two moments, of two bytes less each
+        # Two moments, of two bytes less each.
+        saved = memory.parameters * tables / found.parameters["total"]
         yield Change(narrow, "", memory.total - saved)
     for settings, less in (((), 0.0), (narrow, saved)):
         for more in doublings(count, config.data.batch_size // shards):
@@ -118,9 +118,8 @@ def nearest_changes(found, plan: Callable[[RunConfig, Topology], object]) -> lis
             continue
         if tries and not any(x.compiled for x in told):
             tries -= 1
-            topology = found.topology
-            if change.topology:
-                topology = read_topology(change.topology, topology.slices)
+            name = change.topology or found.topology.name
+            topology = read_topology(name, found.topology.slices)
             try:
                 memory = plan(changed(found.config, change.settings), topology).memory
             except ValueError:  # it breaks another rule
