@@ -21,13 +21,7 @@ import numpy as np
 
 from bltjax.benchmark.train import MEAN_PATCH, MODEL, peer_libraries, text
 from bltjax.config.model import ModelConfig, Patching
-from bltjax.convert.verify import port_model
 from bltjax.families import Model, initial_params, load_config, model_config, resolved
-from bltjax.inference.decoding.decoder import Decoder
-from bltjax.inference.decoding.loop import run
-from bltjax.inference.decoding.sampling import Sampling
-from bltjax.inference.decoding.uncached import Predictor
-from bltjax.inference.entropy import score_documents
 from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.model.params import flattened, narrowed
 from bltjax.progress import quantity
@@ -72,6 +66,8 @@ def random_byte_lm(settings: ByteLMConfig) -> Model:
 
 def random_model() -> Model:
     """A BLT with random parameters and a byte LM, the same in every process."""
+    from bltjax.inference.entropy import score_documents
+
     byte_lm = random_byte_lm(BYTE_LM)
     sample = np.frombuffer(text()[:8192], np.uint8)
     entropies, _ = score_documents(BYTE_LM, byte_lm.params, [sample])
@@ -96,6 +92,10 @@ def context_side(path: str | None, context_bytes: int):
 
     path: a config file of a BLT; None for `random_model`.
     """
+    from bltjax.inference.decoding.decoder import Decoder
+    from bltjax.inference.decoding.loop import run
+    from bltjax.inference.decoding.sampling import Sampling
+
     # Patches of one length after every context, or their number would decide; the byte LM still
     # scores each byte.
     made = model_of_config(path) if path else random_model()
@@ -202,6 +202,8 @@ def prompt_at(begin: int, prompt_bytes: int) -> bytes:
 
 def cached_side(prompt_bytes: int, begin: int):
     """() -> the text of our decoder; a negative `begin` is searched for."""
+    from bltjax.inference.decoding.decoder import Decoder
+
     decoder = Decoder(random_model())
 
     def write(begin: int) -> dict:
@@ -218,12 +220,16 @@ def cached_side(prompt_bytes: int, begin: int):
 
 def whole_side(prompt_bytes: int, begin: int):
     """() -> the beginning of the same text, by the whole model for every byte."""
+    from bltjax.inference.decoding.uncached import Predictor
+
     predictor, prompt = Predictor(random_model()), prompt_at(begin, prompt_bytes)
     return lambda: {"text": predictor.greedy(prompt, WHOLE_BYTES)[0].hex()}
 
 
 def port_side(prompt_bytes: int, begin: int):
     """() -> the same text by transformers, with our weights."""
+    from bltjax.convert.verify import port_model
+
     torch, _ = peer_libraries()
 
     def files(one) -> ModelFiles:

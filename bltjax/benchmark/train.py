@@ -1,6 +1,7 @@
 """The steps that `benchmark train` and `benchmark rows` time: the trainer's, and the peer's.
 
-Both take one optimizer step of the same model on the same batch, in fp32, AdamW included.
+Both take one optimizer step of the same model on the same batch, in fp32, AdamW included. A side
+imports what only it needs, since the memory of each process is measured.
 """
 
 import os
@@ -18,7 +19,6 @@ from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalC
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import BOS, OFFSET
 from bltjax.text.ngram_hash import HashConfig
-from bltjax.training.step import TrainState, make_train_step, run_optimizer
 from bltjax.weights.released.hf import port_settings
 
 MEAN_PATCH = 4.49  # bytes
@@ -62,6 +62,8 @@ def sample_batch(data: DataConfig) -> PatchBatch:
 
 def our_step(config: RunConfig):
     """() -> its loss: one optimizer step of the real trainer, on the device and back."""
+    from bltjax.training.step import TrainState, make_train_step, run_optimizer
+
     config = resolved(config, jax.devices()[0])
     model, optimizer = module_of(model_config(config)), run_optimizer(config)
     params = jax.jit(lambda key: initial_params(config.model, key))(random_key(0))

@@ -90,14 +90,8 @@ def bound(
         dcn += each.runs * across
     compute, hbm = work.flops / chip.flops, work.bytes / chip.hbm_rate
     step = max(compute, hbm, ici, dcn)
-    return Bound(
-        compute,
-        hbm,
-        ici,
-        dcn,
-        flops / (step * devices * chip.flops),
-        step_bytes / (step * devices),
-    )
+    mfu = flops / (step * devices * chip.flops)
+    return Bound(compute, hbm, ici, dcn, mfu, step_bytes / (step * devices))
 
 
 def collective_seconds(
