@@ -15,13 +15,12 @@ from pathlib import Path
 
 from etils import epath
 
-from bltjax.attention.rope import RopeScalingConfig
 from bltjax.config.model import ModelConfig
 from bltjax.weights.lazy import DTYPES, read_object
-from bltjax.weights.released.hf_settings import read_settings
+from bltjax.weights.released.hf_settings import BLT_PAIRS, BYTE_LM_PAIRS, LLAMA3, read_settings
 from bltjax.weights.released.leftovers import without_wrappers
 from bltjax.weights.released.mapping import PIECES, PORT
-from bltjax.weights.released.settings import model_files, refuse
+from bltjax.weights.released.settings import model_files, naming, refuse, theirs_of
 from bltjax.weights.released.tensors import tensors_of
 from bltjax.weights.safetensors import read_folder, write_folder
 from bltjax.weights.stored import ModelFiles
@@ -39,7 +38,8 @@ def read_port(folder: epath.Path, *, as_port: bool = False) -> ModelFiles:
       ValueError: naming the file, the field or the tensor that is wrong.
     """
     path = folder / "config.json"
-    config, byte_lm, notes = read_settings(read_object(path), str(path), as_port)
+    with naming(str(path)):
+        config, byte_lm, notes = read_settings(read_object(path), str(path), as_port)
     names = ("config.json", "generation_config.json")
     json_files = {name: read_object(folder / name) for name in names if (folder / name).exists()}
     tensors = without_wrappers(read_folder(folder, notes), notes)
@@ -58,32 +58,19 @@ def read_port(folder: epath.Path, *, as_port: bool = False) -> ModelFiles:
     return files._replace(byte_lm=beside)
 
 
-def stack_settings(kind: str, width: int, heads: int, hidden: int, layers: int, **more) -> dict:
+def stack_settings(kind: str, stack: dict, max_bytes: int, **more) -> dict:
+    """A stack's sub-config from the fields that we know."""
+    width, heads = stack["hidden_size"], stack["num_attention_heads"]
+    rope: dict = {"rope_theta": stack.pop("theta"), "rope_type": "default"}
+    scaling = stack.pop("scaling", None)
+    if scaling is not None:
+        rope["rope_type"] = "llama3"
+        rope |= {theirs: getattr(scaling, ours) for theirs, ours, _ in LLAMA3}
     return {
-        "model_type": kind,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "head_dim": width // heads,
-        "intermediate_size": hidden,
-        "num_hidden_layers": layers,
-        "hidden_act": "silu",
-        "dropout": 0.0,
-        "tie_word_embeddings": False,
-    } | more
-
-
-def rope_settings(theta: float, scaling: RopeScalingConfig | None = None) -> dict:
-    if scaling is None:
-        return {"rope_theta": theta, "rope_type": "default"}
-    return {
-        "rope_theta": theta,
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_turns,
-        "high_freq_factor": scaling.high_turns,
-        "original_max_position_embeddings": scaling.positions,
-    }
+        "model_type": kind, "num_key_value_heads": heads, "head_dim": width // heads,
+        "hidden_act": "silu", "dropout": 0.0, "tie_word_embeddings": False,
+        "max_position_embeddings": max_bytes, "rope_parameters": rope,
+    } | stack | more  # fmt: skip
 
 
 def port_settings(config: ModelConfig, byte_lm: ModelConfig | None, dtype: str = "float32") -> dict:
@@ -108,46 +95,36 @@ def port_settings(config: ModelConfig, byte_lm: ModelConfig | None, dtype: str =
         "patching.whole_characters": patching.whole_characters,
     }
     refuse(refused, "transformers' config files")
+    settings = theirs_of(BLT_PAIRS, blt)
+    encoder, decoder = settings["encoder_config"], settings["decoder_config"]
+    encoder["intermediate_size"] = local.encoder_hidden or local.hidden
     byte_stack = {
-        "cross_attn_k": cross.slots,
-        "hidden_size_global": latent.width,
-        "max_position_embeddings": config.max_bytes,
-        "rms_norm_eps": local.norm_eps,
-        "rope_parameters": rope_settings(local.rope_theta),
-        "vocab_size": 260,
-    }
-    settings = {
+        "cross_attn_k": cross.slots, "hidden_size_global": latent.width, "vocab_size": 260,
+    }  # fmt: skip
+    settings |= {
         "architectures": ["BltForCausalLM"], "model_type": "blt", "dtype": dtype,
         "vocab_size": 260, "tie_word_embeddings": False, "use_cache": False,
         "max_position_embeddings": config.max_patches,
         "patch_in_forward": byte_lm is not None, "patching_mode": patching.mode, "patch_size": 4,
         "patching_threshold": patching.threshold, "max_patch_length": patching.max_patch_bytes,
-        "local_attention_window_len": local.window, "cross_attn_k": cross.slots,
         "encoder_hash_byte_group_size": list(hashed.sizes),
-        "encoder_hash_byte_group_vocab": hashed.rows,
-        "encoder_hash_byte_group_nb_functions": hashed.functions,
         "encoder_config": stack_settings(
-            "blt_local_encoder", local.width, local.heads, local.encoder_hidden or local.hidden,
-            local.encoder_layers, cross_attn_all_layers=cross.encoder == "all",
-            sliding_window=local.window, **byte_stack,
+            "blt_local_encoder", encoder, config.max_bytes,
+            cross_attn_all_layers=cross.encoder == "all", sliding_window=local.window, **byte_stack,
         ),
         "decoder_config": stack_settings(
-            "blt_local_decoder", local.width, local.heads, local.hidden, local.decoder_layers,
+            "blt_local_decoder", decoder, config.max_bytes,
             cross_attn_all_layers=cross.decoder == "all", **byte_stack,
         ),
         "global_config": stack_settings(
-            "blt_global_transformer", latent.width, latent.heads, latent.hidden, latent.layers,
-            max_position_embeddings=config.max_patches, rms_norm_eps=latent.norm_eps,
-            rope_parameters=rope_settings(latent.rope_theta, latent.rope_scaling),
-        ) | {"num_key_value_heads": latent.key_value_heads},
+            "blt_global_transformer", settings["global_config"], config.max_patches
+        ),
     }  # fmt: skip
     if byte_lm is not None:
-        lm = byte_lm.model
+        stack = theirs_of(BYTE_LM_PAIRS, byte_lm.model)
         settings["patcher_config"] = stack_settings(
-            "blt_patcher", lm.width, lm.heads, lm.hidden, lm.layers, vocab_size=260,
-            max_position_embeddings=byte_lm.max_bytes, rms_norm_eps=lm.norm_eps,
-            rope_parameters=rope_settings(lm.rope_theta), sliding_window=lm.window,
-        )  # fmt: skip
+            "blt_patcher", stack, byte_lm.max_bytes, vocab_size=260
+        )
     return settings
 
 

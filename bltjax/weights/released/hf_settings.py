@@ -3,12 +3,13 @@
 Every key is read, known to have no effect, or refused.
 """
 
+from flax.traverse_util import unflatten_dict
+
 from bltjax.attention.rope import RopeScalingConfig
-from bltjax.config.fields import divides
+from bltjax.config.fields import divides, from_dict
 from bltjax.config.model import ModelConfig, Patching
-from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
+from bltjax.model.blt.config import BLTConfig
 from bltjax.model.byte_lm import ByteLMConfig
-from bltjax.text.ngram_hash import HashConfig
 from bltjax.weights.released.settings import (
     check_fields,
     check_heads,
@@ -16,7 +17,40 @@ from bltjax.weights.released.settings import (
     check_values,
     hash_sizes,
     naming,
+    ours_of,
     same,
+)
+
+# Fields of theirs and settings of ours that mean the same; `theta` and `scaling` stand for the
+# rotary settings, which have several spellings.
+BYTE_STACK_PAIRS = (
+    ("hidden_size", "width"), ("num_attention_heads", "heads"), ("rms_norm_eps", "norm_eps"),
+    ("theta", "rope_theta"),
+)  # fmt: skip
+STACK_PAIRS = (
+    *BYTE_STACK_PAIRS, ("num_hidden_layers", "layers"), ("intermediate_size", "hidden"),
+)  # fmt: skip
+BYTE_LM_PAIRS = (*STACK_PAIRS, ("sliding_window", "window"))
+LATENT_PAIRS = (
+    *STACK_PAIRS, ("num_key_value_heads", "key_value_heads"), ("scaling", "rope_scaling"),
+)  # fmt: skip
+BLT_PAIRS = (
+    *(
+        (f"{stack}.{theirs}", f"local.{ours}")
+        for theirs, ours in BYTE_STACK_PAIRS
+        for stack in ("encoder_config", "decoder_config")
+    ),
+    ("encoder_config.num_hidden_layers", "local.encoder_layers"),
+    ("encoder_config.intermediate_size", "local.encoder_hidden"),
+    ("encoder_config.num_attention_heads", "cross.heads"),
+    ("decoder_config.num_hidden_layers", "local.decoder_layers"),
+    ("decoder_config.intermediate_size", "local.hidden"),
+    *((f"global_config.{theirs}", f"latent.{ours}") for theirs, ours in LATENT_PAIRS),
+    ("local_attention_window_len", "local.window"),
+    ("cross_attn_k", "cross.slots"),
+    ("encoder_hash_byte_group_size", "hash.sizes"),
+    ("encoder_hash_byte_group_nb_functions", "hash.functions"),
+    ("encoder_hash_byte_group_vocab", "hash.rows"),
 )
 
 TOP = {
@@ -83,10 +117,12 @@ WITHOUT_EFFECT = set(
     "attn_bias_type _attn_implementation max_position_embeddings rope_parameters rope_theta "
     "auto_map".split()
 )
-LLAMA3 = {
-    "factor": float, "low_freq_factor": float, "high_freq_factor": float,
-    "original_max_position_embeddings": int,
-}  # fmt: skip
+LLAMA3 = (  # theirs, ours, the type
+    ("factor", "factor", float),
+    ("low_freq_factor", "low_turns", float),
+    ("high_freq_factor", "high_turns", float),
+    ("original_max_position_embeddings", "positions", int),
+)
 # Rotary settings without effect at these values, whatever the type.
 NEUTRAL = {"partial_rotary_factor": (1.0, None), "attention_factor": (1.0, None)}
 
@@ -94,9 +130,7 @@ NEUTRAL = {"partial_rotary_factor": (1.0, None), "attention_factor": (1.0, None)
 def read_stack(found: dict | None, defaults: dict, where: str) -> dict:
     """A sub-config with the port's defaults, its rotary settings as `theta` and `scaling`."""
     found = {} if found is None else found
-    check_fields(found, defaults, REQUIRED.keys() | WITHOUT_EFFECT, where, OPTIONAL)
-    check_values(found, REQUIRED, where)
-    stack = defaults | found
+    stack = check_fields(found, defaults, REQUIRED, WITHOUT_EFFECT, where, OPTIONAL)
     if "norm_eps" in found:
         same(stack, where, "norm_eps", "rms_norm_eps")
     stack["num_key_value_heads"] = stack["num_key_value_heads"] or stack["num_attention_heads"]
@@ -141,7 +175,9 @@ def read_rotary(
     kind = rope.get("rope_type") or "default"
     if kind not in ("default", "llama3"):
         raise ValueError(f"{where}: rope_type is {kind!r}; supported: 'default', 'llama3'")
-    known = {"rope_type", "rope_theta", *NEUTRAL, *(LLAMA3 if kind == "llama3" else ())}
+    known = {"rope_type", "rope_theta", *NEUTRAL}
+    if kind == "llama3":
+        known |= {name for name, _, _ in LLAMA3}
     for name, value in rope.items():
         if name not in known and value is not None:
             nested = ": it is for one kind of layer" if isinstance(value, dict) else ""
@@ -157,18 +193,14 @@ def read_rotary(
         raise ValueError(f"{where}: rope_theta is {theta}, not > 0")
     if kind == "default":
         return float(theta), None
-    for name, type_ in LLAMA3.items():
+    scaling = {}
+    for name, ours, type_ in LLAMA3:
         if rope.get(name) is None:
             raise ValueError(f"{where}: rotary settings of type 'llama3' lack {name}")
         check_kind(rope[name], type_, f"{where}: {name}")
+        scaling[ours] = type_(rope[name])
     with naming(where):
-        scaling = RopeScalingConfig(
-            factor=float(rope["factor"]),
-            low_turns=float(rope["low_freq_factor"]),
-            high_turns=float(rope["high_freq_factor"]),
-            positions=rope["original_max_position_embeddings"],
-        )
-    return float(theta), scaling
+        return float(theta), RopeScalingConfig(**scaling)
 
 
 def read_settings(
@@ -177,75 +209,32 @@ def read_settings(
     """The BLT's and the byte LM's configs of a config.json, and notes on the assumptions made.
 
     Raises:
-      ValueError: with the file, the field and its value.
+      ValueError: with the field and its value.
     """
-    with naming(where):
-        return settings_of(found, where, as_port)
-
-
-def settings_of(
-    found: dict, where: str, as_port: bool
-) -> tuple[ModelConfig, ModelConfig | None, list[str]]:
-    check_fields(found, TOP, REQUIRED.keys() | WITHOUT_EFFECT, where, OPTIONAL)
-    check_values(found, REQUIRED, where)
-    top, notes = TOP | found, []
-    encoder = read_stack(top["encoder_config"], ENCODER, f"{where}: encoder_config")
-    decoder = read_stack(top["decoder_config"], DECODER, f"{where}: decoder_config")
-    latent = read_stack(top["global_config"], LATENT, f"{where}: global_config")
-    both = {
-        f"{part}.{name}": stack[name]
-        for part, stack in (("encoder_config", encoder), ("decoder_config", decoder))
-        for name in ("hidden_size", "num_attention_heads", "rms_norm_eps", "theta")
-    }
-    for name in ("hidden_size", "num_attention_heads", "rms_norm_eps", "theta"):
-        same(both, where, f"encoder_config.{name}", f"decoder_config.{name}")
-    for part, stack in (("encoder_config", encoder), ("decoder_config", decoder)):
-        check_byte_stack(stack, f"{where}: {part}")
-    window = top["local_attention_window_len"]
-    if window is None:
-        window = encoder["max_position_embeddings"]
-        notes.append(f"no local window: {window}, the most positions there are")
+    top, notes = check_fields(found, TOP, REQUIRED, WITHOUT_EFFECT, where, OPTIONAL), []
+    for part, defaults in (
+        ("encoder_config", ENCODER), ("decoder_config", DECODER), ("global_config", LATENT),
+    ):  # fmt: skip
+        top[part] = read_stack(top[part], defaults, f"{where}: {part}")
+    encoder, latent = top["encoder_config"], top["global_config"]
+    ours = ours_of(BLT_PAIRS, top, where)
+    for part in ("encoder_config", "decoder_config"):
+        check_byte_stack(top[part], f"{where}: {part}")
+    if ours["local.window"] is None:
+        ours["local.window"] = encoder["max_position_embeddings"]
+        notes.append(f"no local window: {ours['local.window']}, the most positions there are")
+    if ours["local.encoder_hidden"] == ours["local.hidden"]:
+        ours["local.encoder_hidden"] = None
     all_layers = encoder["cross_attn_all_layers"]
-    blt = BLTConfig(
-        local=LocalConfig(
-            encoder_layers=encoder["num_hidden_layers"],
-            decoder_layers=decoder["num_hidden_layers"],
-            width=encoder["hidden_size"],
-            heads=encoder["num_attention_heads"],
-            hidden=decoder["intermediate_size"],
-            encoder_hidden=(
-                None
-                if encoder["intermediate_size"] == decoder["intermediate_size"]
-                else encoder["intermediate_size"]
-            ),
-            window=window,
-            rope_theta=encoder["theta"],
-            norm_eps=encoder["rms_norm_eps"],
-        ),
-        cross=CrossConfig(
-            slots=top["cross_attn_k"],
-            heads=encoder["num_attention_heads"],
-            encoder="all" if all_layers else "last",
-            decoder="all" if decoder["cross_attn_all_layers"] else "first",
-            repools=as_port and all_layers and encoder["num_hidden_layers"] > 1,
-        ),
-        latent=LatentConfig(
-            layers=latent["num_hidden_layers"],
-            width=latent["hidden_size"],
-            heads=latent["num_attention_heads"],
-            key_value_heads=latent["num_key_value_heads"],
-            hidden=latent["intermediate_size"],
-            rope_theta=latent["theta"],
-            rope_scaling=latent["scaling"],
-            norm_eps=latent["rms_norm_eps"],
-        ),
-        hash=HashConfig(
-            sizes=hash_sizes(top["encoder_hash_byte_group_size"], where) or (3, 4, 5, 6, 7, 8),
-            functions=top["encoder_hash_byte_group_nb_functions"],
-            rows=top["encoder_hash_byte_group_vocab"],
-        ),
-    )
-    if all_layers and encoder["num_hidden_layers"] > 1 and not as_port:
+    repools = all_layers and ours["local.encoder_layers"] > 1
+    ours |= {
+        "cross.encoder": "all" if all_layers else "last",
+        "cross.decoder": "all" if top["decoder_config"]["cross_attn_all_layers"] else "first",
+        "cross.repools": as_port and repools,
+        "hash.sizes": hash_sizes(ours["hash.sizes"], where) or (3, 4, 5, 6, 7, 8),
+    }
+    blt = from_dict(BLTConfig, unflatten_dict(ours, sep="."))
+    if repools and not as_port:
         notes.append("slots are pooled once, as released; the port pools at each layer (--as_port)")
     mode, relative = top["patching_mode"], {}
     if as_port and not (mode == "entropy" and top["patch_in_forward"]):
@@ -279,15 +268,8 @@ def byte_lm_config(found: dict | None, where: str) -> ModelConfig:
     stack = read_stack(found, BYTE_LM, f"{where}: patcher_config")
     longest = stack["max_position_embeddings"]
     check_byte_stack(stack, f"{where}: patcher_config")
-    config = ByteLMConfig(
-        layers=stack["num_hidden_layers"],
-        width=stack["hidden_size"],
-        heads=stack["num_attention_heads"],
-        hidden=stack["intermediate_size"],
-        window=stack["sliding_window"] or longest,
-        rope_theta=stack["theta"],
-        norm_eps=stack["rms_norm_eps"],
-    )
+    stack["sliding_window"] = stack["sliding_window"] or longest
+    config = ByteLMConfig(**ours_of(BYTE_LM_PAIRS, stack, where))
     return ModelConfig(config, None, longest, longest)
 
 

@@ -10,13 +10,14 @@ import logging
 
 from etils import epath
 
+from bltjax.config.letters import suffix_axes
 from bltjax.model.blt.config import LatentConfig
 from bltjax.weights.lazy import Leaf, read_object
-from bltjax.weights.released.hf_settings import read_rotary
+from bltjax.weights.released.hf_settings import LATENT_PAIRS, read_rotary
 from bltjax.weights.released.hub import of_hub_cache
 from bltjax.weights.released.leftovers import latent_rotary, without_leftovers, without_wrappers
 from bltjax.weights.released.mapping import LLAMA, latent_pieces
-from bltjax.weights.released.settings import check_kind, check_values, naming
+from bltjax.weights.released.settings import check_kind, check_values, naming, ours_of
 from bltjax.weights.released.tensors import check_tensors, leaves_of
 from bltjax.weights.safetensors import read_folder
 
@@ -36,23 +37,13 @@ def latent_config(found: dict, where: str, remat: str) -> LatentConfig:
     check_values({"model_type": None} | found, REQUIRED, where)
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
         check_kind(found.get(name), int, f"{where}: {name}")
-    shared = found.get("num_key_value_heads") or found["num_attention_heads"]
-    check_kind(shared, int, f"{where}: num_key_value_heads")
-    norm_eps = found.get("rms_norm_eps", 1e-6)
-    check_kind(norm_eps, float, f"{where}: rms_norm_eps")
-    theta, scaling = read_rotary(found, 10000.0, where)
+    stack = {"rms_norm_eps": 1e-6} | found
+    stack["num_key_value_heads"] = found.get("num_key_value_heads") or found["num_attention_heads"]
+    check_kind(stack["num_key_value_heads"], int, f"{where}: num_key_value_heads")
+    check_kind(stack["rms_norm_eps"], float, f"{where}: rms_norm_eps")
+    stack["theta"], stack["scaling"] = read_rotary(found, 10000.0, where)
     with naming(where):
-        return LatentConfig(
-            layers=found["num_hidden_layers"],
-            width=found["hidden_size"],
-            heads=found["num_attention_heads"],
-            key_value_heads=shared,
-            hidden=found["intermediate_size"],
-            rope_theta=theta,
-            rope_scaling=scaling,
-            norm_eps=norm_eps,
-            remat=remat,
-        )
+        return LatentConfig(**ours_of(LATENT_PAIRS, stack, where), remat=remat)
 
 
 def llama_leaves(folder: epath.Path, config: LatentConfig) -> dict[str, Leaf]:
@@ -94,19 +85,9 @@ def log_once(line: str) -> None:
 
 
 def block_shapes(config: LatentConfig) -> dict[str, tuple[int, ...]]:
-    L, D, F = config.layers, config.width, config.hidden
-    H, J, C = config.heads, config.key_value_heads, config.width // config.heads
-    return {
-        f"latent/blocks/{name}": shape
-        for name, shape in {
-            "attention_norm_LD": (L, D),
-            "q_LDHC": (L, D, H, C),
-            "k_LDJC": (L, D, J, C),
-            "v_LDJC": (L, D, J, C),
-            "o_LHCD": (L, H, C, D),
-            "feed_forward_norm_LD": (L, D),
-            "gate_LDF": (L, D, F),
-            "up_LDF": (L, D, F),
-            "down_LFD": (L, F, D),
-        }.items()
-    }
+    sizes = {
+        "L": config.layers, "D": config.width, "F": config.hidden, "H": config.heads,
+        "J": config.key_value_heads, "C": config.width // config.heads,
+    }  # fmt: skip
+    paths = [piece.path for piece in latent_pieces(LLAMA, config, rotary="half_split")]
+    return {path: tuple(sizes[letter] for letter, _ in suffix_axes(path)) for path in paths}

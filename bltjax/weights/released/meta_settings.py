@@ -5,19 +5,47 @@ have the defaults of Meta's classes; missing patching settings, and windows, the
 which the log reports.
 """
 
+from flax.traverse_util import unflatten_dict
+
+from bltjax.config.fields import from_dict
 from bltjax.config.model import ModelConfig, Patching
-from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
+from bltjax.model.blt.config import BLTConfig
 from bltjax.model.byte_lm import ByteLMConfig
-from bltjax.text.ngram_hash import HashConfig
 from bltjax.weights.released.settings import (
     check_fields,
     check_heads,
     check_kind,
     check_values,
     hash_sizes,
+    ours_of,
     refuse,
-    same,
+    theirs_of,
 )
+
+# Fields of theirs and settings of ours that mean the same.
+BLT_PAIRS = (
+    ("dim_local_encoder", "local.width"), ("dim_local_decoder", "local.width"),
+    ("n_heads_local_encoder", "local.heads"), ("n_heads_local_decoder", "local.heads"),
+    ("n_layers_local_encoder", "local.encoder_layers"),
+    ("n_layers_local_decoder", "local.decoder_layers"),
+    ("local_attention_window_len", "local.window"),
+    ("norm_eps", "local.norm_eps"), ("norm_eps", "latent.norm_eps"),
+    ("rope_theta", "local.rope_theta"), ("rope_theta", "latent.rope_theta"),
+    ("dim_global", "latent.width"), ("n_layers_global", "latent.layers"),
+    ("n_heads_global", "latent.heads"), ("n_kv_heads_global", "latent.key_value_heads"),
+    ("cross_attn_k", "cross.slots"), ("cross_attn_nheads", "cross.heads"),
+    ("encoder_hash_byte_group_size", "hash.sizes"),
+    ("encoder_hash_byte_group_vocab", "hash.rows"),
+    ("encoder_hash_byte_group_nb_functions", "hash.functions"),
+)  # fmt: skip
+BYTE_LM_PAIRS = (
+    ("dim", "width"), ("n_layers", "layers"), ("n_heads", "heads"), ("norm_eps", "norm_eps"),
+    ("rope_theta", "rope_theta"), ("sliding_window", "window"),
+)  # fmt: skip
+PATCHER_PAIRS = (
+    ("patching_mode", "mode"), ("threshold", "threshold"), ("threshold_add", "threshold_add"),
+    ("monotonicity", "monotonic"), ("max_patch_length", "max_patch_bytes"),
+)  # fmt: skip
 
 BYTE_LM = "entropy_model"  # the folder, and the key in its params.json
 WINDOW = 512  # of every released model
@@ -94,13 +122,10 @@ def hidden_width(width: int, multiplier: float | None, multiple_of: int) -> int:
 
 def blt_config(args: dict, where: str, notes: list[str]) -> tuple[BLTConfig, int, int]:
     """The settings of a BLT, and the most bytes and patches of a row."""
-    check_fields(args, BLT, REQUIRED.keys() | WITHOUT_EFFECT, where, OPTIONAL)
-    found = BLT | args
-    check_values(found, REQUIRED, where)
+    found = check_fields(args, BLT, REQUIRED, WITHOUT_EFFECT, where, OPTIONAL)
     if found["cross_attn_k"] is None:
         raise ValueError(f"{where} does not give cross_attn_k, the slots of a patch")
-    same(found, where, "dim_local_encoder", "dim_local_decoder")
-    same(found, where, "n_heads_local_encoder", "n_heads_local_decoder")
+    ours = ours_of(BLT_PAIRS, found, where)
     E, D = found["dim_local_encoder"], found["dim_global"]
     if found["dim_token"] not in (None, E):
         raise ValueError(
@@ -115,45 +140,22 @@ def blt_config(args: dict, where: str, notes: list[str]) -> tuple[BLTConfig, int
                 f"{name}={found[name]} is not applied: a patch sees its own bytes, a byte one"
                 " patch, as in the transformers port of the released models"
             )
-    window = found["local_attention_window_len"]
-    if window is None:
-        window = WINDOW
+    if ours["local.window"] is None:
+        ours["local.window"] = WINDOW
         notes.append(f"local_attention_window_len is not given: {WINDOW}, as released")
     shape = (found["ffn_dim_multiplier"], found["multiple_of"])
-    local = LocalConfig(
-        encoder_layers=found["n_layers_local_encoder"],
-        decoder_layers=found["n_layers_local_decoder"],
-        width=E,
-        heads=found["n_heads_local_encoder"],
-        hidden=hidden_width(E, *shape),
-        window=window,
-        rope_theta=float(found["rope_theta"]),
-        norm_eps=found["norm_eps"],
-    )
-    cross = CrossConfig(
-        slots=found["cross_attn_k"],
-        heads=found["cross_attn_nheads"] or found["n_heads_local_encoder"],
-        encoder="all" if found["cross_attn_all_layers_encoder"] else "last",
-        decoder="all" if found["cross_attn_all_layers_decoder"] else "first",
-    )
-    latent = LatentConfig(
-        layers=found["n_layers_global"],
-        width=D,
-        heads=found["n_heads_global"],
-        key_value_heads=found["n_kv_heads_global"] or found["n_heads_global"],
-        hidden=hidden_width(D, *shape),
-        rope_theta=float(found["rope_theta"]),
-        norm_eps=found["norm_eps"],
-    )
-    hashed = HashConfig(
-        sizes=hash_sizes(found["encoder_hash_byte_group_size"], where),
-        functions=found["encoder_hash_byte_group_nb_functions"],
-        rows=found["encoder_hash_byte_group_vocab"],
-    )
-    blt = BLTConfig(local=local, cross=cross, latent=latent, hash=hashed)
+    blt = ours | {
+        "local.hidden": hidden_width(E, *shape),
+        "latent.hidden": hidden_width(D, *shape),
+        "latent.key_value_heads": ours["latent.key_value_heads"] or ours["latent.heads"],
+        "cross.heads": ours["cross.heads"] or ours["local.heads"],
+        "cross.encoder": "all" if found["cross_attn_all_layers_encoder"] else "last",
+        "cross.decoder": "all" if found["cross_attn_all_layers_decoder"] else "first",
+        "hash.sizes": hash_sizes(ours["hash.sizes"], where),
+    }
     row_bytes = found["max_encoder_seq_length"] or found["max_seqlen"]
     row_patches = min(found["max_seqlen"], row_bytes)
-    return blt, row_bytes, row_patches
+    return from_dict(BLTConfig, unflatten_dict(blt, sep=".")), row_bytes, row_patches
 
 
 def read_patching(settings: dict, where: str, notes: list[str]) -> Patching:
@@ -164,7 +166,7 @@ def read_patching(settings: dict, where: str, notes: list[str]) -> Patching:
     given = data.get("patcher_args")
     given = {} if given is None else given
     patcher = f"{where}: data.patcher_args"
-    check_fields(given, PATCHER, PATCHER_WITHOUT_EFFECT, patcher, OPTIONAL)
+    check_fields(given, PATCHER, {}, PATCHER_WITHOUT_EFFECT, patcher, OPTIONAL)
     missing = [name for name in ("patching_mode", "threshold") if name not in given]
     if missing:
         released = ", ".join(f"{name} {PATCHER[name]}" for name in missing)
@@ -180,38 +182,27 @@ def read_patching(settings: dict, where: str, notes: list[str]) -> Patching:
         raise ValueError(f"{where}: patching_mode is 'entropy' and threshold is null")
     if mode == "static" and found["patch_size"] != int(found["patch_size"]):
         raise ValueError(f"{where}: static patches of {found['patch_size']} bytes are not whole")
-    return Patching(
-        mode=mode,
-        threshold=float(found["threshold"]),
-        threshold_add=None if found["monotonicity"] else found["threshold_add"],
-        monotonic=found["monotonicity"],
-        patch_bytes=int(found["patch_size"]) if mode == "static" else Patching.patch_bytes,
-        max_patch_bytes=found["max_patch_length"],
-    )
+    patching = ours_of(PATCHER_PAIRS, found, where)
+    if found["monotonicity"]:
+        patching["threshold_add"] = None
+    if mode == "static":
+        patching["patch_bytes"] = int(found["patch_size"])
+    return from_dict(Patching, patching)
 
 
 def byte_lm_config(args: dict, where: str, notes: list[str]) -> ModelConfig:
-    check_fields(args, TRANSFORMER, REQUIRED.keys() | WITHOUT_EFFECT, where, OPTIONAL)
-    check_values(args, REQUIRED, where)
-    found = TRANSFORMER | args
+    found = check_fields(args, TRANSFORMER, REQUIRED, WITHOUT_EFFECT, where, OPTIONAL)
     if found["n_heads"] is None:
         raise ValueError(f"{where} does not give n_heads")
     check_heads(found["n_heads"], found["n_kv_heads"], f"{where}: a byte LM")
-    window = args.get("sliding_window")
-    if window is not None:
-        check_kind(window, int, f"{where}: sliding_window")
+    if found.get("sliding_window") is not None:
+        check_kind(found["sliding_window"], int, f"{where}: sliding_window")
     else:
-        window = WINDOW
+        found["sliding_window"] = WINDOW
         notes.append(f"the byte LM's sliding_window is not given: {WINDOW}, as released")
-    byte_lm = ByteLMConfig(
-        layers=found["n_layers"],
-        width=found["dim"],
-        heads=found["n_heads"],
-        hidden=hidden_width(found["dim"], found["ffn_dim_multiplier"], found["multiple_of"]),
-        window=window,
-        rope_theta=float(found["rope_theta"]),
-        norm_eps=found["norm_eps"],
-    )
+    hidden = hidden_width(found["dim"], found["ffn_dim_multiplier"], found["multiple_of"])
+    settings = ours_of(BYTE_LM_PAIRS, found, where) | {"hidden": hidden}
+    byte_lm = from_dict(ByteLMConfig, settings)
     return ModelConfig(byte_lm, None, found["max_seqlen"], found["max_seqlen"])
 
 
@@ -251,41 +242,26 @@ def blt_settings(config: ModelConfig) -> dict:
     }
     refuse(refused, "Meta's files")
     rule = feed_forward_rule([(local.width, local.hidden), (latent.width, latent.hidden)])
-    model = rule | {
+    model = rule | theirs_of(BLT_PAIRS, blt) | {
         "seed": 42, "vocab_size": 260, "dim": latent.width, "n_layers": latent.layers,
-        "n_heads": latent.heads, "dim_global": latent.width, "n_layers_global": latent.layers,
-        "n_heads_global": latent.heads, "n_kv_heads_global": latent.key_value_heads,
-        "dim_local_encoder": local.width, "dim_local_decoder": local.width,
-        "n_layers_local_encoder": local.encoder_layers,
-        "n_layers_local_decoder": local.decoder_layers, "n_heads_local_encoder": local.heads,
-        "n_heads_local_decoder": local.heads, "local_attention_window_len": local.window,
-        "norm_eps": local.norm_eps, "rope_theta": local.rope_theta,
-        "max_encoder_seq_length": config.max_bytes, "max_seqlen": config.max_patches,
-        "attn_impl": "xformers", "attn_bias_type": "block_causal",
-        "use_local_encoder_transformer": True, "downsampling_by_pooling": "max",
-        "cross_attn_encoder": True, "cross_attn_decoder": True, "cross_attn_k": cross.slots,
-        "cross_attn_nheads": cross.heads, "cross_attn_init_by_pooling": True,
+        "n_heads": latent.heads, "max_encoder_seq_length": config.max_bytes,
+        "max_seqlen": config.max_patches, "attn_impl": "xformers",
+        "attn_bias_type": "block_causal", "use_local_encoder_transformer": True,
+        "downsampling_by_pooling": "max", "cross_attn_encoder": True, "cross_attn_decoder": True,
+        "cross_attn_init_by_pooling": True, "patching_mode": patching.mode,
         "cross_attn_all_layers_encoder": cross.encoder == "all",
         "cross_attn_all_layers_decoder": cross.decoder == "all",
         "encoder_hash_byte_group_size": list(hashed.sizes),
-        "encoder_hash_byte_group_vocab": hashed.rows,
-        "encoder_hash_byte_group_nb_functions": hashed.functions, "patching_mode": patching.mode,
     }  # fmt: skip
-    patcher = {
-        "patching_mode": patching.mode, "threshold": patching.threshold,
-        "threshold_add": patching.threshold_add, "monotonicity": patching.monotonic,
-        "max_patch_length": patching.max_patch_bytes,
-        "patch_size": float(patching.patch_bytes) if patching.mode == "static" else 4.5,
-    }  # fmt: skip
+    patcher = theirs_of(PATCHER_PAIRS, patching)
+    patcher["patch_size"] = float(patching.patch_bytes) if patching.mode == "static" else 4.5
     tokenizer = {"name": "blt", "init_kwargs": {"bpe_delim": False}}
     return {"model": model, "data": {"patcher_args": patcher, "tokenizer_args": tokenizer}}
 
 
 def byte_lm_settings(config: ModelConfig) -> dict:
     lm = config.model
-    return feed_forward_rule([(lm.width, lm.hidden)]) | {
-        "dim": lm.width, "n_layers": lm.layers, "n_heads": lm.heads, "vocab_size": 260,
-        "max_seqlen": config.max_bytes, "norm_eps": lm.norm_eps, "rope_theta": lm.rope_theta,
-        "sliding_window": lm.window, "attn_impl": "xformers",
+    return feed_forward_rule([(lm.width, lm.hidden)]) | theirs_of(BYTE_LM_PAIRS, lm) | {
+        "vocab_size": 260, "max_seqlen": config.max_bytes, "attn_impl": "xformers",
         "attn_bias_type": "local_block_causal",
     }  # fmt: skip

@@ -1,12 +1,16 @@
 """Settings of third-party files, checked field by field.
 
 A wrong type, a number that is not finite or a value that this model can't have is refused with the
-file, the field and the value.
+file, the field and the value. Fields that mean the same in their files and in our config are one
+table of `Pairs` per kind of file, by which settings are read and written.
 """
 
 import contextlib
 import math
+import operator
 from collections.abc import Iterator
+
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bltjax.config.fields import nearest
 from bltjax.config.model import ModelConfig
@@ -43,6 +47,7 @@ def model_files(
 
 
 Kind = type | tuple[type, ...]
+Pairs = tuple[tuple[str, str], ...]  # (theirs, ours), each as `group.field`
 LARGEST = 2**31 - 1  # of a whole number in a config
 
 
@@ -57,17 +62,41 @@ def naming(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from None
 
 
-def check_fields(
-    found: dict, defaults: dict, others: set[str], where: str, optional: dict[str, Kind]
-) -> None:
-    """Raises ValueError for an unknown field, or one whose value is of another type than its
-    default, or no finite number.
+def ours_of(pairs: Pairs, found: dict, where: str) -> dict:
+    """Our settings, by `group.field`, from their fields; two of theirs for one of ours must be
+    equal."""
+    found, first = flatten_dict(found, sep="."), {}
+    for theirs, ours in pairs:
+        same(found, where, first.setdefault(ours, theirs), theirs)
+    return {ours: found[theirs] for theirs, ours in pairs}
 
-    optional: fields that may be null, and their type otherwise.
+
+def theirs_of(pairs: Pairs, config) -> dict:
+    """Their fields, in nested dicts, from our settings."""
+    values = {theirs: operator.attrgetter(ours)(config) for theirs, ours in pairs}
+    return unflatten_dict(values, sep=".")
+
+
+def check_fields(
+    found: dict,
+    defaults: dict,
+    required: dict[str, tuple],
+    ignored: set[str],
+    where: str,
+    optional: dict[str, Kind],
+) -> dict:
+    """The settings with defaults for those that are not there.
+
+    required: the values that a field may have. ignored: fields that change nothing. optional:
+    fields that may be null, and their type otherwise.
+
+    Raises:
+      ValueError: for an unknown field, one whose value is of another type than its default or no
+        finite number, or one with a value that this model can't have.
     """
     if not isinstance(found, dict):
         raise ValueError(f"{where} is {type(found).__name__}, not an object of settings")
-    known = defaults.keys() | others
+    known = defaults.keys() | required.keys() | ignored
     for name, value in found.items():
         if name not in known:
             raise ValueError(
@@ -75,6 +104,8 @@ def check_fields(
             )
         if name in defaults and not (value is None and name in optional):
             check_kind(value, optional.get(name) or type(defaults[name]), f"{where}: {name}")
+    check_values(defaults | found, required, where)
+    return defaults | found
 
 
 def check_kind(value, kind: Kind, what: str) -> None:
