@@ -38,43 +38,33 @@ class Names(NamedTuple):
     head: str
     byte_lm_head: str
     embedding: str
-    attention: tuple[str, str, str, str]  # q, k, v, o, within a block
-    cross: tuple[str, str, str, str]
-    feed_forward: tuple[str, str, str]  # gate, up, down
-    block_norms: tuple[str, str]
-    cross_norms: tuple[str, str]
+    # Within a block: attention's norm, q, k, v, o, the feed-forward's norm, gate, up, down.
+    block: tuple[str, ...]
+    cross: tuple[str, ...]  # norms of queries and of keys and values, q, k, v, o
 
 
 META = Names(
-    encoder="local_encoder.",
-    latent="global_transformer.",
-    decoder="local_decoder.",
-    byte_lm="",
-    table="encoder_hash_tok_embedding.{}.weight",
-    head="local_decoder.output.weight",
-    byte_lm_head="output.weight",
-    embedding="tok_embeddings",
-    attention=("attention.wq", "attention.wk", "attention.wv", "attention.wo"),
-    cross=("wq", "wk", "wv", "wo"),
-    feed_forward=("feed_forward.w1", "feed_forward.w3", "feed_forward.w2"),
-    block_norms=("attention_norm", "ffn_norm"),
-    cross_norms=("cross_attn_norm_q", "cross_attn_norm_kv"),
-)
+    encoder="local_encoder.", latent="global_transformer.", decoder="local_decoder.", byte_lm="",
+    table="encoder_hash_tok_embedding.{}.weight", head="local_decoder.output.weight",
+    byte_lm_head="output.weight", embedding="tok_embeddings",
+    block=(
+        "attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo",
+        "ffn_norm", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2",
+    ),
+    cross=("cross_attn_norm_q", "cross_attn_norm_kv", "wq", "wk", "wv", "wo"),
+)  # fmt: skip
 PORT = Names(
-    encoder="model.local_encoder.",
-    latent="model.global_transformer.",
-    decoder="model.local_decoder.",
-    byte_lm="model.patcher.",
+    encoder="model.local_encoder.", latent="model.global_transformer.",
+    decoder="model.local_decoder.", byte_lm="model.patcher.",
     table="model.encoder_hash_tok_embedding.weight",  # all tables in one tensor
-    head="lm_head.weight",
-    byte_lm_head="model.patcher.lm_head.weight",
-    embedding="embed_tokens",
-    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    cross=("q_proj", "k_proj", "v_proj", "o_proj"),
-    feed_forward=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    block_norms=("input_layernorm", "post_attention_layernorm"),
-    cross_norms=("q_norm", "k_norm"),
-)
+    head="lm_head.weight", byte_lm_head="model.patcher.lm_head.weight", embedding="embed_tokens",
+    block=(
+        "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+        "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj",
+        "mlp.down_proj",
+    ),
+    cross=("q_norm", "k_norm", "q_proj", "k_proj", "v_proj", "o_proj"),
+)  # fmt: skip
 LLAMA = PORT._replace(latent="model.")
 
 
@@ -84,28 +74,21 @@ def block_pieces(
     """One transformer block; `letters` are its width, query heads and key/value heads."""
     D, H, J = letters
     L = "L" if place else ""
-    q, k, v, o = names.attention
-    gate, up, down = names.feed_forward
-    attention_norm, feed_forward_norm = names.block_norms
-    for leaf, tensor, kind in (
-        (f"attention_norm_{L}{D}", attention_norm, "same"),
-        (f"q_{L}{D}{H}C", q, rotary),
-        (f"k_{L}{D}{J}C", k, rotary),
-        (f"v_{L}{D}{J}C", v, "matrix"),
-        (f"o_{L}{H}C{D}", o, "matrix"),
-        (f"feed_forward_norm_{L}{D}", feed_forward_norm, "same"),
-        (f"gate_{L}{D}F", gate, "matrix"),
-        (f"up_{L}{D}F", up, "matrix"),
-        (f"down_{L}F{D}", down, "matrix"),
-    ):
+    leaves = (
+        f"attention_norm_{L}{D}", f"q_{L}{D}{H}C", f"k_{L}{D}{J}C", f"v_{L}{D}{J}C",
+        f"o_{L}{H}C{D}", f"feed_forward_norm_{L}{D}", f"gate_{L}{D}F", f"up_{L}{D}F",
+        f"down_{L}F{D}",
+    )  # fmt: skip
+    for leaf, tensor in zip(leaves, names.block, strict=True):
+        kind = "same" if "norm" in leaf else rotary if leaf[0] in "qk" else "matrix"
         yield Piece(f"{ours}/{leaf}", place, f"{theirs}.{tensor}.weight", kind)
 
 
 def cross_pieces(names: Names, ours: str, theirs: str) -> Iterable[Piece]:
-    for leaf, tensor in zip(("norm_q_E", "norm_kv_E"), names.cross_norms, strict=True):
-        yield Piece(f"{ours}/{leaf}", (), f"{theirs}.{tensor}.weight", "same")
-    for leaf, tensor in zip(("q_EGC", "k_EGC", "v_EGC", "o_GCE"), names.cross, strict=True):
-        yield Piece(f"{ours}/{leaf}", (), f"{theirs}.{tensor}.weight", "matrix")
+    leaves = ("norm_q_E", "norm_kv_E", "q_EGC", "k_EGC", "v_EGC", "o_GCE")
+    for leaf, tensor in zip(leaves, names.cross, strict=True):
+        kind = "same" if "norm" in leaf else "matrix"
+        yield Piece(f"{ours}/{leaf}", (), f"{theirs}.{tensor}.weight", kind)
 
 
 def blt_pieces(names: Names, config: BLTConfig) -> list[Piece]:
@@ -127,18 +110,16 @@ def blt_pieces(names: Names, config: BLTConfig) -> list[Piece]:
     if cross.slots * local.width != config.latent.width:
         name = f"{names.latent}token_embedding_projection.weight"
         pieces.append(Piece("latent/widen_KED", (), name, "matrix"))
-    for layer in range(local.encoder_layers):
-        theirs = f"{names.encoder}layers.{layer}"
-        pieces += block_pieces(names, f"encoder/block_{layer}", theirs, "EGG")
-    for layer in range(local.encoder_layers if cross.encoder == "all" else 1):
-        theirs = f"{names.encoder}cross_attn_layers.{layer}"
-        pieces += cross_pieces(names, f"encoder/cross_{layer}", theirs)
-    for layer in range(local.decoder_layers):
-        theirs = f"{names.decoder}layers.{layer}"
-        pieces += block_pieces(names, f"decoder/block_{layer}", theirs, "EGG")
-    for layer in range(local.decoder_layers if cross.decoder == "all" else 1):
-        theirs = f"{names.decoder}cross_attn_layers.{layer}"
-        pieces += cross_pieces(names, f"decoder/cross_{layer}", theirs)
+    for stack, theirs, layers, crossed in (
+        ("encoder", names.encoder, local.encoder_layers, cross.encoder),
+        ("decoder", names.decoder, local.decoder_layers, cross.decoder),
+    ):
+        for layer in range(layers):
+            block = f"{theirs}layers.{layer}"
+            pieces += block_pieces(names, f"{stack}/block_{layer}", block, "EGG")
+        for layer in range(layers if crossed == "all" else 1):
+            block = f"{theirs}cross_attn_layers.{layer}"
+            pieces += cross_pieces(names, f"{stack}/cross_{layer}", block)
     return pieces + latent_pieces(names, config.latent, rotary="matrix")
 
 
