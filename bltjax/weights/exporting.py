@@ -1,6 +1,5 @@
 """Writes an export, a block at a time: no array is ever in memory whole."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 
@@ -8,12 +7,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from flax.traverse_util import unflatten_dict
 
 from bltjax.families import run_layout
 from bltjax.system.storage import refuse_pointer, write_text
 from bltjax.weights import workdir as ckpt
-from bltjax.weights.export import FORMAT, MANIFEST, VERSION, place_of
-from bltjax.weights.lazy import BLOCK_BYTES, DTYPES, Leaf, blocks
+from bltjax.weights.export import FORMAT, MANIFEST, VERSION, place_of, with_tokenizer
+from bltjax.weights.lazy import BLOCK_BYTES, Leaf, blocks
 from bltjax.weights.stored import ModelFiles
 from bltjax.weights.workdir import TOKENIZER
 
@@ -32,15 +32,9 @@ def write_leaves(folder: epath.Path, leaves: dict[str, Leaf], written: Callable[
     Orbax itself holds every array that it saves. So it gets stand-ins of one number each, whose
     zarr arrays are then replaced by the real ones.
     """
-    stand_ins: dict = {}
-    for path, leaf in leaves.items():
-        *groups, name = path.split("/")
-        node = stand_ins
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = np.zeros((1,) * len(leaf.shape), leaf.dtype)
+    ones = {path: np.zeros((1,) * len(leaf.shape), leaf.dtype) for path, leaf in leaves.items()}
     with ckpt.quiet(), ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
-        checkpointer.save(folder.absolute(), stand_ins)
+        checkpointer.save(folder.absolute(), unflatten_dict(ones, sep="/"))
     for path, leaf in leaves.items():
         pieces = list(blocks(path, leaf))
         array = tensorstore.open(
@@ -71,13 +65,11 @@ def write_export(files: ModelFiles, folder: epath.Path, written: Callable[[int],
         tokenizer = epath.Path(config.patching.tokenizer)
         refuse_pointer(tokenizer)
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
-        patching = dataclasses.replace(config.patching, tokenizer=TOKENIZER)
-        config = dataclasses.replace(config, patching=patching)
+        config = with_tokenizer(config, epath.Path())
     write_leaves(folder / "params", files.leaves, written)
     if files.byte_lm is not None:
         write_export(files.byte_lm, folder / "byte_lm", written)
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    dtypes = sorted({names[leaf.dtype] for leaf in files.leaves.values()})
+    dtypes = sorted({leaf.dtype.name for leaf in files.leaves.values()})
     manifest = {
         "format": FORMAT,
         "version": VERSION,

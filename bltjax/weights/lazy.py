@@ -17,6 +17,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 from etils import epath
+from flax.traverse_util import unflatten_dict
 
 from bltjax.config.letters import suffix_axes
 from bltjax.system.storage import read_json, refuse_pointer
@@ -153,17 +154,11 @@ def cast(leaf: Leaf, dtype: np.dtype | None, path: str) -> Leaf:
 
 def tree_of(leaves: dict[str, Leaf]) -> dict:
     """A nested dict of parameters, all in memory, from leaves by path."""
-    tree: dict = {}
+    arrays = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     for path, leaf in leaves.items():
-        whole = np.empty(leaf.shape, leaf.dtype)
         for place, rows in blocks(path, leaf):
-            whole[(*place, rows)] = leaf.read(place, rows)
-        *groups, name = path.split("/")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = whole
-    return tree
+            arrays[path][(*place, rows)] = leaf.read(place, rows)
+    return unflatten_dict(arrays, sep="/")
 
 
 def read_object(path: epath.Path) -> dict:
