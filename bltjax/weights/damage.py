@@ -89,11 +89,7 @@ def reason(error: Exception) -> Reason:
             text = describe(cause)
         found.append(Reason(kind, text or type(cause).__name__))
     # Causes outside the files take precedence over their consequences.
-    for kind in ("refused", "away", "damaged"):
-        for each in found:
-            if each.kind == kind:
-                return each
-    return found[0]
+    return min(found, key=lambda each: ("refused", "away", "damaged", "unknown").index(each.kind))
 
 
 def kind_of(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from etils import epath
 
 from bltjax.config.model import ModelConfig
 from bltjax.config.run import RunConfig
-from bltjax.families import Model, leaf_shapes, model_config, parse
+from bltjax.families import Model, from_json, leaf_shapes, model_config, parse
 from bltjax.model.params import flattened
 from bltjax.system.paths import check_arrays_path, is_remote, path_of
 from bltjax.system.storage import read_json, refuse_pointer
@@ -122,9 +122,10 @@ def read_config(path) -> ModelConfig:
             raise ValueError(f"{said} ({CHANGED})") from None
     if (path / "config.json").exists():
         refuse_pointer(path / "config.json")
-    if {"model_type", "args"} & ckpt.config_values(path).keys():
+    values = ckpt.config_values(path)
+    if {"model_type", "args"} & values.keys():
         raise ValueError(f"{path} holds released weights: `convert` makes an export of them first")
-    return model_config(ckpt.read_config(path))
+    return model_config(from_json(values, path / ckpt.CONFIG))
 
 
 def read_run(path) -> RunConfig | None:
