@@ -37,14 +37,14 @@ from bltjax.inference.serving import (
 from bltjax.model.params import parameter_count
 from bltjax.progress import Progress, duration, quantity
 from bltjax.system.lock import held
-from bltjax.system.paths import check_arrays_path, hidden_beside
+from bltjax.system.paths import check_arrays_path, hidden_beside, is_remote
 from bltjax.system.storage import check_writable, sync_folder
 from bltjax.weights.export import is_export, open_stored
 from bltjax.weights.exporting import write_export
 from bltjax.weights.lazy import DTYPES, cast, read_object
-from bltjax.weights.released.hf import is_port, read_port, write_port
+from bltjax.weights.released.hf import read_port, write_port
 from bltjax.weights.released.hub import not_there, of_hub_cache
-from bltjax.weights.released.meta import is_meta, read_meta, write_meta
+from bltjax.weights.released.meta import read_meta, write_meta
 from bltjax.weights.stored import LAYOUTS, ModelFiles, patching_words
 
 
@@ -62,13 +62,13 @@ def open_model(path: epath.Path, *, as_port: bool = False) -> ModelFiles:
         return files._replace(notes=(note, *files.notes))
     if is_export(path) or (path / "checkpoints").exists():
         return open_stored(path)
-    if is_port(path):
-        return read_port(path, as_port=as_port)
-    if is_meta(path):
-        return read_meta(path)
     config = path / "config.json"
-    kind = read_object(config).get("model_type") if config.exists() else None
-    if kind == "llama":
+    settings = read_object(config) if config.exists() else {}
+    if settings.get("model_type") == "blt":
+        return read_port(path, as_port=as_port)
+    if "args" in settings or (path / "params.json").exists():
+        return read_meta(path)
+    if settings.get("model_type") == "llama":
         raise ValueError(
             f"{path} holds a Llama, not a BLT: start a latent transformer from it with"
             f" `train --init_latent_from {path}`"
@@ -120,7 +120,7 @@ def convert(
     check_absent(destination)
     if serving and to != "orbax":
         raise ValueError(f"--serving puts programs into an export, not into --to {to}")
-    if to == "meta" and "://" in str(destination):
+    if to == "meta" and is_remote(destination):
         raise ValueError(f"{destination}: torch writes to disks only; convert to a folder first")
     if to == "orbax":
         check_arrays_path(destination)
@@ -139,10 +139,9 @@ def convert(
     programs = serving and Programs(files, serving)
     for line in described(source, files):
         print(line)
-    local = "://" not in str(destination)
-    if local:
+    if not is_remote(destination):
         check_writable(destination.parent)
-        check_room(destination, files.bytes, twice=to == "meta")
+        check_room(destination, files.bytes * (2 if to == "meta" else 1))
     with held(
         hidden_beside(destination, "lock"), "convert", name=str(destination),
         instead="another destination", lost=functools.partial(leave, 1), take_over=take_over,
@@ -162,8 +161,8 @@ def write_whole(
 ) -> None:
     """Writes a model to a temporary folder on the same disk, and moves it into place when
     complete."""
-    local = "://" not in str(destination)
-    partial = hidden_beside(destination, "partial") if local else destination
+    remote = is_remote(destination)
+    partial = destination if remote else hidden_beside(destination, "partial")
     if partial.exists():
         partial.rmtree()  # leftovers of a killed command
     progress = Progress(f"writing {destination}", files.bytes)
@@ -173,7 +172,7 @@ def write_whole(
         write(files, partial, progress.advance)
         if programs:
             write_serving(programs, partial)
-        if local:
+        if not remote:
             os.replace(partial, destination)
             sync_folder(destination.parent)
     except BaseException:
@@ -181,12 +180,12 @@ def write_whole(
         raise
 
 
-def check_room(destination: epath.Path, wanted: int, *, twice: bool) -> None:
+def check_room(destination: epath.Path, wanted: int) -> None:
     """Raises OSError if the disk has too little room."""
     parent = destination.parent
     while not parent.exists():
         parent = parent.parent
-    free, wanted = shutil.disk_usage(parent).free, wanted * (2 if twice else 1)
+    free = shutil.disk_usage(parent).free
     if free < wanted:
         raise ValueError(f"{parent} has room for {free:,} bytes; {destination} needs {wanted:,}")
 

@@ -12,9 +12,8 @@ from bltjax.inference.loaded import LoadedModel
 from bltjax.text.alphabet import encode
 from bltjax.text.patching import force_starts, patch_starts
 from bltjax.weights.lazy import tree_of
-from bltjax.weights.released.hf import port_settings
-from bltjax.weights.released.mapping import PIECES, PORT
-from bltjax.weights.released.tensors import tensors_of
+from bltjax.weights.released.hf import port_settings, port_tensors
+from bltjax.weights.released.mapping import PIECES
 from bltjax.weights.stored import ModelFiles
 
 NEAR_TIE = 1e-4  # nats; closer to the threshold than this, two exact programs may differ
@@ -43,9 +42,11 @@ def our_model(files: ModelFiles) -> LoadedModel:
     return LoadedModel(Model(config, jax.device_put(tree_of(files.leaves)), scorer))
 
 
-def fixed_starts(ids_N: np.ndarray) -> np.ndarray:
-    """Patches of four bytes, to compare logits where there is no byte LM."""
-    return force_starts(patch_starts(Patching(mode="static"), ids_N))
+def used_starts(ids_N: np.ndarray, given_N1, own_N1) -> np.ndarray:
+    """The patches for logits: those given, else a model's own, else, as there is no byte LM, four
+    bytes each."""
+    fixed_N1 = force_starts(patch_starts(Patching(mode="static"), ids_N))
+    return next(starts_N1 for starts_N1 in (given_N1, own_N1, fixed_N1) if starts_N1 is not None)
 
 
 def ours(files: ModelFiles):
@@ -60,9 +61,7 @@ def ours(files: ModelFiles):
         if has_entropies or model.config.patching.mode != "entropy":
             own_N1 = model.starts(text)
         ids_N = encode(text, eos=False)
-        used_N1 = own_N1 if starts_N1 is None else starts_N1
-        used_N1 = fixed_starts(ids_N) if used_N1 is None else used_N1
-        logits = model.logits_with(ids_N, used_N1)
+        logits = model.logits_with(ids_N, used_starts(ids_N, starts_N1, own_N1))
         return Scores(entropies_N, own_N1, logits)
 
     return score
@@ -78,27 +77,21 @@ def port_model(files: ModelFiles):
     import torch
     from transformers import BltConfig, BltForCausalLM
 
-    byte_lm = files.byte_lm and files.byte_lm.config
-    settings = port_settings(files.config, byte_lm)
+    settings = port_settings(files.config, files.byte_lm and files.byte_lm.config)
     if files.origin.get("layout") == "transformers":
         settings = files.origin["json"]["config.json"]
     peer = BltForCausalLM(BltConfig(**settings)).eval().float()
-    tensors = tensors_of(files.leaves, PIECES["blt"](PORT, files.config.model), {})
-    if files.byte_lm:
-        pieces = PIECES["byte_lm"](PORT, byte_lm.model)
-        tensors |= tensors_of(files.byte_lm.leaves, pieces, {})
     weights = peer.state_dict()
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name, tensor in port_tensors(files).items():
             weights[name].copy_(torch.from_numpy(tensor.all().astype(np.float32)))
     return peer
 
 
 def port(files: ModelFiles):
     """The same from transformers' own code; None where it is not installed or lacks the model."""
-    if files.config.patching is None:
-        return None
-    if files.byte_lm and files.byte_lm.config.model.group not in PIECES:
+    by_cnn = files.byte_lm and files.byte_lm.config.model.group not in PIECES
+    if files.config.patching is None or by_cnn:
         return None
     try:
         peer = port_model(files)
@@ -117,9 +110,7 @@ def port(files: ModelFiles):
             if peer.model.patcher is not None:
                 entropies_N = peer.model.patcher(ids, patch_size=4, threshold=1.0)[0][0].numpy()
                 own_N1 = force_starts(patch_starts(files.config.patching, ids_N, entropies_N))
-            used_N1 = own_N1 if starts_N1 is None else starts_N1
-            used_N1 = fixed_starts(ids_N) if used_N1 is None else used_N1
-            begins = np.flatnonzero(used_N1)
+            begins = np.flatnonzero(used_starts(ids_N, starts_N1, own_N1))
             # Its lengths cover the row alone; one of zero says that the next byte opens a patch.
             lengths = torch.from_numpy(np.diff(np.append(begins, len(ids_N))))[None]
             logits = peer(ids, patch_lengths=lengths, use_cache=False).logits[0].numpy()

@@ -16,7 +16,7 @@ from pathlib import Path
 from etils import epath
 
 from bltjax.config.model import ModelConfig
-from bltjax.weights.lazy import DTYPES, read_object
+from bltjax.weights.lazy import Tensor, read_object
 from bltjax.weights.released.hf_settings import BLT_PAIRS, BYTE_LM_PAIRS, LLAMA3, read_settings
 from bltjax.weights.released.leftovers import without_wrappers
 from bltjax.weights.released.mapping import PIECES, PORT
@@ -26,40 +26,32 @@ from bltjax.weights.safetensors import read_folder, write_folder
 from bltjax.weights.stored import ModelFiles
 
 
-def is_port(folder: epath.Path) -> bool:
-    config = folder / "config.json"
-    return config.exists() and read_object(config).get("model_type") == "blt"
-
-
 def read_port(folder: epath.Path, *, as_port: bool = False) -> ModelFiles:
     """A BLT and its byte LM; `as_port` keeps the port's deviations (see above).
 
     Raises:
       ValueError: naming the file, the field or the tensor that is wrong.
     """
-    path = folder / "config.json"
-    with naming(str(path)):
-        config, byte_lm, notes = read_settings(read_object(path), str(path), as_port)
-    names = ("config.json", "generation_config.json")
+    names, where = ("config.json", "generation_config.json"), str(folder / "config.json")
     json_files = {name: read_object(folder / name) for name in names if (folder / name).exists()}
+    with naming(where):
+        config, byte_lm, notes = read_settings(json_files["config.json"], where, as_port)
     tensors = without_wrappers(read_folder(folder, notes), notes)
     if not tensors:
         raise ValueError(f"{folder} has a config.json but no *.safetensors")
-    layout, where = "transformers", str(folder)
-    origin = {"layout": layout, "json": json_files}
+    origin = {"layout": "transformers", "json": json_files}
     own, theirs = {}, {}
     for name, tensor in tensors.items():
         (theirs if byte_lm and name.startswith(PORT.byte_lm) else own)[name] = tensor
-    files = model_files(PORT, config, own, layout, origin, notes, where)
+    files = model_files(PORT, config, own, origin, notes, str(folder))
     if byte_lm is None:
         return files
-    origin = {"layout": layout, "json": {}}
-    beside = model_files(PORT, byte_lm, theirs, layout, origin, [], where)
+    beside = model_files(PORT, byte_lm, theirs, origin | {"json": {}}, [], str(folder))
     return files._replace(byte_lm=beside)
 
 
 def stack_settings(kind: str, stack: dict, max_bytes: int, **more) -> dict:
-    """A stack's sub-config from the fields that we know."""
+    """A stack's sub-config, completed from the fields that our settings give."""
     width, heads = stack["hidden_size"], stack["num_attention_heads"]
     rope: dict = {"rope_theta": stack.pop("theta"), "rope_type": "default"}
     scaling = stack.pop("scaling", None)
@@ -128,6 +120,18 @@ def port_settings(config: ModelConfig, byte_lm: ModelConfig | None, dtype: str =
     return settings
 
 
+def port_tensors(files: ModelFiles) -> dict[str, Tensor]:
+    """The port's tensors of a BLT and its byte LM, in the dtypes that they came in from it."""
+    from_port = files.origin.get("layout") == "transformers"
+    tensors: dict[str, Tensor] = {}
+    for part in (files, files.byte_lm):
+        if part is not None:
+            pieces = PIECES[part.config.model.group](PORT, part.config.model)
+            dtypes = part.origin.get("dtypes", {}) if from_port else {}
+            tensors |= tensors_of(part.leaves, pieces, dtypes)
+    return tensors
+
+
 def write_port(files: ModelFiles, folder: Path, written) -> None:
     """Writes a BLT and its byte LM as `BltForCausalLM`.
 
@@ -140,25 +144,11 @@ def write_port(files: ModelFiles, folder: Path, written) -> None:
     byte_lm = files.byte_lm
     if byte_lm is not None and byte_lm.config.model.group not in PIECES:
         raise ValueError("transformers' patcher is a byte LM; this model's patches come from a CNN")
-    pieces = PIECES["blt"](PORT, files.config.model)
-    leaves = dict(files.leaves)
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    main_dtype = names[leaves["decoder/head_EV"].dtype]
-    from_port = files.origin.get("layout") == "transformers"
-    if from_port:
+    if files.origin.get("layout") == "transformers":
         json_files = files.origin["json"]
     else:
-        byte_lm_config = byte_lm.config if byte_lm else None
-        json_files = {"config.json": port_settings(files.config, byte_lm_config, main_dtype)}
-    dtypes = dict(files.origin.get("dtypes", {})) if from_port else {}
-    tensors = tensors_of(leaves, pieces, {name: DTYPES[dtype] for name, dtype in dtypes.items()})
-    if byte_lm is not None:
-        dtypes = byte_lm.origin.get("dtypes", {}) if from_port else {}
-        tensors |= tensors_of(
-            byte_lm.leaves,
-            PIECES["byte_lm"](PORT, byte_lm.config.model),
-            {name: DTYPES[dtype] for name, dtype in dtypes.items()},
-        )
-    write_folder(epath.Path(folder), tensors, written)
+        dtype = files.leaves["decoder/head_EV"].dtype.name
+        json_files = {"config.json": port_settings(files.config, byte_lm and byte_lm.config, dtype)}
+    write_folder(epath.Path(folder), port_tensors(files), written)
     for name, values in json_files.items():
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

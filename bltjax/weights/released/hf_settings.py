@@ -157,8 +157,7 @@ def read_rotary(
     Raises:
       ValueError: for an unknown setting, or one that is given twice with different values.
     """
-    outer = {"rope_theta": found.get("rope_theta")}
-    outer["partial_rotary_factor"] = found.get("partial_rotary_factor")
+    outer = {name: found.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     rope: dict = {}
     for group in (outer, *(found.get(name) or {} for name in ("rope_parameters", "rope_scaling"))):
         if not isinstance(group, dict):
@@ -185,9 +184,8 @@ def read_rotary(
                 f"{where}: rotary settings of type {kind!r} have {name} ({value!r}), which is not"
                 f" supported{nested}"
             )
-    check_values({name: rope[name] for name in NEUTRAL if name in rope}, NEUTRAL, where)
-    theta = rope["rope_theta"]
-    theta = default_theta if theta is None else theta
+    check_values(rope, NEUTRAL, where)
+    theta = default_theta if rope["rope_theta"] is None else rope["rope_theta"]
     check_kind(theta, float, f"{where}: rope_theta")
     if theta <= 0:
         raise ValueError(f"{where}: rope_theta is {theta}, not > 0")

@@ -7,6 +7,8 @@
 They are dropped with a note. A tensor with any other contents is refused.
 """
 
+import os
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.weights.lazy import DTYPES, Tensor, row_runs
 from bltjax.weights.released.mapping import Names
 
-WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel's, torch.compile's
+WRAPPERS = r"(module\.|_orig_mod\.)*"  # DistributedDataParallel's, torch.compile's
 BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 
 
@@ -53,16 +55,11 @@ def rotary_stacks(names: Names, config: BLTConfig | ByteLMConfig) -> dict[str, R
 
 def without_wrappers(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
     """The tensors without the name prefix of torch's wrappers, if all of them have it."""
-    removed = ""
-    while tensors:
-        found = [w for w in WRAPPERS if all(name.startswith(w) for name in tensors)]
-        if not found:
-            break
-        removed += found[0]
-        tensors = {name.removeprefix(found[0]): tensor for name, tensor in tensors.items()}
+    shared = os.path.commonprefix(list(tensors))  # noqa: RUF071  (of names, not of paths)
+    removed = re.match(WRAPPERS, shared)[0]
     if removed:
         notes.append(f"all tensors have the prefix {removed} of torch's wrappers, which is dropped")
-    return tensors
+    return {name.removeprefix(removed): tensor for name, tensor in tensors.items()}
 
 
 def without_leftovers(
@@ -75,7 +72,7 @@ def without_leftovers(
     Raises:
       ValueError: for rates that are not those of the config.
     """
-    kept, rates, copies = {}, [], []
+    kept, rates = {}, []
     for name, tensor in tensors.items():
         if name not in expected and name.endswith(BUFFERS):
             stack = max((s for s in stacks if name.startswith(s)), key=len, default=None)
@@ -85,22 +82,21 @@ def without_leftovers(
                 continue
         kept[name] = tensor
     if rates:
-        notes.append(f"{counted(rates)} left out: the rotary rates of the config")
+        notes.append(f"{rates[0]}{and_more(rates)} left out: the rotary rates of the config")
     for name in sorted(kept.keys() - expected):
         # A layer or a table without a place is a config of another size, whatever it holds.
         if any(part.isdigit() for part in name.split(".")):
             continue
         first = next((x for x in sorted(kept.keys() & expected) if equal(kept[x], kept[name])), "")
         if first:
-            copies.append(f"{name} left out: it is {first} once more, bit for bit")
+            notes.append(f"{name} left out: it is {first} once more, bit for bit")
             del kept[name]
-    notes += copies
     return kept
 
 
-def counted(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}"
+def and_more(names: list[str]) -> str:
+    """The number of names after the first, in words; empty if there are none."""
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def check_rates(name: str, tensor: Tensor, rotary: Rotary) -> None:

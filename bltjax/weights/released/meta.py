@@ -13,7 +13,7 @@ from etils import epath
 
 from bltjax.config.model import ModelConfig
 from bltjax.families import family_of
-from bltjax.weights.lazy import DTYPES, read_object
+from bltjax.weights.lazy import read_object
 from bltjax.weights.released.leftovers import without_wrappers
 from bltjax.weights.released.mapping import META, PIECES
 from bltjax.weights.released.meta_settings import (
@@ -31,13 +31,6 @@ from bltjax.weights.safetensors import read_folder, write_folder
 from bltjax.weights.stored import ModelFiles
 
 
-def is_meta(folder: epath.Path) -> bool:
-    if (folder / "params.json").exists():
-        return True
-    config = folder / "config.json"
-    return config.exists() and "args" in read_object(config)
-
-
 def read_meta(folder: epath.Path) -> ModelFiles:
     """A BLT with its byte LM if it has one, or a byte LM.
 
@@ -49,7 +42,6 @@ def read_meta(folder: epath.Path) -> ModelFiles:
         for name in ("params.json", "config.json", "train_args.json")
         if (folder / name).exists()
     }
-    pickled = (folder / "consolidated.pth").exists()
     if "params.json" in json_files:
         settings, where = json_files["params.json"], str(folder / "params.json")
     else:
@@ -58,15 +50,13 @@ def read_meta(folder: epath.Path) -> ModelFiles:
         where = str(folder / "config.json")
     notes: list[str] = []
     pth = folder / "consolidated.pth"
+    pickled = pth.exists()
     tensors = without_wrappers(read_pth(pth) if pickled else read_folder(folder, notes), notes)
     if not tensors:
         raise ValueError(f"{folder} has {' and '.join(json_files)} but no weights: neither"
                          " consolidated.pth nor *.safetensors")  # fmt: skip
-    origin = {
-        "layout": "meta",
-        "container": "pth" if pickled else "safetensors",
-        "json": json_files,
-    }
+    container = "pth" if pickled else "safetensors"
+    origin = {"layout": "meta", "container": container, "json": json_files}
     args = settings.get("model") or {}
     if any(name.startswith(META.encoder) for name in tensors):
         trained = folder / "train_args.json"
@@ -77,14 +67,14 @@ def read_meta(folder: epath.Path) -> ModelFiles:
             patching = read_patching(settings, patched_by, notes)
         with naming(where):
             config = ModelConfig(blt, patching, *limits)
-        files = model_files(META, config, tensors, "meta", origin, notes, str(folder))
+        files = model_files(META, config, tensors, origin, notes, str(folder))
         beside = folder / BYTE_LM
         return files._replace(byte_lm=read_meta(beside) if beside.exists() else None)
     if settings.get(BYTE_LM):
         args, where = settings[BYTE_LM], f"{where}: {BYTE_LM}"
     with naming(where):
         config = byte_lm_config(args, where, notes)
-    return model_files(META, config, tensors, "meta", origin, notes, str(folder))
+    return model_files(META, config, tensors, origin, notes, str(folder))
 
 
 def write_meta(files: ModelFiles, folder: Path, written) -> None:
@@ -99,9 +89,9 @@ def write_meta(files: ModelFiles, folder: Path, written) -> None:
         json_files = {"params.json": blt_settings(files.config)}
     else:
         json_files = {"params.json": {BYTE_LM: byte_lm_settings(files.config)}}
-    dtypes = {name: DTYPES[dtype] for name, dtype in files.origin.get("dtypes", {}).items()}
     pieces = PIECES[family.name](META, files.config.model)
-    tensors = tensors_of(files.leaves, pieces, dtypes if from_meta else {})
+    dtypes = files.origin.get("dtypes", {}) if from_meta else {}
+    tensors = tensors_of(files.leaves, pieces, dtypes)
     if from_meta and files.origin["container"] == "safetensors":
         write_folder(epath.Path(folder), tensors, written)
     else:

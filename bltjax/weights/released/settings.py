@@ -26,7 +26,6 @@ def model_files(
     names: Names,
     config: ModelConfig,
     tensors: dict[str, Tensor],
-    layout: str,
     origin: dict,
     notes: list[str],
     where: str,
@@ -43,7 +42,7 @@ def model_files(
     origin = origin | {"dtypes": odd_dtypes(tensors, leaves, pieces)}
     if "float16" in origin["dtypes"].values():
         notes.append("float16 tensors are kept as float32, which holds all of them")
-    return ModelFiles(config, leaves, layout, origin, tuple(notes))
+    return ModelFiles(config, leaves, origin["layout"], origin, tuple(notes))
 
 
 Kind = type | tuple[type, ...]

@@ -5,14 +5,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from bltjax.weights.lazy import DTYPES, Leaf, Tensor, finite, stacked
+from bltjax.weights.released.leftovers import and_more
 from bltjax.weights.released.mapping import Piece
 
 STORED = (DTYPES["float32"], DTYPES["bfloat16"])  # the dtypes of our exports
-
-
-def inner_shape(piece: Piece, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of the array at a piece's place."""
-    return shapes[piece.path][len(piece.place) :]
 
 
 def two_dimensional(path: str, inner: tuple[int, ...]) -> tuple[int, int]:
@@ -28,7 +24,7 @@ def tensor_shapes(
     """The required shape of each of their tensors, from those of our leaves."""
     found: dict[str, tuple[int, ...]] = {}
     for piece in pieces:
-        inner = inner_shape(piece, shapes)
+        inner = shapes[piece.path][len(piece.place) :]
         if piece.kind == "table":
             rows = max(found.get(piece.name, (0,))[0], piece.first + piece.rows)
             found[piece.name] = (rows, inner[1])
@@ -49,17 +45,15 @@ def check_tensors(
     expected = tensor_shapes(pieces, shapes)
     missing = sorted(expected.keys() - tensors.keys())
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
-            f"{where} lacks tensor {missing[0]} of shape {expected[missing[0]]}{more}; its config"
-            f" asks for {len(expected)} tensors, the files have {len(tensors)}"
+            f"{where} lacks tensor {missing[0]} of shape {expected[missing[0]]}{and_more(missing)};"
+            f" its config asks for {len(expected)} tensors, the files have {len(tensors)}"
         )
     extra = sorted(tensors.keys() - expected.keys())
     if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise ValueError(
             f"{tensors[extra[0]].where} has tensor {extra[0]} of shape {tensors[extra[0]].shape}"
-            f"{more}, which its config has no place for"
+            f"{and_more(extra)}, which its config has no place for"
         )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
@@ -128,7 +122,7 @@ def joined_leaf(
 
 
 def tensors_of(
-    leaves: dict[str, Leaf], pieces: list[Piece], dtypes: dict[str, np.dtype]
+    leaves: dict[str, Leaf], pieces: list[Piece], dtypes: dict[str, str]
 ) -> dict[str, Tensor]:
     """Their tensors, read from our leaves, in the leaf's dtype unless `dtypes` names another."""
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
@@ -139,7 +133,7 @@ def tensors_of(
 
     def tensor_of(name: str, found: list[Piece]) -> Tensor:
         leaf = leaves[found[0].path]
-        dtype = dtypes.get(name, leaf.dtype)
+        dtype = DTYPES[dtypes[name]] if name in dtypes else leaf.dtype
 
         def read(begin: int, end: int) -> np.ndarray:
             if found[0].kind != "table":
@@ -160,9 +154,8 @@ def tensors_of(
 
 def odd_dtypes(tensors: dict[str, Tensor], leaves: dict[str, Leaf], pieces: list[Piece]) -> dict:
     """Tensors by name whose dtype differs from the leaf that they are part of, for the way back."""
-    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     return {
-        piece.name: names[tensors[piece.name].dtype]
+        piece.name: tensors[piece.name].dtype.name
         for piece in pieces
         if tensors[piece.name].dtype != leaves[piece.path].dtype
     }

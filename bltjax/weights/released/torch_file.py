@@ -8,15 +8,12 @@ writer holds no tensor whole either.
 from collections.abc import Callable
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 
 from bltjax.system.paths import size_of
 from bltjax.system.storage import refuse_pointer
-from bltjax.weights.lazy import Tensor, write_rows
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+from bltjax.weights.lazy import DTYPES, Tensor, write_rows
 
 
 def import_torch():
@@ -33,7 +30,7 @@ def numpy_of(tensor) -> np.ndarray:
     """The same bits as a numpy array; torch has no conversion for bfloat16."""
     torch = import_torch()
     if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(BFLOAT16)
+        return tensor.contiguous().view(torch.int16).numpy().view(DTYPES["bfloat16"])
     return tensor.contiguous().numpy()
 
 
@@ -90,11 +87,6 @@ def write_pth(path: Path, tensors: dict[str, Tensor], written: Callable[[int], N
     """Writes {"model": {...}}; needs twice its disk space while it does."""
     torch = import_torch()
     raw = path.with_name(f".{path.name}.raw")
-    kinds = {
-        np.dtype(np.float32): torch.float32,
-        np.dtype(np.float16): torch.float16,
-        BFLOAT16: torch.bfloat16,
-    }
     raw.mkdir()
     try:
         state = {}
@@ -103,7 +95,8 @@ def write_pth(path: Path, tensors: dict[str, Tensor], written: Callable[[int], N
             with part.open("wb") as file:
                 write_rows(file, tensor, written)
             size = int(np.prod(tensor.shape, dtype=np.int64))
-            mapped = torch.from_file(str(part), shared=False, size=size, dtype=kinds[tensor.dtype])
+            dtype = getattr(torch, tensor.dtype.name)
+            mapped = torch.from_file(str(part), shared=False, size=size, dtype=dtype)
             state[name] = mapped.reshape(tensor.shape)
         torch.save({"model": state}, path)
     finally:
