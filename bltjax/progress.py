@@ -17,16 +17,9 @@ def duration(seconds: float) -> str:
 
 def quantity(value: float) -> str:
     """123456 -> '123k': three digits and a prefix."""
-    for scale, prefix in (
-        (1e18, "E"),
-        (1e15, "P"),
-        (1e12, "T"),
-        (1e9, "G"),
-        (1e6, "M"),
-        (1e3, "k"),
-    ):
-        if abs(value) >= scale:
-            return f"{value / scale:.3g}{prefix}"
+    for power, prefix in zip((18, 15, 12, 9, 6, 3), "EPTGMk", strict=True):
+        if abs(value) >= 10**power:
+            return f"{value / 10**power:.3g}{prefix}"
     return f"{value:.3g}"
 
 
