@@ -7,14 +7,13 @@ the last counts) and has the key with a string or null. A null or empty text is 
 import codecs
 import json
 from array import array
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bltjax.data.fingerprint import fingerprint_of
 from bltjax.data.records import Document
+from bltjax.data.sources.indexed import IndexedDocuments
 from bltjax.text.alphabet import as_bytes
 
 # Numbers are never looked at, and int() would refuse those of more than 4300 digits.
@@ -27,12 +26,12 @@ def decode(line: bytes) -> Any:
     return DECODER.decode(line.decode(json.detect_encoding(line), "surrogatepass"))
 
 
-class JsonlDocuments:
+class JsonlDocuments(IndexedDocuments):
     """Lines of JSON objects with a text field; null and empty texts are skipped."""
 
     def __init__(self, paths: list[Path], field: str, skip_bad: bool):
         """Raises ValueError for a bad line, unless such lines are to be counted in `bad`."""
-        self.paths, self.field, self.bad, self.empty = paths, field, 0, 0
+        self.paths, self.field, self.facts = paths, field, {"kind": "JSONL", "field": field}
         spans = array("q")
         for number, path in enumerate(paths):
             begin, first = 0, True
@@ -55,12 +54,6 @@ class JsonlDocuments:
                     begin = end
         self.spans = np.array(spans, np.int64).reshape(-1, 4)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Fingerprint of the files and the field, independent of the path."""
-        facts = {"kind": "JSONL", "field": self.field, "documents": len(self)}
-        return fingerprint_of(facts, self.paths)
-
     def parse(self, line: bytes) -> tuple[str, bytes]:
         """('', text) of a good line, (the error, b'') of a bad one."""
         try:
@@ -74,9 +67,6 @@ class JsonlDocuments:
         if not isinstance(text, str | None):
             return f"field {self.field!r} is not a string", b""
         return "", as_bytes(text or "")
-
-    def __len__(self) -> int:
-        return len(self.spans)
 
     def name(self, index: int) -> str:
         return f"{self.paths[self.spans[index, 0]]}:{self.spans[index, 1]}"

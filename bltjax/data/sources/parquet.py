@@ -5,41 +5,40 @@ is fast on a corpus of that size; score a larger one into records first.
 """
 
 from collections import OrderedDict
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import types
 
 from bltjax.config.fields import nearest
-from bltjax.data.fingerprint import fingerprint_of
 from bltjax.data.records import Document
+from bltjax.data.sources.indexed import IndexedDocuments
 from bltjax.system.paths import check_utf8
 
 KEPT_BYTES = 1 << 30
+TEXT_KINDS = (
+    types.is_string, types.is_large_string, types.is_string_view,
+    types.is_binary, types.is_large_binary, types.is_binary_view,
+    types.is_null,  # that writers give a column of nulls only
+)  # fmt: skip
 
 
 def text_kind(kind: pa.DataType) -> pa.DataType | None:
     """The string or binary type of a column's values, however they are encoded; None for others."""
-    if pa.types.is_dictionary(kind):
+    if types.is_dictionary(kind):
         return text_kind(kind.value_type)
-    types = pa.types
-    plain = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-    views = (types.is_string_view, types.is_binary_view)
-    nothing = types.is_null  # the type that writers give a column of nulls only
-    return kind if any(is_kind(kind) for is_kind in (*plain, *views, nothing)) else None
+    return kind if any(is_kind(kind) for is_kind in TEXT_KINDS) else None
 
 
-class ParquetDocuments:
+class ParquetDocuments(IndexedDocuments):
     """The rows of one column that have text; null and empty ones are skipped."""
-
-    bad = 0
 
     def __init__(self, paths: list[Path], field: str):
         """Raises ValueError for a file that is not Parquet, or has no such column of text."""
-        self.paths, self.field, self.empty = paths, field, 0
+        self.paths, self.field, self.facts = paths, field, {"kind": "Parquet", "field": field}
         self._files: dict[int, pq.ParquetFile] = {}
         self._kept: OrderedDict[tuple[int, int], pa.Array] = OrderedDict()
         spans = [np.zeros((0, 3), np.int64)]
@@ -52,12 +51,6 @@ class ParquetDocuments:
                     np.stack([np.full(len(rows), number), np.full(len(rows), group), rows], 1)
                 )
         self.spans = np.concatenate(spans)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Fingerprint of the files and the column, independent of the path."""
-        facts = {"kind": "Parquet", "field": self.field, "documents": len(self)}
-        return fingerprint_of(facts, self.paths)
 
     def file(self, number: int) -> pq.ParquetFile:
         """An open file. The last one used stays open, so that a scan reads each footer once; no
@@ -98,9 +91,6 @@ class ParquetDocuments:
 
     def __getstate__(self):
         return self.__dict__ | {"_files": {}, "_kept": OrderedDict()}
-
-    def __len__(self) -> int:
-        return len(self.spans)
 
     def name(self, index: int) -> str:
         number, group, row = self.spans[index].tolist()

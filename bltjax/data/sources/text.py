@@ -10,13 +10,12 @@ import itertools
 import mmap
 import re
 from array import array
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from bltjax.data.fingerprint import fingerprint_of
 from bltjax.data.records import Document
+from bltjax.data.sources.indexed import IndexedDocuments
 
 BLANK_LINES = re.compile(rb"\n(?:\r?\n)+")
 SPACE = re.compile(rb"[ \t]")
@@ -24,13 +23,11 @@ SPACE = re.compile(rb"[ \t]")
 REACH = 16
 
 
-class TextDocuments:
+class TextDocuments(IndexedDocuments):
     """Plain text files, each one document, or cut into documents of `split_bytes`."""
 
-    bad = 0
-
     def __init__(self, paths: list[Path], split_bytes: int):
-        self.paths, self.split_bytes, self.empty = paths, split_bytes, 0
+        self.paths, self.facts = paths, {"kind": "text", "split_bytes": split_bytes}
         spans = array("q")
         for number, path in enumerate(paths):
             size = path.stat().st_size
@@ -46,15 +43,6 @@ class TextDocuments:
                 if end > begin:
                     spans.extend((number, begin, end))
         self.spans = np.array(spans, np.int64).reshape(-1, 3)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Fingerprint of the files and their cuts, independent of the path."""
-        facts = {"kind": "text", "split_bytes": self.split_bytes, "documents": len(self)}
-        return fingerprint_of(facts, self.paths)
-
-    def __len__(self) -> int:
-        return len(self.spans)
 
     def name(self, index: int) -> str:
         number, begin, end = self.spans[index].tolist()

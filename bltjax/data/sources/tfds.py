@@ -8,22 +8,19 @@ A dataset must have been prepared in ArrayRecord form, which can be read in any 
 import contextlib
 import difflib
 import re
-from functools import cached_property
 
 import numpy as np
 
 from bltjax.config.fields import nearest
-from bltjax.data.fingerprint import fingerprint_of
 from bltjax.data.records import Document
+from bltjax.data.sources.indexed import IndexedDocuments
 from bltjax.text.alphabet import as_bytes
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
-class TFDSDocuments:
+class TFDSDocuments(IndexedDocuments):
     """One feature of one split, or of several (`train+test`); empty texts are skipped."""
-
-    bad = 0
 
     def __init__(self, name: str, field: str, split: str, data_dir: str):
         """Reads every row once, to find those that have text.
@@ -76,8 +73,8 @@ class TFDSDocuments:
                 f" any order; run tfds build {name} --file_format=array_record"
             ) from None
         self.label, self.field = f"tfds:{name}[{split}]", field
-        self.kept = np.array([i for i in range(len(self.rows)) if self.text(i)], np.int64)
-        self.empty = len(self.rows) - len(self.kept)
+        self.spans = np.array([i for i in range(len(self.rows)) if self.text(i)], np.int64)
+        self.empty = len(self.rows) - len(self)
         info = builder.info
         self.facts = {
             "kind": "TFDS",
@@ -89,23 +86,14 @@ class TFDSDocuments:
             "shards": {k: [x.num_bytes, *x.shard_lengths] for k, x in info.splits.items()},
         }
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Fingerprint of the dataset's own description and of the rows with text, independent of
-        the path."""
-        return fingerprint_of(self.facts | {"documents": len(self)})
-
     def text(self, row: int) -> bytes:
         return as_bytes(self.rows[row][self.field])
 
-    def __len__(self) -> int:
-        return len(self.kept)
-
     def name(self, index: int) -> str:
-        return f"{self.label}[{self.kept[index]}]"
+        return f"{self.label}[{self.spans[index]}]"
 
     def __getitem__(self, index: int) -> Document:
-        return Document(np.frombuffer(self.text(int(self.kept[index])), np.uint8))
+        return Document(np.frombuffer(self.text(int(self.spans[index])), np.uint8))
 
 
 def there(data_dir: str, below: str = "") -> list[str]:
