@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 FALSE = {"", "n", "no", "f", "false", "off", "0"}
@@ -133,15 +134,13 @@ def refused_platform(error: BaseException) -> str | None:
     cause = error.__cause__ or error.__context__
     if cause and (line := refused_platform(cause)):
         return line
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    raised_by = trace.tb_frame.f_code.co_filename if trace else ""
+    frames = traceback.extract_tb(error.__traceback__)
     reason = str(error).removesuffix(
         " (set JAX_PLATFORMS='' to automatically choose an available backend)"
     )
     # jax asserts that some platform was found.
-    bare = isinstance(error, AssertionError) and Path(raised_by).name == "xla_bridge.py"
+    by_jax = bool(frames) and Path(frames[-1].filename).name == "xla_bridge.py"
+    bare = isinstance(error, AssertionError) and by_jax
     if not bare and not re.match(r"Unable to initialize backend|Unknown backend", reason):
         return None
     there = available_platform()
@@ -175,16 +174,15 @@ def check_numbers(what: str) -> None:
     """
     import jax
 
-    wrong = []
-    if jax.config.jax_numpy_dtype_promotion != "standard":
-        wrong.append(("jax_numpy_dtype_promotion", "standard"))
-    if what == "train" and jax.config.jax_enable_x64:
-        wrong.append(("jax_enable_x64", False))
-    for name, value in wrong:
-        raise ValueError(
-            f"{what} does not work with {name} {getattr(jax.config, name)!s}:"
-            f" jax.config.update({name!r}, {value!r}), or unset {name.upper()}"
-        )
+    needed = {"jax_numpy_dtype_promotion": "standard"}
+    if what == "train":
+        needed["jax_enable_x64"] = False
+    for name, value in needed.items():
+        if (found := getattr(jax.config, name)) != value:
+            raise ValueError(
+                f"{what} does not work with {name} {found!s}:"
+                f" jax.config.update({name!r}, {value!r}), or unset {name.upper()}"
+            )
 
 
 def random_key(seed):

@@ -41,10 +41,9 @@ class Seen:
             holder = Holder(**values)
         except (ValueError, TypeError):
             return None
-        types = {name: int if name == "pid" else str for name in values}
-        if any(type(values[name]) is not kind for name, kind in types.items()) or holder.pid < 1:
-            return None
-        return holder if re.fullmatch("[0-9a-f]{32}", holder.token) else None
+        typed = all(type(x) is (int if name == "pid" else str) for name, x in values.items())
+        whole = typed and holder.pid > 0 and re.fullmatch("[0-9a-f]{32}", holder.token)
+        return holder if whole else None
 
     @property
     def key(self) -> str:

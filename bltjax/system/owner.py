@@ -63,13 +63,9 @@ def state_and_start(pid: int) -> tuple[str, str] | None:
 def told_by_ps(pid: int) -> tuple[str, str] | None:
     """The same from ps, where there is no /proc."""
     command = ["ps", "-o", "state=", "-o", "lstart=", "-p", str(pid)]
+    plain = os.environ | {"LC_ALL": "C", "TZ": "UTC"}
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            encoding="utf-8",
-            env=os.environ | {"LC_ALL": "C", "TZ": "UTC"},
-        )
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", env=plain)
     except OSError:
         return None
     state, _, start = done.stdout.strip().partition(" ")

@@ -210,7 +210,7 @@ def local_matches(pattern: str) -> list[str]:
         return glob.glob(pattern)
     first = parts.index("**")
     head, rest = "/".join(parts[:first]), parts[first + 1 :]
-    tops = glob.glob(head) if head else ["/" if first else ""]
+    tops = glob.glob(head) if head else ["/" if first else "."]
     found = [] if rest else [top for top in tops if os.path.isdir(top)]
     for folder in folders_below(tops):
         found += local_matches(os.path.join(glob.escape(folder), "/".join(rest or ["*"])))
@@ -219,28 +219,19 @@ def local_matches(pattern: str) -> list[str]:
 
 def folders_below(tops: Iterable[str]) -> Iterator[str]:
     """Folders and all subfolders but hidden ones, each once; those reached by links come last."""
-    plain, linked = deque(tops), deque()
-    seen, again = set(), []
-    while plain or linked:
-        folder = (plain or linked).popleft()
-        real = os.path.realpath(folder)
-        if real in seen:
-            again.append(folder)
-            continue
-        seen.add(real)
-        try:
-            entries = sorted(os.scandir(folder or "."), key=lambda entry: entry.name)
-        except OSError:  # no folder, or not readable: a glob skips it
-            continue
-        yield folder
-        for entry in entries:
-            name = os.path.join(folder, entry.name)
-            if entry.name.startswith("."):
+    waiting, seen, again = deque(tops), set(), []
+    while waiting:
+        for folder, names, _ in os.walk(waiting.popleft()):  # skips folders that can't be read
+            real = os.path.realpath(folder)
+            if real in seen:
+                again.append(folder)
+                names.clear()
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                plain.append(name)
-            elif entry.is_symlink() and os.path.isdir(name):
-                linked.append(name)
+            seen.add(real)
+            yield folder
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            below = (os.path.join(folder, name) for name in names)
+            waiting += filter(os.path.islink, below)  # which os.walk doesn't enter
     if again:
         LOGGER.info(
             "%s leads to a folder that was searched already, and is not followed%s",

@@ -36,14 +36,11 @@ def write_text(path: epath.Path | Path, text: str, *, durable: bool = True) -> N
         return
     # Another process may be writing the same file.
     partial = hidden_beside(Path(path), f"{uuid.uuid4().hex[:8]}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial.write_text(text, encoding="utf-8")
     if durable:
-        sync_folder(partial.parent)
+        publish(partial, path)
+    else:
+        os.replace(partial, path)
 
 
 def sync_folder(folder: Path) -> None:
@@ -109,7 +106,7 @@ def publish(partial: Path, path: epath.Path | Path) -> None:
             shutil.copyfileobj(source, target, BLOCK_BYTES)
         partial.unlink()
         return
-    with partial.open("rb") as file:
+    with partial.open("r+b") as file:  # some systems can't wait for a file that is only read
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync_folder(Path(path).parent)
@@ -169,9 +166,8 @@ def cache_place(path: epath.Path | Path) -> Path:
     """The path of an object's copy; names that a disk can't have are replaced."""
     scheme, bucket, *names = str(path).replace("://", "/").split("/")
     for number, name in enumerate(names):
-        if (
-            name in ("", ".", "..") or len(name.encode()) > NAME_BYTES - 48
-        ):  # those of partial files
+        # Longer names would leave no room for those of partial files.
+        if name in ("", ".", "..") or len(name.encode()) > NAME_BYTES - 48:
             digest = hashlib.sha256(name.encode()).hexdigest()[:32]
             names[number] = digest + Path(name).suffix[:20]
     return scratch().joinpath(scheme, bucket, *names)

@@ -44,8 +44,7 @@ def version(name: str) -> str:
 def warn_outside_bounds() -> None:
     """Logs one line, once per process, if a dependency's version was not tested."""
     try:
-        requirements = metadata.requires("bltjax") or []
-        found = list(outside_bounds(requirements))
+        found = list(outside_bounds(metadata.requires("bltjax") or []))
     except (metadata.PackageNotFoundError, ImportError):
         return  # used from its folder, without an installation
     if found:

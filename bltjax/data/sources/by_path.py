@@ -4,6 +4,7 @@ A file's kind is decided by its first bytes, whatever its name. Documents are in
 is opened (offsets, not text, are kept) and read on access.
 """
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -119,7 +120,7 @@ def nothing_there(path: str) -> str:
     """The message for a path that neither exists nor matches as a glob."""
     if is_remote(path):
         return f"{path}: no such file, and no file matches it as a glob"
-    for name in (path, *local_matches(path)):
+    for name in (path, *map(Path, local_matches(path))):
         if os.path.exists(name) and not os.path.isdir(name):
             return (
                 f"{name} is a pipe or a device, not a file that can be read twice: write what it"
@@ -140,19 +141,16 @@ def counted_once(paths: list[epath.Path | Path], pattern: str) -> list[epath.Pat
     """
     if is_remote(pattern):
         return paths
-    folders: dict[Path, str] = {}
+    real_folder = functools.cache(os.path.realpath)
     names: dict[str, list[int]] = {}
     for number, path in enumerate(paths):
-        if path.parent not in folders:
-            folders[path.parent] = os.path.realpath(path.parent)
-        real = os.path.realpath(path) if path.is_symlink() else None
-        real = real or os.path.join(folders[path.parent], path.name)
+        if path.is_symlink():
+            real = os.path.realpath(path)
+        else:
+            real = os.path.join(real_folder(path.parent), path.name)
         names.setdefault(real, []).append(number)
-    if len(names) < len(paths):
-        LOGGER.info(
-            "%s: %s found again through links, and counted once",
-            pattern,
-            counted(len(paths) - len(names), "file"),
-        )
+    if again := len(paths) - len(names):
+        more = counted(again, "file")
+        LOGGER.info("%s: %s found again through links, and counted once", pattern, more)
     kept = {min(numbers, key=lambda n: (len(paths[n].parts), n)) for numbers in names.values()}
     return [path for number, path in enumerate(paths) if number in kept]
