@@ -7,6 +7,7 @@ text.
 """
 
 import codecs
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ HEAD_BYTES = 4096
 LINE_BYTES = 64 << 20  # of a first line that is looked at
 NAMES = {"text": "text", "jsonl": "JSONL", "parquet": "Parquet"}
 PARQUET = b"PAR1"
-PARQUET_SUFFIXES = (".parquet", ".pq")
+BY_SUFFIX = dict.fromkeys(JSON_SUFFIXES, "jsonl") | {".parquet": "parquet", ".pq": "parquet"}
 # Bytes of these names need not begin in a way of their own; as long as they are text, they are.
 PACKED_SUFFIXES = (
     ".gz", ".tgz", ".zst", ".zstd", ".xz", ".lzma", ".bz2", ".br", ".zip", ".lz4", ".snappy", ".sz",
@@ -29,65 +30,57 @@ TABLES = "write it as Parquet or JSON lines"
 RECORDS = "give the folder that has its manifest.json, or the data set as tfds:NAME"
 LEAVE_OUT = "narrow the path, so that it is left out"
 # First bytes of a file, its kind, and the way out. The first match counts.
-BINARY = [
-    (re.compile(begin, re.DOTALL), what, way)
-    for begin, what, way in (
-        (rb"\x1f\x8b", "packed by gzip", "gzip -dc unpacks it"),
-        (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "packed by zstd", "zstd -dc unpacks it"),
-        (rb"\xfd7zXZ\0", "packed by xz", "xz -dc unpacks it"),
-        (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "packed by bzip2", "bzip2 -dc unpacks it"),
-        (rb"\x04\x22\x4d\x18|\x02\x21\x4c\x18", "packed by lz4", "lz4 -dc unpacks it"),
-        (rb"\xff\x06\0\0sNaPpY", "packed by snappy", "snzip -dc unpacks it"),
-        (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x unpacks it"),
-        (rb"Rar!\x1a\x07", "a RAR archive", "unrar x unpacks it"),
-        (rb".{257}ustar", "a tar archive", "tar xf unpacks it"),
-        (rb"PK\x03\x04.{26}[ -~]*\.npy", "a NumPy archive (.npz)", TABLES),
-        (rb"PK\x03\x04.{26}[ -~]*/(data\.pkl|byteorder|\.)", "a PyTorch file", LEAVE_OUT),
-        (
-            rb"PK\x03\x04.{26}(\[Content_Types\]|_rels/|docProps/|word/|mimetypeapplication)",
-            "an office document or e-book",
-            "save it as text",
-        ),
-        (rb"PK(\x03\x04|\x05\x06|\x07\x08)", "a ZIP archive", "unzip unpacks it"),
-        (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an office document", "save it as text"),
-        (rb"ARROW1\0\0|\xff{4}.{3}\0\x10\0{3}|FEA1\0", "Arrow (Feather)", TABLES),
-        (rb"Obj\x01", "Avro", TABLES),
-        (rb"\x83\xaf\x70\xd1\x0d\x88\x4a\x3f", "ArrayRecord (Riegeli)", RECORDS),
-        (rb"\x89HDF\r\n\x1a\n", "HDF5", TABLES),
-        (rb"\x93NUMPY", "a NumPy array (.npy)", TABLES),
-        (rb"\x80[\x02-\x05]", "a pickle, as torch.save writes too", TABLES),
-        (rb".{3}[\0-\x06]\0{4}\{", "safetensors", LEAVE_OUT),
-        (rb"GGUF[\x01-\x09]\0{3}", "GGUF", LEAVE_OUT),
-        (rb"SQLite format 3\0", "an SQLite database", TABLES),
-        (rb"%PDF-\d", "PDF", "pdftotext takes its text"),
-        (rb"\x89PNG\r\n\x1a\n", "a PNG picture", LEAVE_OUT),
-        (rb"\xff\xd8\xff", "a JPEG picture", LEAVE_OUT),
-        (rb"\x7fELF", "a program (ELF)", LEAVE_OUT),
-        (
-            rb"version https://git-lfs",
-            "a Git LFS pointer, which stands for a file that is elsewhere",
-            "git lfs pull fetches the file",
-        ),
-    )
-]
-ANY_BINARY = re.compile(b"|".join(begin.pattern for begin, _, _ in BINARY), re.DOTALL)
-# Longest first: UTF-32's begins as UTF-16's.
-MARKS = (
-    (b"\xff\xfe\0\0", "UTF-32"),
-    (b"\0\0\xfe\xff", "UTF-32"),
-    (b"\xff\xfe", "UTF-16"),
-    (b"\xfe\xff", "UTF-16"),
+BINARY = (
+    (rb"\x1f\x8b", "packed by gzip", "gzip -dc unpacks it"),
+    (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "packed by zstd", "zstd -dc unpacks it"),
+    (rb"\xfd7zXZ\0", "packed by xz", "xz -dc unpacks it"),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "packed by bzip2", "bzip2 -dc unpacks it"),
+    (rb"\x04\x22\x4d\x18|\x02\x21\x4c\x18", "packed by lz4", "lz4 -dc unpacks it"),
+    (rb"\xff\x06\0\0sNaPpY", "packed by snappy", "snzip -dc unpacks it"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x unpacks it"),
+    (rb"Rar!\x1a\x07", "a RAR archive", "unrar x unpacks it"),
+    (rb".{257}ustar", "a tar archive", "tar xf unpacks it"),
+    (rb"PK\x03\x04.{26}[ -~]*\.npy", "a NumPy archive (.npz)", TABLES),
+    (rb"PK\x03\x04.{26}[ -~]*/(data\.pkl|byteorder|\.)", "a PyTorch file", LEAVE_OUT),
+    (
+        rb"PK\x03\x04.{26}(\[Content_Types\]|_rels/|docProps/|word/|mimetypeapplication)",
+        "an office document or e-book",
+        "save it as text",
+    ),
+    (rb"PK(\x03\x04|\x05\x06|\x07\x08)", "a ZIP archive", "unzip unpacks it"),
+    (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an office document", "save it as text"),
+    (rb"ARROW1\0\0|\xff{4}.{3}\0\x10\0{3}|FEA1\0", "Arrow (Feather)", TABLES),
+    (rb"Obj\x01", "Avro", TABLES),
+    (rb"\x83\xaf\x70\xd1\x0d\x88\x4a\x3f", "ArrayRecord (Riegeli)", RECORDS),
+    (rb"\x89HDF\r\n\x1a\n", "HDF5", TABLES),
+    (rb"\x93NUMPY", "a NumPy array (.npy)", TABLES),
+    (rb"\x80[\x02-\x05]", "a pickle, as torch.save writes too", TABLES),
+    (rb".{3}[\0-\x06]\0{4}\{", "safetensors", LEAVE_OUT),
+    (rb"GGUF[\x01-\x09]\0{3}", "GGUF", LEAVE_OUT),
+    (rb"SQLite format 3\0", "an SQLite database", TABLES),
+    (rb"%PDF-\d", "PDF", "pdftotext takes its text"),
+    (rb"\x89PNG\r\n\x1a\n", "a PNG picture", LEAVE_OUT),
+    (rb"\xff\xd8\xff", "a JPEG picture", LEAVE_OUT),
+    (rb"\x7fELF", "a program (ELF)", LEAVE_OUT),
+    (
+        rb"version https://git-lfs",
+        "a Git LFS pointer, which stands for a file that is elsewhere",
+        "git lfs pull fetches the file",
+    ),
 )
+ANY_BINARY = re.compile(b"|".join(begin for begin, _, _ in BINARY), re.DOTALL)
+# Byte order marks, the longest first: UTF-32's begins as UTF-16's.
+MARKS = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 # JSON without a mark: its first byte is of a brace, a bracket or white space.
-UNMARKED = [
-    (re.compile(begin), name)
-    for begin, name in (
-        (rb"[{\[\s]\0\0\0", "UTF-32LE"),
-        (rb"\0\0\0[{\[\s]", "UTF-32BE"),
-        (rb"[{\[\s]\0", "UTF-16LE"),
-        (rb"\0[{\[\s]", "UTF-16BE"),
-    )
-]
+UNMARKED = {
+    "UTF-32LE": rb"[{\[\s]\0\0\0",
+    "UTF-32BE": rb"\0\0\0[{\[\s]",
+    "UTF-16LE": rb"[{\[\s]\0",
+    "UTF-16BE": rb"\0[{\[\s]",
+}
 HTML = re.compile(rb"<!doctype html|<html", re.IGNORECASE)
 AS_TEXT = "--format=text (a source's setting) takes the bytes as they are"
 
@@ -111,12 +104,9 @@ def recognised(path: Path, field: str, asked: str = "auto") -> Kind:
         if asked == "text":
             return Kind("text")
         refuse_binary(path, head, file)
-        suffix = path.suffix.lower()
         expected = asked
-        if asked == "auto" and suffix in PARQUET_SUFFIXES:
-            expected = "parquet"
-        elif asked == "auto" and suffix in JSON_SUFFIXES:
-            expected = "jsonl"
+        if asked == "auto":
+            expected = BY_SUFFIX.get(path.suffix.lower(), "auto")
         if expected != "auto" and HTML.match(head.lstrip()):
             raise ValueError(
                 f"{path} begins with HTML: a login or error page that came in place of the file?"
@@ -138,8 +128,8 @@ def recognised(path: Path, field: str, asked: str = "auto") -> Kind:
         elif head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b""):
             file.seek(0)
             line = first_line(file)
-            fields = None if line is None else fields_of(line)
-            if fields is not None and field in fields:
+            fields = {} if line is None else fields_of(line)
+            if field in fields:
                 return Kind("jsonl")
             if expected == "auto":
                 if line == b"":
@@ -162,7 +152,7 @@ def refuse_binary(path: Path, head: bytes, file: BinaryIO) -> None:
     """Raises ValueError, with the way out, for a known format that is not text."""
     found = None
     if ANY_BINARY.match(head):  # one look for most files, of which there may be many
-        found = next((what, way) for begin, what, way in BINARY if begin.match(head))
+        found = next((what, way) for x, what, way in BINARY if re.match(x, head, re.DOTALL))
     if head.startswith(b"ORC") and not is_utf8(head):  # the format ends with it too, and a byte
         file.seek(-4, os.SEEK_END)
         found = ("ORC", TABLES) if file.read(3) == b"ORC" else None
@@ -207,15 +197,13 @@ def crc32c(data: bytes) -> int:
 def wide_encoding(head: bytes) -> tuple[str, bool]:
     """UTF-16 or UTF-32, by its byte order mark or as JSON without one; and whether an object comes
     first."""
-    found = next((name for mark, name in MARKS if head.startswith(mark)), "")
-    if not found and b"\0" not in head[:2]:
-        return "", False
-    guess = found or next((name for begin, name in UNMARKED if begin.match(head)), "")
+    marked = next((name for name, marks in MARKS.items() if head.startswith(marks)), "")
+    guess = marked or next((name for name, x in UNMARKED.items() if re.match(x, head)), "")
     if not guess:
         return "", False
     text = head.decode(guess, "replace").lstrip("\ufeff \t\r\n")
     is_object = bool(re.match(r'\{\s*"', text))
-    return guess if found or is_object else "", is_object
+    return guess if marked or is_object else "", is_object
 
 
 def first_line(file: BinaryIO) -> bytes | None:
@@ -226,10 +214,9 @@ def first_line(file: BinaryIO) -> bytes | None:
     return b""
 
 
-def fields_of(line: bytes) -> dict | None:
-    """The JSON object of a line; None for any other line."""
-    try:
-        value = decode(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+def fields_of(line: bytes) -> dict:
+    """The JSON object of a line; an empty one for any other line."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(value := decode(line), dict):
+            return value
+    return {}
