@@ -58,14 +58,14 @@ class InUse(Exception):
         self.asked = asked
 
 
-def replace(path: Path, seen: Seen, text: str, stale: float) -> bool:
+def replace(path: Path, seen: Seen, text: str) -> bool:
     """Replaces a stale lock with `text`; False if the lock has changed."""
     if is_remote(path):
         now = look(path)
         return now is not None and now.key == seen.key and settled(path, text)
     right, holder = path.with_name(f"{beginning(path)}.{seen.key}"), this_process("taking over")
     try:
-        take(right, holder, stale=stale, announced=False)
+        take(right, holder, announced=False)
         now = look(path)
         if now is None or now.key != seen.key:
             return False
@@ -76,14 +76,7 @@ def replace(path: Path, seen: Seen, text: str, stale: float) -> bool:
         drop(right, holder)
 
 
-def take(
-    path: Path,
-    holder: Holder,
-    *,
-    take_over: bool = False,
-    stale: float = STALE,
-    announced: bool = True,
-) -> None:
+def take(path: Path, holder: Holder, *, take_over: bool = False, announced: bool = True) -> None:
     """Acquires the lock, or takes over one whose holder is gone.
 
     Raises:
@@ -99,16 +92,16 @@ def take(
         alive = runs(seen.holder) if seen.holder else None
         asked = alive is not None
         if not asked:
-            alive = False if take_over else lives(path, seen, stale, announced)
+            alive = False if take_over else lives(path, seen, STALE, announced)
             if alive is None:
                 continue
         if alive:
             raise InUse(str(seen.holder or "a process that can't be named"), asked=asked)
         try:
-            if replace(path, seen, text, stale):
+            if replace(path, seen, text):
                 return
         except InUse:  # another process is taking it over
-            if time.monotonic() - begun > stale:
+            if time.monotonic() - begun > STALE:
                 raise
             time.sleep(PAUSE)
 
@@ -138,8 +131,8 @@ def clean(path: Path) -> None:
 class Lock:
     """A lock that this process holds; as a context manager, a thread refreshes it."""
 
-    def __init__(self, path: Path, holder: Holder, lost: Callable[[str], None], refresh: float):
-        self.path, self.holder, self.lost, self.every = path, holder, lost, refresh
+    def __init__(self, path: Path, holder: Holder, lost: Callable[[str], None]):
+        self.path, self.holder, self.lost = path, holder, lost
         self.refreshed = 0
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.watch, name="lock", daemon=True)
@@ -153,7 +146,7 @@ class Lock:
         self.thread.join(STALE)  # not for ever, if a file server is down
 
     def watch(self) -> None:
-        while not self.ended.wait(self.every):
+        while not self.ended.wait(REFRESH):
             with contextlib.suppress(Exception):  # a file server that is down for a while
                 if self.check():
                     self.refresh()
@@ -189,8 +182,6 @@ def held(
     instead: str,
     lost: Callable[[str], None],
     take_over: bool = False,
-    stale: float = STALE,
-    refresh: float = REFRESH,
 ) -> Iterator[Lock]:
     """Holds a lock; its folder is created if there is none.
 
@@ -206,8 +197,8 @@ def held(
     holder = this_process(doing)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        take(path, holder, take_over=take_over, stale=stale)
-        with Lock(path, holder, lost, refresh) as lock:
+        take(path, holder, take_over=take_over)
+        with Lock(path, holder, lost) as lock:
             clean(path)
             yield lock
     except InUse as error:

@@ -1,5 +1,6 @@
 """One process at a time in a folder, whoever else wants it, and whoever is killed."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from etils import epath
@@ -26,10 +28,14 @@ ROOT = Path(__file__).parents[2]
 ELSEWHERE = {"host": "tpu-vm-3", "boot": "another", "machine": "another"}
 
 
-def hold(path, lost=lambda told: None, **options):
-    return lock.held(
-        path, "train", name="runs/x", instead="another --workdir", lost=lost, **options
-    )
+@contextlib.contextmanager
+def hold(path, lost=lambda told: None, *, stale=lock.STALE, refresh=None, **options):
+    names = dict(name="runs/x", instead="another --workdir")
+    with (
+        mock.patch.multiple(lock, STALE=stale, REFRESH=refresh or lock.REFRESH),
+        lock.held(path, "train", **names, lost=lost, **options) as held,
+    ):
+        yield held
 
 
 def leave_lock(path: Path, age: float = 0.0, **changes) -> owner.Holder:
