@@ -156,7 +156,7 @@ def training_batches(config):
         identity = scorer.identity
     batches = pipeline.training_batches(
         config.data, model.patching, seed=config.seed, streams=range(config.data.batch_size),
-        expected_identity=identity,
+        sources=pipeline.training_sources(config.data, identity),
     )  # fmt: skip
     return iter(batches)
 

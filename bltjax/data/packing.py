@@ -13,7 +13,7 @@ documents, the one after which bytes and patches are most evenly used.
 import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,25 +128,21 @@ class Candidate(NamedTuple):
     position: int = 0
 
 
+@dataclass(eq=False)
 class Packer:
     """Rows from an endless supply of keyed documents; its state is a few numbers.
 
-    supply: () -> (key, document), the next one. read: key -> document. A key is JSON-able.
+    A key is JSON-able.
     """
 
-    def __init__(
-        self,
-        supply: Callable[[], tuple[Any, CutDocument]],
-        read: Callable[[Any], CutDocument],
-        row_bytes: int,
-        row_patches: int,
-        look_ahead: int,
-    ):
-        self.supply, self.read = supply, read
-        self.row_bytes, self.row_patches, self.look_ahead = row_bytes, row_patches, look_ahead
-        self.waiting: list[Candidate] = []
-        self.picks = 0
-        self.open: Candidate | None = None
+    supply: Callable[[], tuple[Any, CutDocument]]  # () -> (key, document), the next one
+    read: Callable[[Any], CutDocument]  # key -> document
+    row_bytes: int
+    row_patches: int
+    look_ahead: int
+    waiting: list[Candidate] = field(default_factory=list)
+    picks: int = 0
+    open: Candidate | None = None
 
     def state(self) -> dict:
         return {

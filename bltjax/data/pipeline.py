@@ -177,19 +177,18 @@ def training_batches(
     *,
     seed: int,
     streams: Sequence[int],
-    expected_identity: str | None = None,
     sources: dict[str, Documents] | None = None,
 ) -> grain.IterDataset:
     """Endless batches whose rows are the given streams; iterators save and restore their state.
 
     patching: None for the byte LM, whose rows are bounded by bytes alone.
-    sources: those of `training_sources`, if they are already open.
+    sources: of `training_sources`, if they are already open.
 
     Raises:
       ValueError, OSError: as `open_source`, for any of the training sources.
     """
     if sources is None:
-        sources = training_sources(data, expected_identity)
+        sources = training_sources(data)
     if patching is not None and patching.mode == "bpe":
         load_tokenizer(patching.tokenizer)  # so that its errors are raised now
     records = sum(map(len, sources.values()))
