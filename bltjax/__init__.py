@@ -86,7 +86,9 @@ def train(config, workdir, *, resume: bool = True):
         run.model           # a LoadedModel of the newest checkpoint
         run.page()          # the path of an HTML page with curves and settings
 
-    workdir: where the run lives; what is there is resumed, or, with resume=False, refused.
+    workdir: where the run lives; what is there is resumed, or, with resume=False, refused. As for
+    the command, jax's compiled programs are cached from then on, and on a CPU the C library keeps
+    freed memory, unless the environment says otherwise (system/README.md).
 
     Raises:
       ValueError: for a workdir of another run or one in use, or data that the config cannot use.

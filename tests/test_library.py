@@ -121,6 +121,26 @@ def test_train_shows_a_bar_with_its_steps(resumed):
     assert (first, last) == ("6", "12") and "bits/byte" in resumed.bar
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_train_is_as_fast_as_the_command(processes, runs, tmp_path, monkeypatch, caplog):
+    """Freed memory and compiled programs are kept; of many processes no programs, as by `join`."""
+    done = []
+
+    def kept(what: str) -> str:
+        done.append(what)
+        return "the disk is full"
+
+    monkeypatch.setattr("bltjax.training.run.process_count", lambda: processes)
+    monkeypatch.setattr("bltjax.training.run.keep_buffers", lambda: kept("buffers"))
+    monkeypatch.setattr("bltjax.training.run.keep_programs", lambda: kept("programs"))
+    monkeypatch.setattr("bltjax.training.run.train", lambda *_, **__: done.append("trained"))
+    bltjax.train(config_of(runs, "byte_lm"), tmp_path)
+    programs = ["programs"] * (processes == 1)
+    assert done == ["buffers", *programs, "trained"]
+    warnings = ["compiled programs are not cached: the disk is full"] * (processes == 1)
+    assert [line for line in caplog.messages if "programs" in line] == warnings
+
+
 def test_train_without_resume_refuses_a_folder_that_has_a_run(runs, resumed):
     workdir = resumed.run.workdir
     with pytest.raises(ValueError, match=rf"{workdir} has a run, saved at step 12"):

@@ -1,17 +1,23 @@
 """A training run as a Python object: train it here, then look at it."""
 
 import functools
+import logging
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from bltjax.config.run import RunConfig
+from bltjax.distributed.coordinator import process_count
 from bltjax.distributed.processes import is_writer
 from bltjax.inference.loaded import LoadedModel, load
+from bltjax.system.compiling import keep_programs
+from bltjax.system.environment import keep_buffers
 from bltjax.system.paths import path_of
 from bltjax.training.train import train
 from bltjax.viz.page import write_page
 from bltjax.weights.workdir import METRICS, read_reports, saved_steps
+
+LOGGER = logging.getLogger(__name__)
 
 
 class Run:
@@ -50,13 +56,16 @@ class Run:
 
 
 def train_run(config: RunConfig, workdir, *, resume: bool = True) -> Run:
-    """As `bltjax.train`."""
+    """As `bltjax.train`; as fast as the command, by the same settings of the process."""
     workdir = path_of(workdir)
     steps = saved_steps(workdir)
     if steps and not resume:
         raise ValueError(
             f"{workdir} has a run, saved at step {steps[-1]}: resume it, or give another workdir"
         )
+    keep_buffers()
+    if process_count() == 1 and (reason := keep_programs()):
+        LOGGER.warning("compiled programs are not cached: %s", reason)
     total = config.optimizer.steps
     initial = steps[-1] if steps else 0
     with tqdm(total=total, unit="step", initial=initial, disable=not is_writer()) as bar:
