@@ -13,8 +13,7 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 from etils import epath
@@ -79,76 +78,34 @@ def train(
     check_numbers("train")
     workdir = path_of(workdir)
     profile = Profile(profiled, workdir)
-    settings = {"workdir": str(workdir), "stop_at": stop_at, "config": to_dict(config)}
-    check_agreement(settings)
-    with only_run(workdir, take_over) as check_lock:
-        return train_alone(config, workdir, begun, profile, stop_at, check_lock, watch)
-
-
-@contextlib.contextmanager
-def only_run(workdir: epath.Path, take_over: bool) -> Iterator[Callable[[], Any]]:
-    """Locks a work directory, for all processes of a run; yields a check that it is still
-    locked."""
+    check_agreement({"workdir": str(workdir), "stop_at": stop_at, "config": to_dict(config)})
     with contextlib.ExitStack() as exits:
-        checks = []
+        check_lock = locked(exits, workdir, take_over)
+        setup = set_up(config, workdir)
+        print(summary(setup))
+        claim(setup)  # the data is there and the settings hold
+        goodput = Goodput(workdir, begun)
+        state, first = first_state(setup)
+        goodput.resume(first)
+        take_step, scores = together(setup.parts.step), together(setup.parts.scores)
+        manager, reporter = make_manager(workdir, config), Reporter(workdir, first)
+        last_step = min(config.optimizer.steps, stop_at or config.optimizer.steps)
+        reports = Reports(
+            config, reporter, setup.flops, last_step,
+            lambda: last_good(manager, workdir, config.faults), watch,
+        )  # fmt: skip
+        # Whoever watches sees a hang, and may not want to lose the process by it.
+        hang_seconds = config.faults.hang_seconds if watch is None else math.inf
+        notice, watchdog = Notice(setup.mesh), Watchdog(hang_seconds)
 
-        def lock() -> None:
-            resume.check_place(workdir)  # a refused name leaves nothing behind
-            holds = held(
-                workdir / ".lock", "train", name=str(workdir), instead="another --workdir",
-                lost=functools.partial(leave, 1), take_over=take_over,
-            )  # fmt: skip
-            checks.append(exits.enter_context(holds).check)
+        @contextlib.contextmanager
+        def phase(step: int, doing: str, kind: str, seconds: float | None = None):
+            """A phase of the loop: watched by the watchdog, traced, and charged to its kind of
+            time. seconds: its limit, if other than a step's."""
+            watchdog.mark(step, doing, seconds)
+            with goodput.during(kind):
+                yield
 
-        from_writer("locking the work directory", lock)
-        yield lambda: [check() for check in checks]
-
-
-class Phases(NamedTuple):
-    """Phases of the loop: each is watched by the watchdog, charged to its kind of time, and
-    traced."""
-
-    watchdog: Watchdog
-    goodput: Goodput
-
-    @contextlib.contextmanager
-    def __call__(self, step: int, doing: str, kind: str, seconds: float | None = None):
-        """seconds: time limit of the phase, if other than a step's."""
-        self.watchdog.mark(step, doing, seconds)
-        with self.goodput.during(kind):
-            yield
-
-
-def train_alone(
-    config: RunConfig,
-    workdir: epath.Path,
-    begun: float,
-    profile: Profile,
-    stop_at: int | None,
-    check_lock: Callable[[], Any],
-    watch: Callable[[int, dict], None] | None,
-) -> dict:
-    """`train`, in a work directory that this run has locked."""
-    setup = set_up(config, workdir)
-    print(summary(setup))
-    claim(setup)  # the data is there and the settings hold
-    goodput = Goodput(workdir, begun)
-    state, first = first_state(setup)
-    goodput.resume(first)
-    take_step, scores = together(setup.parts.step), together(setup.parts.scores)
-    manager, reporter = make_manager(workdir, config), Reporter(workdir, first)
-    last_step = min(config.optimizer.steps, stop_at or config.optimizer.steps)
-    reports = Reports(
-        config, reporter, setup.flops, last_step,
-        lambda: last_good(manager, workdir, config.faults), watch,
-    )  # fmt: skip
-    # Whoever watches sees a hang, and may not want to lose the process by it.
-    hang_seconds = config.faults.hang_seconds if watch is None else math.inf
-    notice, watchdog = Notice(setup.mesh), Watchdog(hang_seconds)
-    phase = Phases(watchdog, goodput)
-    ending = 0  # the signal, if any process has received one
-
-    with contextlib.ExitStack() as exits:
         exits.callback(setup.batches.close)
         exits.callback(reporter.close)
         exits.callback(profile.close)
@@ -159,6 +116,7 @@ def train_alone(
         # An implicit transfer would stall every step; it is an error here.
         exits.enter_context(jax.transfer_guard("disallow"))
         pending = None
+        ending = 0  # the signal, if any process has received one
         for step in profile.steps(range(first + 1, last_step + 1)):
             with phase(step, "waits for data", "input"):
                 batch = global_batch(next(setup.batches), setup.rows, config.data.batch_size)
@@ -209,6 +167,23 @@ def train_alone(
     if ending and step < last_step:
         raise Restart(f"SIGTERM: step {step} is saved, and the same command resumes")
     return reports.values
+
+
+def locked(exits: contextlib.ExitStack, workdir: epath.Path, take_over: bool) -> Callable:
+    """Locks a work directory until `exits` end, for all processes of a run; returns a check that it
+    is still locked."""
+    checks = []
+
+    def lock() -> None:
+        resume.check_place(workdir)  # a refused name leaves nothing behind
+        holds = held(
+            workdir / ".lock", "train", name=str(workdir), instead="another --workdir",
+            lost=functools.partial(leave, 1), take_over=take_over,
+        )  # fmt: skip
+        checks.append(exits.enter_context(holds).check)
+
+    from_writer("locking the work directory", lock)
+    return lambda: [check() for check in checks]
 
 
 def progress_of(setup: Setup, step: int, reports: Reports) -> dict:
