@@ -125,26 +125,19 @@ class WatchedStreams(Watched, StreamsHandler):
     pass
 
 
-def watched_handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add("params", ocp.args.StandardSave, WatchedArrays())
-    registry.add("opt", ocp.args.StandardSave, WatchedArrays())
-    registry.add("streams", StreamsSave, WatchedStreams())
-    registry.add("progress", ocp.args.JsonSave, WatchedJson())
-    return registry
-
-
 def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
     """Saves asynchronously; keeps the newest checkpoints, and those that are kept permanently."""
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handlers.add("params", ocp.args.StandardSave, WatchedArrays())
+    handlers.add("opt", ocp.args.StandardSave, WatchedArrays())
+    handlers.add("streams", StreamsSave, WatchedStreams())
+    handlers.add("progress", ocp.args.JsonSave, WatchedJson())
     policies = [preserve.LatestN(config.checkpoint.keep)]
     if config.checkpoint.keep_every is not None:
         policies.append(preserve.EveryNSteps(config.checkpoint.keep_every))
-    processes = ocp.options.MultiprocessingOptions()
-    if process_count() > 1:
-        # Named processes meet at the coordinator. Otherwise they would by collective operations,
-        # which must not come between those of the steps.
-        everyone = set(range(process_count()))
-        processes = ocp.options.MultiprocessingOptions(active_processes=everyone)
+    # Named processes meet at the coordinator. Otherwise they would by collective operations, which
+    # must not come between those of the steps.
+    everyone = set(range(process_count())) if process_count() > 1 else None
     # If made asynchronously, folders may not exist yet when a process writes its streams: it checks
     # once whether to wait, possibly before process 0 has announced it. Its part would be missing,
     # and the others would wait for it for SAVE_SECONDS.
@@ -155,12 +148,12 @@ def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
     folder.mkdir(parents=True, exist_ok=True)
     return ocp.CheckpointManager(
         folder.absolute(),
-        handler_registry=watched_handlers(),
+        handler_registry=handlers,
         options=ocp.CheckpointManagerOptions(
             preservation_policy=preserve.AnyPreservationPolicy(policies),
             create=False,
             cleanup_tmp_directories=True,  # truncated files
-            multiprocessing_options=processes,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes=everyone),
             async_options=writing,
         ),
     )

@@ -140,14 +140,13 @@ class Profile:
         """Raises ValueError unless spec is START:STOP with 2 <= START <= STOP."""
         # The profiler writes to disks alone.
         self.folder = (scratch() if is_remote(workdir) else workdir) / FOLDER
-        self.newest = None
-        self.traced: list[int] = []
-        self.first = self.last = -1
+        self.newest, self.window, self.traced = None, range(0), []
         if spec:
             numbers = re.fullmatch(r"(\d+):(\d+)", spec)
-            self.first, self.last = map(int, numbers.groups()) if numbers else (0, 0)
-            if not 2 <= self.first <= self.last:
+            first, last = map(int, numbers.groups()) if numbers else (0, 0)
+            if not 2 <= first <= last:
                 raise ValueError(f"--profile is {spec!r}, not START:STOP with 2 <= START <= STOP")
+            self.window = range(first, last + 1)
 
     def steps(self, numbers: Iterable[int]) -> Iterator[int]:
         """The numbers of steps, each marked in the trace until the next is requested.
@@ -155,7 +154,7 @@ class Profile:
         The trace holds the window's steps alone: the end of the step before it is awaited.
         """
         for number in numbers:
-            if self.first <= number <= self.last and self.newest is not None:
+            if number in self.window and self.newest is not None:
                 if not self.traced:
                     jax.block_until_ready(self.newest)
                     options = jax.profiler.ProfileOptions()
@@ -164,7 +163,7 @@ class Profile:
                 self.traced.append(number)
             with jax.profiler.StepTraceAnnotation("train", step_num=number):
                 yield number
-            if number == self.last:
+            if number == self.window.stop - 1:
                 jax.block_until_ready(self.newest)
                 self.close()
 
@@ -178,8 +177,7 @@ class Profile:
             jax.profiler.stop_trace()
             steps = f"{self.traced[0]} to {self.traced[-1]}"
             print(f"trace of steps {steps}: xprof --logdir={self.folder}")
-        elif self.first > 0:
-            wanted = f"{self.first} to {self.last}"
+        elif self.window:
+            wanted = f"{self.window[0]} to {self.window[-1]}"
             print(f"no trace: this start had none of steps {wanted}, or as its first alone")
-        self.first = self.last = -1
-        self.traced = []
+        self.window, self.traced = range(0), []

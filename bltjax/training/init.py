@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import os
 from pathlib import Path
 
 import jax
@@ -16,8 +17,7 @@ from bltjax.config.run import RunConfig
 from bltjax.distributed.sharding import fitting_meshes, make_mesh, tree_shardings
 from bltjax.families import check_mesh, model_config, model_shapes
 from bltjax.inference.entropy import EntropyModel, load_entropy_model
-from bltjax.system.paths import is_remote, path_of
-from bltjax.training.resume import check_copy
+from bltjax.system.paths import path_of
 from bltjax.training.step import StepParts, step_parts
 from bltjax.weights import workdir as ckpt
 from bltjax.weights.export import load_params, open_stored
@@ -39,14 +39,14 @@ def entropy_model(config: RunConfig, workdir: Path) -> EntropyModel | None:
             "entropy patching needs the byte LM that scored the data:"
             " --config.entropy_model=WORKDIR of its training run"
         )
-    resumed = bool(ckpt.saved_steps(workdir))
-    source = workdir / "byte_lm" if resumed else config.entropy_model
+    source = workdir / "byte_lm" if ckpt.saved_steps(workdir) else config.entropy_model
     return load_entropy_model(source, newline_reset=config.patching.newline_reset)
 
 
 def check_start(config: RunConfig, workdir: Path, resumes: bool) -> None:
     """Raises ValueError if the initial weights can't be read or don't fit."""
-    if config.init_from and same_folder(config.init_from, workdir):
+    # realpath removes a slash at the end, also of a bucket's path.
+    if config.init_from and os.path.realpath(config.init_from) == os.path.realpath(str(workdir)):
         raise ValueError(
             f"init_from is {config.init_from}, the work directory itself: leave it out to resume"
             " that run, or give a new run another --workdir"
@@ -56,8 +56,7 @@ def check_start(config: RunConfig, workdir: Path, resumes: bool) -> None:
     if config.latent_init.path:
         llama_leaves(path_of(config.latent_init.path), config.model.latent)
     if config.init_from:
-        model = open_stored(config.init_from).config.model
-        found = changes(model, config.model)
+        found = changes(open_stored(config.init_from).config.model, config.model)
         # Settings that may change on resume, such as remat, don't affect weights either.
         lines = [str(change) for change in found if change.rule != MAY_CHANGE]
         if lines:
@@ -116,12 +115,6 @@ def mesh_advice(config: RunConfig, devices: list) -> str:
     return advice
 
 
-def same_folder(one, other) -> bool:
-    if is_remote(one) or is_remote(other):
-        return str(one).rstrip("/") == str(other).rstrip("/")
-    return Path(one).resolve() == Path(other).resolve()
-
-
 def check_copies(
     run: RunConfig, config: RunConfig, workdir: Path, byte_lm: EntropyModel | None
 ) -> list[str]:
@@ -131,22 +124,31 @@ def check_copies(
     Raises:
       ValueError: if the contents differ.
     """
+
+    def identity(path) -> str:
+        return load_entropy_model(path, newline_reset=config.patching.newline_reset).identity
+
     lines = []
     for change in changes(run, config):
         if change.rule != SAME_CONTENT:
             continue
-        given = path_of(str(change.new))
+        path, told = path_of(str(change.new)), f"{change.path}: {change.new}"
         if change.path == "entropy_model" and byte_lm is not None:
-            there = given.exists() and load_entropy_model(
-                given, newline_reset=config.patching.newline_reset
-            )
-            copy, given = byte_lm.identity, there.identity if there else None
+            copy, content = byte_lm.identity, identity
         elif change.path == "patching.tokenizer":
-            copy = checksum(path_of(workdir) / TOKENIZER)
-            given = checksum(given) if given.exists() else None
+            copy, content = checksum(path_of(workdir) / TOKENIZER), checksum
         else:
             continue
-        lines.append(check_copy(change, workdir, copy, given))
+        if not path.exists():
+            lines.append(f"{told} does not exist; the run's own copy is used")
+        elif (given := content(path)) == copy:
+            lines.append(f"{told} is the same as the run's own copy, which is used")
+        else:
+            raise ValueError(
+                f"{change}: {change.new} is another one ({given}) than that of the run ({copy}), of"
+                f" which {workdir} keeps a copy. Give the same settings to resume it, or begin a"
+                " new run in another --workdir."
+            )
     return lines
 
 
@@ -192,8 +194,7 @@ def placed_patches(config: RunConfig, workdir: Path) -> Patching | None:
 
     A resumed run uses its own copy of a tokenizer, whatever happened to the original.
     """
-    if model_config(config).patching is None:
-        return None
-    if config.patching.mode != "bpe" or not ckpt.saved_steps(workdir):
-        return config.patching
-    return dataclasses.replace(config.patching, tokenizer=str(workdir / TOKENIZER))
+    patching = model_config(config).patching
+    if patching is None or patching.mode != "bpe" or not ckpt.saved_steps(workdir):
+        return patching
+    return dataclasses.replace(patching, tokenizer=str(workdir / TOKENIZER))

@@ -66,11 +66,7 @@ def guarded(inner: optax.GradientTransformation, config: FaultsConfig):
 
 def told(guard: Guard) -> dict[str, jax.Array]:
     """The guard's metrics in a step's report."""
-    return {
-        "mean_loss": guard.mean_loss,
-        "skipped": guard.skipped,
-        "in_a_row": guard.in_a_row,
-    }
+    return {"mean_loss": guard.mean_loss, "skipped": guard.skipped, "in_a_row": guard.in_a_row}
 
 
 def learning_rate(config: OptimizerConfig):

@@ -138,8 +138,7 @@ class Reports:
             self.values |= utilisation(reached, jax.devices())
             if self.patched:
                 for name in ("gradient_norms", "update_norms"):
-                    by_part = {f"{name}/{part}": float(norm) for part, norm in out[name].items()}
-                    self.values |= by_part
+                    self.values |= {f"{name}/{x}": float(norm) for x, norm in out[name].items()}
             self.warn_of_idle_slots()
             self.reporter.write(step, self.values)
             self.watch(step, self.values)

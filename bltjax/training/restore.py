@@ -83,8 +83,7 @@ def restore(folder: Path, target: TrainState, streams: list[int]) -> Restored:
     step = jax.make_array_from_callback(
         (), target.step.sharding, lambda _: np.asarray(progress["step"], np.int32)
     )
-    state = TrainState(step, params, opt)
-    return Restored(state, states, progress)
+    return Restored(TrainState(step, params, opt), states, progress)
 
 
 def damage(restored: Restored) -> str:
@@ -94,9 +93,7 @@ def damage(restored: Restored) -> str:
         {stored_name(name): checksum for name, checksum in checksums.items()}
         for checksums in (restored.progress["checksums"], named_checksums(restored.state))
     )
-    wrong = sorted(
-        name for name in saved.keys() | found.keys() if saved.get(name) != found.get(name)
-    )
+    wrong = sorted({name for name, _ in saved.items() ^ found.items()})
     return f"{', '.join(wrong[:3])} is not what was saved" if wrong else ""
 
 

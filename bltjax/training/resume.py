@@ -25,13 +25,7 @@ from bltjax.families import from_json
 from bltjax.system.paths import check_arrays_path, check_unused
 from bltjax.system.storage import check_writable
 from bltjax.training.optimizer import learning_rate
-from bltjax.weights.workdir import (
-    CONFIG,
-    config_values,
-    newest_checkpoint,
-    newest_progress,
-    saved_steps,
-)
+from bltjax.weights.workdir import CONFIG, config_values, newest_progress, saved_steps
 
 
 def check_settings(run: RunConfig, config: RunConfig, workdir, step: int) -> None:
@@ -123,25 +117,6 @@ def check_sources(
     return lines
 
 
-def check_copy(change: Change, workdir, copy: str, given: str | None) -> str:
-    """Checks that a new path has the contents of the run's own copy; returns a line for the log.
-
-    copy, given: checksums of the run's own copy, and of the new path, None if there is nothing.
-
-    Raises:
-      ValueError: if they differ, with both checksums.
-    """
-    if given is None:
-        return f"{change.path}: {change.new} does not exist; the run's own copy is used"
-    if given != copy:
-        raise ValueError(
-            f"{change}: {change.new} is another one ({given}) than that of the run ({copy}), of"
-            f" which {workdir} keeps a copy. Give the same settings to resume it, or begin a new"
-            " run in another --workdir."
-        )
-    return f"{change.path}: {change.new} is the same as the run's own copy, which is used"
-
-
 def check_workdir(workdir: Path, config: RunConfig) -> RunConfig | None:
     """Creates the directory, or checks that `config` may resume the run in it.
 
@@ -183,11 +158,11 @@ def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> dict | None:
     """Creates the directory and `mark` in it; returns the config of an existing run, as JSON."""
     check_writable(mark.parent)  # fail now, not at the first checkpoint
     mark.write_text("", encoding="utf-8")
-    if not saved_steps(workdir):
+    steps = saved_steps(workdir)
+    if not steps:
         return None
-    _, step = newest_checkpoint(workdir)
     run = from_json(config_or_saved_one(workdir), workdir / CONFIG)
-    check_settings(run, config, workdir, step)
+    check_settings(run, config, workdir, steps[-1])
     return to_dict(run)
 
 

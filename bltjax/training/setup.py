@@ -64,22 +64,18 @@ def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
     resumed = check_workdir(workdir, config)
     check_start(config, workdir, resumed is not None)
     byte_lm = entropy_model(config, workdir)
-    notes = []
+    data, notes = config.data, []
     if resumed is not None:
         notes += from_writer(
             "comparing copies", lambda: check_copies(resumed, config, workdir, byte_lm)
         )
     mesh, parts = mesh_and_parts(config)
     if config.mesh.tensor == 1:
-        divides(
-            "the number of processes", process_count(), "data.batch_size", config.data.batch_size
-        )
+        divides("the number of processes", process_count(), "data.batch_size", data.batch_size)
     rows, patching = row_sharding(mesh), placed_patches(config, workdir)
-    streams = own_rows(rows, config.data.batch_size)
-    sources = training_sources(config.data, byte_lm.identity if byte_lm else None)
-    dataset = training_batches(
-        config.data, patching, seed=config.seed, streams=streams, sources=sources
-    )
+    streams = own_rows(rows, data.batch_size)
+    sources = training_sources(data, byte_lm.identity if byte_lm else None)
+    dataset = training_batches(data, patching, seed=config.seed, streams=streams, sources=sources)
     fingerprints = from_writer(
         "comparing sources", lambda: {name: found.fingerprint for name, found in sources.items()}
     )
@@ -89,15 +85,13 @@ def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
         )
         notes += check_sources(resumed, config, workdir, saved, fingerprints)
     held_out = []
-    for name, source in config.data.eval.items():
-        documents = scored_source(source, patching, byte_lm, skip_bad=config.data.skip_bad)
-        found, cuts = held_out_batches(documents, config.data, patching)
+    for name, source in data.eval.items():
+        documents = scored_source(source, patching, byte_lm, skip_bad=data.skip_bad)
+        found, cuts = held_out_batches(documents, data, patching)
         held_out += found
         if cuts:
             print(f"held-out {name}: {cuts} cuts in documents longer than a row")
-    flops = training_flops(
-        config.model, config.data.batch_size, config.data.seq_len, config.data.max_patches
-    )
+    flops = training_flops(config.model, data.batch_size, data.seq_len, data.max_patches)
     return Setup(
         config, workdir, resumed, mesh, parts, rows, patching, byte_lm, streams, iter(dataset),
         held_out, fingerprints, flops, notes,
@@ -138,11 +132,7 @@ def first_state(setup: Setup) -> tuple[TrainState, int]:
         state = together(initial_state)(random_key(config.seed))
         params = started(config, state.params, parts.shardings.params)
         return state._replace(params=params), 0
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        parts.shapes,
-        parts.shardings,
-    )
+    target = jax.tree.map(lambda x, of: x.update(sharding=of), parts.shapes, parts.shardings)
     state, streams, progress = restore_newest(setup.workdir, target, setup.streams)
     step = progress["step"]
     setup.batches.set_state(streams)
