@@ -30,7 +30,7 @@ from bltjax.inference.finite import first_not_finite, not_finite
 from bltjax.model.byte_cnn import table_entropies
 from bltjax.model.byte_lm import entropies_of
 from bltjax.progress import Progress
-from bltjax.text.alphabet import OFFSET, encode
+from bltjax.text.alphabet import BOS, OFFSET, encode
 from bltjax.weights.export import load_params
 from bltjax.weights.workdir import identity
 
@@ -79,12 +79,12 @@ def load_entropy_model(path, *, newline_reset: bool) -> EntropyModel:
 
 
 def contexts(ids_N: np.ndarray, newline_reset: bool) -> np.ndarray:
-    """int32 [N], ascending from 1: positions of one document with the same number share a
-    context."""
-    if not newline_reset:
-        return np.ones(len(ids_N), np.int32)
-    # The newline itself is the first that the new context sees.
-    return 1 + np.cumsum(ids_N == OFFSET + ord("\n"), dtype=np.int32)
+    """int32 [N], ascending from 1: the number of the context of each position of documents that
+    lie end to end. A context begins with BOS or, with newline_reset, also with a newline."""
+    begins_N = ids_N == BOS
+    if newline_reset:
+        begins_N |= ids_N == OFFSET + ord("\n")
+    return np.cumsum(begins_N, dtype=np.int32)
 
 
 def power_of_two_below(value: float) -> int:
@@ -138,7 +138,7 @@ def score_documents(
         entropies, padding = look_up(config, params, texts, newline_reset, scored), 0
     else:
         entropies, padding = run_documents(
-            config, params, texts, newline_reset, lanes, chunk, scored
+            config, params, texts, newline_reset, scored, lanes, chunk
         )
     for index, entropies_N in enumerate(entropies):
         # No patch would begin where an entropy is NaN.
@@ -154,13 +154,7 @@ def score_documents(
 
 
 def run_documents(
-    config,
-    params,
-    texts: Sequence,
-    newline_reset: bool,
-    lanes: int | None,
-    chunk: int | None,
-    scored: Callable[[int], None],
+    config, params, texts, newline_reset: bool, scored, lanes: int | None, chunk: int | None
 ) -> tuple[list[np.ndarray], int]:
     """`score_documents` for a byte LM."""
     lengths = [len(text) + 1 for text in texts]
@@ -178,51 +172,36 @@ def run_documents(
         load, lane = heapq.heappop(loads)
         members[lane].append(index)
         heapq.heappush(loads, (load + lengths[index], lane))
-    ids, documents, results = [], [], []
-    for lane in members:
-        # Every document, and with newline_reset every line, is a document to the model.
-        lane_ids, lane_documents, last = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], 0
-        for index in lane:
-            lane_ids.append(encode(texts[index], eos=False))
-            lane_documents.append(last + contexts(lane_ids[-1], newline_reset))
-            last = lane_documents[-1][-1]
-        ids.append(np.concatenate(lane_ids))
-        documents.append(np.concatenate(lane_documents))
-        results.append(np.empty(len(ids[-1]), np.float32))
+    # The lanes lie end to end, too: lane i has the positions from places[i] to ends[i].
+    order = [index for lane in members for index in lane]
+    ids_N = np.concatenate([encode(texts[index], eos=False) for index in order])
+    contexts_N = contexts(ids_N, newline_reset)
+    entropies_N = np.empty(total, np.float32)
+    sizes = [sum(lengths[index] for index in lane) for lane in members]
+    ends = np.cumsum(sizes)
+    places = ends - sizes
 
     step = scoring_step(config, fastest(device))
     carry = family_of(config).require("empty_carry")(config, lanes)
-    done, padding = [0] * lanes, 0
-    while True:
-        left = sorted(range(lanes), key=lambda lane: (done[lane] - len(ids[lane]), lane))
-        left = [lane for lane in left if done[lane] < len(ids[lane])]
-        if not left:
-            break
+    padding = 0
+    while (left := np.flatnonzero(places < ends)).size:
+        left = left[np.argsort(places[left] - ends[left], kind="stable")]
         now = left[: power_of_two_below(len(left))]
-        bytes_BN = np.zeros((len(now), chunk), np.int32)
-        documents_BN = np.zeros((len(now), chunk), np.int32)
-        for row, lane in enumerate(now):
-            piece = ids[lane][done[lane] : done[lane] + chunk]
-            bytes_BN[row, : len(piece)] = piece
-            documents_BN[row, : len(piece)] = documents[lane][done[lane] : done[lane] + chunk]
-        inputs = jax.device_put((np.array(now, np.int32), bytes_BN, documents_BN))
+        places_BN = places[now, None] + np.arange(chunk)
+        inside_BN = places_BN < ends[now, None]
+        bytes_BN = np.where(inside_BN, ids_N.take(places_BN, mode="clip"), 0)
+        documents_BN = np.where(inside_BN, contexts_N.take(places_BN, mode="clip"), 0)
+        inputs = jax.device_put((now.astype(np.int32), bytes_BN, documents_BN))
         carry, entropies_BN = step(params, carry, *inputs)
-        entropies_BN = jax.device_get(entropies_BN)
-        advanced = 0
-        for row, lane in enumerate(now):
-            size = min(chunk, len(ids[lane]) - done[lane])
-            results[lane][done[lane] : done[lane] + size] = entropies_BN[row, :size]
-            done[lane] += size
-            advanced += size
-        padding += bytes_BN.size - advanced
+        entropies_N[places_BN[inside_BN]] = jax.device_get(entropies_BN)[inside_BN]
+        places[now] = np.minimum(places[now] + chunk, ends[now])
+        advanced = int(inside_BN.sum())
+        padding += inside_BN.size - advanced
         scored(advanced)
 
-    entropies: list[np.ndarray] = [np.zeros(0, np.float32)] * len(texts)
-    for lane, result in zip(members, results, strict=True):
-        ends = np.cumsum([lengths[i] for i in lane], dtype=np.int64)
-        for index, end in zip(lane, ends, strict=True):
-            entropies[index] = result[end - lengths[index] : end]
-    return entropies, padding
+    ends_of_texts = np.cumsum([lengths[index] for index in order])[:-1]
+    by_text = dict(zip(order, np.split(entropies_N, ends_of_texts), strict=True))
+    return [by_text[index] for index in range(len(texts))], padding
 
 
 # The table of the byte CNN used last: a corpus is scored shard by shard.
