@@ -19,7 +19,6 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -28,56 +27,16 @@ from etils import epath
 from bltjax.config.arguments import add_source_arguments, path_argument, source_from
 from bltjax.config.data import SourceConfig
 from bltjax.data.records import Manifest, encode_record, shard_info, write_manifest, write_shard
-from bltjax.data.sources.by_path import open_source
+from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.distributed import processes
 from bltjax.distributed.processes import leave
 from bltjax.inference import corpus
 from bltjax.inference.entropy import EntropyModel, load_entropy_model, score_documents
-from bltjax.inference.shard_plan import (
-    SHARD_BYTES,
-    agree_on,
-    checksum_of,
-    info_of,
-    make_plan,
-    shard_path,
-    side_path,
-)
+from bltjax.inference.shard_plan import SHARD_BYTES, Shard, agree_on, make_plan, side_path
 from bltjax.progress import Progress, quantity
 from bltjax.system.lock import held
 from bltjax.system.paths import check_unused, size_of
 from bltjax.system.storage import check_writable, write_text
-
-
-def score_shard(
-    path: epath.Path,
-    texts: list,
-    model: EntropyModel,
-    device: jax.Device,
-    scored: Callable[[int], None],
-    process: int,
-    count: int,
-    plan: int,
-) -> None:
-    """Scores the documents of one shard on a device, and writes it. plan: its checksum."""
-    begun = time.monotonic()
-    with jax.default_device(device):
-        entropies, padding = score_documents(
-            model.model.config.model,
-            model.model.params,
-            texts,
-            newline_reset=model.newline_reset,
-            scored=scored,
-        )
-    records = (encode_record(t.tobytes(), e) for t, e in zip(texts, entropies, strict=True))
-    write_shard(path, records, f"{process}-of-{count}.")
-    info = shard_info(path, sum(map(len, texts)), len(texts), padding)
-    made = {
-        "seconds": time.monotonic() - begun,
-        "process": process,
-        "device": device.device_kind,
-        "plan": plan,
-    }
-    write_text(side_path(path), json.dumps(dataclasses.asdict(info) | {"made": made}))
 
 
 def write_entropies(
@@ -113,91 +72,89 @@ def write_entropies(
         instead="another --out, or each process its own number", lost=functools.partial(leave, 1),
         take_over=take_over,
     ):  # fmt: skip
-        return score(source, byte_lm, out, newline_reset, shard_bytes, skip_bad, process, count)
+        model = load_entropy_model(byte_lm, newline_reset=newline_reset)
+        documents = open_source(source, skip_bad=skip_bad)
+        if documents.bad:
+            print(f"{source.path}: {documents.bad} broken lines skipped")
+        plan, shards = make_plan(documents, source, model.identity, shard_bytes, out)
+        agree_on(plan, out)
+        score_shards(shards[process::count], documents, model, process, count)
+        infos = [shard.info() for shard in shards]
+        # Others' shards were published complete; their sizes show that they are still there.
+        missing = [
+            shard.path.name
+            for shard, info in zip(shards, infos, strict=True)
+            if info is None or size_of(shard.path) != info.size
+        ]
+        if missing:
+            print(
+                f"{share} is done; {len(missing)} shards of others are still"
+                f" missing ({missing[0]} ...). The last to finish completes {out}; if a process"
+                " was lost, run the same command again."
+            )
+            return None
+        manifest = Manifest(
+            plan["byte_lm"], str(byte_lm), model.model.step, "float32", source.path, tuple(infos)
+        )
+        write_manifest(out, manifest)
+        return manifest
 
 
-def score(
-    source: SourceConfig,
-    byte_lm: epath.Path,
-    out: epath.Path,
-    newline_reset: bool,
-    shard_bytes: int,
-    skip_bad: bool,
-    process: int,
-    count: int,
-) -> Manifest | None:
-    """`write_entropies`, for a share that this process has locked."""
-    model = load_entropy_model(byte_lm, newline_reset=newline_reset)
-    documents = open_source(source, skip_bad=skip_bad)
-    if documents.bad:
-        print(f"{source.path}: {documents.bad} broken lines skipped")
-    plan, shards = make_plan(documents, source, model.identity, shard_bytes)
-    agree_on(plan, out)
-    checksum, total = checksum_of(plan), len(shards)
-    mine = range(process, total, count)
-    scored_bytes = sum(len(shards[n][0]) + shards[n][1] for n in mine)
-    progress = Progress("entropies", scored_bytes, quiet=not processes.is_writer())
+def score_shards(
+    shards: list[Shard], documents: Documents, model: EntropyModel, process: int, count: int
+) -> None:
+    """Scores and writes the shards that are not there, one on each device at a time."""
+    total = sum(len(shard.documents) + shard.text_bytes for shard in shards)
+    progress = Progress("entropies", total, quiet=not processes.is_writer())
     lock, devices = threading.Lock(), queue.SimpleQueue()
     for device in jax.local_devices():
-        params = jax.device_put(model.model.params, device)
-        devices.put((device, model._replace(model=model.model._replace(params=params))))
+        devices.put((device, jax.device_put(model.model.params, device)))
 
     def scored(positions: int) -> None:
         with lock:
             progress.advance(positions)
 
-    def complete(number: int) -> None:
-        """Scores one shard on an idle device, unless it is there."""
-        indices, size = shards[number]
-        path = shard_path(out, number, total)
-        info = info_of(path, len(indices), size, checksum)
+    def complete(shard: Shard) -> None:
+        """Scores one shard on an idle device, and writes it, unless it is there."""
+        path, info = shard.path, shard.info()
         if info and info.is_whole(path):
             scored(info.positions)
-            print(f"{path.name}: kept, {quantity(size)}B")
+            print(f"{path.name}: kept, {quantity(shard.text_bytes)}B")
             return
         with lock:
-            texts = [documents[i].text for i in indices]
-        device, its_model = devices.get()
+            texts = [documents[i].text for i in shard.documents]
+        device, params = devices.get()
         try:
-            score_shard(path, texts, its_model, device, scored, process, count, checksum)
+            begun = time.monotonic()
+            with jax.default_device(device):
+                entropies, padding = score_documents(
+                    model.model.config.model,
+                    params,
+                    texts,
+                    newline_reset=model.newline_reset,
+                    scored=scored,
+                )
+            pairs = zip(texts, entropies, strict=True)
+            records = (encode_record(text.tobytes(), scores) for text, scores in pairs)
+            write_shard(path, records, f"{process}-of-{count}.")
+            info = shard_info(path, sum(map(len, texts)), len(texts), padding)
+            made = {
+                "seconds": time.monotonic() - begun,
+                "process": process,
+                "device": device.device_kind,
+                "plan": shard.plan,
+            }
+            write_text(side_path(path), json.dumps(dataclasses.asdict(info) | {"made": made}))
         finally:
-            devices.put((device, its_model))
-        print(f"{path.name}: {quantity(size)}B in {len(texts)} documents")
+            devices.put((device, params))
+        print(f"{path.name}: {quantity(shard.text_bytes)}B in {len(texts)} documents")
 
     with ThreadPoolExecutor(len(jax.local_devices())) as pool:
         try:
-            for done in [pool.submit(complete, number) for number in mine]:
+            for done in [pool.submit(complete, shard) for shard in shards]:
                 done.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    paths = [shard_path(out, number, total) for number in range(total)]
-    infos = [
-        info_of(path, len(indices), size, checksum)
-        for path, (indices, size) in zip(paths, shards, strict=True)
-    ]
-    # Others' shards were published complete; their sizes show that they are still there.
-    missing = [
-        path.name
-        for path, info in zip(paths, infos, strict=True)
-        if info is None or size_of(path) != info.size
-    ]
-    if missing:
-        print(
-            f"process {process} of {count} is done; {len(missing)} shards of others are still"
-            f" missing ({missing[0]} ...). The last to finish completes {out}; if a process"
-            " was lost, run the same command again."
-        )
-        return None
-    manifest = Manifest(
-        byte_lm=plan["byte_lm"],
-        byte_lm_path=str(byte_lm),
-        byte_lm_step=model.model.step,
-        precision="float32",
-        source=source.path,
-        shards=tuple(infos),
-    )
-    write_manifest(out, manifest)
-    return manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import zlib
+from typing import NamedTuple
 
 from etils import epath
 
@@ -15,6 +16,19 @@ from bltjax.progress import Progress
 from bltjax.system.storage import read_json, write_text
 
 SHARD_BYTES = 64 << 20
+
+
+class Shard(NamedTuple):
+    """A file of records of a plan: its documents and their bytes, and the plan's checksum."""
+
+    path: epath.Path
+    documents: range
+    text_bytes: int
+    plan: int
+
+    def info(self) -> ShardInfo | None:
+        """Its manifest entry; None if it is not complete."""
+        return info_of(self.path, len(self.documents), self.text_bytes, self.plan)
 
 
 def plan_shards(lengths: list[int], shard_bytes: int) -> list[range]:
@@ -31,9 +45,9 @@ def plan_shards(lengths: list[int], shard_bytes: int) -> list[range]:
 
 
 def make_plan(
-    documents: Documents, source: SourceConfig, identity: str, shard_bytes: int
-) -> tuple[dict, list[tuple[range, int]]]:
-    """The scoring plan, the same for every process; and each shard's documents and bytes."""
+    documents: Documents, source: SourceConfig, identity: str, shard_bytes: int, out: epath.Path
+) -> tuple[dict, list[Shard]]:
+    """The scoring plan, the same for every process; and the shards in the folder `out`."""
     lengths, checksum = [], 0
     progress = Progress("reading", len(documents), " documents", quiet=not processes.is_writer())
     for index in range(len(documents)):
@@ -49,8 +63,12 @@ def make_plan(
         "text_crc32": checksum,
         "shard_bytes": shard_bytes,
     }
-    shards = plan_shards(lengths, shard_bytes)
-    return plan, [(indices, sum(lengths[indices.start : indices.stop])) for indices in shards]
+    parts, identifier = plan_shards(lengths, shard_bytes), checksum_of(plan)
+    shards = []
+    for number, part in enumerate(parts):
+        path = out / f"shard-{number:05d}-of-{len(parts):05d}.array_record"
+        shards.append(Shard(path, part, sum(lengths[part.start : part.stop]), identifier))
+    return plan, shards
 
 
 def checksum_of(plan: dict) -> int:
@@ -106,10 +124,6 @@ def agree_on(plan: dict, out: epath.Path) -> None:
             + "\n  ".join(lines)
             + "\nGive another --out, or remove that folder; on a pod, give all processes the same."
         )
-
-
-def shard_path(out: epath.Path, number: int, count: int) -> epath.Path:
-    return out / f"shard-{number:05d}-of-{count:05d}.array_record"
 
 
 def side_path(path: epath.Path) -> epath.Path:
