@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from jax import export
 
 from bltjax.inference.decoding.loop import when
@@ -123,14 +124,8 @@ def described(array) -> dict:
 
 def nested(arrays: list[dict], values) -> dict:
     """Parameters as a tree: {"params": {...}, "byte_lm": {"params": {...}}}."""
-    tree: dict = {}
-    for about, value in zip(arrays, values, strict=True):
-        *groups, name = about["path"].replace(".", "/").split("/")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = value
-    return tree
+    paths = [about["path"].replace(".", "/") for about in arrays]
+    return unflatten_dict(dict(zip(paths, values, strict=True)), sep="/")
 
 
 def prompt_shapes(length: int) -> tuple:
@@ -162,14 +157,12 @@ class Programs:
         tree = jax.eval_shape(self.parameters, self.array_shapes)
         self.weights, self.weights_tree = jax.tree.flatten(tree)
         _, _, memory = jax.eval_shape(self.after_prompt, tree, *prompt_shapes(SHORTEST))
-        self.memory_tree = jax.tree.structure(memory)
-        self.memory = [
-            (jax.tree_util.keystr(path, simple=True, separator="."), self.of_rows(leaf))
-            for path, leaf in jax.tree_util.tree_flatten_with_path(memory)[0]
-        ]
-
-    def of_rows(self, leaf) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.config.rows, *leaf.shape[1:]), leaf.dtype)
+        leaves, self.memory_tree = jax.tree_util.tree_flatten_with_path(memory)
+        self.memory = []
+        for path, leaf in leaves:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            shape = (config.rows, *leaf.shape[1:])
+            self.memory.append((name, jax.ShapeDtypeStruct(shape, leaf.dtype)))
 
     # Over trees.
 
@@ -233,12 +226,10 @@ class Programs:
         weights, memory = tuple(self.weights), tuple(leaf for _, leaf in self.memory)
         yield "prepare", exported(self.prepare, self.array_shapes)
         for length in self.config.prompts:
-            prompt = prompt_shapes(length)
-            yield f"prefill_{length}", exported(self.prefill, weights, *prompt)
-        row_shapes = (
-            jax.ShapeDtypeStruct((self.config.rows,), dtype) for dtype in (jnp.int32, jnp.bool_)
-        )
-        yield "step", exported(self.step, weights, memory, *row_shapes)
+            yield f"prefill_{length}", exported(self.prefill, weights, *prompt_shapes(length))
+        rows = (self.config.rows,)
+        id_B, go_B = jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.bool_)
+        yield "step", exported(self.step, weights, memory, id_B, go_B)
 
 
 def write_serving(programs: Programs, folder: epath.Path) -> None:
