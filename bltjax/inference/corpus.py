@@ -43,14 +43,6 @@ class Source(NamedTuple):
     sample: list[Document]
 
 
-def open_sources(folders: Sequence[epath.Path], sample_bytes: int, seed: int) -> list[Source]:
-    sources = []
-    for folder in folders:
-        records = RecordDocuments(folder)
-        sources.append(Source(str(folder), records, sample_documents(records, sample_bytes, seed)))
-    return sources
-
-
 def usual_threshold(source: Source) -> float:
     """The threshold for patches of 4.5 bytes, or the released BLT's if none gives them."""
     try:
@@ -66,28 +58,25 @@ def lengths_at(source: Source, threshold: float) -> np.ndarray:
     return np.concatenate([patch_lengths(starts_N) for starts_N in cuts])
 
 
-def made_of(side: epath.Path) -> dict | None:
-    """Scoring time, process and device of a shard; None if not recorded."""
-    if not side.exists():
-        return None
+def made_of(side: epath.Path) -> dict:
+    """Scoring time, process and device of a shard; empty if not recorded."""
     try:
-        made = read_shard_info(side)[1]
+        made = read_shard_info(side)[1] if side.exists() else {}
         seconds, kinds = made.get("seconds"), {"process": int, "device": str}
         whole = is_number(seconds) and 0 <= seconds < float("inf")
         if made and not (whole and all(type(made.get(k)) is kind for k, kind in kinds.items())):
             raise ValueError(f"{side} is damaged: made is {made}")
     except ValueError as error:
         print(f"{error}; the scoring speed of its shard is left out")
-        return None
-    return made or None
+        return {}
+    return made
 
 
 def scoring_rate(records: RecordDocuments) -> dict | None:
     """Scoring speed of the shards; None if not recorded."""
     made, text_bytes = [], 0
     for shard in records.manifest.shards:
-        found = made_of((records.folder / shard.name).with_suffix(".json"))
-        if found is not None:
+        if found := made_of((records.folder / shard.name).with_suffix(".json")):
             made.append(found)
             text_bytes += shard.text_bytes
     seconds = sum(shard["seconds"] for shard in made)
@@ -241,7 +230,10 @@ def write_report(
       ValueError: for a folder without intact records, or an unknown pod.
     """
     out = epath.Path(folders[0]) if out is None else out
-    sources = open_sources(folders, sample_bytes, seed)
+    sources = []
+    for folder in folders:
+        records = RecordDocuments(folder)
+        sources.append(Source(str(folder), records, sample_documents(records, sample_bytes, seed)))
     check_writable(out)
     if threshold is None:
         threshold = usual_threshold(sources[0])
@@ -264,25 +256,24 @@ def write_report(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--records",
         required=True,
         nargs="+",
         type=path_argument,
         help="folders written by entropies",
     )
-    parser.add_argument("--out", type=path_argument, help="where to write it (default: the first)")
-    parser.add_argument(
+    add("--out", type=path_argument, help="where to write it (default: the first)")
+    add(
         "--threshold",
         type=float,
         help=f"nats, of the histograms (default: for patches of {MEAN_PATCH} bytes)",
     )
-    parser.add_argument("--pod", help="also project 1 TB on this slice, such as v5p:4x4x8")
-    parser.add_argument(
-        "--mfu", type=float, default=MFU, help=f"share of the pod's peak (default: {MFU})"
-    )
-    parser.add_argument("--sample_bytes", type=int, default=SAMPLE_BYTES, help="text to sample")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
+    add("--pod", help="also project 1 TB on this slice, such as v5p:4x4x8")
+    add("--mfu", type=float, default=MFU, help=f"share of the pod's peak (default: {MFU})")
+    add("--sample_bytes", type=int, default=SAMPLE_BYTES, help="text to sample")
+    add("--seed", type=int, default=0, help="seed of the sample")
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:

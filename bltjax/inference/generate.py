@@ -57,8 +57,7 @@ def summary(decoder: Decoder, seconds: float, compiled: float) -> str:
         accepted = (counts.bytes - counts.passes) / max(1, counts.passes * decoder.draft)
         line += (
             f"; {counts.passes / counts.bytes:.2f} passes of the whole model per byte,"
-            f" {accepted:.0%}"
-            " of drafts accepted"
+            f" {accepted:.0%} of drafts accepted"
         )
     return f"[{line}]"
 
@@ -68,12 +67,12 @@ def print_results(
 ) -> None:
     """Prints the results from prompt `first` on, group by group as they end."""
     for begin in range(first, len(prompts), rows):
-        group = prompts[begin : begin + rows]
+        group = slice(begin, begin + rows)
         begun, compiling = time.monotonic(), CompileTime()
-        pieces: list[list[Piece]] = [[] for _ in group]
-        for piece in write(group, begin):
+        pieces: list[list[Piece]] = [[] for _ in prompts[group]]
+        for piece in write(group):
             pieces[piece.row].append(piece)
-        for prompt, mine in zip(group, pieces, strict=True):
+        for prompt, mine in zip(prompts[group], pieces, strict=True):
             line = result_line(prompt, mine)
             if out.isatty():
                 line = CONTROLS.sub(lambda x: f"\\u{ord(x[0]):04x}", line)
@@ -82,6 +81,7 @@ def print_results(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add_workdir_argument(parser)
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
@@ -99,51 +99,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSONL of prompts; results are JSONL; -: standard input",
     )
-    parser.add_argument(
+    add(
         "--out",
         type=local_path_argument,
         help="with --prompts: write the results here, after those of a killed command",
     )
-    parser.add_argument("--rows", type=int, default=8, help="prompts per batch")
-    parser.add_argument("--max_bytes", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.add_argument("--top_k", type=int, default=0, help="keep the k likeliest bytes (0: all)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="keep this much probability")
-    parser.add_argument(
-        "--min_p", type=float, default=0.0, help="least probability, relative to the likeliest"
-    )
-    parser.add_argument(
-        "--repetition_penalty", type=float, default=1.0, help="> 1: text's bytes less likely"
-    )
-    parser.add_argument("--valid_utf8", action="store_true", help="write whole characters only")
-    parser.add_argument("--seed", type=int, default=0, help="of prompt 0; prompt i adds i")
-    parser.add_argument(
-        "--stop", action="append", default=[], help="stop before this string; several may be given"
-    )
-    parser.add_argument(
-        "--draft", type=int, default=0, help="bytes to draft per pass of the whole model"
-    )
-    parser.add_argument(
-        "--context", type=int, default=CONTEXT, help="most bytes of a prompt and its continuation"
-    )
-    parser.add_argument(
+    add("--rows", type=int, default=8, help="prompts per batch")
+    add("--max_bytes", type=int, default=200)
+    add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    add("--top_k", type=int, default=0, help="keep the k likeliest bytes (0: all)")
+    add("--top_p", type=float, default=1.0, help="keep this much probability")
+    add("--min_p", type=float, default=0.0, help="least probability, relative to the likeliest")
+    add("--repetition_penalty", type=float, default=1.0, help="> 1: text's bytes less likely")
+    add("--valid_utf8", action="store_true", help="write whole characters only")
+    add("--seed", type=int, default=0, help="of prompt 0; prompt i adds i")
+    add("--stop", action="append", default=[], help="stop before this string; several may be given")
+    add("--draft", type=int, default=0, help="bytes to draft per pass of the whole model")
+    add("--context", type=int, default=CONTEXT, help="most bytes of a prompt and its continuation")
+    add(
         "--mesh",
         help="devices by axis, such as data=2,tensor=4: data shares the rows, tensor the weights"
         " (default: one device)",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         choices=("float32", "bfloat16"),
         help="of weights, caches and products (default: weights as stored, the rest by platform)",
     )
-    parser.add_argument(
-        "--truncate", choices=("left",), help="drop the beginning of a prompt that is too long"
-    )
-    parser.add_argument(
+    add("--truncate", choices=("left",), help="drop the beginning of a prompt that is too long")
+    add(
         "--show", choices=("text", "patches"), default="text", help="patches: background by"
-        " patch, letters redder with entropy",
+        " patch, letters redder with entropy"
     )  # fmt: skip
-    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    add("--color", choices=("auto", "always", "never"), default="auto")
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -179,13 +167,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         "stop": [os.fsencode(text) for text in args.stop],
         "truncate": args.truncate == "left",
     }
+    texts, names = [prompt.text for prompt in prompts], [prompt.name for prompt in prompts]
     fitting_prompts(
-        [prompt.text for prompt in prompts],
-        context=args.context,
-        draft=args.draft,
-        seed=args.seed,
-        names=[prompt.name for prompt in prompts],
-        **request,
+        texts, context=args.context, draft=args.draft, seed=args.seed, names=names, **request
     )
     config = read_config(args.workdir)
     check_decodable(config, True, args.draft)
@@ -204,22 +188,22 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         dtype=args.dtype,
     )
 
-    def write(group: list[Prompt], begin: int) -> Iterator[Piece]:
-        texts, names = [prompt.text for prompt in group], [prompt.name for prompt in group]
-        return decoder.generate(texts, seed=args.seed + begin, names=names, **request)
+    def write(group: slice) -> Iterator[Piece]:
+        seed = args.seed + group.start
+        return decoder.generate(texts[group], seed=seed, names=names[group], **request)
 
-    if args.prompts and args.out:
+    if args.out:
         with args.out.open("a", encoding="utf-8") as out:
             print_results(decoder, write, prompts, first, args.rows, out)
         finish_results(args.out)
         return
     if args.prompts is not None:
-        print_results(decoder, write, prompts, 0, args.rows, sys.stdout)
+        print_results(decoder, write, prompts, first, args.rows, sys.stdout)
         return
     colour = args.color == "always" or (
         args.color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     )
-    pieces = write(prompts, 0)
+    pieces = write(slice(0, 1))
     painter = Painter(sys.stdout, args.show == "patches", colour)
     begun, compiling = time.monotonic(), CompileTime()
     painter.prompt(prompts[0].text)
