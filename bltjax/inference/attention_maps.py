@@ -39,7 +39,8 @@ def cross_weights(config: BLTConfig, model, params, batch, length: int) -> Cross
     def scores(part: str) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each layer, in order, queries and keys of the row, [Q, G, C] and [T, G, C]."""
         layers = met.get("cross", {}).get(part, {})
-        kept = [layers[name]["queries_keys"][0] for name in sorted(layers, key=layer_number)]
+        names = sorted(layers, key=lambda name: int(name.removeprefix("cross_")))
+        kept = [layers[name]["queries_keys"][0] for name in names]
         return [tuple(np.asarray(array[0], np.float64) for array in layer) for layer in kept]
 
     encoder = [np.zeros((0, slots, config.cross.heads, length), np.float32)]
@@ -58,7 +59,3 @@ def cross_weights(config: BLTConfig, model, params, batch, length: int) -> Cross
         weights_KGN = softmax(weights_KGN / np.sqrt(k_SGC.shape[-1]), axis=0)
         decoder.append(weights_KGN[None].astype(np.float32))
     return CrossWeights(np.concatenate(encoder), np.concatenate(decoder))
-
-
-def layer_number(name: str) -> int:
-    return int(name.removeprefix("cross_"))

@@ -18,25 +18,18 @@ def counts(params):
     return jax.tree.map(lambda x: (~jnp.isfinite(x)).sum(), params)
 
 
-def broken_parameters(params, prefix: str = "") -> list[str]:
-    """A line for each parameter that holds values that are not finite."""
-    lines = []
-    for path, count in jax.tree_util.tree_leaves_with_path(jax.device_get(counts(params))):
-        if count:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            values = "1 value that is" if count == 1 else f"{count:,} values that are"
-            lines.append(f"parameter {(prefix + name).rstrip('/')} holds {values} not finite")
-    return lines
-
-
 def not_finite(what: str, models: dict[str, Any]) -> FloatingPointError:
     """The error for `what` is not finite, naming the parameters that are to blame.
 
     models: parameters by the prefix of their names.
     """
-    lines = [
-        line for prefix, params in models.items() for line in broken_parameters(params, prefix)
-    ]
+    lines = []
+    for prefix, params in models.items():
+        for path, count in jax.tree_util.tree_leaves_with_path(jax.device_get(counts(params))):
+            if count:
+                name = prefix + jax.tree_util.keystr(path, simple=True, separator="/")
+                values = "1 value that is" if count == 1 else f"{count:,} values that are"
+                lines.append(f"parameter {name.rstrip('/')} holds {values} not finite")
     if not lines:
         lines = ["all parameters are finite, so a value computed from them overflows"]
     more = f" ({len(lines) - 1} more parameters do)" if len(lines) > 1 else ""

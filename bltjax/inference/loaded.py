@@ -4,6 +4,7 @@ Texts are str or bytes, of any length that memory allows; programs are compiled 
 powers of two, so that a few serve all texts. A whole text is one document.
 """
 
+import codecs
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -25,7 +26,7 @@ from bltjax.inference.entropy import score_documents
 from bltjax.inference.finite import first_not_finite, not_finite
 from bltjax.system.environment import check_numbers, check_platform
 from bltjax.system.paths import hidden_beside, path_of
-from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY, as_bytes, decode, encode, text_stream
+from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY, as_bytes, decode, encode
 from bltjax.text.patching import force_starts, patch_starts
 from bltjax.text.segments import split_at
 from bltjax.weights.export import open_stored, params_folder
@@ -68,9 +69,8 @@ class LoadedModel:
           ValueError: for entropy patching without a byte LM.
           FloatingPointError: for logits or entropies that are not finite.
         """
-        ids = encode(text, eos=False)
         starts_N1 = self.starts(text) if self.config.patching is not None else None
-        return self.logits_with(ids, starts_N1)
+        return self.logits_with(encode(text, eos=False), starts_N1)
 
     def logits_with(self, ids: np.ndarray, starts_N1: np.ndarray | None) -> np.ndarray:
         """The same for ids that begin with BOS and, of a BLT, given patch starts [len + 1]."""
@@ -118,12 +118,9 @@ class LoadedModel:
                 " so no entropies"
             )
         texts = [np.frombuffer(as_bytes(text), np.uint8)]
+        reset = patching is not None and patching.newline_reset
         scored, _ = score_documents(
-            model.config.model,
-            model.params,
-            texts,
-            newline_reset=patching is not None and patching.newline_reset,
-            name=lambda _: "the text",
+            model.config.model, model.params, texts, newline_reset=reset, name=lambda _: "the text"
         )
         return scored[0]
 
@@ -193,7 +190,8 @@ class LoadedModel:
             stop=[stop] if stop else [],
         )
         if one:
-            return shown_pieces(pieces)
+            # A character that is cut between two pieces comes with the second.
+            return codecs.iterdecode((piece.text for piece in pieces), "utf-8", errors="replace")
         texts = [b""] * len(prompt)
         for piece in pieces:
             texts[piece.row] += piece.text
@@ -240,16 +238,6 @@ def check_step(path, model: Model) -> None:
         raise ValueError(
             f"{path} was loaded at step {model.step} and is at step {step} now: load it again"
         )
-
-
-def shown_pieces(pieces) -> Iterator[str]:
-    """The text of pieces; a character that is cut between two comes with the second."""
-    stream = text_stream()
-    for piece in pieces:
-        if shown := stream.decode(piece.text):
-            yield shown
-    if shown := stream.decode(b"", True):
-        yield shown
 
 
 def row_of(ids: np.ndarray, starts_N1: np.ndarray | None) -> tuple[Batch, int]:

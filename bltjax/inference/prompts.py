@@ -23,7 +23,7 @@ from bltjax.config.arguments import local_path_argument
 from bltjax.config.fields import differences
 from bltjax.inference.decoding.pieces import Piece
 from bltjax.system.paths import hidden_beside
-from bltjax.system.storage import write_text
+from bltjax.system.storage import read_json, write_text
 from bltjax.text.alphabet import as_bytes
 
 logger = logging.getLogger("bltjax")
@@ -164,10 +164,9 @@ def begin_results(out: Path, prompts: Sequence[Prompt], settings: dict) -> int:
 def read_settings(side: Path) -> dict | None:
     """The settings with which unfinished results were written; None if they aren't known."""
     try:
-        found = json.loads(side.read_text(encoding="utf-8"))
+        return read_json(side)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
 
 
 def check_same(out: Path, lines: Iterable[bytes], prompts: Sequence[Prompt], way_out: str) -> None:

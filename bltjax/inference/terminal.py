@@ -51,13 +51,11 @@ class Painter:
         if not self.patches:
             self.plain(self.stream.decode(piece.text))
             return
-        for place, entropy, opens in zip(
-            range(len(piece.text)), piece.entropies, piece.opens, strict=True
-        ):
+        for byte, entropy, opens in zip(piece.text, piece.entropies, piece.opens, strict=True):
             self.patch += int(opens)
             if not self.waiting:
                 self.begin_character(float(entropy), bool(opens))
-            shown = self.stream.decode(piece.text[place : place + 1])
+            shown = self.stream.decode(bytes([byte]))
             self.waiting = not shown
             shown = "".join(x if x in "\n\t" else visible(x) for x in shown)
             # Colour ends with the line, or terminals paint the rest of it.
