@@ -27,8 +27,7 @@ from bltjax.config.data import SourceConfig
 from bltjax.data.calibrate import mean_patch_bytes
 from bltjax.data.records import RecordDocuments
 from bltjax.data.sources.by_path import Documents, open_source
-from bltjax.distributed.processes import add_arguments as add_process_arguments
-from bltjax.distributed.processes import is_writer, join
+from bltjax.distributed import processes
 from bltjax.distributed.sharding import tree_shardings
 from bltjax.evaluation.scores import evaluate_documents, evaluation_mesh
 from bltjax.families import check_mesh, family_of, model_shapes
@@ -111,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workdir_argument(parser)
     add_source_arguments(parser, required=False, default="the run's held-out")
     add_mesh_argument(parser)
-    add_process_arguments(parser)
+    processes.add_arguments(parser)
     parser.add_argument("--compressors", action="store_true", help="also gzip -9 and xz -9")
     parser.add_argument("--out", type=local_path_argument, help="also write the result as JSON")
 
@@ -119,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("evaluate takes its config from the work directory; drop --config.*")
-    join(args)
+    processes.join(args)
     config, run = read_config(args.workdir), read_run(args.workdir)
     if args.source:
         sources = [source_from(args)]
@@ -127,14 +126,12 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         sources = list(run.data.eval.values())
     else:
         raise ValueError(f"{args.workdir} has no held-out source in its config; give --source")
-    if is_writer():
+    if processes.is_writer():
         read = [("the evaluation", source.path) for source in sources]
         check_outputs({"--out": args.out}, read, model=args.workdir)
     opened = [open_source(source, skip_bad=args.skip_bad) for source in sources]
-    training: list[Documents] = []
-    if args.compressors:
-        of_the_run = run.data.train.values() if run else ()
-        training = [open_source(source, skip_bad=args.skip_bad) for source in of_the_run]
+    of_the_run = run.data.train.values() if args.compressors and run else ()
+    training = [open_source(source, skip_bad=args.skip_bad) for source in of_the_run]
     mesh = evaluation_mesh(config, args.mesh)
     results = []
     for source, documents in zip(sources, opened, strict=True):
@@ -161,6 +158,6 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             print(f"  {name.replace('_', ' '):28s}{bits:8.4f} bits per byte")
         seconds, compiled = result["seconds"], result["compile_seconds"]
         logger.info("  %s", speed(result["text_bytes"], seconds, compiled))
-    if args.out and is_writer():
+    if args.out and processes.is_writer():
         told = results if len(results) > 1 else results[0]
         write_text(args.out, json.dumps(told, allow_nan=False) + "\n")

@@ -89,8 +89,7 @@ def jitted_scores(model, shardings, mesh: Mesh):
     """
 
     def scores(params, batch) -> Sums:
-        logits_BNV = batch_logits(model, params, batch)
-        return target_sums(logits_BNV, batch)
+        return target_sums(batch_logits(model, params, batch), batch)
 
     return jax.jit(
         under(mesh, scores),

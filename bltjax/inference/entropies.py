@@ -29,7 +29,6 @@ from bltjax.config.data import SourceConfig
 from bltjax.data.records import Manifest, encode_record, shard_info, write_manifest, write_shard
 from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.distributed import processes
-from bltjax.distributed.processes import leave
 from bltjax.inference import corpus
 from bltjax.inference.entropy import EntropyModel, load_entropy_model, score_documents
 from bltjax.inference.shard_plan import SHARD_BYTES, Shard, agree_on, make_plan, side_path
@@ -69,8 +68,8 @@ def write_entropies(
     share = f"process {process} of {count}"
     with held(
         out / f".lock-{process}-of-{count}", f"entropies, {share}", name=f"{out}, {share},",
-        instead="another --out, or each process its own number", lost=functools.partial(leave, 1),
-        take_over=take_over,
+        instead="another --out, or each process its own number",
+        lost=functools.partial(processes.leave, 1), take_over=take_over,
     ):  # fmt: skip
         model = load_entropy_model(byte_lm, newline_reset=newline_reset)
         documents = open_source(source, skip_bad=skip_bad)
@@ -106,7 +105,7 @@ def score_shards(
     """Scores and writes the shards that are not there, one on each device at a time."""
     total = sum(len(shard.documents) + shard.text_bytes for shard in shards)
     progress = Progress("entropies", total, quiet=not processes.is_writer())
-    lock, devices = threading.Lock(), queue.SimpleQueue()
+    config, lock, devices = model.model.config.model, threading.Lock(), queue.SimpleQueue()
     for device in jax.local_devices():
         devices.put((device, jax.device_put(model.model.params, device)))
 
@@ -128,11 +127,7 @@ def score_shards(
             begun = time.monotonic()
             with jax.default_device(device):
                 entropies, padding = score_documents(
-                    model.model.config.model,
-                    params,
-                    texts,
-                    newline_reset=model.newline_reset,
-                    scored=scored,
+                    config, params, texts, newline_reset=model.newline_reset, scored=scored
                 )
             pairs = zip(texts, entropies, strict=True)
             records = (encode_record(text.tobytes(), scores) for text, scores in pairs)
@@ -158,24 +153,21 @@ def score_shards(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--byte_lm", required=True, type=path_argument, help="run or export of a byte LM"
-    )
-    parser.add_argument(
-        "--out", required=True, type=path_argument, help="folder for the records; or gs://"
-    )
+    add = parser.add_argument
+    add("--byte_lm", required=True, type=path_argument, help="run or export of a byte LM")
+    add("--out", required=True, type=path_argument, help="folder for the records; or gs://")
     add_source_arguments(parser, required=True)
-    parser.add_argument(
+    add(
         "--newline_reset",
         action="store_true",
         help="the byte LM's context is reset at each newline (patching.newline_reset)",
     )
-    parser.add_argument(
+    add(
         "--take_over",
         action="store_true",
         help="don't wait for this share's process on another host if that is gone",
     )
-    parser.add_argument("--shard_bytes", type=int, default=SHARD_BYTES, help="text per shard")
+    add("--shard_bytes", type=int, default=SHARD_BYTES, help="text per shard")
     processes.add_arguments(parser)
 
 

@@ -135,12 +135,10 @@ def score_documents(
       FloatingPointError: for an entropy that is not finite, naming the text and the position.
     """
     if family_of(config).entropy_table is not None:
-        entropies, padding = look_up(config, params, texts, newline_reset, scored), 0
+        found = look_up(config, params, texts, newline_reset, scored), 0
     else:
-        entropies, padding = run_documents(
-            config, params, texts, newline_reset, scored, lanes, chunk
-        )
-    for index, entropies_N in enumerate(entropies):
+        found = run_documents(config, params, texts, newline_reset, scored, lanes, chunk)
+    for index, entropies_N in enumerate(found[0]):
         # No patch would begin where an entropy is NaN.
         if (place := first_not_finite(entropies_N)) is not None:
             text = bytes(texts[index][:PREVIEW]).decode("utf-8", errors="replace")
@@ -150,7 +148,7 @@ def score_documents(
                 f" {place} bytes is",
                 {"": params},
             )
-    return entropies, padding
+    return found
 
 
 def run_documents(

@@ -16,6 +16,7 @@ from bltjax.progress import Progress
 from bltjax.system.storage import read_json, write_text
 
 SHARD_BYTES = 64 << 20
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(SourceConfig)}
 
 
 class Shard(NamedTuple):
@@ -73,11 +74,9 @@ def make_plan(
 
 def checksum_of(plan: dict) -> int:
     """Checksum of a plan, stored with its shards; settings of a source may be added later."""
-    source = {
-        field.name: plan["source"][field.name]
-        for field in dataclasses.fields(SourceConfig)
-        if field.name in plan["source"] and plan["source"][field.name] != field.default
-    }
+    # A setting that this version doesn't know counts as its default.
+    given = plan["source"].items()
+    source = {key: value for key, value in given if value != DEFAULTS.get(key, value)}
     return zlib.crc32(json.dumps(plan | {"source": source}, sort_keys=True).encode())
 
 
@@ -93,8 +92,7 @@ def plan_there(path: epath.Path, plan: dict) -> dict | None:
     except ValueError as error:
         print(f"{error}; it is lost")
         return None
-    defaults = {field.name: field.default for field in dataclasses.fields(SourceConfig)}
-    added = {key: defaults[key] for key in plan["source"].keys() - found["source"].keys()}
+    added = {key: DEFAULTS[key] for key in plan["source"].keys() - found["source"].keys()}
     return found | {"source": added | found["source"]}
 
 
