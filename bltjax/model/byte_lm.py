@@ -14,16 +14,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bltjax.attention.kv_cache import Places, stored
-from bltjax.attention.pattern import Sliding
 from bltjax.config.fields import MAY_CHANGE, divides, one_of, positive, setting
 from bltjax.config.model import REMAT
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.layers import (
-    BlockSize,
+    byte_blocks,
     embedded,
     project,
-    rematerialised,
     rms_norm,
+    through,
     truncated_normal,
 )
 from bltjax.text.alphabet import VOCABULARY
@@ -98,25 +97,19 @@ class ByteLM(nn.Module):
     def setup(self):
         config = self.config
         E = config.width
-        size = BlockSize(
-            E, config.heads, config.heads, config.hidden, config.norm_eps, config.rope_theta
-        )
         self.bytes_VE = self.param("bytes_VE", truncated_normal(E), (VOCABULARY, E))
-        block = rematerialised(config.remat)
-        parts = (size, Sliding(config.window), self.dtype, self.implementation)
-        self.blocks = [block(*parts, name=f"block_{layer}") for layer in range(config.layers)]
+        self.blocks = byte_blocks(
+            config, config.layers, config.hidden, self.dtype, self.implementation
+        )
         self.norm_E = self.param("norm_E", nn.initializers.ones, (E,))
         self.head_EV = self.param("head_EV", truncated_normal(E), (E, VOCABULARY))
 
-    def stack(self, bytes_BN, ranges: Ranges | Places, past):
+    def stack(self, bytes_BN, ranges: Ranges | Places, past=None):
         """Logits, float32 [B, N, V], and the keys and values that each block returned."""
         x_BNE = embedded(gathered(self.bytes_VE, "bytes_VE", self.dtype), bytes_BN)
         x_BNE = constrained(x_BNE, "x_BNE")
-        layers = []
-        for block, before in zip(self.blocks, past, strict=True):
-            x_BNE, kept = block(x_BNE, ranges, before)
-            layers.append(kept)
-        x_BNE = rms_norm(x_BNE, self.norm_E, self.config.norm_eps)
+        states, layers = through(self.blocks, x_BNE, ranges, past)
+        x_BNE = rms_norm(states[-1], self.norm_E, self.config.norm_eps)
         head_EV = gathered(self.head_EV, "head_EV", self.dtype)
         logits_BNV = constrained(project(x_BNE, head_EV).astype(jnp.float32), "logits_BNV")
         return logits_BNV, tuple(layers)
@@ -124,12 +117,11 @@ class ByteLM(nn.Module):
     def __call__(self, bytes_BN, documents_BN, carry: Carry | None = None):
         """Logits, float32 [B, N, V], of the byte after each byte, and the carry; without one, the
         keys (before rotation) and values of all positions."""
-        config = self.config
+        window = self.config.window
         if carry is None:
-            ranges, past = window_ranges(documents_BN, config.window), (None,) * config.layers
-            return self.stack(bytes_BN, ranges, past)
+            return self.stack(bytes_BN, window_ranges(documents_BN, window))
         documents_BT = jnp.concatenate([carry.documents_BT, documents_BN], axis=1)
-        ranges = carried_ranges(documents_BT, config.window - 1, config.window)
+        ranges = carried_ranges(documents_BT, window - 1, window)
         logits_BNV, layers = self.stack(bytes_BN, ranges, carry.layers)
         return logits_BNV, Carry(layers, documents_BT[:, documents_BN.shape[1] :])
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from bltjax.attention import range_attention
 from bltjax.attention.kv_cache import Cache, Places, cached_attention
-from bltjax.attention.pattern import Pattern
+from bltjax.attention.pattern import Pattern, Sliding
 from bltjax.attention.rope import RopeScalingConfig, rotary_angles, rotate
 from bltjax.attention.tiled import OUTCOME
 from bltjax.distributed.sharding import constrained, gathered, gathers, summed_by_rows
@@ -178,3 +178,32 @@ class Block(nn.Module):
         down = weight(f"down_{L}F{D}", (size.hidden, width), size.hidden)
         hidden = constrained(nn.silu(gate) * up, "hidden_BQF")
         return x_BQD + constrained(project(hidden, down), f"x_BQ{D}"), kept
+
+
+def byte_blocks(config, layers: int, hidden: int, dtype, implementation: str | None) -> list[Block]:
+    """The blocks of a byte stack, made in the `setup` of its module.
+
+    config: a ByteLMConfig, or a BLT's LocalConfig.
+    """
+    size = BlockSize(
+        config.width, config.heads, config.heads, hidden, config.norm_eps, config.rope_theta
+    )
+    block = rematerialised(config.remat)
+    parts = (size, Sliding(config.window), dtype, implementation)
+    return [block(*parts, name=f"block_{layer}") for layer in range(layers)]
+
+
+def through(blocks, x_BQD, ranges: Ranges | Places, past=None, first=()):
+    """The states after each block, and the keys and values that each returns.
+
+    past: of each block, as `Block` takes it. first: functions of x that come before a block, for
+    some or all blocks from the first on.
+    """
+    states, kept = [], []
+    for layer, block in enumerate(blocks):
+        if layer < len(first):
+            x_BQD = first[layer](x_BQD)
+        x_BQD, keys_values = block(x_BQD, ranges, past and past[layer])
+        states.append(x_BQD)
+        kept.append(keys_values)
+    return states, kept

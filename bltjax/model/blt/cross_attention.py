@@ -11,6 +11,7 @@ from bltjax.attention import range_attention
 from bltjax.attention.kv_cache import Cache, cached_attention
 from bltjax.attention.pattern import Pattern
 from bltjax.distributed.sharding import constrained, gathered
+from bltjax.model.blt.config import BLTConfig
 from bltjax.model.layers import project, rms_norm, truncated_normal
 from bltjax.text.segments import Ranges
 
@@ -75,3 +76,12 @@ class CrossAttention(nn.Module):
     def step(self, x_BQE, sources: Cache, seen_BQT):
         """The same, over cached keys and values that `source` returned."""
         return self.added(x_BQE, cached_attention(self.queries(x_BQE), sources, seen_BQT))
+
+
+def cross_attentions(
+    config: BLTConfig, count: int, pattern: Pattern, dtype, implementation: str | None
+) -> list[CrossAttention]:
+    """The cross-attentions of a byte stack, made in the `setup` of its module."""
+    local = config.local
+    parts = (local.width, config.cross.heads, local.norm_eps, pattern, dtype, implementation)
+    return [CrossAttention(*parts, name=f"cross_{place}") for place in range(count)]

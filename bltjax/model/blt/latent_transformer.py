@@ -13,7 +13,14 @@ from bltjax.attention.pattern import Sliding
 from bltjax.attention.rope import rotary_angles
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.blt.config import BLTConfig
-from bltjax.model.layers import Block, BlockSize, project, rematerialised, truncated_normal
+from bltjax.model.layers import (
+    Block,
+    BlockSize,
+    project,
+    rematerialised,
+    through,
+    truncated_normal,
+)
 from bltjax.text.segments import Ranges
 
 
@@ -72,11 +79,8 @@ class LatentTransformer(nn.Module):
         x_BPD, ranges = self.widened(slots_BSE), jax.tree.map(jax.lax.stop_gradient, ranges)
         if self.scanned:
             return self.blocks(x_BPD, ranges)
-        kept = []
-        for block in self.blocks:
-            x_BPD, keys_values = block(x_BPD, ranges)
-            kept.append(keys_values)
-        return x_BPD, kept
+        states, kept = through(self.blocks, x_BPD, ranges)
+        return states[-1], kept
 
     def step(self, slots_BSE, index_BP, caches):
         """Latent states [B, P, D] of consecutive patches, and the updated caches (`scanned` False).
@@ -93,11 +97,8 @@ class LatentTransformer(nn.Module):
             seen_BPT,
             rotary_angles(index_BP, size.channels, size.rope_theta, size.rope_scaling),
         )
-        x_BPD, kept = self.widened(slots_BSE), []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x_BPD, fresh = block(x_BPD, places, cache)
-            kept.append(fresh)
-        return x_BPD, stored(caches, kept, places.slot_BQ, x_BPD)
+        states, fresh = through(self.blocks, self.widened(slots_BSE), places, caches)
+        return states[-1], stored(caches, fresh, places.slot_BQ, states[-1])
 
 
 def unscanned(latent_params) -> dict:

@@ -4,16 +4,17 @@ It has no embedding of its own: its input is the encoder's byte states. Each byt
 to the K slots of the patch that it reads, then attends to the bytes in its window.
 """
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 
 from bltjax.attention.kv_cache import Cache, Places, stored
-from bltjax.attention.pattern import Reading, Sliding
+from bltjax.attention.pattern import Reading
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.blt.config import BLTConfig
-from bltjax.model.blt.cross_attention import CrossAttention, attending_layers
-from bltjax.model.blt.local_encoder import block_size
-from bltjax.model.layers import project, rematerialised, rms_norm, truncated_normal
+from bltjax.model.blt.cross_attention import attending_layers, cross_attentions
+from bltjax.model.layers import byte_blocks, project, rms_norm, through, truncated_normal
 from bltjax.text.alphabet import VOCABULARY
 from bltjax.text.segments import Patches, slot_ranges
 
@@ -31,29 +32,10 @@ class LocalDecoder(nn.Module):
             self.narrow_DE = self.param("narrow_DE", truncated_normal(D), (D, E))
         else:
             self.narrow_DKE = self.param("narrow_DKE", truncated_normal(D), (D, K, E))
-        block = rematerialised(local.remat)
-        self.blocks = [
-            block(
-                block_size(local, local.hidden),
-                Sliding(local.window),
-                self.dtype,
-                self.implementation,
-                name=f"block_{layer}",
-            )
-            for layer in range(local.decoder_layers)
-        ]
-        self.crosses = [
-            CrossAttention(
-                E,
-                cross.heads,
-                local.norm_eps,
-                Reading(K),
-                self.dtype,
-                self.implementation,
-                name=f"cross_{layer}",
-            )
-            for layer in attending_layers(cross.decoder, local.decoder_layers)
-        ]
+        parts = (self.dtype, self.implementation)
+        self.blocks = byte_blocks(local, local.decoder_layers, local.hidden, *parts)
+        crosses = len(attending_layers(cross.decoder, local.decoder_layers))
+        self.crosses = cross_attentions(self.config, crosses, Reading(K), *parts)
         self.norm_E = self.param("norm_E", nn.initializers.ones, (E,))
         self.head_EV = self.param("head_EV", truncated_normal(E), (E, VOCABULARY))
 
@@ -81,13 +63,11 @@ class LocalDecoder(nn.Module):
             read_BN1 = jnp.minimum(read_BN1, latent_BPD.shape[1] - 1)
             x_BNE += jnp.take_along_axis(source, read_BN1, axis=1)
         ranges = slot_ranges(patches.read_ranges, self.config.cross.slots, queries=False)
-        kept = []
-        for layer, block in enumerate(self.blocks):
-            if layer < len(self.crosses):
-                x_BNE = self.crosses[layer](x_BNE, source, ranges)
-            x_BNE, keys_values = block(x_BNE, patches.bytes_ranges)
-            kept.append(keys_values)
-        return self.logits(x_BNE), kept
+        attend = [
+            functools.partial(cross, source_BTE=source, ranges=ranges) for cross in self.crosses
+        ]
+        states, kept = through(self.blocks, x_BNE, patches.bytes_ranges, first=attend)
+        return self.logits(states[-1]), kept
 
     def sources(self, latent_BPD):
         """The decoder's inputs from these patches: a `Cache` of slots per cross-attention, or
@@ -101,15 +81,15 @@ class LocalDecoder(nn.Module):
     def step(self, x_BQE, sources, reads_BQ, places: Places, caches):
         """Logits [B, Q, V] of new bytes, each of which reads one of the patches in `sources`, and
         the updated caches."""
+        attend = []
         if not self.crosses:
             x_BQE += jnp.take_along_axis(sources, reads_BQ[..., None], axis=1)
         else:
             slot_11T = jnp.arange(sources[0].k_BJTC.shape[2])[None, None]
             seen_BQT = slot_11T // self.config.cross.slots == reads_BQ[..., None]
-        kept = []
-        for layer, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
-            if layer < len(self.crosses):
-                x_BQE = self.crosses[layer].step(x_BQE, sources[layer], seen_BQT)
-            x_BQE, fresh = block(x_BQE, places, cache)
-            kept.append(fresh)
-        return self.logits(x_BQE), stored(caches, kept, places.slot_BQ, x_BQE)
+            attend = [
+                functools.partial(cross.step, sources=source, seen_BQT=seen_BQT)
+                for cross, source in zip(self.crosses, sources, strict=True)
+            ]
+        states, fresh = through(self.blocks, x_BQE, places, caches, attend)
+        return self.logits(states[-1]), stored(caches, fresh, places.slot_BQ, states[-1])

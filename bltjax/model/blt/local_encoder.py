@@ -14,21 +14,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bltjax.attention.kv_cache import Places, stored
-from bltjax.attention.pattern import Pooling, Sliding
+from bltjax.attention.pattern import Pooling
 from bltjax.distributed.sharding import by_rows, constrained, gathered
-from bltjax.model.blt.config import BLTConfig, LocalConfig
-from bltjax.model.blt.cross_attention import CrossAttention, attending_layers
+from bltjax.model.blt.config import BLTConfig
+from bltjax.model.blt.cross_attention import attending_layers, cross_attentions
 from bltjax.model.blt.hash_tables import hash_tables, looked_up
-from bltjax.model.layers import BlockSize, embedded, project, rematerialised, truncated_normal
+from bltjax.model.layers import byte_blocks, embedded, project, through, truncated_normal
 from bltjax.text.alphabet import VOCABULARY
 from bltjax.text.ngram_hash import hash_ids
 from bltjax.text.segments import Patches, document_begins, pool_max, slot_ranges
-
-
-def block_size(local: LocalConfig, hidden: int) -> BlockSize:
-    return BlockSize(
-        local.width, local.heads, local.heads, hidden, local.norm_eps, local.rope_theta
-    )
 
 
 class LocalEncoder(nn.Module):
@@ -37,37 +31,17 @@ class LocalEncoder(nn.Module):
     implementation: str | None
 
     def setup(self):
-        local, cross, hashed = self.config.local, self.config.cross, self.config.hash
-        E, K = local.width, cross.slots
+        local, hashed = self.config.local, self.config.hash
+        E, K = local.width, self.config.cross.slots
         self.bytes_VE = self.param("bytes_VE", truncated_normal(E), (VOCABULARY, E))
         if hashed.tables:
             self.ngrams_RME = self.param(
                 "ngrams_RME", hash_tables(hashed, E), (hashed.tables, hashed.stored_rows, E)
             )
         self.pool_EKE = self.param("pool_EKE", truncated_normal(E), (E, K, E))
-        block = rematerialised(local.remat)
-        self.blocks = [
-            block(
-                block_size(local, local.encoder_hidden or local.hidden),
-                Sliding(local.window),
-                self.dtype,
-                self.implementation,
-                name=f"block_{layer}",
-            )
-            for layer in range(local.encoder_layers)
-        ]
-        self.crosses = [
-            CrossAttention(
-                E,
-                cross.heads,
-                local.norm_eps,
-                Pooling(K),
-                self.dtype,
-                self.implementation,
-                name=f"cross_{place}",
-            )
-            for place in range(len(self.attending))
-        ]
+        hidden, parts = local.encoder_hidden or local.hidden, (self.dtype, self.implementation)
+        self.blocks = byte_blocks(local, local.encoder_layers, hidden, *parts)
+        self.crosses = cross_attentions(self.config, len(self.attending), Pooling(K), *parts)
 
     @property
     def attending(self) -> tuple[int, ...]:
@@ -77,9 +51,8 @@ class LocalEncoder(nn.Module):
     @property
     def pooling(self) -> tuple[int, ...]:
         """Layers after which the states of a patch's bytes are pooled."""
-        if self.config.cross.repools:
-            return self.attending or (self.config.local.encoder_layers - 1,)
-        return self.attending[:1] or (self.config.local.encoder_layers - 1,)
+        layers = self.attending or (self.config.local.encoder_layers - 1,)
+        return layers if self.config.cross.repools else layers[:1]
 
     def embedded(self, bytes_BN, ids_RBN):
         embeds_BNE = embedded(gathered(self.bytes_VE, "bytes_VE", self.dtype), bytes_BN)
@@ -103,6 +76,7 @@ class LocalEncoder(nn.Module):
             ids_RBN = hash_ids(hashed, bytes_BN, document_begins(documents_BN))
         x_BNE = embeds_BNE = self.embedded(bytes_BN, ids_RBN)
         ranges = slot_ranges(patches.pool_ranges, self.config.cross.slots, queries=True)
+        pool = functools.partial(pool_max, patches=patch_slots)
         crosses = dict(zip(self.attending, self.crosses, strict=True))
         states, kept = [], []
         for layer, block in enumerate(self.blocks):
@@ -110,10 +84,7 @@ class LocalEncoder(nn.Module):
             states.append(x_BNE)
             kept.append(keys_values)
             if layer in self.pooling:
-                pooled_BPE = by_rows(
-                    functools.partial(pool_max, patches=patch_slots), x_BNE, patches.patch_of_BN
-                )
-                slots_BSE = self.queries(pooled_BPE)
+                slots_BSE = self.queries(by_rows(pool, x_BNE, patches.patch_of_BN))
             if layer in crosses:
                 slots_BSE = crosses[layer](slots_BSE, x_BNE, ranges)
         return embeds_BNE, states, slots_BSE, kept
@@ -129,12 +100,8 @@ class LocalEncoder(nn.Module):
         if hashed.tables:
             ids_RBQ = hash_ids(hashed, past_BT)[:, :, -queries:]
         x_BQE = self.embedded(past_BT[:, -queries:], ids_RBQ)
-        states, kept = [], []
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x_BQE, fresh = block(x_BQE, places, cache)
-            states.append(x_BQE)
-            kept.append(fresh)
-        return states, stored(caches, kept, places.slot_BQ, x_BQE)
+        states, fresh = through(self.blocks, x_BQE, places, caches)
+        return states, stored(caches, fresh, places.slot_BQ, states[-1])
 
     def offered(self, states):
         """The inputs of a patch from its bytes: for each pooling layer the states, for each
@@ -150,12 +117,9 @@ class LocalEncoder(nn.Module):
         each cross-attention a `Cache` of bytes, masked to each patch's own.
         """
         seen_BST = jnp.repeat(seen_BPT, self.config.cross.slots, axis=1)
-        pooled = dict(zip(self.pooling, pooled, strict=True))
-        steps = dict(zip(self.attending, zip(self.crosses, sources, strict=True), strict=True))
-        for layer in range(self.config.local.encoder_layers):
-            if layer in pooled:
-                slots_BSE = self.queries(pooled[layer])
-            if layer in steps:
-                cross, source = steps[layer]
-                slots_BSE = cross.step(slots_BSE, source, seen_BST)
+        slots_BSE = self.queries(pooled[0])
+        for number, (cross, source) in enumerate(zip(self.crosses, sources, strict=True)):
+            if 0 < number < len(pooled):
+                slots_BSE = self.queries(pooled[number])
+            slots_BSE = cross.step(slots_BSE, source, seen_BST)
         return slots_BSE
