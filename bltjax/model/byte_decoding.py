@@ -15,6 +15,18 @@ from bltjax.text.alphabet import OFFSET
 HISTORY = 3  # ids kept: the longest context of a byte CNN
 
 
+def cut(x_BT, begin_B, size: int):
+    """x[b, begin[b] : begin[b] + size] of each row, whatever axes follow; at the end, repeated."""
+    at_BT = begin_B[:, None] + jnp.arange(size)[None]
+    at_BT = at_BT.reshape(*at_BT.shape, *[1] * (x_BT.ndim - 2))
+    return jnp.take_along_axis(x_BT, at_BT, axis=1, mode="clip")
+
+
+def newest(bytes_BN, length_B, size: int):
+    """The last `size` ids of rows of `length` positions, zeros before the first."""
+    return cut(jnp.pad(bytes_BN, ((0, 0), (size, 0))), length_B, size)
+
+
 class ByteMemory(NamedTuple):
     """Decoding state of the rows of a batch after `count` positions."""
 
@@ -47,11 +59,8 @@ class CachedBytes:
                 self.config, self.dtype, params["model"], bytes_BN, documents_BN, length_B,
                 self.config.window, self.implementation,
             )  # fmt: skip
-        logits_BV = jnp.take_along_axis(logits_BNV, (length_B - 1)[:, None, None], axis=1)[:, 0]
-        past_BT = jnp.pad(bytes_BN, ((0, 0), (HISTORY, 0)))
-        at_BT = length_B[:, None] + jnp.arange(HISTORY)[None]
-        past_BT = jnp.take_along_axis(past_BT, at_BT, axis=1)
-        return ByteMemory(past_BT, length_B, caches, logits_BV)
+        logits_BV = cut(logits_BNV, length_B - 1, 1)[:, 0]
+        return ByteMemory(newest(bytes_BN, length_B, HISTORY), length_B, caches, logits_BV)
 
     def predict(self, params, memory: ByteMemory):
         return memory.logits_BV, memory
@@ -149,7 +158,7 @@ class Scorer:
         if self.config is None:
             return jnp.zeros(bytes_BN.shape), (), zero_B
         begin_BN = self.begins(bytes_BN, zero_B, zero_B)
-        begin_B = jnp.take_along_axis(begin_BN, length_B[:, None] - 1, axis=1)[:, 0]
+        begin_B = cut(begin_BN, length_B - 1, 1)[:, 0]
         if isinstance(self.config, ByteCNNConfig):
             return table_entropies(params, bytes_BN, begin_BN + 1), (), begin_B
         real_BN = jnp.arange(bytes_BN.shape[1])[None] < length_B[:, None]

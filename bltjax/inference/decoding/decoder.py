@@ -21,10 +21,11 @@ from bltjax.inference.decoding.loop import (
     AT_LIMIT,
     NOT_FINITE,
     RUNNING,
+    STOPS,
     WHY,
     Asked,
-    Costs,
     State,
+    begun,
     run,
 )
 from bltjax.inference.decoding.pieces import Piece, Rest
@@ -45,11 +46,9 @@ from bltjax.inference.decoding.request import CONTEXT, fitting_prompts, prompt_n
 from bltjax.inference.decoding.sampling import GREEDY, Sampling, utf8_state
 from bltjax.inference.decoding.speculation import run_rounds
 from bltjax.inference.finite import not_finite
-from bltjax.system.environment import random_key
 from bltjax.text.alphabet import OFFSET, VOCABULARY, as_bytes, encode
 
 ENDED = -1  # the row index of an empty place in the batch
-STOPS = (4, 16)  # stop strings, and their bytes, that the first program is compiled for
 
 
 class Counts(NamedTuple):
@@ -155,16 +154,15 @@ class Decoder:
                 yield Piece(row, b"", nothing, nothing, nothing.astype(bool), WHY[AT_LIMIT])
             return
         state, asked = self.begun(texts, max_bytes, sampling, seed, stops, names)
+        if self.draft:
+            program, shape = run_rounds, (self.draft + 1, max(chunk, 2 * self.draft + 2))
+        else:
+            program, shape = run, (sampling.steps, chunk)
         rest, written = [Rest(stops) for _ in texts], 0
         rows = np.array([*range(len(texts)), *[ENDED] * (len(state.why_B) - len(texts))])
         while rows.size:
             with on_mesh(self.mesh):
-                if self.draft:
-                    shape = (self.draft + 1, max(chunk, 2 * self.draft + 2))
-                    state, out, full_B2 = run_rounds(self.model, *shape, self.params, asked, state)
-                else:
-                    shape = (sampling.steps, chunk)
-                    state, out, full_B2 = run(self.model, *shape, self.params, asked, state)
+                state, out, full_B2 = program(self.model, *shape, self.params, asked, state)
             out, why_B, full_B2, costs = jax.device_get((out, state.why_B, full_B2, state.costs))
             broken = np.flatnonzero((why_B == NOT_FINITE) & (rows >= 0))
             written += int((out.ids_BN >= OFFSET).sum())
@@ -189,7 +187,6 @@ class Decoder:
                 places = places.reshape(-1, self.groups).T.reshape(-1)
                 with on_mesh(self.mesh):
                     state, rows = rows_of(state, places), rows[places]
-                asked = asked._replace(limit_B=asked.limit_B[places])
 
     def begun(self, texts, max_bytes, sampling, seed, stops, names=()) -> tuple[State, Asked]:
         """The state after the prompts, and the request for the loop."""
@@ -197,7 +194,7 @@ class Decoder:
         prompts += [encode(b"", eos=False)] * (-len(texts) % self.groups)
         memory = self.memory(prompts, max_bytes, names)
         rows = len(prompts)
-        why_B = np.where(np.arange(rows) < len(texts), RUNNING, AT_LIMIT)
+        limit_B = np.where(np.arange(rows) < len(texts), max_bytes, 0)
         most = power_of_two(len(stops), STOPS[0])
         longest = power_of_two(max(map(len, stops), default=0), STOPS[1])
         stops_ZT = np.full((most, longest), -1, np.int32)
@@ -208,18 +205,16 @@ class Decoder:
             used_BV[row, ids] = True
         utf8_B = np.zeros(rows, np.int32)
         utf8_B[: len(texts)] = [utf8_state(text) for text in texts]
-        state = State(
+        state = begun(
             memory,
-            jax.vmap(random_key)(seed + jnp.arange(rows, dtype=jnp.int32)),
-            jnp.zeros(rows, jnp.int32),
-            jnp.asarray(why_B, jnp.int32),
+            seed + jnp.arange(rows, dtype=jnp.int32),
+            jnp.asarray(limit_B, jnp.int32),
             jnp.asarray(used_BV),
             jnp.asarray(utf8_B),
-            jnp.full((rows, longest), -2, jnp.int32),
-            Costs(*(jnp.zeros(self.groups, jnp.int32) for _ in range(3))),
+            longest,
+            self.groups,
         )
-        limit_B = np.full(rows, max_bytes, np.int32)
-        return self.placed(state, row_shardings), Asked(sampling.numbers, limit_B, stops_ZT)
+        return self.placed(state, row_shardings), Asked(sampling.numbers, stops_ZT)
 
     @property
     def models(self) -> dict:

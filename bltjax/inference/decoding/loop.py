@@ -25,20 +25,21 @@ from bltjax.inference.decoding.placement import in_groups
 from bltjax.inference.decoding.sampling import BYTES, UTF8_NEXT, Numbers, Steps, candidates, chosen
 from bltjax.model.blt.decoding import CachedBLT
 from bltjax.model.byte_lm import entropies_of
+from bltjax.system.environment import random_key
 from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY
 
 RUNNING, AT_EOS, AT_STOP, AT_LIMIT, NOT_FINITE = range(5)
 WHY = ("", "eos", "stop", "max_bytes", "")  # numbers that aren't finite are errors
+STOPS = (4, 16)  # stop strings, and their bytes, that the first program is compiled for
 
 
 class Asked(NamedTuple):
-    """A request: sampling numbers, bytes to generate per row, and stop strings.
+    """A request, the same for all rows: sampling numbers, and stop strings.
 
     stops_ZT: strings of ids, at the right end of their rows, -1 before them.
     """
 
     numbers: Numbers
-    limit_B: jax.Array
     stops_ZT: jax.Array
 
 
@@ -60,11 +61,31 @@ class State(NamedTuple):
     memory: Any
     keys_B: jax.Array
     made_B: jax.Array  # ids written, EOS among them
+    limit_B: jax.Array  # ids to write
     why_B: jax.Array
     used_BV: jax.Array  # ids that occur in the text
     utf8_B: jax.Array
     tail_BT: jax.Array  # the newest ids that were written, for stop strings
     costs: Costs
+
+
+def begun(memory, seed_B, limit_B, used_BV, utf8_B, longest: int, groups: int) -> State:
+    """The state of rows after their prompts; a row without bytes to write has ended.
+
+    longest: bytes of a stop string. groups: of devices.
+    """
+    rows = len(limit_B)
+    return State(
+        memory,
+        jax.vmap(random_key)(seed_B),
+        jnp.zeros(rows, jnp.int32),
+        limit_B,
+        jnp.where(limit_B > 0, RUNNING, AT_LIMIT).astype(jnp.int32),
+        used_BV,
+        utf8_B,
+        jnp.full((rows, longest), -2, jnp.int32),
+        Costs(*(jnp.zeros(groups, jnp.int32) for _ in range(3))),
+    )
 
 
 class Written(NamedTuple):
@@ -85,11 +106,15 @@ def written_by(rows: int, chunk: int) -> Written:
     )
 
 
-def added(out: Written, values, at_BQ, kept_BQ) -> tuple[jax.Array, ...]:
-    """The arrays of the output with new values, [B] or [B, Q], where they are kept."""
+def added(out: Written, kept_BQ, ids_BQ, logits_BQV, entropies_BQ, opens_BQ) -> Written:
+    """The output with new ids, chosen from these logits, where they are kept: a row's first."""
+    at_BQ = out.count_B[:, None] + jnp.arange(ids_BQ.shape[1])[None]
     places = kept_places(out.ids_BN.shape, at_BQ, kept_BQ)
-    new = zip(out[1:], values, strict=True)
-    return tuple(x_BN.at[places].set(x_BQ, mode="drop") for x_BN, x_BQ in new)
+    log_probs_BQV = jax.nn.log_softmax(logits_BQV, axis=-1)
+    log_probs_BQ = jnp.take_along_axis(log_probs_BQV, ids_BQ[..., None], axis=-1)[..., 0]
+    new = zip(out[1:], (ids_BQ, log_probs_BQ, entropies_BQ, opens_BQ), strict=True)
+    count_B = out.count_B + kept_BQ.sum(axis=1, dtype=jnp.int32)
+    return Written(count_B, *(x_BN.at[places].set(x_BQ, mode="drop") for x_BN, x_BQ in new))
 
 
 def kept_places(shape, at_BQ, kept_BQ):
@@ -98,8 +123,22 @@ def kept_places(shape, at_BQ, kept_BQ):
     Out of bounds in the columns alone is not enough: with --xla_gpu_deterministic_ops XLA writes
     such an entry to the start of the next row.
     """
-    row_BQ = jnp.arange(shape[0]).reshape(-1, *[1] * (at_BQ.ndim - 1))
-    return jnp.where(kept_BQ, row_BQ, shape[0]), jnp.where(kept_BQ, at_BQ, shape[1])
+    row_B1 = jnp.arange(shape[0])[:, None]
+    return jnp.where(kept_BQ, row_B1, shape[0]), jnp.where(kept_BQ, at_BQ, shape[1])
+
+
+def endings(asked: Asked, state: State, ids_BQ):
+    """int32 [B, Q]: the reason why a row would end with each byte, if it came so far."""
+    queries, longest = ids_BQ.shape[1], state.tail_BT.shape[1]
+    tail_BT = jnp.concatenate([state.tail_BT, ids_BQ], axis=1)
+    upto_BQT = jnp.stack([tail_BT[:, q + 1 : q + 1 + longest] for q in range(queries)], axis=1)
+    stops_11ZT = asked.stops_ZT[None, None]
+    same_BQZT = (upto_BQT[:, :, None] == stops_11ZT) | (stops_11ZT < 0)
+    stopped_BQ = (same_BQZT.all(axis=-1) & (stops_11ZT[..., -1] >= 0)).any(axis=-1)
+    made_BQ = state.made_B[:, None] + 1 + jnp.arange(queries)[None]
+    why_BQ = jnp.where(made_BQ >= state.limit_B[:, None], AT_LIMIT, RUNNING)
+    why_BQ = jnp.where(stopped_BQ, AT_STOP, why_BQ)
+    return jnp.where(ids_BQ == EOS, AT_EOS, why_BQ)
 
 
 def when(condition, change, state):
@@ -121,14 +160,6 @@ def close_patches(model: CachedBLT, params, state: State) -> State:
     )
 
 
-def close_waiting(model: CachedBLT, params, state: State) -> State:
-    """`close_patches`, if enough rows wait."""
-    active_B = state.why_B == RUNNING
-    waiting_B = active_B & state.memory.closes_B
-    enough = waiting_B.any() & (2 * waiting_B.sum() >= active_B.sum())
-    return when(enough, lambda state: close_patches(model, params, state), state)
-
-
 def sound(logits_V, entropy):
     """Whether logits [..., V], and the entropy [...] before them, are finite."""
     return jnp.isfinite(logits_V).all(axis=-1) & jnp.isfinite(entropy)
@@ -137,7 +168,10 @@ def sound(logits_V, entropy):
 def tick(model, steps: Steps, params, asked: Asked, state: State, out: Written):
     """Generates one byte in each row that can, after a latent step if one is due."""
     if model.patched:
-        state = close_waiting(model, params, state)
+        active_B = state.why_B == RUNNING
+        waiting_B = active_B & state.memory.closes_B
+        enough = waiting_B.any() & (2 * waiting_B.sum() >= active_B.sum())
+        state = when(enough, lambda state: close_patches(model, params, state), state)
     return write_bytes(model, steps, params, asked, state, out)
 
 
@@ -152,34 +186,21 @@ def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Wr
     # An argmax would take a NaN for the likeliest id, which may well be EOS.
     sound_B = sound(logits_BV, entropy_B)
     broken_B, go_B = go_B & ~sound_B, go_B & sound_B
-    left_B = asked.limit_B - state.made_B
+    left_B = state.limit_B - state.made_B
     drawn_BV = candidates(steps, asked.numbers, logits_BV, state.used_BV, state.utf8_B, left_B)
     id_B = chosen(steps, drawn_BV, state.keys_B, state.made_B)
+    opens_B = memory.opens_B if patches else jnp.zeros_like(go_B)
+    new = (go_B, id_B, logits_BV, entropy_B, opens_B)
+    out = added(out, *(x_B[:, None] for x_B in new))
 
-    log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-    values = (
-        id_B,
-        jnp.take_along_axis(log_probs_BV, id_B[:, None], axis=1)[:, 0],
-        entropy_B,
-        memory.opens_B if patches else jnp.zeros_like(go_B),
-    )
-    out = Written(out.count_B + go_B, *added(out, values, out.count_B, go_B))
-
-    made_B = state.made_B + go_B
-    tail_BT = jnp.concatenate([state.tail_BT[:, 1:], id_B[:, None]], axis=1)
-    tail_BT = jnp.where(go_B[:, None], tail_BT, state.tail_BT)
-    stops_1ZT = asked.stops_ZT[None]
-    same_BZT = (tail_BT[:, None] == stops_1ZT) | (stops_1ZT < 0)
-    stopped_B = (same_BZT.all(axis=-1) & (stops_1ZT[..., -1] >= 0)).any(axis=-1)
-    why_B = jnp.where(made_B >= asked.limit_B, AT_LIMIT, RUNNING)
-    why_B = jnp.where(stopped_B, AT_STOP, why_B)
-    why_B = jnp.where(id_B == EOS, AT_EOS, why_B)
+    why_B = endings(asked, state, id_B[:, None])[:, 0]
     why_B = jnp.where(go_B, why_B, jnp.where(broken_B, NOT_FINITE, state.why_B))
+    tail_BT = jnp.concatenate([state.tail_BT[:, 1:], id_B[:, None]], axis=1)
     state = state._replace(
         memory=memory,
-        made_B=made_B,
+        made_B=state.made_B + go_B,
         why_B=why_B,
-        tail_BT=tail_BT,
+        tail_BT=jnp.where(go_B[:, None], tail_BT, state.tail_BT),
         costs=state.costs.plus(0, 0, go_B.sum()),
     )
     if steps.valid_utf8:
@@ -187,41 +208,43 @@ def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Wr
         next_B = jnp.maximum(jnp.asarray(UTF8_NEXT)[state.utf8_B, byte_B], 0)
         state = state._replace(utf8_B=jnp.where(go_B, next_B, state.utf8_B))
     if steps.penalises:
-        is_id_BV = jnp.arange(VOCABULARY)[None] == id_B[:, None]
+        is_id_BV = jax.nn.one_hot(id_B, VOCABULARY, dtype=bool)
         state = state._replace(used_BV=state.used_BV | (is_id_BV & go_B[:, None]))
     # A row that has ended is not advanced: its memory is that of the text before its last id.
     memory = model.advance(params, state.memory, id_B, go_B & (why_B == RUNNING))
     return state._replace(memory=memory), out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def run(model, steps: Steps, chunk: int, params, asked: Asked, state: State):
-    """Ticks until a row has generated `chunk` ids, all have ended, or one needs more room.
+def filled(model, ahead: int, chunk: int, write, state: State, *more):
+    """Repeats write(state, out, *more) -> (state, out, *more), which writes at most `ahead` ids per
+    row, until a row has no room for so many in `chunk`, all have ended, or one needs more memory.
 
     Returns the state, the output, and bool [B, 2]: whether a row needs room for patches, and
-    for bytes of an open one. Groups of devices stop independently.
+    for bytes of an open one.
     """
 
     def full(state: State):
         running_B1 = (state.why_B == RUNNING)[:, None]
         if not model.patched:
             return running_B1 & np.zeros((1, 2), bool)
-        return model.full(state.memory) & running_B1
+        return model.full(state.memory, ahead) & running_B1
 
     def goes_on(carry):
-        state, out = carry
-        return (state.why_B == RUNNING).any() & (out.count_B.max() < chunk) & ~full(state).any()
+        state, out, *_ = carry
+        roomy = (out.count_B.max() + ahead <= chunk) & ~full(state).any()
+        return (state.why_B == RUNNING).any() & roomy
 
-    def write(weights, rows):
-        params, numbers, stops_ZT = weights
-        limit_B, state = rows
-        asked = Asked(numbers, limit_B, stops_ZT)
+    carry = (state, written_by(len(state.why_B), chunk), *more)
+    state, out, *_ = jax.lax.while_loop(goes_on, lambda carry: write(*carry), carry)
+    return state, out, full(state)
 
-        def body(carry):
-            return tick(model, steps, params, asked, *carry)
 
-        begun = (state, written_by(state.why_B.shape[0], chunk))
-        state, out = jax.lax.while_loop(goes_on, body, begun)
-        return state, out, full(state)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def run(model, steps: Steps, chunk: int, params, asked: Asked, state: State):
+    """Ticks until a row has generated `chunk` ids, all have ended, or one needs more room; returns
+    the same as `filled`. Groups of devices stop independently."""
 
-    return in_groups(write, (params, asked.numbers, asked.stops_ZT), (asked.limit_B, state))
+    def write(weights, state):
+        return filled(model, 1, chunk, functools.partial(tick, model, steps, *weights), state)
+
+    return in_groups(write, (params, asked), state)

@@ -10,6 +10,7 @@ The last two are the loop's two parts apart: the loop runs the first for each by
 each patch, and the cost of a byte follows from both.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,23 +22,19 @@ from bltjax.config.fields import divides
 from bltjax.config.model import ModelConfig
 from bltjax.families import family_of, traced_shapes
 from bltjax.inference.decoding.loop import (
-    RUNNING,
+    STOPS,
     Asked,
-    Costs,
     State,
+    begun,
     close_patches,
     run,
     write_bytes,
     written_by,
 )
 from bltjax.inference.decoding.placement import in_groups, row_shardings, weight_shardings
+from bltjax.inference.decoding.prefill import CHUNK, SHORTEST, prefill, score
 from bltjax.inference.decoding.sampling import GREEDY
-from bltjax.system.environment import random_key
 from bltjax.text.alphabet import VOCABULARY
-
-CHUNK = 32  # bytes per call of the loop
-OPEN_SLOTS = 64  # bytes that an open patch may have
-STOPS = (4, 16)  # stop strings, and their bytes
 
 
 class Programs(NamedTuple):
@@ -86,50 +83,35 @@ def decoder_programs(
     def described(tree):
         return lying(tree, row_shardings(tree, mesh))
 
-    def apart(function, **settings):
-        """A function of weights and rows, jitted."""
-        return jax.jit(lambda weights, rows: in_groups(function, weights, rows), **settings)
-
+    @functools.partial(jax.jit, donate_argnums=1)
     def write(weights, rows):
-        params, numbers, stops_ZT = weights
-        limit_B, *state_and_out = rows
-        asked = Asked(numbers, limit_B, stops_ZT)
-        return write_bytes(model, GREEDY.steps, params, asked, *state_and_out)
+        def of_group(weights, rows):
+            return write_bytes(model, GREEDY.steps, *weights, *rows)
 
+        return in_groups(of_group, weights, rows)
+
+    @functools.partial(jax.jit, donate_argnums=1)
     def close(weights, state):
-        return close_patches(model, weights, state)
+        return in_groups(functools.partial(close_patches, model), weights, state)
 
-    begin = min(patches, prompt)  # patches that a prompt may have
-    score = apart(lambda weights, rows: model.score(weights, *rows))
-    prefill = apart(lambda weights, scored: model.prefill(weights, scored, begin, OPEN_SLOTS))
     texts = described(
         tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, prompt), (rows,)))
     )
+    # Patches that a prompt may have, and bytes of its open patch.
+    shape = (model, min(patches, prompt), SHORTEST)
 
-    def begun(memory) -> State:
-        """The state of rows after a prompt, with zeros for all but the memory."""
-        integers_B = jnp.zeros(rows, jnp.int32)
-        return State(
-            model.grown(memory, patches, OPEN_SLOTS),
-            jax.vmap(random_key)(integers_B),
-            integers_B,
-            integers_B + RUNNING,
-            jnp.zeros((rows, VOCABULARY), bool),
-            integers_B,
-            jnp.zeros((rows, STOPS[1]), jnp.int32),
-            Costs(*(jnp.zeros(mesh.shape["data"], jnp.int32) for _ in range(3))),
-        )
+    def state_after(memory) -> State:
+        zeros_B, used_BV = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, VOCABULARY), bool)
+        memory = model.grown(memory, patches, SHORTEST)
+        return begun(memory, zeros_B, zeros_B, used_BV, zeros_B, STOPS[1], mesh.shape["data"])
 
     with jax.set_mesh(mesh):
-        scored = described(jax.eval_shape(score, weights, texts))
-        memory = jax.eval_shape(prefill, weights, scored)
-        state = described(jax.eval_shape(begun, memory))
+        scored = described(jax.eval_shape(functools.partial(score, model), weights, *texts))
+        memory = jax.eval_shape(functools.partial(prefill, *shape), weights, scored)
+        state = described(jax.eval_shape(state_after, memory))
         everywhere = NamedSharding(mesh, PartitionSpec())
-        asked = Asked(
-            GREEDY.numbers,
-            described(texts[1]),
-            jax.ShapeDtypeStruct(STOPS, jnp.int32, sharding=everywhere),
-        )
+        stops_ZT = jax.ShapeDtypeStruct(STOPS, jnp.int32, sharding=everywhere)
+        asked = Asked(GREEDY.numbers, stops_ZT)
         out = described(jax.eval_shape(lambda: written_by(rows, CHUNK)))
 
     def lowering(jitted, *arguments):
@@ -139,12 +121,11 @@ def decoder_programs(
 
         return lower
 
-    whole = (weights, asked.numbers, asked.stops_ZT)
     lower = {
-        "score": lowering(score, weights, texts),
-        "prefill": lowering(prefill, weights, scored),
+        "score": lowering(score, model, weights, *texts),
+        "prefill": lowering(prefill, *shape, weights, scored),
         "loop": lowering(run, model, GREEDY.steps, CHUNK, weights, asked, state),
-        "byte": lowering(apart(write, donate_argnums=1), whole, (asked.limit_B, state, out)),
-        "patch": lowering(apart(close, donate_argnums=1), weights, state),
+        "byte": lowering(write, (weights, asked), (state, out)),
+        "patch": lowering(close, weights, state),
     }
     return Programs(lower, weights, state)

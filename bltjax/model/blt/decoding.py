@@ -30,7 +30,7 @@ from bltjax.model.blt.latent_transformer import LatentTransformer, unscanned
 from bltjax.model.blt.local_decoder import LocalDecoder
 from bltjax.model.blt.local_encoder import LocalEncoder
 from bltjax.model.blt.model import BLT
-from bltjax.model.byte_decoding import Scorer
+from bltjax.model.byte_decoding import Scorer, cut, newest
 from bltjax.model.params import narrowed
 from bltjax.text.patching import Cursor, cursor_at, force_starts, next_starts, trace_starts
 from bltjax.text.segments import index_like
@@ -82,6 +82,12 @@ def rows_where(go_B, new, old):
     return jax.tree.map(chosen, new, old)
 
 
+def changed_rows(memory: Memory, go_B, **changes) -> Memory:
+    """The memory with new values of some fields, in the rows in go_B."""
+    before = {name: getattr(memory, name) for name in changes}
+    return memory._replace(**rows_where(go_B, changes, before))
+
+
 @dataclass(frozen=True)
 class CachedBLT:
     """The incremental decoder of a BLT: `prefill` of whole prompts, then one byte per step."""
@@ -95,13 +101,19 @@ class CachedBLT:
     extra: int = 0  # slots of the rings beyond their windows
     implementation: str | None = None  # of attention over whole prompts
 
-    @property
-    def encoder(self) -> LocalEncoder:
-        return LocalEncoder(self.config, self.dtype, None)
+    # The parts with their weights, as functions: they are bound where they are called.
 
-    @property
-    def decoder(self) -> LocalDecoder:
-        return LocalDecoder(self.config, self.dtype, None)
+    def encoder(self, params) -> LocalEncoder:
+        weights = {"params": params["model"]["encoder"]}
+        return LocalEncoder(self.config, self.dtype, None).bind(weights)
+
+    def latent(self, params) -> LatentTransformer:
+        weights = {"params": params["model"]["latent"]}
+        return LatentTransformer(self.config, self.dtype, None, 1, scanned=False).bind(weights)
+
+    def decoder(self, params) -> LocalDecoder:
+        weights = {"params": params["model"]["decoder"]}
+        return LocalDecoder(self.config, self.dtype, None).bind(weights)
 
     def prepared(self, params, scorer_params) -> dict:
         """Parameters for decoding: latent layers unstacked, all but norms cast; the scorer's."""
@@ -148,12 +160,9 @@ class CachedBLT:
         kept = out["kept"]
 
         # The open patch: its bytes' states, the oldest first.
-        at_BT = (length_B - scored.open_B)[:, None] + jnp.arange(open_slots)[None]
-        at_BT1 = jnp.minimum(at_BT, length - 1)[..., None]
-        opened = [jnp.take_along_axis(x_BNE, at_BT1, axis=1) for x_BNE in out["layer_states"]]
-        pooled, sources = self.encoder.apply(
-            {"params": params["model"]["encoder"]}, opened, method="offered"
-        )
+        begin_B = length_B - scored.open_B
+        opened = [cut(x_BNE, begin_B, open_slots) for x_BNE in out["layer_states"]]
+        pooled, sources = self.encoder(params).offered(opened)
         inside_BT1 = (jnp.arange(open_slots)[None] < scored.open_B[:, None])[..., None]
         pooled = tuple(
             jnp.where(inside_BT1, x, -jnp.inf).max(axis=1, keepdims=True) for x in pooled
@@ -166,26 +175,16 @@ class CachedBLT:
             latent.rope_theta,
             latent.rope_scaling,
         )
-        last_B11 = (scored.closed_B - 1)[:, None, None]
-        reads = self.decoder.apply(
-            {"params": params["model"]["decoder"]},
-            jnp.take_along_axis(out["latent_BPD"], last_B11, axis=1),
-            method="sources",
-        )
-        past_BT = jnp.pad(bytes_BN, ((0, 0), (HISTORY, 0)))
-        past_BT = jnp.take_along_axis(
-            past_BT, length_B[:, None] + jnp.arange(HISTORY)[None], axis=1
-        )
-        last_B11 = (length_B - 1)[:, None, None]
+        last_B1D = cut(out["latent_BPD"], scored.closed_B - 1, 1)
         return Memory(
-            past_BT=past_BT,
+            past_BT=newest(bytes_BN, length_B, HISTORY),
             count_B=length_B,
             scorer=scored.scorer,
             context_B=scored.context_B,
             cursor=scored.cursor,
             opens_B=scored.open_B == 0,
             encoder=tuple(ring_of(k, v, length_B, *rings) for k, v in kept["encoder"]),
-            state_B1E=jnp.take_along_axis(out["states_BNE"], last_B11, axis=1),
+            state_B1E=cut(out["states_BNE"], length_B - 1, 1),
             open_B=scored.open_B,
             pooled=pooled,
             offered=tuple(Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in sources),
@@ -194,7 +193,7 @@ class CachedBLT:
                 Cache(rotate(k, angles).swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in kept["latent"]
             ),
             patches_B=scored.closed_B,
-            reads=reads,
+            reads=self.decoder(params).sources(last_B1D),
             decoder=tuple(ring_of(k, v, length_B, *rings) for k, v in kept["decoder"]),
         )
 
@@ -223,22 +222,11 @@ class CachedBLT:
         slots = memory.offered[0].k_BJTC.shape[2] if memory.offered else 1
         seen_BPT = (jnp.arange(slots)[None] < memory.open_B[:, None])[:, None]
         pooled = tuple(jnp.where(go_B11, x_B1E, 0) for x_B1E in memory.pooled)
-        slots_BSE = self.encoder.apply(
-            {"params": params["model"]["encoder"]}, pooled, memory.offered, seen_BPT,
-            method="closed",
-        )  # fmt: skip
-        transformer = LatentTransformer(self.config, self.dtype, None, 1, scanned=False)
+        slots_BSE = self.encoder(params).closed(pooled, memory.offered, seen_BPT)
         # A row that does not go writes to the slot that its next patch will overwrite.
-        latent_BPD, latent = transformer.apply(
-            {"params": params["model"]["latent"]},
-            slots_BSE,
-            memory.patches_B[:, None],
-            memory.latent,
-            method="step",
-        )
-        reads = self.decoder.apply(
-            {"params": params["model"]["decoder"]}, latent_BPD, method="sources"
-        )
+        index_B1 = memory.patches_B[:, None]
+        latent_BPD, latent = self.latent(params).step(slots_BSE, index_B1, memory.latent)
+        reads = self.decoder(params).sources(latent_BPD)
         return memory._replace(
             open_B=jnp.where(go_B, 0, memory.open_B),
             pooled=tuple(jnp.where(go_B11, -jnp.inf, x_B1E) for x_B1E in memory.pooled),
@@ -250,14 +238,10 @@ class CachedBLT:
 
     def predict(self, params, memory: Memory):
         """(logits [B, V] of the next byte, memory); undefined in a row whose patch has to close."""
-        logits_BQV, caches = self.decoder.apply(
-            {"params": params["model"]["decoder"]},
-            memory.state_B1E,
-            memory.reads,
-            jnp.zeros((memory.count_B.shape[0], 1), jnp.int32),
-            self.places(memory.count_B - 1, 1),
-            memory.decoder,
-            method="step",
+        zero_B1 = jnp.zeros((memory.count_B.shape[0], 1), jnp.int32)
+        places = self.places(memory.count_B - 1, 1)
+        logits_BQV, caches = self.decoder(params).step(
+            memory.state_B1E, memory.reads, zero_B1, places, memory.decoder
         )
         return logits_BQV[:, 0], memory._replace(decoder=caches)
 
@@ -271,27 +255,24 @@ class CachedBLT:
             params["scorer"], past_BT, 1, memory.count_B, memory.context_B, memory.scorer
         )
         opens_B, cursor = next_starts(self.patching, memory.cursor, past_BT, entropies_BQ[:, 0])
-        apply = self.encoder.apply
-        weights = {"params": params["model"]["encoder"]}
-        places = self.places(memory.count_B, 1)
-        states, encoder = apply(weights, past_BT, places, memory.encoder, method="step")
-        pooled, sources = apply(weights, states, method="offered")
+        bound, places = self.encoder(params), self.places(memory.count_B, 1)
+        states, encoder = bound.step(past_BT, places, memory.encoder)
+        pooled, sources = bound.offered(states)
         offered = written(memory.offered, sources, memory.open_B[:, None])
-
-        changed = {
-            "past_BT": past_BT,
-            "count_B": memory.count_B + 1,
-            "context_B": context_BQ[:, 0],
-            "cursor": cursor,
-            "opens_B": opens_B,
-            "state_B1E": states[-1],
-            "open_B": memory.open_B + 1,
-            "pooled": tuple(map(jnp.maximum, memory.pooled, pooled)),
-            "closes_B": opens_B,
-        }
-        before = {name: old for name, old in memory._asdict().items() if name in changed}
-        changed = rows_where(go_B, changed, before)
-        return memory._replace(**changed, scorer=scorer, encoder=encoder, offered=offered)
+        memory = memory._replace(scorer=scorer, encoder=encoder, offered=offered)
+        return changed_rows(
+            memory,
+            go_B,
+            past_BT=past_BT,
+            count_B=memory.count_B + 1,
+            context_B=context_BQ[:, 0],
+            cursor=cursor,
+            opens_B=opens_B,
+            state_B1E=states[-1],
+            open_B=memory.open_B + 1,
+            pooled=tuple(map(jnp.maximum, memory.pooled, pooled)),
+            closes_B=opens_B,
+        )
 
 
 def cached_blt(
