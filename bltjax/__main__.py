@@ -148,7 +148,7 @@ def run() -> typing.NoReturn:
     processes = sys.modules.get("bltjax.distributed.processes")  # not before jax could be imported
     # A second Ctrl-C waits for no thread either.
     if code and processes and (code == processes.CTRL_C or processes.joined()):
-        processes.leave(code)
+        processes.exit_now(code)
     sys.exit(code)
 
 

@@ -24,7 +24,7 @@ from etils import epath
 
 from bltjax.config.arguments import path_argument
 from bltjax.convert.verify import verify
-from bltjax.distributed.processes import leave
+from bltjax.distributed.processes import exit_now
 from bltjax.families import family_of, model_shapes
 from bltjax.inference.serving import (
     FOLDER,
@@ -144,7 +144,7 @@ def convert(
         check_room(destination, files.bytes * (2 if to == "meta" else 1))
     with held(
         hidden_beside(destination, "lock"), "convert", name=str(destination),
-        instead="another destination", lost=functools.partial(leave, 1), take_over=take_over,
+        instead="another destination", lost=functools.partial(exit_now, 1), take_over=take_over,
     ):  # fmt: skip
         check_absent(destination)  # another process may have finished it
         write_whole(files, programs, destination, to)

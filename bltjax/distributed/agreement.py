@@ -10,7 +10,7 @@ import jaxlib
 
 from bltjax.config.fields import differences
 from bltjax.distributed.coordinator import process_index
-from bltjax.distributed.processes import gathered, is_writer
+from bltjax.distributed.processes import allgather_json, is_primary
 
 
 def code_version() -> str:
@@ -29,13 +29,13 @@ def check_agreement(settings: dict) -> None:
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "sources": code_version()}
     mine = {"bltjax": settings, "versions": versions}
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
-    digests = gathered("comparing settings", digest)
+    digests = allgather_json("comparing settings", digest)
     if len(set(digests)) == 1:
         return
     # Whole settings are sent only now: by process 0, and by those that differ from it.
     differs = digests[process_index()] != digests[0]
-    told = gathered(
-        "comparing settings", [socket.gethostname(), mine if differs or is_writer() else None]
+    told = allgather_json(
+        "comparing settings", [socket.gethostname(), mine if differs or is_primary() else None]
     )
     lines = []
     for index, (host, theirs) in enumerate(told):

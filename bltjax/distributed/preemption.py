@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bltjax.distributed.processes import together
+from bltjax.distributed.processes import compile_in_lockstep
 from bltjax.distributed.sharding import AXES, replicated
 
 NONE, TERMINATED, INTERRUPTED = range(3)  # the highest of several signals counts
@@ -37,7 +37,7 @@ class Notice:
             )
             for answer in (NONE, TERMINATED, INTERRUPTED)
         ]
-        self.anyone = together(jax.jit(jnp.max, out_shardings=replicated(mesh)))
+        self.anyone = compile_in_lockstep(jax.jit(jnp.max, out_shardings=replicated(mesh)))
 
     def asked(self) -> jax.Array:
         """Whether any process has received a signal by now: a device scalar to be read later."""

@@ -1,8 +1,8 @@
 """Many processes as one job: how they connect, agree, and exit.
 
-`join` is called before jax touches a device. On Cloud TPU, GKE and SLURM jax itself knows the
+`initialize` is called before jax touches a device. On Cloud TPU, GKE and SLURM jax itself knows the
 coordinator, the number of processes and this process's index; elsewhere three options give them.
-From then on only process 0 prints and writes (`is_writer`); the output of the others is dropped,
+From then on only process 0 prints and writes (`is_primary`); the output of the others is dropped,
 except for errors. Processes exchange small JSON values through the coordinator's key-value store,
 which works while no device does.
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def join(args: argparse.Namespace) -> None:
+def initialize(args: argparse.Namespace) -> None:
     """Connects this process to the others, if the options or the cluster name any.
 
     Raises:
@@ -88,11 +88,11 @@ def join(args: argparse.Namespace) -> None:
         join_at(args.coordinator, args.processes, args.process, args.join_seconds)
     if process_count() > 1:
         forget_programs()
-    if not is_writer():
+    if not is_primary():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
 
 
-def placed(args: argparse.Namespace) -> tuple[int, int]:
+def process_place(args: argparse.Namespace) -> tuple[int, int]:
     """Index of this process and number of processes, without connecting to the others.
 
     For work that is divided and not shared: a lost or late process delays no other.
@@ -137,7 +137,7 @@ def join_at(address: str, count: int, index: int, seconds: int) -> None:
     # A timeout inside jax aborts the process with a stack trace. Ours comes first.
     late = threading.Timer(
         max(1.0, deadline - time.monotonic()),
-        lambda: leave(
+        lambda: exit_now(
             RESTART,
             f"process {index} waited {seconds} s at the coordinator {address}, but not all of"
             f" {count} processes came. Check that each was started, with this address and"
@@ -172,7 +172,7 @@ def wait_for_listener(host: str, port: int, address: str, index: int, seconds: i
     )
 
 
-def is_writer() -> bool:
+def is_primary() -> bool:
     """Whether this process prints, and writes logs and configs."""
     return process_index() == 0
 
@@ -199,18 +199,18 @@ def describe(error: Exception) -> str:
     return str(error) if " " in str(error) else f"{type(error).__name__}: {error}".rstrip(": ")
 
 
-def leave(code: int, message: str = "") -> NoReturn:
+def exit_now(code: int, message: str = "") -> NoReturn:
     """Exits this process at once; an ordinary exit of jax would wait for the other processes."""
     if message:
         print(f"bltjax: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if is_writer() and joined():
+    if is_primary() and joined():
         time.sleep(1)  # without their coordinator the others abort, before they log why
     os._exit(code)
 
 
-def gathered(what: str, value: Any, seconds: int = AGREE_SECONDS) -> list:
+def allgather_json(what: str, value: Any, seconds: int = AGREE_SECONDS) -> list:
     """The value of every process, by process index; `what` names it in the error on a timeout.
 
     value: small, and JSON.
@@ -239,10 +239,10 @@ def gathered(what: str, value: Any, seconds: int = AGREE_SECONDS) -> list:
 
 def barrier(what: str, seconds: int = AGREE_SECONDS) -> None:
     """Returns once every process has called it."""
-    gathered(what, None, seconds)
+    allgather_json(what, None, seconds)
 
 
-def together(jitted: Callable) -> Callable:
+def compile_in_lockstep(jitted: Callable) -> Callable:
     """A jitted function that no process calls before all have compiled it.
 
     Processes may compile for minutes and finish far apart, but gloo allows 30 s for all of them to
@@ -267,16 +267,16 @@ def together(jitted: Callable) -> Callable:
     return call
 
 
-def from_writer(what: str, make: Callable[[], Any]) -> Any:
+def broadcast_from_primary(what: str, make: Callable[[], Any]) -> Any:
     """The value that process 0 makes, in every process; its ValueError or OSError is raised in
     all."""
     made, problem = None, ""
-    if is_writer():
+    if is_primary():
         try:
             made = make()
         except (ValueError, OSError) as error:
             problem, raised = str(error) or type(error).__name__, error
-    made, problem = gathered(what, [made, problem])[0]
+    made, problem = allgather_json(what, [made, problem])[0]
     if problem:
-        raise raised if is_writer() else ValueError(problem)
+        raise raised if is_primary() else ValueError(problem)
     return made

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 
-def own_rows(sharding: NamedSharding, rows: int) -> list[int]:
+def local_rows(sharding: NamedSharding, rows: int) -> list[int]:
     """The rows, in order, that lie on devices of this process."""
     places = sharding.addressable_devices_indices_map((rows,)).values()
     return sorted({row for (place,) in places for row in range(rows)[place]})
@@ -18,7 +18,7 @@ def own_rows(sharding: NamedSharding, rows: int) -> list[int]:
 
 def global_batch(batch, sharding: NamedSharding, rows: int):
     """Global arrays [rows, ...] from the [own rows, ...] that each process has built."""
-    own = own_rows(sharding, rows)
+    own = local_rows(sharding, rows)
     place_of = {row: place for place, row in enumerate(own)}
 
     places = sharding.addressable_devices_indices_map((rows,))
@@ -34,8 +34,8 @@ def global_batch(batch, sharding: NamedSharding, rows: int):
     return jax.tree.map(array, batch)
 
 
-def own_part(batch, sharding: NamedSharding):
+def to_global(batch, sharding: NamedSharding):
     """Global arrays of a batch that every process holds in full."""
     rows = len(batch.documents_BN)
-    own = own_rows(sharding, rows)
+    own = local_rows(sharding, rows)
     return global_batch(jax.tree.map(lambda array: array[own], batch), sharding, rows)

@@ -13,7 +13,7 @@ import time
 
 from bltjax.distributed import coordinator
 from bltjax.distributed.coordinator import joined, process_count, process_index
-from bltjax.distributed.processes import RESTART, leave
+from bltjax.distributed.processes import RESTART, exit_now
 
 BEAT_SECONDS = 5.0
 FOLDER = "bltjax/heartbeat/"
@@ -52,7 +52,7 @@ class Watchdog:
             since, _, _, seconds = self.last
             stands = time.monotonic() - since
             if stands > seconds:
-                leave(RESTART, f"nothing has happened for {stands:.0f} s. {self.diagnosis()}")
+                exit_now(RESTART, f"nothing has happened for {stands:.0f} s. {self.diagnosis()}")
 
     def beat(self) -> None:
         if joined():

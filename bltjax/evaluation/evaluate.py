@@ -118,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("evaluate takes its config from the work directory; drop --config.*")
-    processes.join(args)
+    processes.initialize(args)
     config, run = read_config(args.workdir), read_run(args.workdir)
     if args.source:
         sources = [source_from(args)]
@@ -126,7 +126,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         sources = list(run.data.eval.values())
     else:
         raise ValueError(f"{args.workdir} has no held-out source in its config; give --source")
-    if processes.is_writer():
+    if processes.is_primary():
         read = [("the evaluation", source.path) for source in sources]
         check_outputs({"--out": args.out}, read, model=args.workdir)
     opened = [open_source(source, skip_bad=args.skip_bad) for source in sources]
@@ -158,6 +158,6 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             print(f"  {name.replace('_', ' '):28s}{bits:8.4f} bits per byte")
         seconds, compiled = result["seconds"], result["compile_seconds"]
         logger.info("  %s", speed(result["text_bytes"], seconds, compiled))
-    if args.out and processes.is_writer():
+    if args.out and processes.is_primary():
         told = results if len(results) > 1 else results[0]
         write_text(args.out, json.dumps(told, allow_nan=False) + "\n")

@@ -16,8 +16,8 @@ from bltjax.config.run import MeshConfig
 from bltjax.data.batches import Batch
 from bltjax.data.pipeline import held_out_batches
 from bltjax.data.records import Document
-from bltjax.distributed.processes import is_writer, together
-from bltjax.distributed.rows import own_part
+from bltjax.distributed.processes import compile_in_lockstep, is_primary
+from bltjax.distributed.rows import to_global
 from bltjax.distributed.sharding import make_mesh, replicated, row_sharding, tree_shardings, under
 from bltjax.families import Model, batch_logits, check_mesh, model_shapes, module_of, resolved
 from bltjax.inference.entropy import PREVIEW, device_of, scored_source, scorer_of
@@ -101,7 +101,7 @@ def jitted_scores(model, shardings, mesh: Mesh):
 def held_out_bits(scores, params, batches, sharding) -> float:
     total = [0.0, 0.0]
     for batch in batches:
-        sums = jax.device_get(scores(params, own_part(batch, sharding)))
+        sums = jax.device_get(scores(params, to_global(batch, sharding)))
         total[0] += float(sums.text_nats)
         total[1] += float(sums.text_bytes)
     return total[0] / np.log(2.0) / max(total[1], 1.0)
@@ -133,13 +133,13 @@ def evaluate_documents(
     batches, cuts = held_out_batches(documents, data, config.patching)
     shardings = tree_shardings(model_shapes(config), mesh)
     module = module_of(resolved(config, mesh.devices.flat[0]))
-    scores = together(jitted_scores(module, shardings, mesh))
+    scores = compile_in_lockstep(jitted_scores(module, shardings, mesh))
 
     def sums_of(batch: Batch) -> Sums:
-        return jax.device_get(scores(params, own_part(batch, row_sharding(mesh))))
+        return jax.device_get(scores(params, to_global(batch, row_sharding(mesh))))
 
     nats = text_bytes = 0.0
-    progress = Progress("evaluating", len(batches), " batches", quiet=not is_writer())
+    progress = Progress("evaluating", len(batches), " batches", quiet=not is_primary())
     for batch in batches:
         before = compiling.seconds
         sums = sums_of(batch)

@@ -69,7 +69,7 @@ def write_entropies(
     with held(
         out / f".lock-{process}-of-{count}", f"entropies, {share}", name=f"{out}, {share},",
         instead="another --out, or each process its own number",
-        lost=functools.partial(processes.leave, 1), take_over=take_over,
+        lost=functools.partial(processes.exit_now, 1), take_over=take_over,
     ):  # fmt: skip
         model = load_entropy_model(byte_lm, newline_reset=newline_reset)
         documents = open_source(source, skip_bad=skip_bad)
@@ -104,7 +104,7 @@ def score_shards(
 ) -> None:
     """Scores and writes the shards that are not there, one on each device at a time."""
     total = sum(len(shard.documents) + shard.text_bytes for shard in shards)
-    progress = Progress("entropies", total, quiet=not processes.is_writer())
+    progress = Progress("entropies", total, quiet=not processes.is_primary())
     config, lock, devices = model.model.config.model, threading.Lock(), queue.SimpleQueue()
     for device in jax.local_devices():
         devices.put((device, jax.device_put(model.model.params, device)))
@@ -174,7 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("entropies takes its model from --byte_lm; it has no --config settings")
-    process, count = processes.placed(args)
+    process, count = processes.process_place(args)
     manifest = write_entropies(
         source_from(args),
         args.byte_lm,

@@ -24,7 +24,7 @@ from bltjax.config.data import SourceConfig
 from bltjax.config.model import Patching
 from bltjax.data.records import NEWLINE_RESET, Document, RecordDocuments
 from bltjax.data.sources.by_path import Documents, open_source
-from bltjax.distributed.processes import is_writer
+from bltjax.distributed.processes import is_primary
 from bltjax.families import Model, family_of, make_model
 from bltjax.inference.finite import first_not_finite, not_finite
 from bltjax.model.byte_cnn import table_entropies
@@ -251,7 +251,7 @@ def scored_source(
         raise ValueError(f"{source.path} is raw text: entropy patching needs a byte LM to score it")
     texts = [documents[i].text for i in range(len(documents))]
     total = sum(len(text) + 1 for text in texts)
-    progress = Progress(f"scoring {source.path}", total, quiet=not is_writer())
+    progress = Progress(f"scoring {source.path}", total, quiet=not is_primary())
     entropies, _ = score_documents(
         byte_lm.model.config.model,
         byte_lm.model.params,

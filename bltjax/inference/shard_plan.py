@@ -50,7 +50,7 @@ def make_plan(
 ) -> tuple[dict, list[Shard]]:
     """The scoring plan, the same for every process; and the shards in the folder `out`."""
     lengths, checksum = [], 0
-    progress = Progress("reading", len(documents), " documents", quiet=not processes.is_writer())
+    progress = Progress("reading", len(documents), " documents", quiet=not processes.is_primary())
     for index in range(len(documents)):
         text = documents[index].text
         lengths.append(len(text))

@@ -25,7 +25,7 @@ from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Futur
 
 from bltjax.config.run import FaultsConfig, RunConfig
 from bltjax.distributed.coordinator import process_count
-from bltjax.distributed.processes import describe, leave, lost_another, together
+from bltjax.distributed.processes import compile_in_lockstep, describe, exit_now, lost_another
 from bltjax.training.step import TrainState
 from bltjax.weights.damage import FORMAT, stored_name, unsealed_file
 from bltjax.weights.workdir import in_chunks, sealed
@@ -45,7 +45,7 @@ def failure_ends_process():
     except Exception as error:  # Orbax and its storage raise many kinds
         # The loop itself detects the loss of another process.
         if process_count() > 1 and not lost_another(error):
-            leave(1, f"a checkpoint can't be written: {describe(error)}")
+            exit_now(1, f"a checkpoint can't be written: {describe(error)}")
         raise
 
 
@@ -159,7 +159,7 @@ def make_manager(workdir: Path, config: RunConfig) -> ocp.CheckpointManager:
     )
 
 
-@together
+@compile_in_lockstep
 @jax.jit
 def checksums(tree) -> list[jax.Array]:
     """uint32 of each leaf, which changes if any one element changes."""

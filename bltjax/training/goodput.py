@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 import jax
 from etils import epath
 
-from bltjax.distributed.processes import is_writer
+from bltjax.distributed.processes import is_primary
 from bltjax.system.paths import is_remote
 from bltjax.system.storage import read_json, scratch, write_text
 
@@ -114,7 +114,7 @@ class Goodput:
         """Writes the sums. ended: whether the run stops here on request, so that a pause is no
         restart."""
         self.charge(self.rest)
-        if is_writer():
+        if is_primary():
             told = {"seconds": self.seconds, "saved": self.saved, "until": time.time()}
             # A disk sync would delay the steps, and a loss by a power failure doesn't matter here.
             write_text(self.path, json.dumps(told | {"ended": ended}) + "\n", durable=False)

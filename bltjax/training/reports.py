@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from bltjax.config.run import RunConfig
-from bltjax.distributed.processes import is_writer
+from bltjax.distributed.processes import is_primary
 from bltjax.families import model_config
 from bltjax.model.flops import utilisation
 from bltjax.model.loss import Sums
@@ -33,7 +33,7 @@ class Reporter:
     """
 
     def __init__(self, workdir: epath.Path, first_step: int):
-        self.writes = is_writer()
+        self.writes = is_primary()
         if not self.writes:
             return
         self.workdir, self.folder, self.uploaded = workdir, Path(workdir), time.monotonic()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from bltjax.distributed.processes import Restart, from_writer, gathered
+from bltjax.distributed.processes import Restart, allgather_json, broadcast_from_primary
 from bltjax.training.checkpoint import (
     StreamsHandler,
     StreamsRestore,
@@ -105,14 +105,14 @@ def restore_newest(workdir: Path, target: TrainState, streams: list[int]) -> Res
         that isn't damage, in any process.
       Restart: if the storage doesn't answer.
     """
-    steps = from_writer("looking for checkpoints", lambda: saved_steps(workdir))
+    steps = broadcast_from_primary("looking for checkpoints", lambda: saved_steps(workdir))
     while steps:
         folder, restored, mine = workdir / "checkpoints" / str(steps[-1]), None, None
         try:
             restored = restore(folder, target, streams)
         except Exception as error:  # Orbax and its storage raise many kinds
             mine = why_not(folder, error)
-        reasons = [Reason(*r) for r in gathered("restoring a checkpoint", mine) if r]
+        reasons = [Reason(*r) for r in allgather_json("restoring a checkpoint", mine) if r]
         if not reasons and (text := damage(restored)):  # of global arrays: alike everywhere
             reasons = [Reason("damaged", text)]
         if not reasons:
@@ -126,7 +126,7 @@ def restore_newest(workdir: Path, target: TrainState, streams: list[int]) -> Res
                 f"{folder} can't be restored: {told}\nIt is the only one left. Start again"
                 " in another --workdir, or restore the files."
             )
-        moved = from_writer(
+        moved = broadcast_from_primary(
             "moving a checkpoint aside", functools.partial(move_aside, workdir, folder)
         )
         print(f"{folder} is damaged: {told}\n  moved to {moved}; trying step {steps[-2]}")

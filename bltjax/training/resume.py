@@ -20,7 +20,7 @@ from bltjax.config.fields import (
 )
 from bltjax.config.run import OptimizerConfig, RunConfig
 from bltjax.distributed.coordinator import process_index
-from bltjax.distributed.processes import from_writer, gathered, is_writer
+from bltjax.distributed.processes import allgather_json, broadcast_from_primary, is_primary
 from bltjax.families import from_json
 from bltjax.system.paths import check_arrays_path, check_unused
 from bltjax.system.storage import check_writable
@@ -129,7 +129,9 @@ def check_workdir(workdir: Path, config: RunConfig) -> RunConfig | None:
       OSError: if it cannot be written.
     """
     mark = workdir / "checkpoints" / ".writable"
-    run = from_writer("checking the work directory", lambda: begin_workdir(workdir, config, mark))
+    run = broadcast_from_primary(
+        "checking the work directory", lambda: begin_workdir(workdir, config, mark)
+    )
     problem = ""
     try:
         if not mark.exists():
@@ -139,8 +141,8 @@ def check_workdir(workdir: Path, config: RunConfig) -> RunConfig | None:
         own.unlink()
     except OSError as error:
         problem = str(error)
-    problems = gathered("checking the work directory", problem)
-    if is_writer():
+    problems = allgather_json("checking the work directory", problem)
+    if is_primary():
         mark.unlink()
     for index, problem in enumerate(problems):
         if problem:

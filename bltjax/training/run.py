@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from bltjax.config.run import RunConfig
 from bltjax.distributed.coordinator import process_count
-from bltjax.distributed.processes import is_writer
+from bltjax.distributed.processes import is_primary
 from bltjax.inference.loaded import LoadedModel, load
 from bltjax.system.compiling import keep_programs
 from bltjax.system.environment import keep_buffers
@@ -68,7 +68,7 @@ def train_run(config: RunConfig, workdir, *, resume: bool = True) -> Run:
         LOGGER.warning("compiled programs are not cached: %s", reason)
     total = config.optimizer.steps
     initial = steps[-1] if steps else 0
-    with tqdm(total=total, unit="step", initial=initial, disable=not is_writer()) as bar:
+    with tqdm(total=total, unit="step", initial=initial, disable=not is_primary()) as bar:
 
         def watch(step: int, values: dict) -> None:
             if "held_out_bits_per_byte" in values:

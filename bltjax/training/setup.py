@@ -12,8 +12,13 @@ from bltjax.config.run import RunConfig
 from bltjax.data.batches import Batch
 from bltjax.data.pipeline import held_out_batches, training_batches, training_sources
 from bltjax.distributed.coordinator import process_count
-from bltjax.distributed.processes import barrier, from_writer, is_writer, together
-from bltjax.distributed.rows import own_rows
+from bltjax.distributed.processes import (
+    barrier,
+    broadcast_from_primary,
+    compile_in_lockstep,
+    is_primary,
+)
+from bltjax.distributed.rows import local_rows
 from bltjax.distributed.sharding import row_sharding
 from bltjax.families import family_of, training_flops
 from bltjax.inference.entropy import EntropyModel, scored_source
@@ -66,21 +71,21 @@ def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
     byte_lm = entropy_model(config, workdir)
     data, notes = config.data, []
     if resumed is not None:
-        notes += from_writer(
+        notes += broadcast_from_primary(
             "comparing copies", lambda: check_copies(resumed, config, workdir, byte_lm)
         )
     mesh, parts = mesh_and_parts(config)
     if config.mesh.tensor == 1:
         divides("the number of processes", process_count(), "data.batch_size", data.batch_size)
     rows, patching = row_sharding(mesh), placed_patches(config, workdir)
-    streams = own_rows(rows, data.batch_size)
+    streams = local_rows(rows, data.batch_size)
     sources = training_sources(data, byte_lm.identity if byte_lm else None)
     dataset = training_batches(data, patching, seed=config.seed, streams=streams, sources=sources)
-    fingerprints = from_writer(
+    fingerprints = broadcast_from_primary(
         "comparing sources", lambda: {name: found.fingerprint for name, found in sources.items()}
     )
     if resumed is not None:
-        saved = from_writer(
+        saved = broadcast_from_primary(
             "comparing sources", lambda: ckpt.newest_progress(workdir).get("sources", {})
         )
         notes += check_sources(resumed, config, workdir, saved, fingerprints)
@@ -114,9 +119,9 @@ def summary(setup: Setup) -> str:
 def claim(setup: Setup) -> None:
     """Writes the run's config, byte LM and tokenizer to its work directory."""
     config, workdir, patching = setup.config, setup.workdir, setup.patching
-    if is_writer():
+    if is_primary():
         ckpt.write_config(workdir, config)
-    if is_writer() and setup.resumed is None:
+    if is_primary() and setup.resumed is None:
         if setup.byte_lm:
             ckpt.save_params(workdir / "byte_lm", setup.byte_lm.model, 0)
         if patching is not None and patching.mode == "bpe":
@@ -129,7 +134,7 @@ def first_state(setup: Setup) -> tuple[TrainState, int]:
     config, parts = setup.config, setup.parts
     if setup.resumed is None:
         initial_state = jax.jit(parts.initial_state, out_shardings=parts.shardings)
-        state = together(initial_state)(random_key(config.seed))
+        state = compile_in_lockstep(initial_state)(random_key(config.seed))
         params = started(config, state.params, parts.shardings.params)
         return state._replace(params=params), 0
     target = jax.tree.map(lambda x, of: x.update(sharding=of), parts.shapes, parts.shardings)

@@ -27,11 +27,11 @@ from bltjax.distributed.preemption import INTERRUPTED, TERMINATED, Notice
 from bltjax.distributed.processes import (
     PATIENCE,
     Restart,
-    from_writer,
-    is_writer,
-    join,
-    leave,
-    together,
+    broadcast_from_primary,
+    compile_in_lockstep,
+    exit_now,
+    initialize,
+    is_primary,
 )
 from bltjax.distributed.processes import add_arguments as add_process_arguments
 from bltjax.distributed.rows import global_batch
@@ -87,7 +87,8 @@ def train(
         goodput = Goodput(workdir, begun)
         state, first = first_state(setup)
         goodput.resume(first)
-        take_step, scores = together(setup.parts.step), together(setup.parts.scores)
+        take_step = compile_in_lockstep(setup.parts.step)
+        scores = compile_in_lockstep(setup.parts.scores)
         manager, reporter = make_manager(workdir, config), Reporter(workdir, first)
         last_step = min(config.optimizer.steps, stop_at or config.optimizer.steps)
         reports = Reports(
@@ -178,11 +179,11 @@ def locked(exits: contextlib.ExitStack, workdir: epath.Path, take_over: bool) ->
         resume.check_place(workdir)  # a refused name leaves nothing behind
         holds = held(
             workdir / ".lock", "train", name=str(workdir), instead="another --workdir",
-            lost=functools.partial(leave, 1), take_over=take_over,
+            lost=functools.partial(exit_now, 1), take_over=take_over,
         )  # fmt: skip
         checks.append(exits.enter_context(holds).check)
 
-    from_writer("locking the work directory", lock)
+    broadcast_from_primary("locking the work directory", lock)
     return lambda: [check() for check in checks]
 
 
@@ -239,7 +240,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         overrides = [*overrides, f"init_from={args.init_from}"]
     if args.init_latent_from:
         overrides = [*overrides, f"latent_init.path={args.init_latent_from}"]
-    join(args)
+    initialize(args)
     config = load_config(args.config, overrides)
     try:
         train(
@@ -251,6 +252,6 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(str(error) or saved_so_far(args.workdir)) from None
-    if is_writer():
+    if is_primary():
         print(f"page: {write_page(args.workdir)}")
     print(f"finished; the run is in {args.workdir}")

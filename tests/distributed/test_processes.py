@@ -13,7 +13,7 @@ import pytest
 from test_train import command, losses
 
 from bltjax.__main__ import main
-from bltjax.distributed.processes import RESTART, lost_another, together
+from bltjax.distributed.processes import RESTART, compile_in_lockstep, lost_another
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
@@ -165,7 +165,7 @@ def test_a_process_of_a_cluster_runs_one_model_after_another(monkeypatch):
     met = []
     monkeypatch.setattr("bltjax.distributed.processes.joined", lambda: True)
     monkeypatch.setattr("bltjax.distributed.processes.barrier", lambda *_: met.append("compiled"))
-    double = together(jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree)))
+    double = compile_in_lockstep(jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree)))
     for size, programs in ((2, 1), (3, 2), (2, 2)):
         assert double({"x": jax.numpy.arange(size)})["x"].tolist() == [*range(0, 2 * size, 2)]
         assert len(met) == programs

@@ -331,7 +331,7 @@ def test_an_error_of_one_process_ends_all(saved, monkeypatch, capsys):
     target = target_like(small_state(0))
     for mine in (None, ["damaged", "a checksum"]):
         monkeypatch.setattr(
-            "bltjax.training.restore.gathered", lambda what, value, mine=mine: [mine, theirs]
+            "bltjax.training.restore.allgather_json", lambda what, value, mine=mine: [mine, theirs]
         )
         with pytest.raises(ValueError, match="5 can't be restored: PERMISSION_DENIED"):
             restore_newest(saved, target, [0])
@@ -361,7 +361,7 @@ def left(monkeypatch):
     """Codes and messages with which one of two processes would have ended."""
     left = []
     monkeypatch.setattr(
-        "bltjax.training.checkpoint.leave", lambda code, message: left.append((code, message))
+        "bltjax.training.checkpoint.exit_now", lambda code, message: left.append((code, message))
     )
     monkeypatch.setattr("bltjax.training.checkpoint.process_count", lambda: 2)
     return left
