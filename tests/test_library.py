@@ -123,7 +123,7 @@ def test_train_shows_a_bar_with_its_steps(resumed):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_train_is_as_fast_as_the_command(processes, runs, tmp_path, monkeypatch, caplog):
-    """Freed memory and compiled programs are kept; of many processes no programs, as by `initialize`."""
+    """Freed memory and compiled programs are kept; not the programs of many processes."""
     done = []
 
     def kept(what: str) -> str:

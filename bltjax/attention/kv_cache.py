@@ -32,7 +32,7 @@ class Cache(NamedTuple):
     v_BJTC: jax.Array
 
 
-class Places(NamedTuple):
+class CachePositions(NamedTuple):
     """The next positions of each row: their slots, masks and rotary angles.
 
     seen_BQT: the mask over the cache's slots, then over the new positions themselves.
@@ -49,7 +49,9 @@ def ring_positions(last_B, slots: int):
     return last_B1 - (last_B1 - jnp.arange(slots)[None]) % slots
 
 
-def ring_places(count_B, begin_BQ, slots: int, window: int, channels: int, theta: float) -> Places:
+def ring_cache_positions(
+    count_B, begin_BQ, slots: int, window: int, channels: int, theta: float
+) -> CachePositions:
     """Places of the positions from `count` on; each sees `window` positions, none before `begin`.
 
     The ring needs W + Q - 1 slots. With fewer, positions that are taken back would have overwritten
@@ -64,10 +66,12 @@ def ring_places(count_B, begin_BQ, slots: int, window: int, channels: int, theta
     held_BT = jnp.concatenate([ring_positions(count_B - 1, slots), position_BQ], axis=1)
     oldest_BQ1 = jnp.maximum(position_BQ - window + 1, begin_BQ)[..., None]
     seen_BQT = (held_BT[:, None] >= oldest_BQ1) & (held_BT[:, None] <= position_BQ[..., None])
-    return Places(position_BQ % slots, seen_BQT, endless_angles(position_BQ, channels, theta))
+    return CachePositions(
+        position_BQ % slots, seen_BQT, endless_angles(position_BQ, channels, theta)
+    )
 
 
-def written(caches, fresh, slot_BQ) -> tuple[Cache, ...]:
+def with_new_kv(caches, fresh, slot_BQ) -> tuple[Cache, ...]:
     """The caches with new keys and values, (k, v) [B, Q, J, C] for each, in their slots."""
 
     def write(old_JTC, new_QJC, slot_Q):
@@ -86,14 +90,14 @@ def written(caches, fresh, slot_BQ) -> tuple[Cache, ...]:
 
 
 def stored(caches, fresh, slot_BQ, after) -> tuple[Cache, ...]:
-    """The caches of a stack, `written` once all of its layers have read them.
+    """The caches of a stack, updated by `with_new_kv` once all of its layers have read them.
 
     after: the output of the stack. XLA writes in place only if every read of the old values
     provably comes first, so the slot indices are made to depend on this output.
     """
     slots = caches[0].k_BJTC.shape[2]
     no_bound = jnp.where(after.ravel()[0] > 0, slots, slots + 1)
-    return written(caches, fresh, jnp.minimum(slot_BQ, no_bound))
+    return with_new_kv(caches, fresh, jnp.minimum(slot_BQ, no_bound))
 
 
 def ring_of(k_BNJC, v_BNJC, length_B, slots: int, theta: float) -> Cache:

@@ -26,14 +26,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from bltjax.attention.pattern import Pattern
-from bltjax.attention.staircase import Tiles, seeing_tiles, seen_tiles
+from bltjax.attention.staircase import Tiles, seeing_tiles, visible_tiles
 from bltjax.attention.tiled import FLOOR, HIDDEN, outcome
 
 FP32 = jnp.float32
 LEAST = 16  # side of the smallest matrix that a tensor core multiplies
 
 
-class Plan(NamedTuple):
+class KernelPlan(NamedTuple):
     """Static parameters of the kernels."""
 
     forward: Tiles
@@ -88,7 +88,7 @@ def pallas_gpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, inter
         padded(v_BTJC, extra_keys),
         start,
         end,
-        Plan(
+        KernelPlan(
             forward,
             backward,
             warps=4 if channels <= 64 else 8,
@@ -101,14 +101,14 @@ def pallas_gpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, inter
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan: Plan):
+def attend(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan: KernelPlan):
     return attend_forward(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan)[0]
 
 
-def attend_forward(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan: Plan):
+def attend_forward(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan: KernelPlan):
     rows, queries, heads, _ = q_BQHC.shape
     arrays = dict(q=q_BQHC, k=k_BTJC, v=v_BTJC, start=start_BQ, end=end_BQ)
-    first, last = seen_tiles(start_BQ, end_BQ, plan.forward)
+    first, last = visible_tiles(start_BQ, end_BQ, plan.forward)
     out, log_sum = call(
         forward_kernel,
         dict(first=first, last=last) | arrays,
@@ -124,14 +124,14 @@ def attend_forward(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan: Plan):
     return out, (q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, out, log_sum)
 
 
-def attend_backward(plan: Plan, kept, grad_BQHC):
+def attend_backward(plan: KernelPlan, kept, grad_BQHC):
     q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, out, log_sum = kept
     # sum over keys of p dp, for every query: the softmax subtracts it from each gradient.
     delta = (grad_BQHC.astype(FP32) * out.astype(FP32)).sum(axis=3).transpose(0, 2, 1)
     arrays = dict(q=q_BQHC, k=k_BTJC, v=v_BTJC, start=start_BQ, end=end_BQ)
     arrays |= dict(grad=grad_BQHC, log_sum=log_sum, delta=delta)
     tiles = plan.backward
-    first, last = seen_tiles(start_BQ, end_BQ, tiles)
+    first, last = visible_tiles(start_BQ, end_BQ, tiles)
     (dq,) = call(
         queries_kernel,
         dict(first=first, last=last) | arrays,
@@ -155,7 +155,7 @@ def attend_backward(plan: Plan, kept, grad_BQHC):
 attend.defvjp(attend_forward, attend_backward)
 
 
-def call(kernel, inputs, outputs, tiles: Tiles, plan: Plan, *, products: int):
+def call(kernel, inputs, outputs, tiles: Tiles, plan: KernelPlan, *, products: int):
     """Runs a kernel with one program per tile; it gets the other arrays of its head whole."""
     rows, queries, heads, channels = inputs["q"].shape
     keys, shared = inputs["k"].shape[1:3]

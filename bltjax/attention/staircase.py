@@ -40,7 +40,7 @@ class Tiles:
         return -(-queries // self.queries), -(-keys // self.keys)
 
 
-class Work(NamedTuple):
+class WorkList(NamedTuple):
     """A list of steps, int32 [B, steps]: a tile, the tile that it meets, and flags.
 
     A tile's steps are neighbours: the first one OPENS it and the last one CLOSES it. A tile that
@@ -90,7 +90,7 @@ def corner_steps(pattern: Pooling | Reading, queries: int, keys: int, tiles: Til
     return rows + columns - 1
 
 
-def seen_tiles(start_BQ, end_BQ, tiles: Tiles):
+def visible_tiles(start_BQ, end_BQ, tiles: Tiles):
     """Key tiles [first, end) that each query tile sees, int32 [B, nQ] each; 0 and 0 for none."""
     extra = ((0, 0), (0, -start_BQ.shape[1] % tiles.queries))
     start, end = jnp.pad(start_BQ, extra), jnp.pad(end_BQ, extra)
@@ -103,7 +103,7 @@ def seen_tiles(start_BQ, end_BQ, tiles: Tiles):
 
 
 def seeing_tiles(first, end, columns: int):
-    """Query tiles [first, end) that see each of the key tiles, from the result of `seen_tiles`.
+    """Query tiles [first, end) that see each of the key tiles, from the result of `visible_tiles`.
 
     A query tile that sees nothing, between two that see the same key tile, is included.
     """
@@ -126,7 +126,7 @@ def passed(limits, places: int):
     return jnp.einsum("bxi,bit->bxt", ones, under.astype(ones.dtype))[:, 0].astype(jnp.int32)
 
 
-def work_list(first, end, steps: int) -> Work:
+def work_list(first, end, steps: int) -> WorkList:
     """The pairs of each tile i with tiles first[i] <= t < end[i], tile by tile."""
     tiles = first.shape[1]
     done = jnp.cumsum(jnp.maximum(end - first, 1), axis=1, dtype=jnp.int32)
@@ -144,14 +144,14 @@ def work_list(first, end, steps: int) -> Work:
         + SEES * (found & 1)
         + CLOSES * (jnp.diff(reached, axis=1) > 0)
     )
-    return Work(tile, step + (found >> 1), jnp.where(idle, 0, does))
+    return WorkList(tile, step + (found >> 1), jnp.where(idle, 0, does))
 
 
 def rows_and_columns(pattern: Pattern, start_BQ, end_BQ, keys: int, tiles: Tiles):
     """Both work lists of ranges: through the query tiles, and through the key tiles."""
     queries = start_BQ.shape[1]
     columns = tiles.count(queries, keys)[1]
-    seen = seen_tiles(start_BQ, end_BQ, tiles)
+    seen = visible_tiles(start_BQ, end_BQ, tiles)
     return (
         work_list(*seen, row_steps(pattern, queries, keys, tiles)),
         work_list(*seeing_tiles(*seen, columns), column_steps(pattern, queries, keys, tiles)),

@@ -91,7 +91,7 @@ def tiled_backward(tiles: Tiles, kept, grad_BJIQC):
 tiled.defvjp(tiled_forward, tiled_backward)
 
 
-def cut(x, at, size: int, axis: int):
+def slice_of(x, at, size: int, axis: int):
     return jax.lax.dynamic_slice_in_dim(x, at, size, axis)
 
 
@@ -101,7 +101,7 @@ def steps(start_Q, end_Q, tiles: Tiles):
     return low, -(-jnp.maximum(end_Q[-1] - low, 0) // tiles.keys)
 
 
-def scores(q_JIQC, k_JTC, start_Q, end_Q, low, step, tiles: Tiles):
+def tile_scores(q_JIQC, k_JTC, start_Q, end_Q, low, step, tiles: Tiles):
     """fp32 scores [J, keys, I, queries] of one step, and the index of its first key.
 
     Keys come first so that the softmax reduces over a major axis, which a CPU vectorises. A last
@@ -112,7 +112,10 @@ def scores(q_JIQC, k_JTC, start_Q, end_Q, low, step, tiles: Tiles):
     key_T1 = (at + jnp.arange(tiles.keys))[:, None]
     seen_TQ = (jnp.maximum(start_Q, wanted)[None] <= key_T1) & (key_T1 < end_Q[None])
     products = jnp.einsum(
-        "jtc,jiqc->jtiq", cut(k_JTC, at, tiles.keys, 1), q_JIQC, preferred_element_type=jnp.float32
+        "jtc,jiqc->jtiq",
+        slice_of(k_JTC, at, tiles.keys, 1),
+        q_JIQC,
+        preferred_element_type=jnp.float32,
     )
     return jnp.where(seen_TQ[None, :, None], products, HIDDEN), at
 
@@ -124,20 +127,20 @@ def row_forward(q_JIQC, k_JTC, v_JTC, start_Q, end_Q, tiles: Tiles):
     def of_tile(number, carry):
         out, log_sum = carry
         first = number * tiles.queries
-        q = cut(q_JIQC, first, tiles.queries, 2)
-        start, end = (cut(x, first, tiles.queries, 0) for x in (start_Q, end_Q))
+        q = slice_of(q_JIQC, first, tiles.queries, 2)
+        start, end = (slice_of(x, first, tiles.queries, 0) for x in (start_Q, end_Q))
         low, count = steps(start, end, tiles)
 
         def add(step, carry):
             top, total, summed = carry
-            s, at = scores(q, k_JTC, start, end, low, step, tiles)
+            s, at = tile_scores(q, k_JTC, start, end, low, step, tiles)
             new_top = jnp.maximum(top, s.max(axis=1))
             weights = jnp.exp(s - new_top[:, None])
             scale = jnp.exp(top - new_top)
             more = jnp.einsum(
                 "jtiq,jtc->jiqc",
                 weights.astype(v_JTC.dtype),
-                cut(v_JTC, at, tiles.keys, 1),
+                slice_of(v_JTC, at, tiles.keys, 1),
                 preferred_element_type=jnp.float32,
             )
             total = total * scale + weights.sum(axis=1)
@@ -165,23 +168,27 @@ def row_backward(q_JIQC, k_JTC, v_JTC, start_Q, end_Q, log_sum, delta, grad_JIQC
     def of_tile(number, carry):
         first = number * tiles.queries
         q, logs, less, grad = (
-            cut(x, first, tiles.queries, 2) for x in (q_JIQC, log_sum, delta, grad_JIQC)
+            slice_of(x, first, tiles.queries, 2) for x in (q_JIQC, log_sum, delta, grad_JIQC)
         )
-        start, end = (cut(x, first, tiles.queries, 0) for x in (start_Q, end_Q))
+        start, end = (slice_of(x, first, tiles.queries, 0) for x in (start_Q, end_Q))
         low, count = steps(start, end, tiles)
 
         def add(step, carry):
             dq, dk, dv = carry
-            s, at = scores(q, k_JTC, start, end, low, step, tiles)
-            k, v = (cut(x, at, tiles.keys, 1) for x in (k_JTC, v_JTC))
+            s, at = tile_scores(q, k_JTC, start, end, low, step, tiles)
+            k, v = (slice_of(x, at, tiles.keys, 1) for x in (k_JTC, v_JTC))
             weights = jnp.exp(s - logs[:, None])
             dweights = jnp.einsum("jtc,jiqc->jtiq", v, grad, **fp32)
             ds = (weights * (dweights - less[:, None])).astype(q.dtype)
             dq = dq + jnp.einsum("jtiq,jtc->jiqc", ds, k, **fp32)
             more_k = jnp.einsum("jtiq,jiqc->jtc", ds, q, **fp32)
             more_v = jnp.einsum("jtiq,jiqc->jtc", weights.astype(grad.dtype), grad, **fp32)
-            dk = jax.lax.dynamic_update_slice_in_dim(dk, cut(dk, at, tiles.keys, 1) + more_k, at, 1)
-            dv = jax.lax.dynamic_update_slice_in_dim(dv, cut(dv, at, tiles.keys, 1) + more_v, at, 1)
+            dk = jax.lax.dynamic_update_slice_in_dim(
+                dk, slice_of(dk, at, tiles.keys, 1) + more_k, at, 1
+            )
+            dv = jax.lax.dynamic_update_slice_in_dim(
+                dv, slice_of(dv, at, tiles.keys, 1) + more_v, at, 1
+            )
             return dq, dk, dv
 
         dq, dk, dv = carry

@@ -43,7 +43,7 @@ def write_abreast(out, head: int, heads: int, x, at=slice(None)) -> None:
         out[head * group + each, :, at] = part.astype(out.dtype)
 
 
-def unseen_keys(start, end, key_tile, q, k):
+def masked_keys(start, end, key_tile, q, k):
     """Mask of the scores [keys, queries] of a pair of tiles: True is hidden, the same for every
     head."""
     shape, group = (k.shape[2], q.shape[2]), q.shape[0] // k.shape[0]
@@ -71,7 +71,7 @@ def forward_kernel(
 
     @pl.when(does[at] & SEES != 0)
     def _():
-        unseen = unseen_keys(start, end, meets[at], q, k)
+        unseen = masked_keys(start, end, meets[at], q, k)
         for head in range(heads):
             s = scores(abreast(q, head, heads), k[head], unseen)
             new_top = jnp.maximum(top[head], s.max(axis=0, keepdims=True))
@@ -104,7 +104,7 @@ def queries_kernel(
 
     @pl.when(does[at] & SEES != 0)
     def _():
-        unseen = unseen_keys(start, end, meets[at], q, k)
+        unseen = masked_keys(start, end, meets[at], q, k)
         for head in range(heads):
             s = scores(abreast(q, head, heads), k[head], unseen)
             weights = jnp.exp2(s - abreast(log_sum, head, heads))
@@ -148,7 +148,7 @@ def keys_kernel(
 
     @pl.when(does[at] & SEES != 0)
     def _():
-        unseen = unseen_keys(start, end, tile[at], q, k)
+        unseen = masked_keys(start, end, tile[at], q, k)
         for head in range(heads):
             wide_q, wide_grad = abreast(q, head, heads), abreast(grad, head, heads)
             weights = jnp.exp2(scores(wide_q, k[head], unseen) - abreast(log_sum, head, heads))

@@ -19,7 +19,7 @@ def xla(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern):
         return sliding(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.span)
     if isinstance(pattern, Pooling):
         return pooling(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.slots)
-    return reading(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.slots)
+    return read_slots(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.slots)
 
 
 def pooling(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, slots: int):
@@ -63,7 +63,7 @@ def pooling(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, slots: int):
     return out.reshape(q_BQHC.shape).astype(v_BTJC.dtype)
 
 
-def reading(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, slots: int):
+def read_slots(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, slots: int):
     rows, queries, _, channels = q_BQHC.shape
     groups, shared = k_BTJC.shape[1] // slots, k_BTJC.shape[2]
     group_BQ = jnp.clip(start_BQ // slots, 0, groups - 1)

@@ -23,7 +23,7 @@ from bltjax.benchmark.train import MEAN_PATCH, MODEL, peer_libraries, text
 from bltjax.config.model import ModelConfig, Patching
 from bltjax.families import Model, initial_params, load_config, model_config, resolved
 from bltjax.model.byte_lm import ByteLMConfig
-from bltjax.model.params import flattened, narrowed
+from bltjax.model.params import cast_weights, flattened
 from bltjax.progress import quantity
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import OFFSET, VOCABULARY, encode
@@ -53,7 +53,7 @@ def random_params(config: ModelConfig, seed: int) -> dict:
 
     @jax.jit
     def drawn(key):
-        return narrowed(without_specials(initial_params(config.model, key)), dtype)
+        return cast_weights(without_specials(initial_params(config.model, key)), dtype)
 
     return drawn(random_key(seed))
 

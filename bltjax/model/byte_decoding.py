@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bltjax.attention.kv_cache import Cache, ring_of, ring_places
+from bltjax.attention.kv_cache import Cache, ring_cache_positions, ring_of
 from bltjax.config.model import ModelConfig
 from bltjax.model.byte_cnn import ByteCNN, ByteCNNConfig, table_entropies, whole_table
 from bltjax.model.byte_lm import ByteLM, ByteLMConfig, entropies_of
@@ -102,7 +102,7 @@ NEWLINE = OFFSET + ord("\n")
 def step_byte_lm(config: ByteLMConfig, dtype, params, bytes_BQ, count_B, begin_BQ, caches):
     """(logits [B, Q, V], caches) of the positions from `count` on."""
     channels = config.width // config.heads
-    places = ring_places(
+    places = ring_cache_positions(
         count_B, begin_BQ, caches[0].k_BJTC.shape[2], config.window, channels, config.rope_theta
     )
     return ByteLM(config, dtype).apply({"params": params}, bytes_BQ, places, caches, method="step")

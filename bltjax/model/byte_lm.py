@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention.kv_cache import Places, stored
+from bltjax.attention.kv_cache import CachePositions, stored
 from bltjax.config.fields import MAY_CHANGE, divides, one_of, positive, setting
 from bltjax.config.model import REMAT
 from bltjax.distributed.sharding import constrained, gathered
@@ -104,7 +104,7 @@ class ByteLM(nn.Module):
         self.norm_E = self.param("norm_E", nn.initializers.ones, (E,))
         self.head_EV = self.param("head_EV", truncated_normal(E), (E, VOCABULARY))
 
-    def stack(self, bytes_BN, ranges: Ranges | Places, past=None):
+    def stack(self, bytes_BN, ranges: Ranges | CachePositions, past=None):
         """Logits, float32 [B, N, V], and the keys and values that each block returned."""
         x_BNE = embedded(gathered(self.bytes_VE, "bytes_VE", self.dtype), bytes_BN)
         x_BNE = constrained(x_BNE, "x_BNE")
@@ -125,7 +125,7 @@ class ByteLM(nn.Module):
         logits_BNV, layers = self.stack(bytes_BN, ranges, carry.layers)
         return logits_BNV, Carry(layers, documents_BT[:, documents_BN.shape[1] :])
 
-    def step(self, bytes_BQ, places: Places, caches):
+    def step(self, bytes_BQ, places: CachePositions, caches):
         """Logits [B, Q, V] of new bytes, and the updated caches."""
         logits_BQV, fresh = self.stack(bytes_BQ, places, caches)
         return logits_BQV, stored(caches, fresh, places.slot_BQ, logits_BQV)

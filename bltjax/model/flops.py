@@ -15,7 +15,7 @@ from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.text.alphabet import VOCABULARY
 
 
-def seen_keys(queries: int, span: int) -> int:
+def visible_keys(queries: int, span: int) -> int:
     """Keys seen by all queries of a causal window: sum of min(i + 1, span)."""
     span = min(span, queries)
     return span * (span + 1) // 2 + (queries - span) * span
@@ -23,7 +23,7 @@ def seen_keys(queries: int, span: int) -> int:
 
 def block_flops(positions, span, width, hidden, key_value_width) -> int:
     projections = 2 * width * (2 * width + 2 * key_value_width + 3 * hidden)
-    return positions * projections + 4 * width * seen_keys(positions, span)
+    return positions * projections + 4 * width * visible_keys(positions, span)
 
 
 def cross_flops(queries: int, keys: int, pairs: int, width: int) -> int:
@@ -76,7 +76,7 @@ def block_again(policy, positions, span, width, hidden, key_value_width) -> int:
     but its last product, whose result is not needed; the other policies keep the results of
     products and of attention.
     """
-    scores = 2 * width * seen_keys(positions, span)
+    scores = 2 * width * visible_keys(positions, span)
     if policy != "full":
         return scores
     block = block_flops(positions, span, width, hidden, key_value_width)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bltjax.attention import range_attention
-from bltjax.attention.kv_cache import Cache, Places, cached_attention
+from bltjax.attention.kv_cache import Cache, CachePositions, cached_attention
 from bltjax.attention.pattern import Pattern, Sliding
 from bltjax.attention.rope import RopeScalingConfig, rotary_angles, rotate
 from bltjax.attention.tiled import OUTCOME
@@ -116,9 +116,9 @@ class Block(nn.Module):
 
     `past`, if given, is (k, v) of the keys before x's own, not yet rotated; `ranges` then counts
     from the oldest of them, and the block returns the newest keys, as many as came in. Without it
-    the block returns x's own keys and values. With a `Cache` instead, and `Places` for ranges, x
-    attends to the cache and to its own positions, whose keys and values are returned rotated, as a
-    cache stores them.
+    the block returns x's own keys and values. With a `Cache` instead, and `CachePositions` for
+    ranges, x attends to the cache and to its own positions, whose keys and values are returned
+    rotated, as a cache stores them.
     """
 
     size: BlockSize
@@ -127,7 +127,7 @@ class Block(nn.Module):
     implementation: str | None
 
     @nn.compact
-    def __call__(self, x_BQD, ranges: Ranges | Places, past=None):
+    def __call__(self, x_BQD, ranges: Ranges | CachePositions, past=None):
         size, C = self.size, self.size.channels
         D, H, J = size.letters
         L = size.stacked
@@ -193,7 +193,7 @@ def byte_blocks(config, layers: int, hidden: int, dtype, implementation: str | N
     return [block(*parts, name=f"block_{layer}") for layer in range(layers)]
 
 
-def through(blocks, x_BQD, ranges: Ranges | Places, past=None, first=()):
+def through(blocks, x_BQD, ranges: Ranges | CachePositions, past=None, first=()):
     """The states after each block, and the keys and values that each returns.
 
     past: of each block, as `Block` takes it. first: functions of x that come before a block, for

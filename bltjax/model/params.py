@@ -17,7 +17,7 @@ def is_norm(path) -> bool:
     return "norm" in path[-1].key
 
 
-def narrowed(params, dtype) -> dict:
+def cast_weights(params, dtype) -> dict:
     """Parameters cast to `dtype`, except norms."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x if is_norm(path) else x.astype(dtype), params

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bltjax.attention.pattern import Pattern, Pooling, Reading, Sliding
-from bltjax.attention.staircase import Tiles, row_steps, seen_tiles
+from bltjax.attention.staircase import Tiles, row_steps, visible_tiles
 from bltjax.planning.hlo import Array, Computation, Instruction, Program
 
 # Instructions that name, group or describe arrays, and move none.
@@ -143,7 +143,7 @@ def visited_share(pattern: Pattern, queries: int, keys: int, tiles: Tiles) -> fl
     else:
         before = np.searchsorted(starts, np.arange(1, byte_count + 1), side="right") - 2
         begin, end = np.maximum(before, 0) * slots, (before + 1) * slots
-    first, last = seen_tiles(begin[None], end[None], tiles)
+    first, last = visible_tiles(begin[None], end[None], tiles)
     return int((last - first).sum()) / row_steps(pattern, queries, keys, tiles)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bltjax.attention.kv_cache import written
+from bltjax.attention.kv_cache import with_new_kv
 from bltjax.inference.decoding.loop import (
     NOT_FINITE,
     RUNNING,
@@ -107,7 +107,7 @@ def verified(model: CachedBLT, params, memory: Memory, ids_BQ, states, go_B) -> 
     opens_BQ, cursors, running = jax.tree.map(lambda x_QB: x_QB.swapaxes(0, 1), by_byte)
 
     slot_BQ = memory.open_B[:, None] + jnp.arange(queries)[None]
-    offered = written(memory.offered, sources, slot_BQ)
+    offered = with_new_kv(memory.offered, sources, slot_BQ)
     # The patches that close, in order, then padding, which is masked both ways: its slots in
     # the latent caches lie beyond every valid patch.
     order_BQ = jnp.argsort(~opens_BQ, axis=1, stable=True)

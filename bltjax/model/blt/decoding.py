@@ -21,7 +21,13 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bltjax.attention.kv_cache import Cache, Places, ring_of, ring_places, written
+from bltjax.attention.kv_cache import (
+    Cache,
+    CachePositions,
+    ring_cache_positions,
+    ring_of,
+    with_new_kv,
+)
 from bltjax.attention.rope import rotary_angles, rotate
 from bltjax.config.model import ModelConfig, Patching
 from bltjax.distributed.sharding import constrained_tree
@@ -31,7 +37,7 @@ from bltjax.model.blt.local_decoder import LocalDecoder
 from bltjax.model.blt.local_encoder import LocalEncoder
 from bltjax.model.blt.model import BLT
 from bltjax.model.byte_decoding import Scorer, cut, newest
-from bltjax.model.params import narrowed
+from bltjax.model.params import cast_weights
 from bltjax.text.patching import Cursor, cursor_at, force_starts, next_starts, trace_starts
 from bltjax.text.segments import index_like
 
@@ -118,14 +124,16 @@ class CachedBLT:
     def prepared(self, params, scorer_params) -> dict:
         """Parameters for decoding: latent layers unstacked, all but norms cast; the scorer's."""
         params = dict(params) | {"latent": unscanned(params["latent"])}
-        cast = constrained_tree(narrowed(params, self.dtype))
+        cast = constrained_tree(cast_weights(params, self.dtype))
         return {"model": cast, "scorer": self.scorer.prepared(scorer_params)}
 
-    def places(self, count_B, queries: int) -> Places:
+    def places(self, count_B, queries: int) -> CachePositions:
         local = self.config.local
         begin_BQ = jnp.zeros((count_B.shape[0], queries), jnp.int32)
         channels, slots = local.width // local.heads, local.window + self.extra
-        return ring_places(count_B, begin_BQ, slots, local.window, channels, local.rope_theta)
+        return ring_cache_positions(
+            count_B, begin_BQ, slots, local.window, channels, local.rope_theta
+        )
 
     # Prompts, in one pass.
 
@@ -258,7 +266,7 @@ class CachedBLT:
         bound, places = self.encoder(params), self.places(memory.count_B, 1)
         states, encoder = bound.step(past_BT, places, memory.encoder)
         pooled, sources = bound.offered(states)
-        offered = written(memory.offered, sources, memory.open_B[:, None])
+        offered = with_new_kv(memory.offered, sources, memory.open_B[:, None])
         memory = memory._replace(scorer=scorer, encoder=encoder, offered=offered)
         return changed_rows(
             memory,

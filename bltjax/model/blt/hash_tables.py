@@ -57,7 +57,7 @@ def looked_up(tables_RME, ids_RBN, dtype):
     mesh = owned_mesh(tables_RME.shape)
     if mesh is None:
         rows = (
-            rows_of(table_ME, ids_BN, dtype).astype(jnp.float32)
+            table_rows(table_ME, ids_BN, dtype).astype(jnp.float32)
             for table_ME, ids_BN in zip(tables_RME, ids_RBN, strict=True)
         )
         return sum(rows)
@@ -99,7 +99,7 @@ def looked_up_backward(dtype, kept, grad_BNE):
 looked_up.defvjp(looked_up_forward, looked_up_backward)
 
 
-def rows_of(table_ME, ids, dtype):
+def table_rows(table_ME, ids, dtype):
     """Rows in `dtype`; the barrier keeps XLA from casting the whole table before the look-up."""
     rows = table_ME.at[ids].get(mode="promise_in_bounds")
     return rows if rows.dtype == dtype else jax.lax.optimization_barrier(rows).astype(dtype)
@@ -176,7 +176,7 @@ def asked_for(route: Route, number, owned: int, capacity: int):
     return jnp.where(ids >= 0, ids - begin, owned)
 
 
-def own_part(flat, axis: int):
+def local_slice(flat, axis: int):
     """This device's part of positions that all devices of `tensor` hold, padded."""
     parts = jax.lax.axis_size("tensor")
     size = -(-flat.shape[axis] // parts)
@@ -190,7 +190,7 @@ def fetched(tables_RME, ids_RBN, *, dtype):
     """The look-up of one device, on its own rows of the tables and of the batch."""
     (R, owned, E), (_, rows, length) = tables_RME.shape, ids_RBN.shape
     owners = jax.lax.axis_size(OWNERS)
-    ids_RQ = own_part(ids_RBN.reshape(R, -1), 1)
+    ids_RQ = local_slice(ids_RBN.reshape(R, -1), 1)
     positions = ids_RQ.shape[1]
     capacity = capacity_of(positions, owners)
     sent = owners * capacity
@@ -210,7 +210,7 @@ def fetched(tables_RME, ids_RBN, *, dtype):
         def one_round(carry):
             number, total_QE = carry
             asked = jnp.minimum(asked_for(route, number, owned, capacity), owned - 1)
-            rows = rows_of(table_ME, table * owned + asked, dtype)
+            rows = table_rows(table_ME, table * owned + asked, dtype)
             rows = exchanged(rows.reshape(owners, capacity, E)).reshape(sent, E)
             here_Q = place_Q - number * sent
             came_Q = (here_Q >= 0) & (here_Q < sent)
@@ -235,7 +235,7 @@ def reduced(tables_RME, ids_RBN, *, dtype):
     for table in range(R):
         place_BN = ids_RBN[table] - begin
         owns_BN = (place_BN >= 0) & (place_BN < owned)
-        rows = rows_of(table_ME, table * owned + jnp.where(owns_BN, place_BN, 0), dtype)
+        rows = table_rows(table_ME, table * owned + jnp.where(owns_BN, place_BN, 0), dtype)
         total_BNE += jnp.where(owns_BN[..., None], rows.astype(jnp.float32), 0)
     return jax.lax.psum(total_BNE, OWNERS)
 
@@ -244,8 +244,8 @@ def returned(ids_RBN, grad_BNE, *, owned: int, dtype, replicas: tuple[str, ...])
     """The gradient of one device's rows of the tables; only these are summed across `replicas`."""
     R, E = ids_RBN.shape[0], grad_BNE.shape[-1]
     owners = jax.lax.axis_size(OWNERS)
-    ids_RQ = own_part(ids_RBN.reshape(R, -1), 1)
-    grad_QE = own_part(grad_BNE.reshape(-1, E), 0)  # zero for padding
+    ids_RQ = local_slice(ids_RBN.reshape(R, -1), 1)
+    grad_QE = local_slice(grad_BNE.reshape(-1, E), 0)  # zero for padding
     positions = ids_RQ.shape[1]
     capacity = capacity_of(positions, owners)
 

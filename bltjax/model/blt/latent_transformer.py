@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention.kv_cache import Places, stored
+from bltjax.attention.kv_cache import CachePositions, stored
 from bltjax.attention.pattern import Sliding
 from bltjax.attention.rope import rotary_angles
 from bltjax.distributed.sharding import constrained, gathered
@@ -92,7 +92,7 @@ class LatentTransformer(nn.Module):
         before_B1T = jnp.arange(slots)[None, None] < index_BP[:, :1, None]
         before_BPT = jnp.broadcast_to(before_B1T, (*index_BP.shape, slots))
         seen_BPT = jnp.concatenate([before_BPT, index_BP[:, None] <= index_BP[..., None]], axis=2)
-        places = Places(
+        places = CachePositions(
             jnp.minimum(index_BP, slots - 1),
             seen_BPT,
             rotary_angles(index_BP, size.channels, size.rope_theta, size.rope_scaling),

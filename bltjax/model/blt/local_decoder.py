@@ -9,7 +9,7 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention.kv_cache import Cache, Places, stored
+from bltjax.attention.kv_cache import Cache, CachePositions, stored
 from bltjax.attention.pattern import Reading
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.blt.config import BLTConfig
@@ -78,7 +78,7 @@ class LocalDecoder(nn.Module):
         keys_values = (cross.source(source) for cross in self.crosses)
         return tuple(Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in keys_values)
 
-    def step(self, x_BQE, sources, reads_BQ, places: Places, caches):
+    def step(self, x_BQE, sources, reads_BQ, places: CachePositions, caches):
         """Logits [B, Q, V] of new bytes, each of which reads one of the patches in `sources`, and
         the updated caches."""
         attend = []

@@ -13,7 +13,7 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention.kv_cache import Places, stored
+from bltjax.attention.kv_cache import CachePositions, stored
 from bltjax.attention.pattern import Pooling
 from bltjax.distributed.sharding import by_rows, constrained, gathered
 from bltjax.model.blt.config import BLTConfig
@@ -89,7 +89,7 @@ class LocalEncoder(nn.Module):
                 slots_BSE = crosses[layer](slots_BSE, x_BNE, ranges)
         return embeds_BNE, states, slots_BSE, kept
 
-    def step(self, past_BT, places: Places, caches):
+    def step(self, past_BT, places: CachePositions, caches):
         """States after each layer [B, Q, E] of the newest bytes, and the updated caches.
 
         past_BT: ids up to the newest; before the Q new ones, at least as many as the longest
