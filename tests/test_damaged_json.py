@@ -23,7 +23,7 @@ from bltjax.data.records import (
     write_shard,
 )
 from bltjax.inference.corpus import scoring_rate
-from bltjax.inference.shard_plan import agree_on, checksum_of, info_of, side_path
+from bltjax.inference.shard_plan import agree_on, info_of, plan_checksum, side_path
 from bltjax.system.storage import parse_json, read_json
 from bltjax.training.checkpoint import StreamsHandler, StreamsRestore, make_manager, save
 from bltjax.training.goodput import Goodput, read_sums
@@ -99,7 +99,7 @@ def files(tmp_path_factory):
         texts = [f"document {number}{i}".encode() for i in range(3)]
         write_shard(path, (encode_record(t, np.zeros(len(t) + 1)) for t in texts))
         infos.append(shard_info(path, sum(map(len, texts)), 3, 0))
-        made = {"seconds": 1.5, "process": 0, "device": "cpu", "plan": checksum_of(plan)}
+        made = {"seconds": 1.5, "process": 0, "device": "cpu", "plan": plan_checksum(plan)}
         side_path(path).write_text(json.dumps(vars(infos[-1]) | {"made": made}))
     write_manifest(records, Manifest("id-1", "runs/lm", 7, "float32", "texts", tuple(infos)))
     return SimpleNamespace(root=root, records=records, plan=plan, infos=infos)
@@ -141,7 +141,9 @@ def read_side(files, path) -> None:
     """Only correct values are used; except that a changed padding count can't be detected."""
     number = 0 if "00000" in path.name else 1
     whole = files.infos[number]
-    info = info_of(path.with_suffix(".array_record"), 3, whole.text_bytes, checksum_of(files.plan))
+    info = info_of(
+        path.with_suffix(".array_record"), 3, whole.text_bytes, plan_checksum(files.plan)
+    )
     if info is not None and info.is_whole(files.records / info.name):
         assert vars(info) | {"padding": 0} == vars(whole)
     records = RecordDocuments(files.records)
@@ -315,7 +317,7 @@ def test_settings_that_a_source_has_by_default_are_no_other_plan(files, tmp_path
     (out / "plan.json").write_text(json.dumps(files.plan))
     newer = files.plan | {"source": files.plan["source"] | {"split": "train", "data_dir": ""}}
     agree_on(newer, out)
-    assert checksum_of(newer) == checksum_of(files.plan)
+    assert plan_checksum(newer) == plan_checksum(files.plan)
     with pytest.raises(ValueError, match=r"source.split: 'train' -> 'test'"):
         agree_on(newer | {"source": newer["source"] | {"split": "test"}}, out)
 

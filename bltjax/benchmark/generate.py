@@ -93,7 +93,7 @@ def context_side(path: str | None, context_bytes: int):
     path: a config file of a BLT; None for `random_model`.
     """
     from bltjax.inference.decoding.decoder import Decoder
-    from bltjax.inference.decoding.loop import run
+    from bltjax.inference.decoding.loop import run_loop
     from bltjax.inference.decoding.sampling import Sampling
 
     # Patches of one length after every context, or their number would decide; the byte LM still
@@ -125,7 +125,7 @@ def context_side(path: str | None, context_bytes: int):
             if chunk == 1:
                 before, begun = int(state.costs.latent_runs.sum()), time.perf_counter()
             shape = (decoder.model, sampling.steps, CHUNK)
-            state, out, full_B2 = run(*shape, decoder.params, asked, state)
+            state, out, full_B2 = run_loop(*shape, decoder.params, asked, state)
             if full_B2.any():
                 raise RuntimeError("there is no room for all patches, or for an open one")
             if int(out.count_B[0]) < CHUNK:

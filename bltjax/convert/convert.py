@@ -28,8 +28,8 @@ from bltjax.distributed.processes import exit_now
 from bltjax.families import family_of, model_shapes
 from bltjax.inference.serving import (
     FOLDER,
-    Programs,
     ServingConfig,
+    ServingPrograms,
     add_serving_arguments,
     serving_from,
     write_serving,
@@ -136,7 +136,7 @@ def convert(
         if opened.config.patching is None or opened.byte_lm is None:
             raise ValueError(f"--byte_lm {byte_lm} must hold a byte LM, and {source} a BLT")
     files = as_dtype(opened, dtype)
-    programs = serving and Programs(files, serving)
+    programs = serving and ServingPrograms(files, serving)
     for line in described(source, files):
         print(line)
     if not is_remote(destination):
@@ -157,7 +157,7 @@ def check_absent(destination: epath.Path) -> None:
 
 
 def write_whole(
-    files: ModelFiles, programs: Programs | None, destination: epath.Path, to: str
+    files: ModelFiles, programs: ServingPrograms | None, destination: epath.Path, to: str
 ) -> None:
     """Writes a model to a temporary folder on the same disk, and moves it into place when
     complete."""

@@ -180,7 +180,7 @@ def text_report(sources: Sequence[Source], found: dict, threshold: float) -> str
     return "\n".join([*lines, ""])
 
 
-def draw(sources: Sequence[Source], threshold: float):
+def draw_curves(sources: Sequence[Source], threshold: float):
     """A matplotlib Figure: entropies with the threshold, and patch lengths, one line per source."""
     from matplotlib.figure import Figure
 
@@ -245,7 +245,7 @@ def write_report(
             print(f"{source.name}: {line}" if len(sources) > 1 else line)
     write_text(out / REPORT, json.dumps(found, indent=1) + "\n")
     try:
-        figure = draw(sources, threshold)
+        figure = draw_curves(sources, threshold)
     except ImportError:
         print(f"report: {out / REPORT}; for its picture, pip install matplotlib")
         return found

@@ -31,7 +31,7 @@ from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.distributed import processes
 from bltjax.inference import corpus
 from bltjax.inference.entropy import EntropyModel, load_entropy_model, score_documents
-from bltjax.inference.shard_plan import SHARD_BYTES, Shard, agree_on, make_plan, side_path
+from bltjax.inference.shard_plan import SHARD_BYTES, Shard, agree_on, make_shard_plan, side_path
 from bltjax.progress import Progress, quantity
 from bltjax.system.lock import held
 from bltjax.system.paths import check_unused, size_of
@@ -75,7 +75,7 @@ def write_entropies(
         documents = open_source(source, skip_bad=skip_bad)
         if documents.bad:
             print(f"{source.path}: {documents.bad} broken lines skipped")
-        plan, shards = make_plan(documents, source, model.identity, shard_bytes, out)
+        plan, shards = make_shard_plan(documents, source, model.identity, shard_bytes, out)
         agree_on(plan, out)
         score_shards(shards[process::count], documents, model, process, count)
         infos = [shard.info() for shard in shards]

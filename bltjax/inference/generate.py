@@ -41,7 +41,7 @@ from bltjax.system.outputs import check_outputs
 from bltjax.weights.export import params_folder, read_config
 
 
-def summary(decoder: Decoder, seconds: float, compiled: float) -> str:
+def speed_line(decoder: Decoder, seconds: float, compiled: float) -> str:
     """[compiled in 12 s; 200 bytes in 1.2 s, 167B/s; 45 latent steps for 45 patches of 4.4 bytes]
 
     seconds: in total; compiled: the part spent compiling.
@@ -77,7 +77,7 @@ def print_results(
             if out.isatty():
                 line = CONTROLS.sub(lambda x: f"\\u{ord(x[0]):04x}", line)
             print(line, file=out, flush=True)
-        print(summary(decoder, time.monotonic() - begun, compiling.seconds), file=sys.stderr)
+        print(speed_line(decoder, time.monotonic() - begun, compiling.seconds), file=sys.stderr)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,7 +174,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     config = read_config(args.workdir)
     check_decodable(config, True, args.draft)
     _, step = params_folder(args.workdir)
-    first = begin_results(args.out, prompts, settings_of(args, step)) if args.out else 0
+    first = begin_results(args.out, prompts, request_settings(args, step)) if args.out else 0
     if first:
         print(f"{args.out}: {first} of {len(prompts)} results exist; writing the rest",
               file=sys.stderr)  # fmt: skip
@@ -212,10 +212,10 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             painter.piece(piece)
     finally:
         painter.close()  # also before an error is printed
-    print(summary(decoder, time.monotonic() - begun, compiling.seconds), file=sys.stderr)
+    print(speed_line(decoder, time.monotonic() - begun, compiling.seconds), file=sys.stderr)
 
 
-def settings_of(args: argparse.Namespace, step: int) -> dict:
+def request_settings(args: argparse.Namespace, step: int) -> dict:
     """All that results depend on besides their prompts, as JSON."""
     names = (
         "max_bytes", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "valid_utf8",

@@ -139,7 +139,7 @@ def begin_results(out: Path, prompts: Sequence[Prompt], settings: dict) -> int:
     way_out = "remove that file, or give another --out"
     if data:
         check_same(out, lines, prompts, way_out)
-        before = read_settings(side)
+        before = read_request_settings(side)
         if before is None and not whole:
             raise ValueError(f"--out={out} is there, and holds no results: {way_out}")
         if before and (changed := differences(before, settings)):
@@ -161,7 +161,7 @@ def begin_results(out: Path, prompts: Sequence[Prompt], settings: dict) -> int:
     return len(lines)
 
 
-def read_settings(side: Path) -> dict | None:
+def read_request_settings(side: Path) -> dict | None:
     """The settings with which unfinished results were written; None if they aren't known."""
     try:
         return read_json(side)

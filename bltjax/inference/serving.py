@@ -106,7 +106,7 @@ def serving_dtype(files: ModelFiles) -> np.dtype:
     return DTYPES["bfloat16" if bfloat16 else "float32"]
 
 
-def arrays_of(files: ModelFiles) -> list[dict]:
+def argument_arrays(files: ModelFiles) -> list[dict]:
     """Every array that the programs need, in the order of their arguments."""
     parts = [("params", files.leaves)]
     if files.config.by_entropy and files.byte_lm:
@@ -137,7 +137,7 @@ def exported(function, *shapes) -> export.Exported:
     return export.export(jax.jit(function, keep_unused=True), platforms=PLATFORMS)(*shapes)
 
 
-class Programs:
+class ServingPrograms:
     """Prepare, prefill and step of one model, over tuples of arrays."""
 
     def __init__(self, files: ModelFiles, config: ServingConfig):
@@ -147,7 +147,7 @@ class Programs:
         self.config, self.dtype = config, serving_dtype(files)
         self.model = cached_model(model, scorer, self.dtype, implementation="xla")
         self.patched = self.model.patched
-        self.arrays = arrays_of(files)
+        self.arrays = argument_arrays(files)
         # An open patch may be as long as the text, unless patches have a longest.
         longest = (model.patching and model.patching.max_patch_bytes) or config.positions
         self.open_slots = min(longest + 4, config.positions)  # whole_characters adds up to three
@@ -232,7 +232,7 @@ class Programs:
         yield "step", exported(self.step, weights, memory, id_B, go_B)
 
 
-def write_serving(programs: Programs, folder: epath.Path) -> None:
+def write_serving(programs: ServingPrograms, folder: epath.Path) -> None:
     """Writes the programs beside the arrays of an export in `folder`; their manifest last."""
     out = folder / FOLDER
     out.mkdir()

@@ -45,7 +45,7 @@ def plan_shards(lengths: list[int], shard_bytes: int) -> list[range]:
     return shards
 
 
-def make_plan(
+def make_shard_plan(
     documents: Documents, source: SourceConfig, identity: str, shard_bytes: int, out: epath.Path
 ) -> tuple[dict, list[Shard]]:
     """The scoring plan, the same for every process; and the shards in the folder `out`."""
@@ -64,7 +64,7 @@ def make_plan(
         "text_crc32": checksum,
         "shard_bytes": shard_bytes,
     }
-    parts, identifier = plan_shards(lengths, shard_bytes), checksum_of(plan)
+    parts, identifier = plan_shards(lengths, shard_bytes), plan_checksum(plan)
     shards = []
     for number, part in enumerate(parts):
         path = out / f"shard-{number:05d}-of-{len(parts):05d}.array_record"
@@ -72,7 +72,7 @@ def make_plan(
     return plan, shards
 
 
-def checksum_of(plan: dict) -> int:
+def plan_checksum(plan: dict) -> int:
     """Checksum of a plan, stored with its shards; settings of a source may be added later."""
     # A setting that this version doesn't know counts as its default.
     given = plan["source"].items()
@@ -108,7 +108,7 @@ def agree_on(plan: dict, out: epath.Path) -> None:
     if there is None:
         for side in sorted(out.glob("shard-*-of-*.json")):
             made = read_side(side)[1]
-            if made is not None and made.get("plan") != checksum_of(plan):
+            if made is not None and made.get("plan") != plan_checksum(plan):
                 raise ValueError(
                     f"{path} is lost, and nothing says that the shard of {side.name} was scored by"
                     " this byte LM from this corpus. Give another --out, or remove that folder."

@@ -15,7 +15,7 @@ from bltjax.config.run import MeshConfig
 from bltjax.distributed.sharding import make_mesh
 from bltjax.families import Model, initial_params, make_model
 from bltjax.inference.decoding.decoder import Decoder
-from bltjax.inference.decoding.loop import run
+from bltjax.inference.decoding.loop import run_loop
 from bltjax.inference.decoding.placement import decoding_mesh, on_mesh, read_mesh
 from bltjax.inference.decoding.sampling import GREEDY
 from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
@@ -107,7 +107,9 @@ def test_weights_stay_where_they_lie():
 
     state, asked = decoder.begun([b"ab", b"c"], 8, GREEDY, 0, [])
     with on_mesh(mesh):
-        compiled = run.lower(decoder.model, GREEDY.steps, 8, decoder.params, asked, state).compile()
+        compiled = run_loop.lower(
+            decoder.model, GREEDY.steps, 8, decoder.params, asked, state
+        ).compile()
     text = compiled.as_text()
     gathers = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
     sizes = [np.prod([int(x) for x in shape.split(",") if x] or [1]) for shape in gathers]

@@ -15,8 +15,8 @@ from bltjax.config.model import ModelConfig, Patching
 from bltjax.data.batches import PatchBatch
 from bltjax.families import Model, batch_logits, initial_params, make_model
 from bltjax.inference.decoding.decoder import Decoder
-from bltjax.inference.decoding.loop import kept_places, run
-from bltjax.inference.decoding.prefill import grow, padded_length, prefill, score
+from bltjax.inference.decoding.loop import kept_places, run_loop
+from bltjax.inference.decoding.prefill import grow, padded_length, prefill, score_prompts
 from bltjax.inference.decoding.sampling import GREEDY, Sampling
 from bltjax.inference.decoding.speculation import run_rounds
 from bltjax.inference.entropy import contexts
@@ -245,7 +245,7 @@ def test_one_program_for_each_bucket():
     lengths = range(46, 96)
     buckets = {padded_length(length + 1) for length in lengths}
     assert buckets == {64, 80, 96}
-    programs = (score, prefill, grow, run)
+    programs = (score_prompts, prefill, grow, run_loop)
     for program in programs:
         program.clear_cache()
     for length in lengths:
@@ -271,7 +271,7 @@ def test_caches_are_written_in_place(draft):
     if draft:
         lowered = run_rounds.lower(decoder.model, draft + 1, 32, decoder.params, asked, state)
     else:
-        lowered = run.lower(decoder.model, GREEDY.steps, 32, decoder.params, asked, state)
+        lowered = run_loop.lower(decoder.model, GREEDY.steps, 32, decoder.params, asked, state)
     memory, text = state.memory, lowered.compile().as_text()
     assert "dynamic-update-slice" in text
     for caches in (memory.scorer, memory.encoder, memory.latent, memory.decoder):
@@ -282,14 +282,14 @@ def test_caches_are_written_in_place(draft):
 def test_settings_are_data():
     decoder, *_ = made("entropy")
     list(decoder.generate(["x"], max_bytes=2, sampling=Sampling(temperature=0.5)))
-    before = run._cache_size()
+    before = run_loop._cache_size()
     for seed, temperature in enumerate((0.1, 1.0, 2.0)):
         list(
             decoder.generate(
                 ["y"], max_bytes=2 + seed, sampling=Sampling(temperature), seed=seed, stop=["ab"]
             )
         )
-    assert run._cache_size() == before
+    assert run_loop._cache_size() == before
 
 
 @pytest.mark.parametrize(

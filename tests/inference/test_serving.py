@@ -18,7 +18,7 @@ from bltjax.benchmark.generate import without_specials
 from bltjax.config.model import ModelConfig, Patching
 from bltjax.families import Model
 from bltjax.inference.decoding.decoder import Decoder
-from bltjax.inference.serving import Programs, ServingConfig
+from bltjax.inference.serving import ServingConfig, ServingPrograms
 from bltjax.model.params import flattened
 from bltjax.text.alphabet import OFFSET, encode
 from bltjax.weights.export import load_model
@@ -78,10 +78,12 @@ def test_bad_input(runs, tmp_path, capsys):
     files = files_of("newline")
     config = ServingConfig(64, 32, 1)
     with pytest.raises(ValueError, match="needs a byte LM"):
-        Programs(files._replace(byte_lm=None), config)
+        ServingPrograms(files._replace(byte_lm=None), config)
     bpe = Patching(mode="bpe", tokenizer="tokenizer.json")
     with pytest.raises(ValueError, match="where a token ends"):
-        Programs(files._replace(config=dataclasses.replace(files.config, patching=bpe)), config)
+        ServingPrograms(
+            files._replace(config=dataclasses.replace(files.config, patching=bpe)), config
+        )
 
 
 def test_a_server_without_our_code_writes_the_same(runs, tmp_path, capsys):
@@ -153,7 +155,7 @@ def test_rows_come_stand_and_go(mode):
     """Three rows, one of which pauses at every other byte, give the same text as each of them
     alone."""
     files = files_of(mode)
-    programs = Programs(files, ServingConfig(64, 64, 3))
+    programs = ServingPrograms(files, ServingConfig(64, 64, 3))
     weights = jax.jit(programs.prepare)(
         tuple(files_leaf(files, found["path"]) for found in programs.arrays)
     )

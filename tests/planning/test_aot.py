@@ -21,7 +21,7 @@ from test_serving import files_of
 from bltjax.attention import range_attention
 from bltjax.attention.pattern import Pooling, Reading, Sliding
 from bltjax.distributed.topology import read_topology
-from bltjax.inference.serving import Programs, ServingConfig
+from bltjax.inference.serving import ServingConfig, ServingPrograms
 from bltjax.planning import aot
 
 N, P, K = 16384, 4096, 4
@@ -186,7 +186,7 @@ def test_compiles_where_exact_products_are_asked_for(dtype, precision, devices):
 def test_exported_programs_compile_for_v5e(devices):
     """Exported for two platforms, each is lowered for the one that runs it."""
     sharding = SingleDeviceSharding(devices("v5e"))
-    programs = dict(Programs(files_of("newline"), ServingConfig(64, 32, 2)).all())
+    programs = dict(ServingPrograms(files_of("newline"), ServingConfig(64, 32, 2)).all())
     assert sorted(programs) == ["prefill_64", "prepare", "step"]
     for program in programs.values():
         read = export.deserialize(program.serialize())

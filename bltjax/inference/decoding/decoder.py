@@ -25,8 +25,8 @@ from bltjax.inference.decoding.loop import (
     WHY,
     Asked,
     State,
-    begun,
-    run,
+    initial_state,
+    run_loop,
 )
 from bltjax.inference.decoding.pieces import Piece, Rest
 from bltjax.inference.decoding.placement import on_mesh, row_shardings, weight_shardings
@@ -38,9 +38,9 @@ from bltjax.inference.decoding.prefill import (
     power_of_two,
     prefill,
     prefill_bytes,
-    prepare,
-    rows_of,
-    score,
+    prepare_weights,
+    score_prompts,
+    select_rows,
 )
 from bltjax.inference.decoding.request import CONTEXT, fitting_prompts, prompt_names
 from bltjax.inference.decoding.sampling import GREEDY, Sampling, utf8_state
@@ -100,7 +100,7 @@ class Decoder:
         )
         weights = (self.placed(model.params), scorer and self.placed(scorer.params))
         with on_mesh(self.mesh):
-            self.params = prepare(self.model, *weights)
+            self.params = prepare_weights(self.model, *weights)
 
     def placed(self, tree, shardings=weight_shardings):
         """Weights, or another tree with its shardings, on the mesh."""
@@ -157,7 +157,7 @@ class Decoder:
         if self.draft:
             program, shape = run_rounds, (self.draft + 1, max(chunk, 2 * self.draft + 2))
         else:
-            program, shape = run, (sampling.steps, chunk)
+            program, shape = run_loop, (sampling.steps, chunk)
         rest, written = [Rest(stops) for _ in texts], 0
         rows = np.array([*range(len(texts)), *[ENDED] * (len(state.why_B) - len(texts))])
         while rows.size:
@@ -186,7 +186,7 @@ class Decoder:
                 places = np.argsort(rows < 0, kind="stable")[:size]
                 places = places.reshape(-1, self.groups).T.reshape(-1)
                 with on_mesh(self.mesh):
-                    state, rows = rows_of(state, places), rows[places]
+                    state, rows = select_rows(state, places), rows[places]
 
     def begun(self, texts, max_bytes, sampling, seed, stops, names=()) -> tuple[State, Asked]:
         """The state after the prompts, and the request for the loop."""
@@ -205,7 +205,7 @@ class Decoder:
             used_BV[row, ids] = True
         utf8_B = np.zeros(rows, np.int32)
         utf8_B[: len(texts)] = [utf8_state(text) for text in texts]
-        state = begun(
+        state = initial_state(
             memory,
             seed + jnp.arange(rows, dtype=jnp.int32),
             jnp.asarray(limit_B, jnp.int32),
@@ -245,7 +245,7 @@ class Decoder:
         with on_mesh(self.mesh):
             if not self.model.patched:
                 return prefill_bytes(self.model, *inputs)
-            scored = score(self.model, *inputs)
+            scored = score_prompts(self.model, *inputs)
         sound_B, closed_B, open_B = jax.device_get((scored.sound_B, scored.closed_B, scored.open_B))
         if (sound_B < lengths).any():
             row = int(np.argmax(sound_B < lengths))

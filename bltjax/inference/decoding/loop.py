@@ -69,7 +69,7 @@ class State(NamedTuple):
     costs: Costs
 
 
-def begun(memory, seed_B, limit_B, used_BV, utf8_B, longest: int, groups: int) -> State:
+def initial_state(memory, seed_B, limit_B, used_BV, utf8_B, longest: int, groups: int) -> State:
     """The state of rows after their prompts; a row without bytes to write has ended.
 
     longest: bytes of a stop string. groups: of devices.
@@ -240,7 +240,7 @@ def filled(model, ahead: int, chunk: int, write, state: State, *more):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def run(model, steps: Steps, chunk: int, params, asked: Asked, state: State):
+def run_loop(model, steps: Steps, chunk: int, params, asked: Asked, state: State):
     """Ticks until a row has generated `chunk` ids, all have ended, or one needs more room; returns
     the same as `filled`. Groups of devices stop independently."""
 

@@ -92,7 +92,7 @@ def row_shardings(tree, mesh: Mesh):
     )
 
 
-def held(tree):
+def constrain_rows(tree):
     """Arrays whose first axis is rows, constrained to `row_shardings`."""
     mesh = set_mesh_or_none()
     if mesh is None:
@@ -110,7 +110,7 @@ def in_groups(function, weights, rows):
     """
     mesh = set_mesh_or_none()
     if mesh is None or mesh.shape["data"] == 1:
-        return held(function(weights, rows))
+        return constrain_rows(function(weights, rows))
     mapped = jax.shard_map(
         function,
         mesh=mesh,
@@ -119,4 +119,4 @@ def in_groups(function, weights, rows):
         out_specs=PartitionSpec("data"),
         check_vma=False,
     )
-    return held(mapped(weights, rows))
+    return constrain_rows(mapped(weights, rows))

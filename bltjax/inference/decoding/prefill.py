@@ -7,7 +7,7 @@ import jax
 from bltjax.config.model import ModelConfig
 from bltjax.families import family_of
 from bltjax.inference.decoding.loop import State
-from bltjax.inference.decoding.placement import held, in_groups
+from bltjax.inference.decoding.placement import constrain_rows, in_groups
 from bltjax.inference.decoding.request import check_decodable
 
 SHORTEST = 64  # bytes and patches of the smallest buffers
@@ -26,12 +26,12 @@ def padded_length(size: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def prepare(model, params, scorer_params):
+def prepare_weights(model, params, scorer_params):
     return model.prepared(params, scorer_params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def score(model, params, bytes_BN, length_B):
+def score_prompts(model, params, bytes_BN, length_B):
     return in_groups(lambda params, rows: model.score(params, *rows), params, (bytes_BN, length_B))
 
 
@@ -48,7 +48,7 @@ def prefill(model, patches, open_slots, params, scored):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def grow(model, patches, open_slots, memory):
-    return held(model.grown(memory, patches, open_slots))
+    return constrain_rows(model.grown(memory, patches, open_slots))
 
 
 def cached_model(
@@ -71,7 +71,9 @@ def cached_model(
 
 
 @jax.jit
-def rows_of(state: State, rows_B) -> State:
+def select_rows(state: State, rows_B) -> State:
     """The state of some rows, in that order."""
     costs = state.costs
-    return held(jax.tree.map(lambda x: x[rows_B], state._replace(costs=()))._replace(costs=costs))
+    return constrain_rows(
+        jax.tree.map(lambda x: x[rows_B], state._replace(costs=()))._replace(costs=costs)
+    )

@@ -25,19 +25,19 @@ from bltjax.inference.decoding.loop import (
     STOPS,
     Asked,
     State,
-    begun,
     close_patches,
-    run,
+    initial_state,
+    run_loop,
     write_bytes,
     written_by,
 )
 from bltjax.inference.decoding.placement import in_groups, row_shardings, weight_shardings
-from bltjax.inference.decoding.prefill import CHUNK, SHORTEST, prefill, score
+from bltjax.inference.decoding.prefill import CHUNK, SHORTEST, prefill, score_prompts
 from bltjax.inference.decoding.sampling import GREEDY
 from bltjax.text.alphabet import VOCABULARY
 
 
-class Programs(NamedTuple):
+class LoweredPrograms(NamedTuple):
     """A lowering function per program, by name, and its inputs: shapes with shardings."""
 
     lower: dict[str, Callable]
@@ -64,7 +64,7 @@ def decoder_programs(
     patches: int,
     dtype=jnp.bfloat16,
     implementation: str | None = None,
-) -> Programs:
+) -> LoweredPrograms:
     """Every program of a decoder on a `decoding_mesh`, for `rows` prompts of `prompt` bytes and
     latent caches with room for `patches`.
 
@@ -103,10 +103,12 @@ def decoder_programs(
     def state_after(memory) -> State:
         zeros_B, used_BV = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, VOCABULARY), bool)
         memory = model.grown(memory, patches, SHORTEST)
-        return begun(memory, zeros_B, zeros_B, used_BV, zeros_B, STOPS[1], mesh.shape["data"])
+        return initial_state(
+            memory, zeros_B, zeros_B, used_BV, zeros_B, STOPS[1], mesh.shape["data"]
+        )
 
     with jax.set_mesh(mesh):
-        scored = described(jax.eval_shape(functools.partial(score, model), weights, *texts))
+        scored = described(jax.eval_shape(functools.partial(score_prompts, model), weights, *texts))
         memory = jax.eval_shape(functools.partial(prefill, *shape), weights, scored)
         state = described(jax.eval_shape(state_after, memory))
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -122,10 +124,10 @@ def decoder_programs(
         return lower
 
     lower = {
-        "score": lowering(score, model, weights, *texts),
+        "score": lowering(score_prompts, model, weights, *texts),
         "prefill": lowering(prefill, *shape, weights, scored),
-        "loop": lowering(run, model, GREEDY.steps, CHUNK, weights, asked, state),
+        "loop": lowering(run_loop, model, GREEDY.steps, CHUNK, weights, asked, state),
         "byte": lowering(write, (weights, asked), (state, out)),
         "patch": lowering(close, weights, state),
     }
-    return Programs(lower, weights, state)
+    return LoweredPrograms(lower, weights, state)

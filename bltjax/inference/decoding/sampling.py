@@ -150,7 +150,7 @@ def penalised(logits_BV, numbers: Numbers, used_BV):
     return jnp.where(used_BV, less_BV, logits_BV)
 
 
-def narrowed(steps: Steps, numbers: Numbers, logits_BV):
+def cut_off(steps: Steps, numbers: Numbers, logits_BV):
     """Logits with -inf for ids that top-k, top-p and min-p cut off; ties go to the smaller id.
 
     Top-k keeps the k likeliest; top-p then the fewest of them whose mass reaches p; min-p then
@@ -184,7 +184,7 @@ def candidates(steps: Steps, numbers: Numbers, logits_BV, used_BV, utf8_B, left_
     logits_BV = jnp.where(permitted(steps, utf8_B, left_B), logits_BV, -jnp.inf)
     if not steps.random:
         return logits_BV
-    return narrowed(steps, numbers, logits_BV / numbers.temperature)
+    return cut_off(steps, numbers, logits_BV / numbers.temperature)
 
 
 def chosen(steps: Steps, logits_BV, keys_B, made_B):

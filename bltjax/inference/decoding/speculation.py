@@ -228,7 +228,7 @@ def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def run_rounds(model: CachedBLT, queries: int, chunk: int, params, asked: Asked, state: State):
     """Rounds until a row has no room for another in `chunk` ids, all have ended, or one needs
-    more room in its memory; returns the same as `loop.run`."""
+    more room in its memory; returns the same as `run_loop`."""
 
     def write(weights, state):
         logits_BV, memory = model.predict(weights[0], state.memory)
