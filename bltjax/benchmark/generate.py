@@ -142,7 +142,7 @@ def context_side(path: str | None, context_bytes: int):
     return write
 
 
-def chart(title: str, kind: str, x: str, y: str, figures: dict[str, float]) -> str:
+def mermaid_chart(title: str, kind: str, x: str, y: str, figures: dict[str, float]) -> str:
     """A Mermaid diagram, which GitHub draws: figures by name, on an axis that starts at zero.
 
     kind: `bar` or `line`; x: the title of the names, in quotes, or "".
@@ -171,7 +171,7 @@ def speed_words(result: dict) -> str:
         lines.append(f"{peer} {theirs:.1f} ms, {ratio:.1f} times as long, {same} text")
         bars[peer] = theirs
     title = f"ms per byte after {prompt} bytes"
-    return "\n".join([*lines, chart(title, "bar", "", "ms per byte", bars)])
+    return "\n".join([*lines, mermaid_chart(title, "bar", "", "ms per byte", bars)])
 
 
 def context_words(result: dict) -> str:
@@ -188,7 +188,7 @@ def context_words(result: dict) -> str:
         for found in result["contexts"]
     }
     title, x = "Writing after a context", '"bytes before" '
-    return "\n".join([*lines, chart(title, "line", x, "bytes per second", speeds)])
+    return "\n".join([*lines, mermaid_chart(title, "line", x, "bytes per second", speeds)])
 
 
 def prompt_at(begin: int, prompt_bytes: int) -> bytes:

@@ -37,7 +37,7 @@ class TooLarge(Exception):
 
 
 @dataclass(frozen=True)
-class Memory:
+class DeviceMemory:
     """Bytes of main memory on one chip; `activations` include gradients, the batch and code."""
 
     parameters: float
@@ -81,7 +81,7 @@ def described_devices(topology: Topology) -> list:
             del os.environ[name]
 
 
-def places(topology: Topology, devices) -> np.ndarray:
+def device_coords(topology: Topology, devices) -> np.ndarray:
     """int [devices, 1 + sides]: the slice of each, and its coordinates there."""
     sides = len(topology.sides)
     return np.array([(getattr(x, "slice_index", 0), *x.coords[:sides]) for x in devices])

@@ -123,7 +123,7 @@ class Computation:
 
 
 @dataclass
-class Program:
+class HloProgram:
     """A module: its computations, how often each runs, and the loops of unknown length."""
 
     computations: dict[str, Computation]
@@ -170,7 +170,7 @@ def read_instruction(head: re.Match) -> Instruction:
     return Instruction(head[2], text[:begin], shape, operands, argument, text[end:], bool(head[1]))
 
 
-def read_program(text: str) -> Program:
+def read_program(text: str) -> HloProgram:
     """A program from `compiled.as_text()`.
 
     Raises:
@@ -190,12 +190,12 @@ def read_program(text: str) -> Program:
             current.instructions[head[2]] = read_instruction(head)
     if not entry:
         raise ValueError(f"no HLO module: it has no ENTRY, and begins {text[:60]!r}")
-    program = Program(computations, entry)
+    program = HloProgram(computations, entry)
     add_runs(program, entry, 1)
     return program
 
 
-def add_runs(program: Program, name: str, runs: int) -> None:
+def add_runs(program: HloProgram, name: str, runs: int) -> None:
     program.runs[name] = program.runs.get(name, 0) + runs
     for instruction in program.computations[name].instructions.values():
         trips = 1
@@ -210,7 +210,7 @@ def add_runs(program: Program, name: str, runs: int) -> None:
             add_runs(program, called, runs * trips)
 
 
-def trip_count(program: Program, caller: Computation, loop: Instruction) -> int | None:
+def trip_count(program: HloProgram, caller: Computation, loop: Instruction) -> int | None:
     """Trip count of a loop: as XLA noted, or for (i = a; i < b; i += c), or None."""
     if known := loop.noted(r'"known_trip_count":\{"n":"(\d+)"\}'):
         return int(known)
@@ -244,7 +244,7 @@ def source(computation: Computation, name: str, index: int) -> Instruction | Non
     return element
 
 
-def scalar_operands(program: Program, outer: Computation, instruction: Instruction, kind: str):
+def scalar_operands(program: HloProgram, outer: Computation, instruction: Instruction, kind: str):
     """Operands of a `compare` or an `add`, by itself or as the whole of a fusion; and the
     instruction."""
     given = [outer.instructions[name] for name in instruction.operands]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bltjax.planning.hlo import Computation, Instruction, Program
+from bltjax.planning.hlo import Computation, HloProgram, Instruction
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -32,7 +32,7 @@ class Collective:
     source: str  # the operation of the model that it comes from
 
 
-def read_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Collective]:
+def read_collectives(program: HloProgram, mesh_shape: dict[str, int]) -> list[Collective]:
     """Every collective with more than one chip in a group.
 
     mesh_shape: from axis to size, in the mesh's order.
@@ -55,7 +55,7 @@ def read_collectives(program: Program, mesh_shape: dict[str, int]) -> list[Colle
     return found
 
 
-def collective_kind(program: Program, computation: Computation, instruction: Instruction):
+def collective_kind(program: HloProgram, computation: Computation, instruction: Instruction):
     """One of KINDS; None for another instruction, or one that continues a collective."""
     kind = instruction.kind.removesuffix("-start")
     users = computation.users[instruction.name]

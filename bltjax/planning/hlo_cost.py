@@ -21,7 +21,7 @@ import numpy as np
 
 from bltjax.attention.pattern import Pattern, Pooling, Reading, Sliding
 from bltjax.attention.staircase import Tiles, row_steps, visible_tiles
-from bltjax.planning.hlo import Array, Computation, Instruction, Program
+from bltjax.planning.hlo import Array, Computation, HloProgram, Instruction
 
 # Instructions that name, group or describe arrays, and move none.
 FREE = {
@@ -36,7 +36,7 @@ UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # place of the operand tha
 
 
 @dataclass(frozen=True)
-class Work:
+class Cost:
     """Cost on one chip, for one run of the program."""
 
     products: float  # FLOPs outside kernels
@@ -49,7 +49,7 @@ class Work:
         return self.products + self.kernels
 
 
-def read_work(program: Program) -> Work:
+def read_cost(program: HloProgram) -> Cost:
     products = kernels = idle = moved = 0.0
     for computation, instruction, runs in program.each():
         if instruction.kind in ("dot", "convolution"):
@@ -60,7 +60,7 @@ def read_work(program: Program) -> Work:
             idle += runs * flops * (1 - share)
         if computation.name not in program.fused:
             moved += runs * moved_bytes(program, computation, instruction)
-    return Work(products, kernels, idle, moved)
+    return Cost(products, kernels, idle, moved)
 
 
 def product_flops(computation: Computation, instruction: Instruction) -> int:
@@ -147,7 +147,7 @@ def visited_share(pattern: Pattern, queries: int, keys: int, tiles: Tiles) -> fl
     return int((last - first).sum()) / row_steps(pattern, queries, keys, tiles)
 
 
-def moved_bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
+def moved_bytes(program: HloProgram, computation: Computation, instruction: Instruction) -> float:
     """Bytes that one run of an instruction reads from main memory and writes to it."""
     kind = instruction.kind
     if kind in FREE or kind.endswith("-done"):
@@ -185,7 +185,7 @@ def in_hbm(arrays: tuple[Array, ...]) -> float:
     return sum(x.padded_bytes for x in arrays if x.in_hbm)
 
 
-def read_bytes(program: Program, inner: Computation, place: int) -> float:
+def read_bytes(program: HloProgram, inner: Computation, place: int) -> float:
     """Bytes that a fusion reads of its operand: all of it, or the slices that it takes."""
     operand = inner.parameters[place]
     total, whole = 0.0, padded(operand.arrays)
@@ -214,18 +214,18 @@ def read_bytes(program: Program, inner: Computation, place: int) -> float:
     return min(total, whole)
 
 
-def written_bytes(program: Program, inner: Computation, arrays: tuple[Array, ...]) -> float:
+def written_bytes(program: HloProgram, inner: Computation, arrays: tuple[Array, ...]) -> float:
     """Bytes that a fusion writes: its results, or the slices of them that it overwrites."""
     root = inner.root
     if root.kind != "tuple":
-        return written(program, inner, root, arrays)
+        return bytes_written(program, inner, root, arrays)
     return sum(
-        written(program, inner, inner.instructions[name], (array,))
+        bytes_written(program, inner, inner.instructions[name], (array,))
         for name, array in zip(root.operands, arrays, strict=False)
     )
 
 
-def written(program: Program, inner: Computation, made: Instruction, arrays) -> float:
+def bytes_written(program: HloProgram, inner: Computation, made: Instruction, arrays) -> float:
     while made.kind == "bitcast":
         made = inner.instructions[made.operands[0]]
     if made.kind == "parameter" or "chain_id=" in made.rest or not in_hbm(arrays):

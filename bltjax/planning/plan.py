@@ -22,16 +22,15 @@ from bltjax.inference.decoding.request import CONTEXT
 from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.model.params import parameter_count
 from bltjax.planning.aot import (
-    Memory,
+    DeviceMemory,
     TooLarge,
     compile_ahead,
     described_devices,
     shard_bytes,
     used_bytes,
 )
-from bltjax.planning.plan_decoder import plan_generate
-from bltjax.planning.plan_decoder import text as decoder_text
-from bltjax.planning.report import Flops, Plan, change_lines, text
+from bltjax.planning.plan_decoder import decoder_report, plan_generate
+from bltjax.planning.report import Flops, Plan, plan_report, suggestion_lines
 from bltjax.planning.roofline import account
 from bltjax.planning.suggest import nearest_changes
 from bltjax.training.step import step_parts
@@ -92,14 +91,14 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
         topology,
         dict(mesh.shape),
         parameter_count(parts.shapes.params, config.model),
-        Memory(parameters, moments, total, capacity),
+        DeviceMemory(parameters, moments, total, capacity),
         needed_flops(config),
         time.monotonic() - begun,
     )
     if compiled is None:
         return found
     told = account(compiled.as_text(), topology, mesh, found.flops.exact, rows * row_bytes)
-    flops = dataclasses.replace(found.flops, compiler=told.work.flops * mesh.size)
+    flops = dataclasses.replace(found.flops, compiler=told.cost.flops * mesh.size)
     return dataclasses.replace(found, flops=flops, **vars(told))
 
 
@@ -135,13 +134,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             name: getattr(args, name) for name in ("groups", "rows", "prompt_bytes", "context")
         }
         found = plan_generate(config, topology, **sizes)
-        told, lines, fits = found.summary(), [decoder_text(found, args.config)], found.fits
+        told, lines, fits = found.summary(), [decoder_report(found, args.config)], found.fits
     else:
         found = plan(config, topology)
-        told, lines, fits = found.summary(), [text(found, args.config)], found.memory.fits
+        told, lines, fits = found.summary(), [plan_report(found, args.config)], found.memory.fits
         if not fits:
             changes = nearest_changes(found, plan)
-            lines += change_lines(changes, found.memory)
+            lines += suggestion_lines(changes, found.memory)
             told["changes"] = [dataclasses.asdict(x) | {"options": x.options} for x in changes]
     print(json.dumps(told, indent=2) if args.json else "\n".join(lines))
     if not fits:

@@ -20,12 +20,12 @@ from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.planning.aot import TooLarge, compile_ahead, described_devices, shard_bytes, used_bytes
 from bltjax.planning.hlo import read_program
 from bltjax.planning.hlo_collectives import by_kind_and_axis, read_collectives
-from bltjax.planning.hlo_cost import read_work
+from bltjax.planning.hlo_cost import read_cost
 from bltjax.progress import quantity
 
 
 @dataclass(frozen=True)
-class Program:
+class ProgramCost:
     """Sizes of one program on one chip, in bytes; bytes moved are None where it was too large."""
 
     total: float
@@ -43,7 +43,7 @@ class GenerationPlan:
     mean_patch: float
     weights: dict[str, float]  # bytes on a chip
     state: float
-    programs: dict[str, Program]
+    programs: dict[str, ProgramCost]
     compile_s: float
 
     @property
@@ -133,12 +133,12 @@ def plan_generate(
         try:
             compiled = compile_ahead(lower())
         except TooLarge as error:
-            programs[name] = Program(max(error.needed, topology.chip.hbm_bytes + 1))
+            programs[name] = ProgramCost(max(error.needed, topology.chip.hbm_bytes + 1))
             continue
         program = read_program(compiled.as_text())
-        programs[name] = Program(
+        programs[name] = ProgramCost(
             used_bytes(compiled),
-            read_work(program).bytes,
+            read_cost(program).bytes,
             by_kind_and_axis(read_collectives(program, dict(mesh.shape))),
         )
     return GenerationPlan(
@@ -156,7 +156,7 @@ def plan_generate(
     )
 
 
-def text(found: GenerationPlan, name: str) -> str:
+def decoder_report(found: GenerationPlan, name: str) -> str:
     """One screen for people."""
     chip, mesh = found.topology.chip, found.mesh
     lines = [

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from bltjax.config.run import RunConfig
 from bltjax.distributed.topology import Topology
 from bltjax.families import model_config
-from bltjax.planning.aot import Memory
-from bltjax.planning.hlo_cost import Work
+from bltjax.planning.aot import DeviceMemory
+from bltjax.planning.hlo_cost import Cost
 from bltjax.planning.roofline import Bound
-from bltjax.planning.suggest import Change
+from bltjax.planning.suggest import Suggestion
 from bltjax.progress import quantity
 
 
@@ -36,11 +36,11 @@ class Plan:
     topology: Topology
     mesh: dict[str, int]
     parameters: dict[str, int]
-    memory: Memory
+    memory: DeviceMemory
     flops: Flops
     compile_s: float
     # The fields of `Account`; None and empty where it was too large to compile.
-    work: Work | None = None
+    cost: Cost | None = None
     collectives: list[dict] = dataclasses.field(default_factory=list)
     bound: Bound | None = None
     unknown_loops: int = 0
@@ -64,9 +64,9 @@ class Plan:
             "parameters": self.parameters,
             "hbm_bytes": memory,
             "flops": flops,
-            "kernels": self.work
-            and {"visited": self.work.kernels, "idle": self.work.idle},  # of one chip
-            "moved_bytes": self.work and self.work.bytes,
+            "kernels": self.cost
+            and {"visited": self.cost.kernels, "idle": self.cost.idle},  # of one chip
+            "moved_bytes": self.cost and self.cost.bytes,
             "collectives": self.collectives,
             "bound": self.bound and {name: getattr(self.bound, name) for name in names},
             "compile_s": self.compile_s,
@@ -81,7 +81,7 @@ def seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
-def memory_lines(memory: Memory, width: int = 60) -> list[str]:
+def memory_lines(memory: DeviceMemory, width: int = 60) -> list[str]:
     """A bar from zero to a chip's capacity, and its legend."""
     parts = {"p": memory.parameters, "o": memory.optimizer, "a": memory.activations}
     bar, done = "", 0.0
@@ -106,11 +106,11 @@ def flops_lines(found: Plan) -> list[str]:
     if flops.compiler:
         line += f"  compiled {quantity(flops.compiler)}, {flops.ratio:.3f} times that"
     lines = [line]
-    if found.work and found.work.kernels:
+    if found.cost and found.cost.kernels:
         chips = found.topology.devices
         lines.append(
-            f"             in attention kernels {quantity(found.work.kernels * chips)}, tiles"
-            f" that see something; idle steps have room for {quantity(found.work.idle * chips)}"
+            f"             in attention kernels {quantity(found.cost.kernels * chips)}, tiles"
+            f" that see something; idle steps have room for {quantity(found.cost.idle * chips)}"
         )
     if flops.entropy_model:
         lines.append(
@@ -123,7 +123,7 @@ def flops_lines(found: Plan) -> list[str]:
 def bound_lines(found: Plan) -> list[str]:
     if found.bound is None:
         return ["             too large to be compiled to the end, so there is no bound"]
-    limits, lines = found.bound, [f"moved        {quantity(found.work.bytes)}B per chip"]
+    limits, lines = found.bound, [f"moved        {quantity(found.cost.bytes)}B per chip"]
     for place, each in enumerate(found.collectives):
         name = "" if place else "collectives"
         lines.append(
@@ -145,7 +145,7 @@ def bound_lines(found: Plan) -> list[str]:
     ]
 
 
-def text(found: Plan, name: str) -> str:
+def plan_report(found: Plan, name: str) -> str:
     """One screen for people."""
     topology, data = found.topology, found.config.data
     slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
@@ -170,7 +170,7 @@ def text(found: Plan, name: str) -> str:
     return "\n".join(lines)
 
 
-def change_lines(changes: list[Change], memory: Memory) -> list[str]:
+def suggestion_lines(changes: list[Suggestion], memory: DeviceMemory) -> list[str]:
     lines = ["it would fit with" if changes else "no small change makes it fit: use a larger slice"]
     for change in changes:
         how = "compiled" if change.compiled else "estimated"

@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.distributed.topology import Topology
-from bltjax.planning.aot import places
+from bltjax.planning.aot import device_coords
 from bltjax.planning.hlo import read_program
 from bltjax.planning.hlo_collectives import Collective, by_kind_and_axis, read_collectives
-from bltjax.planning.hlo_cost import Work, read_work
+from bltjax.planning.hlo_cost import Cost, read_cost
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Bound:
 class Account:
     """The cost of a compiled program on each chip, and its bound."""
 
-    work: Work
+    cost: Cost
     collectives: list[dict]  # bytes sent, by kind and axis
     bound: Bound
     unknown_loops: int
@@ -63,14 +63,14 @@ class Account:
 def account(text: str, topology: Topology, mesh: Mesh, flops: float, step_bytes: int) -> Account:
     """The account of a compiled program's text; arguments as of `bound`."""
     program = read_program(text)
-    work, collectives = read_work(program), read_collectives(program, dict(mesh.shape))
-    where = places(topology, mesh.devices.flat)
-    limits = bound(work, collectives, topology, where, flops, step_bytes)
-    return Account(work, by_kind_and_axis(collectives), limits, len(program.unknown_loops))
+    cost, collectives = read_cost(program), read_collectives(program, dict(mesh.shape))
+    where = device_coords(topology, mesh.devices.flat)
+    limits = bound(cost, collectives, topology, where, flops, step_bytes)
+    return Account(cost, by_kind_and_axis(collectives), limits, len(program.unknown_loops))
 
 
 def bound(
-    work: Work,
+    cost: Cost,
     collectives: list[Collective],
     topology: Topology,
     places: np.ndarray,
@@ -88,7 +88,7 @@ def bound(
         within, across = collective_seconds(each, topology, places[list(each.group)])
         ici += each.runs * within
         dcn += each.runs * across
-    compute, hbm = work.flops / chip.flops, work.bytes / chip.hbm_rate
+    compute, hbm = cost.flops / chip.flops, cost.bytes / chip.hbm_rate
     step = max(compute, hbm, ici, dcn)
     mfu = flops / (step * devices * chip.flops)
     return Bound(compute, hbm, ici, dcn, mfu, step_bytes / (step * devices))

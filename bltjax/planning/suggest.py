@@ -19,7 +19,7 @@ COMPILED = 2  # most changes to compile, as each takes minutes
 
 
 @dataclass(frozen=True)
-class Change:
+class Suggestion:
     """Settings, or a topology, in place of the plan's; and the memory per chip with them."""
 
     settings: tuple[tuple[str, object], ...]
@@ -52,7 +52,7 @@ def changed(config: RunConfig, settings) -> RunConfig:
     return config
 
 
-def estimates(found) -> Iterator[Change]:
+def estimates(found) -> Iterator[Suggestion]:
     """Changes of a plan, the cheapest first, that should make it fit."""
     config, mesh, memory = found.config, found.mesh, found.memory
     states = memory.parameters + memory.optimizer
@@ -65,11 +65,11 @@ def estimates(found) -> Iterator[Change]:
         narrow = (("optimizer.table_moments", "bfloat16"),)
         # Two moments, of two bytes less each.
         saved = memory.parameters * tables / found.parameters["total"]
-        yield Change(narrow, "", memory.total - saved)
+        yield Suggestion(narrow, "", memory.total - saved)
     for settings, less in (((), 0.0), (narrow, saved)):
         for more in doublings(count, config.data.batch_size // shards):
             total = states + 2 * memory.parameters + rest * count / more - less
-            yield Change((*settings, ("optimizer.grad_accum_steps", more)), "", total)
+            yield Suggestion((*settings, ("optimizer.grad_accum_steps", more)), "", total)
     if family_of(config).rows == "patches":
         lean = tuple(
             (f"{config.model.group}.{field.name}.remat", "full")
@@ -78,13 +78,13 @@ def estimates(found) -> Iterator[Change]:
         )
         if lean:
             # A block keeps its input only, instead of a dozen arrays of its width and hidden width.
-            yield Change(lean, "", states + gradients + rest / 4)
+            yield Suggestion(lean, "", states + gradients + rest / 4)
         if mesh["fsdp"] % 2 == 0 and count % 2 == 0:
             # The same rows per micro-batch on half as many devices: heads and hidden layers are
             # split in two, the activations between blocks are not.
             split = (("mesh.tensor", 2 * mesh["tensor"]), ("mesh.fsdp", mesh["fsdp"] // 2))
             split += (("optimizer.grad_accum_steps", 2 * count),)
-            yield Change(split, "", states + gradients + rest * 0.7)
+            yield Suggestion(split, "", states + gradients + rest * 0.7)
     chip = found.topology.name.partition(":")[0]
     for shape in found.topology.chip.shapes:
         larger = read_topology(f"{chip}:{shape}", found.topology.slices)
@@ -93,7 +93,7 @@ def estimates(found) -> Iterator[Change]:
             continue
         total = (states + gradients + rest) / times
         if total <= memory.capacity:
-            yield Change((("mesh.fsdp", mesh["fsdp"] * int(times)),), larger.name, total)
+            yield Suggestion((("mesh.fsdp", mesh["fsdp"] * int(times)),), larger.name, total)
             break
 
 
@@ -105,12 +105,12 @@ def doublings(count: int, rows: int) -> Iterator[int]:
         more *= 2
 
 
-def nearest_changes(found, plan: Callable[[RunConfig, Topology], object]) -> list[Change]:
+def nearest_changes(found, plan: Callable[[RunConfig, Topology], object]) -> list[Suggestion]:
     """Changes that would make a plan fit; compiled in order until one did fit.
 
     plan: compiles a config for a topology.
     """
-    told: list[Change] = []
+    told: list[Suggestion] = []
     tries = COMPILED
     for change in estimates(found):
         kinds = [[name for name, _ in x.settings] for x in told]

@@ -67,7 +67,7 @@ def test_chips_by_the_name_that_jax_has_for_them():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("kind", CHIPS)
 def test_libtpu_knows_the_chips(kind, monkeypatch):
-    from bltjax.planning.aot import described_devices, places
+    from bltjax.planning.aot import described_devices, device_coords
 
     marks = {"TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"}
     for name in marks:
@@ -80,7 +80,7 @@ def test_libtpu_knows_the_chips(kind, monkeypatch):
         assert {device.device_kind for device in devices} == {CHIPS[kind].kind}
         # Later child processes would believe that they run on a TPU.
         assert not marks & os.environ.keys()
-        where = places(topology, devices)
+        where = device_coords(topology, devices)
         assert len({tuple(place) for place in where.tolist()}) == topology.chips
         assert (where.max(axis=0)[1:] + 1).tolist() == list(topology.sides)
 

@@ -15,7 +15,7 @@ from bltjax.attention.pattern import Pooling, Reading, Sliding
 from bltjax.attention.staircase import Tiles
 from bltjax.planning.hlo import Array, read_program
 from bltjax.planning.hlo_collectives import read_collectives, read_group
-from bltjax.planning.hlo_cost import met_positions, read_work, visited_share
+from bltjax.planning.hlo_cost import met_positions, read_cost, visited_share
 
 
 def compiled_text(function, *shapes) -> str:
@@ -35,7 +35,7 @@ def test_loops_multiply():
         return jax.lax.scan(outer, x, None, length=5)[0]
 
     program = read_program(compiled_text(looped, (16, 32), (32, 32)))
-    assert read_work(program).products == 2 * 16 * 32 * 32 * 5 * (3 + 1)
+    assert read_cost(program).products == 2 * 16 * 32 * 32 * 5 * (3 + 1)
     assert not program.unknown_loops
 
 
@@ -45,7 +45,7 @@ def test_a_loop_without_a_known_count_is_counted_once_and_said():
 
     program = read_program(compiled_text(halved, (8, 8)))
     assert len(program.unknown_loops) == 1
-    assert read_work(program).products == 2 * 8**3
+    assert read_cost(program).products == 2 * 8**3
 
 
 # As a TPU's compiler writes them: the trip count stands in the condition alone, and a kernel's
@@ -91,10 +91,10 @@ ENTRY %main (a: bf16[4,8], b: bf16[8,8]) -> bf16[4,8] {
 
 
 def test_trip_counts_from_conditions():
-    work = read_work(read_program(LOOP))
-    assert work.products == 5 * 2 * 4 * 8 * 8  # 1, 3, 5, 7, 9
+    cost = read_cost(read_program(LOOP))
+    assert cost.products == 5 * 2 * 4 * 8 * 8  # 1, 3, 5, 7, 9
     # Tiles of 8 x 128 of two bytes: x, w and y are one each. And scalars: added, copied once.
-    assert work.bytes == 5 * (3 * 8 * 128 * 2 + 3 * 4) + 2 * 4
+    assert cost.bytes == 5 * (3 * 8 * 128 * 2 + 3 * 4) + 2 * 4
 
 
 SLICED = """HloModule sliced
@@ -109,7 +109,7 @@ ENTRY %main () -> bf16[16,128] {
 
 def test_a_slice_reads_no_more_than_itself():
     """Into a chip's small memory, from an array four times as long."""
-    assert read_work(read_program(SLICED)).bytes == 16 * 128 * 2
+    assert read_cost(read_program(SLICED)).bytes == 16 * 128 * 2
 
 
 def test_no_module_is_refused():

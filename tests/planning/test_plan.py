@@ -20,7 +20,7 @@ from bltjax.distributed.topology import read_topology
 from bltjax.families import family_of, load_config
 from bltjax.model.flops import cross_layers, utilisation
 from bltjax.planning import report
-from bltjax.planning.aot import Memory, described_devices, shard_bytes
+from bltjax.planning.aot import DeviceMemory, described_devices, shard_bytes
 from bltjax.planning.suggest import changed, nearest_changes
 from bltjax.training.step import step_parts
 
@@ -80,7 +80,7 @@ def test_a_plan_in_json(planned):
     assert {"paper", "exact", "compiler", "ratio"} <= set(flops)
     assert flops["ratio"] == flops["compiler"] / (flops["exact"] + flops["rematerialised"])
     # Outside kernels (whose tiles are larger than these rows) the program has the exact FLOPs.
-    products = planned.work.products * 4
+    products = planned.cost.products * 4
     config = planned.config
     crosses = 3.5 * config.data.batch_size * kernel_flops(config)  # scores once more
     assert products == pytest.approx(flops["exact"] + flops["rematerialised"] - crosses, rel=0.05)
@@ -110,7 +110,7 @@ def kernel_flops(config) -> int:
 
 @needs_libtpu
 def test_a_plan_in_words(planned):
-    lines = report.text(planned, TINY).splitlines()
+    lines = report.plan_report(planned, TINY).splitlines()
     assert len(lines) < 25 and max(map(len, lines)) <= 120
     text = "\n".join(lines)
     assert "4 chips, 1 host" in text and "hash tables 9.6k" in text
@@ -157,7 +157,7 @@ def made_up(total: float, **settings) -> report.Plan:
     topology = read_topology("v5e:16x16")
     parameters = {"hash_tables": 3_840_015_360, "total": 10_553_570_560}
     held = 4 * parameters["total"] / 256
-    memory = Memory(held, 2 * held, total, topology.chip.hbm_bytes)
+    memory = DeviceMemory(held, 2 * held, total, topology.chip.hbm_bytes)
     mesh = {"data": 1, "fsdp": 256, "tensor": 1}
     flops = plans.needed_flops(config)
     return report.Plan(config, topology, mesh, parameters, memory, flops, 1.0)
@@ -185,7 +185,7 @@ def test_changes_that_would_make_it_fit():
 
 
 def test_a_bar_shows_what_overflows():
-    memory = Memory(4e9, 8e9, 40e9, 16e9)
+    memory = DeviceMemory(4e9, 8e9, 40e9, 16e9)
     bar = report.memory_lines(memory)[0]
     assert re.search(r"\[p{15}o{30}a{15}>\] .* DOES NOT FIT", bar)
 

@@ -7,7 +7,7 @@ import pytest
 
 from bltjax.distributed.topology import read_topology
 from bltjax.families import load_config
-from bltjax.planning.plan_decoder import plan_generate, text
+from bltjax.planning.plan_decoder import decoder_report, plan_generate
 
 SIZES = {"groups": 1, "rows": 1, "prompt_bytes": 2048, "context": 32768}
 
@@ -32,7 +32,7 @@ def test_the_8b_decodes_on(topology):
     for name in ("byte", "patch", "loop"):
         for each in found.programs[name].collectives:
             assert each["kind"] not in ("all-gather", "all-to-all") or each["bytes"] < 1e6, each
-    assert re.search(r"HBM per chip .* fits\n", text(found, "8b"))
+    assert re.search(r"HBM per chip .* fits\n", decoder_report(found, "8b"))
 
 
 @pytest.mark.parametrize(

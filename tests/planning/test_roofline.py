@@ -5,7 +5,7 @@ import pytest
 
 from bltjax.distributed.topology import read_topology
 from bltjax.planning.hlo_collectives import Collective
-from bltjax.planning.hlo_cost import Work
+from bltjax.planning.hlo_cost import Cost
 from bltjax.planning.roofline import bound, collective_seconds
 
 
@@ -60,11 +60,11 @@ def test_seconds_between_slices():
 def test_the_slowest_is_the_bound():
     topology, where = read_topology("v5p:4x4x4"), places_of("v5p:4x4x4")
     gathers = [Collective("all-gather", ("fsdp",), tuple(range(64)), 0.0, 600e9, 2, "")]
-    work = Work(products=400e12, kernels=59e12, idle=5e12, bytes=2765e9 / 2)
-    found = bound(work, gathers, topology, where, 64 * 459e12, 6_400)
+    cost = Cost(products=400e12, kernels=59e12, idle=5e12, bytes=2765e9 / 2)
+    found = bound(cost, gathers, topology, where, 64 * 459e12, 6_400)
     assert found.compute_s == 1 and found.hbm_s == 0.5
     assert found.interconnect_s == pytest.approx(2 * 63 / 64) and found.limit == "interconnect"
     assert found.mfu == pytest.approx(64 / 126)
     assert found.bytes_per_second_per_chip == pytest.approx(100 * 64 / 126)
-    alone = bound(work, [], topology, where, 64 * 459e12, 6_400)
+    alone = bound(cost, [], topology, where, 64 * 459e12, 6_400)
     assert alone.limit == "compute" and alone.step_s == 1 and alone.mfu == 1
