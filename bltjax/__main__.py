@@ -8,7 +8,7 @@ import sys
 import traceback
 import typing
 
-from bltjax.system.environment import check_flags, keep_buffers, prepare, refused_platform
+from bltjax.system.environment import check_flags, keep_buffers, prepare_process, refused_platform
 
 # Help of each verb.
 VERBS = {
@@ -50,7 +50,7 @@ def program_of(verb: str):
 
 
 def main(argv: list[str] | None = None) -> int:
-    prepare()
+    prepare_process()
     parser = argparse.ArgumentParser(
         prog="python -m bltjax",
         description="The Byte Latent Transformer in JAX.",

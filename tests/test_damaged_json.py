@@ -30,8 +30,8 @@ from bltjax.training.goodput import Goodput, read_sums
 from bltjax.training.reports import Reporter
 from bltjax.viz.page import curves, read_samples, samples_part
 from bltjax.weights.damage import Damaged, Misfit, read_progress
-from bltjax.weights.export import read_manifest as read_export
-from bltjax.weights.workdir import read_config, read_reports
+from bltjax.weights.export import read_export_manifest
+from bltjax.weights.workdir import read_reports, read_run_config
 
 OTHERS = (None, True, -1, 0, 3.5, float("nan"), 10**400, "", "x", [], [1], {}, {"a": 1})
 
@@ -327,9 +327,9 @@ def test_configs_are_named(runs, tmp_path, text):
     shutil.copytree(runs.byte_lm, tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"run/config\.json "):
-        read_config(tmp_path / "run")
+        read_run_config(tmp_path / "run")
     export = tmp_path / "export"
     export.mkdir()
     (export / "export.json").write_text(text)
     with pytest.raises(ValueError, match=r"export/export\.json "):
-        read_export(epath.Path(export))
+        read_export_manifest(epath.Path(export))

@@ -27,12 +27,12 @@ from bltjax.system.environment import (
     check_flags,
     keep_buffers,
     on_cpu,
-    prepare,
+    prepare_process,
     refused_platform,
 )
 from bltjax.system.paths import check_name
 from bltjax.training.train import train
-from bltjax.weights.export import read_config
+from bltjax.weights.export import read_model_config
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*(ROOT / "bltjax").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
@@ -95,7 +95,7 @@ def test_overruled_with_a_line(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "jax")  # as at the start of a program
     for name, value in ODD.items():
         monkeypatch.setenv(name, value)
-    prepare()
+    prepare_process()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(ODD) and not ODD.keys() & os.environ.keys()
     for line, (name, value) in zip(lines, ODD.items(), strict=True):
@@ -103,14 +103,14 @@ def test_overruled_with_a_line(monkeypatch, capsys):
     for name, harmless in OVERRULED.items():
         for value in harmless:
             monkeypatch.setenv(name, value)
-            prepare()
+            prepare_process()
             assert os.environ[name] == value
     assert not capsys.readouterr().err
 
 
 def test_whoever_imported_jax_has_decided(monkeypatch, capsys):
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
-    prepare()
+    prepare_process()
     assert os.environ["JAX_ENABLE_X64"] == "1" and not capsys.readouterr().err
 
 
@@ -186,7 +186,7 @@ def test_drafts_with_64_bit_types(runs):
 
 
 def test_what_a_notebook_must_set_first(runs, tmp_path):
-    config = read_config(runs.byte_lm)
+    config = read_model_config(runs.byte_lm)
     with jax.numpy_dtype_promotion("strict"):
         with pytest.raises(ValueError, match="load does not work with jax_numpy_dtype_promotion s"):
             bltjax.load(runs.blt)
@@ -330,7 +330,7 @@ def test_streams_show_what_they_lack_as_signs(monkeypatch, encoding):
     kept, lost = io.BytesIO(), io.BytesIO()
     for name, bytes_ in (("stdout", kept), ("stderr", lost)):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(bytes_, encoding=encoding))
-    prepare()
+    prepare_process()
     text = "a ██ 日␛↵|é\udcff"
     print(text, end="", flush=True)
     print(text, end="", file=sys.stderr, flush=True)

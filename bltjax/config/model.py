@@ -4,7 +4,7 @@ import dataclasses
 import typing
 
 from bltjax.config.data import check_row
-from bltjax.config.fields import SAME_CONTENT, expand, finite, one_of, positive, setting
+from bltjax.config.fields import SAME_CONTENT, check_finite, expand, one_of, positive, setting
 
 # What a block keeps for the backward pass, which recomputes the rest.
 #     none      everything but weights all-gathered over fsdp, which are gathered again
@@ -76,9 +76,9 @@ class Patching:
         if self.newline_reset and self.mode != "entropy":
             raise ValueError(f"patching.newline_reset is for entropy mode, not {self.mode!r}")
         positive(self, "patch_bytes")
-        finite(self, "threshold")
+        check_finite(self, "threshold")
         if self.threshold_add is not None:
-            finite(self, "threshold_add")
+            check_finite(self, "threshold_add")
         if self.max_patch_bytes is not None:
             positive(self, "max_patch_bytes")
         if self.monotonic and self.threshold_add is not None:

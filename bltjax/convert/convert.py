@@ -137,7 +137,7 @@ def convert(
             raise ValueError(f"--byte_lm {byte_lm} must hold a byte LM, and {source} a BLT")
     files = as_dtype(opened, dtype)
     programs = serving and ServingPrograms(files, serving)
-    for line in described(source, files):
+    for line in source_lines(source, files):
         print(line)
     if not is_remote(destination):
         check_writable(destination.parent)
@@ -190,7 +190,7 @@ def check_room(destination: epath.Path, wanted: int) -> None:
         raise ValueError(f"{parent} has room for {free:,} bytes; {destination} needs {wanted:,}")
 
 
-def described(source: epath.Path, files: ModelFiles) -> list[str]:
+def source_lines(source: epath.Path, files: ModelFiles) -> list[str]:
     """A description of the source for people, with every assumption that was made."""
     lines = []
     for part in (files, files.byte_lm):

@@ -20,19 +20,17 @@ from bltjax.config.fields import to_dict
 from bltjax.config.model import ModelConfig
 from bltjax.convert.convert import open_model
 from bltjax.convert.integrity import check_arrays, check_checkpoint, read_through
-from bltjax.data.records import MANIFEST, read_manifest
+from bltjax.data.records import MANIFEST, read_records_manifest
 from bltjax.families import family_of, leaf_shapes, model_config, model_shapes, run_layout
 from bltjax.model.params import parameter_count
 from bltjax.progress import Progress, duration, quantity
 from bltjax.system.paths import size_of
-from bltjax.weights.export import is_export, read_config
-from bltjax.weights.export import read_manifest as read_export
+from bltjax.weights.export import is_export, read_export_manifest, read_model_config
 from bltjax.weights.lazy import blocks
 from bltjax.weights.stored import LAYOUTS, ModelFiles, patching_words
-from bltjax.weights.workdir import config_values, read_reports
-from bltjax.weights.workdir import read_config as read_run
+from bltjax.weights.workdir import config_values, read_reports, read_run_config
 
-TOLD = 8  # lines of damage in the text report
+SHOWN = 8  # lines of damage in the text report
 
 
 def described_model(config: ModelConfig) -> dict:
@@ -46,7 +44,7 @@ def described_model(config: ModelConfig) -> dict:
 
 
 def inspect_run(path: epath.Path, quick: bool) -> dict:
-    run = read_run(path)
+    run = read_run_config(path)
     config = model_config(run)
     expected = leaf_shapes(config)
     folders = [p for p in (path / "checkpoints").iterdir() if p.name.isdigit()]
@@ -64,7 +62,7 @@ def inspect_run(path: epath.Path, quick: bool) -> dict:
     found |= {"rows": f"{run.data.batch_size} x {run.data.seq_len} bytes", "config": to_dict(run)}
     if (path / "metrics.jsonl").exists():
         found["last_report"] = last_report(path / "metrics.jsonl")
-    return found | {"checkpoints": steps} | beside(path, config, damage, quick)
+    return found | {"checkpoints": steps} | inspect_byte_lm(path, config, damage, quick)
 
 
 def last_report(path: epath.Path) -> dict:
@@ -76,7 +74,7 @@ def last_report(path: epath.Path) -> dict:
 
 
 def inspect_export(path: epath.Path, quick: bool) -> dict:
-    manifest, config = read_export(path), read_config(path)
+    manifest, config = read_export_manifest(path), read_model_config(path)
     problems, _ = check_arrays(path / "params", "params", leaf_shapes(config), quick, {})
     found = {
         "kind": "export",
@@ -85,10 +83,10 @@ def inspect_export(path: epath.Path, quick: bool) -> dict:
         "source": manifest["source"],
         "held_out_bits_per_byte": manifest["held_out_bits_per_byte"],
     }
-    return found | described_model(config) | beside(path, config, problems, quick)
+    return found | described_model(config) | inspect_byte_lm(path, config, problems, quick)
 
 
-def beside(path: epath.Path, config: ModelConfig, damage: list[str], quick: bool) -> dict:
+def inspect_byte_lm(path: epath.Path, config: ModelConfig, damage: list[str], quick: bool) -> dict:
     """The byte LM stored with a BLT by entropy; adds any faults of the pair to `damage`."""
     byte_lm = None
     if (path / "byte_lm").exists():
@@ -116,7 +114,7 @@ def inspect_released(path: epath.Path, quick: bool) -> dict:
 
 
 def inspect_records(path: epath.Path, quick: bool) -> dict:
-    manifest = read_manifest(path)
+    manifest = read_records_manifest(path)
     damage, progress = [], Progress("reading", manifest.total("size"))
     for shard in manifest.shards:
         size = size_of(path / shard.name)
@@ -213,9 +211,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     found = inspect(args.folder, quick=args.quick)
     print(json.dumps(found) if args.json else "\n".join(lines_of(args.folder, found)))
     if not found["whole"]:
-        told = found["damage"][:TOLD]
-        if len(found["damage"]) > TOLD:
-            told.append(f"and {len(found['damage']) - TOLD} more, which --json names")
+        told = found["damage"][:SHOWN]
+        if len(found["damage"]) > SHOWN:
+            told.append(f"and {len(found['damage']) - SHOWN} more, which --json names")
         raise ValueError(f"{args.folder} is not whole:\n  " + "\n  ".join(told))
     if not args.json:
         print("  whole" + (", by shapes and sizes; no data was read" if args.quick else ""))

@@ -58,7 +58,7 @@ def reason_of(error: Exception) -> str:
     return lines[0] if len(lines[0]) < 100 else f"{lines[0][:97]}..."
 
 
-def checksum_of(piece: np.ndarray, begin: int) -> int:
+def rows_checksum(piece: np.ndarray, begin: int) -> int:
     """The share of rows from `begin` on in an array's checksum (`checkpoint.checksums`)."""
     bits = np.ascontiguousarray(piece).view(f"u{piece.dtype.itemsize}").astype(np.uint32)
     factor = np.uint32(1)
@@ -80,7 +80,7 @@ def read_through(
     try:
         for begin, piece in read():
             finite = finite and bool(np.isfinite(np.asarray(piece, np.float32)).all())
-            found += 0 if saved is None else checksum_of(piece, begin)
+            found += 0 if saved is None else rows_checksum(piece, begin)
     except NotFinite as error:
         yield str(error)
         return

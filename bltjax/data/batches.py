@@ -52,7 +52,7 @@ def kind_of_rows(patching: Patching | None) -> type[Batch]:
     return BATCHES["bytes" if patching is None else "patches"]
 
 
-def arrays_of(kind: type[Batch], rows: int, row_bytes: int, make) -> Batch:
+def make_batch(kind: type[Batch], rows: int, row_bytes: int, make) -> Batch:
     """A batch of make(shape, dtype) for each array."""
     made = {}
     for name in kind._fields:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bltjax.config.model import Patching
-from bltjax.data.batches import Batch, PatchBatch, arrays_of, target_bytes_of
+from bltjax.data.batches import Batch, PatchBatch, make_batch, target_bytes_of
 from bltjax.data.records import Document
 from bltjax.text.alphabet import BOE, encode
 from bltjax.text.patching import document_starts
@@ -34,7 +34,7 @@ class CutDocument:
     patches: int  # that start at one of its ids
 
 
-def cut(document: Document, patching: Patching | None) -> CutDocument:
+def cut_document(document: Document, patching: Patching | None) -> CutDocument:
     """A document with its patch starts; without patching (the byte LM) every byte is a start.
 
     Raises:
@@ -47,7 +47,7 @@ def cut(document: Document, patching: Patching | None) -> CutDocument:
     return CutDocument(ids_N, starts_N1, np.count_nonzero(starts_N1[:-1]))
 
 
-class Piece(NamedTuple):
+class Fragment(NamedTuple):
     """Positions [begin, end) of a document, placed in a row."""
 
     document: CutDocument
@@ -56,12 +56,14 @@ class Piece(NamedTuple):
     patches: int  # that start in the piece, including the row's forced starts
 
 
-def next_piece(document: CutDocument, begin: int, used: int, room: int, patch_room: int) -> Piece:
+def next_fragment(
+    document: CutDocument, begin: int, used: int, room: int, patch_room: int
+) -> Fragment:
     """The longest piece of a document from `begin` that a row with `used` bytes still holds."""
     size = len(document.ids_N)
     if begin == 0 and size <= room and document.patches <= patch_room:
         # Its first two positions open patches anyway, so a row's start adds none.
-        return Piece(document, 0, size, document.patches)
+        return Fragment(document, 0, size, document.patches)
     end = min(size, begin + room)
     opens_N = document.starts_N1[begin:end]
     forced = slice(0, max(0, 2 - used))  # the row's first two positions
@@ -71,11 +73,11 @@ def next_piece(document: CutDocument, begin: int, used: int, room: int, patch_ro
         opens_N[forced] = True
         # Start of the first patch that doesn't fit.
         end, patches = begin + int(np.flatnonzero(opens_N)[patch_room]), patch_room
-    return Piece(document, begin, end, patches)
+    return Fragment(document, begin, end, patches)
 
 
 def lay_out(
-    pieces: Sequence[Piece],
+    pieces: Sequence[Fragment],
     bytes_N,
     targets_N,
     weights_N,
@@ -108,10 +110,10 @@ def lay_out(
 
 
 def batch_of(
-    rows: Sequence[Sequence[Piece]], row_bytes: int, kind: type[Batch] = PatchBatch
+    rows: Sequence[Sequence[Fragment]], row_bytes: int, kind: type[Batch] = PatchBatch
 ) -> Batch:
     """A batch, row by row; rows are written directly into its arrays."""
-    batch = arrays_of(kind, len(rows), row_bytes, np.empty)
+    batch = make_batch(kind, len(rows), row_bytes, np.empty)
     for number, pieces in enumerate(rows):
         row = {name.replace("_B", "_"): array[number] for name, array in batch._asdict().items()}
         lay_out(pieces, **row)
@@ -188,14 +190,14 @@ class Packer:
                 least, chosen = uneven, place
         return self.waiting.pop(chosen)
 
-    def next_row(self) -> list[Piece]:
+    def next_row(self) -> list[Fragment]:
         """The pieces of the next row; `batch_of` writes it out."""
-        pieces: list[Piece] = []
+        pieces: list[Fragment] = []
         used = patches = 0
         while used < self.row_bytes and patches < self.row_patches:
             chosen = self.open or self.pick(used, patches)
             room = (self.row_bytes - used, self.row_patches - patches)
-            piece = next_piece(chosen.document, chosen.position, used, *room)
+            piece = next_fragment(chosen.document, chosen.position, used, *room)
             if piece.end > piece.begin:
                 patches += piece.patches
                 used += piece.end - piece.begin
@@ -210,23 +212,23 @@ class Packer:
 
 def pack_exact(
     documents: Iterable[CutDocument], row_bytes: int, row_patches: int
-) -> tuple[list[list[Piece]], int]:
+) -> tuple[list[list[Fragment]], int]:
     """Rows for evaluation, and the number of cuts.
 
     A document that fits a row is never split; a longer one starts a row of its own and continues in
     further rows. How documents share rows changes no score, only the number of rows.
     """
-    rows: list[tuple[list[Piece], int, int]] = []  # pieces, bytes, patches
+    rows: list[tuple[list[Fragment], int, int]] = []  # pieces, bytes, patches
     cuts, short = 0, []
     for document in documents:
         size = len(document.ids_N)
-        piece = next_piece(document, 0, 0, row_bytes, row_patches)
+        piece = next_fragment(document, 0, 0, row_bytes, row_patches)
         if piece.end == size:
             short.append(piece)
             continue
         rows.append(([piece], piece.end, piece.patches))
         while piece.end < size - 1:
-            piece = next_piece(document, piece.end, 0, row_bytes, row_patches)
+            piece = next_fragment(document, piece.end, 0, row_bytes, row_patches)
             rows.append(([piece], piece.end - piece.begin, piece.patches))
             cuts += 1
     # Largest first, each into the fullest row that has room for it: best fit.

@@ -15,7 +15,7 @@ import numpy as np
 from bltjax.config.data import DataConfig
 from bltjax.config.model import Patching
 from bltjax.data.batches import Batch, kind_of_rows
-from bltjax.data.packing import CutDocument, Packer, batch_of, cut, pack_exact
+from bltjax.data.packing import CutDocument, Packer, batch_of, cut_document, pack_exact
 from bltjax.data.records import RecordDocuments
 from bltjax.data.shuffle import Order
 from bltjax.data.sources.by_path import Documents, open_source
@@ -85,7 +85,7 @@ class Stream:
         name, record = key
         document = self.shared.get((name, record))
         if document is None:
-            document = cut(self.sources[name][record], self.patching)
+            document = cut_document(self.sources[name][record], self.patching)
             self.shared[name, record] = document
         return document
 
@@ -228,7 +228,7 @@ def held_out_batches(
 ) -> tuple[list[Batch], int]:
     """Batches that hold every document once, and the number of cuts; empty rows fill the last."""
     limit = data.seq_len if patching is None else data.max_patches
-    cut_documents = (cut(documents[i], patching) for i in range(len(documents)))
+    cut_documents = (cut_document(documents[i], patching) for i in range(len(documents)))
     rows, cuts = pack_exact(cut_documents, data.seq_len, limit)
     rows += [[]] * (-len(rows) % data.batch_size)
     groups = (rows[i : i + data.batch_size] for i in range(0, len(rows), data.batch_size))

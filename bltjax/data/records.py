@@ -197,7 +197,7 @@ def read_shard_info(side: epath.Path) -> tuple[ShardInfo, dict]:
         raise ValueError(f"{side} is damaged: {error}") from None
 
 
-def read_manifest(folder: epath.Path) -> Manifest:
+def read_records_manifest(folder: epath.Path) -> Manifest:
     """The manifest of a folder. Raises ValueError if there is none, or it is not ours."""
     path = folder / MANIFEST
     if not path.exists():
@@ -233,7 +233,7 @@ class RecordDocuments:
     def __init__(self, folder: epath.Path, expected_identity: str | None = None):
         """Raises ValueError for missing or truncated shards, or another byte LM's entropies."""
         self.folder = epath.Path(folder)
-        self.manifest = read_manifest(self.folder)
+        self.manifest = read_records_manifest(self.folder)
         if expected_identity not in (None, self.manifest.byte_lm):
             raise ValueError(
                 f"{folder} was scored by byte LM {self.manifest.byte_lm}"

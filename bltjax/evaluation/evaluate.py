@@ -38,7 +38,13 @@ from bltjax.system.compiling import CompileTime
 from bltjax.system.outputs import check_outputs
 from bltjax.system.paths import path_of
 from bltjax.system.storage import write_text
-from bltjax.weights.export import load_params, load_scorer, read_config, read_run, with_tokenizer
+from bltjax.weights.export import (
+    load_params,
+    load_scorer,
+    read_model_config,
+    read_run,
+    with_tokenizer,
+)
 
 logger = logging.getLogger("bltjax")
 XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
@@ -61,7 +67,7 @@ def evaluate(
       ValueError: where the mesh doesn't divide a size that it splits, with both numbers.
       FloatingPointError: for a result that is not finite, naming the parameter or the text.
     """
-    config = read_config(workdir)
+    config = read_model_config(workdir)
     if documents is None:  # errors of a source come before a model is loaded
         documents = open_source(source, skip_bad=skip_bad)
     mesh = mesh or evaluation_mesh(config)
@@ -119,7 +125,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("evaluate takes its config from the work directory; drop --config.*")
     processes.initialize(args)
-    config, run = read_config(args.workdir), read_run(args.workdir)
+    config, run = read_model_config(args.workdir), read_run(args.workdir)
     if args.source:
         sources = [source_from(args)]
     elif run and run.data.eval:

@@ -16,14 +16,14 @@ from etils import epath
 from bltjax.config.arguments import path_argument
 from bltjax.config.model import Patching
 from bltjax.data.calibrate import calibrate, sample_documents
-from bltjax.data.packing import cut
+from bltjax.data.packing import cut_document
 from bltjax.data.records import Document, RecordDocuments, read_shard_info
 from bltjax.distributed.topology import read_topology
 from bltjax.families import family_of
 from bltjax.progress import duration, quantity
 from bltjax.system.storage import check_writable, write_text
 from bltjax.text.patching import patch_lengths
-from bltjax.weights.export import read_config
+from bltjax.weights.export import read_model_config
 from bltjax.weights.workdir import is_number
 
 SAMPLE_BYTES = 2 << 20
@@ -54,7 +54,7 @@ def usual_threshold(source: Source) -> float:
 def lengths_at(source: Source, threshold: float) -> np.ndarray:
     """Length in bytes of every patch of the sample, BOS' and EOS' included."""
     patching = Patching(threshold=threshold)
-    cuts = (cut(document, patching).starts_N1[:-1] for document in source.sample)
+    cuts = (cut_document(document, patching).starts_N1[:-1] for document in source.sample)
     return np.concatenate([patch_lengths(starts_N) for starts_N in cuts])
 
 
@@ -93,7 +93,7 @@ def scoring_rate(records: RecordDocuments) -> dict | None:
 def scoring_flops(records: RecordDocuments) -> float | None:
     """FLOPs per byte of the byte LM that scored; None if it has moved."""
     try:
-        model = read_config(records.manifest.byte_lm_path).model
+        model = read_model_config(records.manifest.byte_lm_path).model
     except (ValueError, OSError):
         return None
     row = 1 << 14

@@ -38,7 +38,7 @@ from bltjax.inference.terminal import CONTROLS, Painter
 from bltjax.progress import speed
 from bltjax.system.compiling import CompileTime
 from bltjax.system.outputs import check_outputs
-from bltjax.weights.export import params_folder, read_config
+from bltjax.weights.export import params_folder, read_model_config
 
 
 def speed_line(decoder: Decoder, seconds: float, compiled: float) -> str:
@@ -171,7 +171,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     fitting_prompts(
         texts, context=args.context, draft=args.draft, seed=args.seed, names=names, **request
     )
-    config = read_config(args.workdir)
+    config = read_model_config(args.workdir)
     check_decodable(config, True, args.draft)
     _, step = params_folder(args.workdir)
     first = begin_results(args.out, prompts, request_settings(args, step)) if args.out else 0

@@ -14,7 +14,7 @@ import time
 import jax
 
 from bltjax.config.run import RunConfig
-from bltjax.data.batches import BATCHES, arrays_of
+from bltjax.data.batches import BATCHES, make_batch
 from bltjax.distributed.sharding import make_mesh
 from bltjax.distributed.topology import Topology, read_topology
 from bltjax.families import family_of, load_config, model_config, training_flops
@@ -77,7 +77,7 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     moments = shard_bytes(parts.shapes.opt, parts.shardings.opt)
     capacity, compiled = topology.chip.hbm_bytes, None
     rows, row_bytes = config.data.batch_size, config.data.seq_len
-    batch = arrays_of(BATCHES[family_of(config).rows], rows, row_bytes, jax.ShapeDtypeStruct)
+    batch = make_batch(BATCHES[family_of(config).rows], rows, row_bytes, jax.ShapeDtypeStruct)
     with jax.set_mesh(mesh):
         lowered = parts.step.lower(parts.shapes, batch)
         try:

@@ -50,7 +50,7 @@ PLAIN |= {chr(0x2400 + code): f"\\x{code:02x}" for code in range(32)}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 
 
-def prepare() -> None:
+def prepare_process() -> None:
     """Makes streams able to print any text, and removes variables that this process must not
     follow."""
     for stream in (sys.stdout, sys.stderr):

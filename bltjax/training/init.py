@@ -167,7 +167,9 @@ def started(config: RunConfig, params, shardings):
     leaves = llama_leaves(path_of(config.latent_init.path), config.model.latent)
     blocks = params["latent"].pop("blocks")  # freed before the others come
     for name in blocks:
-        blocks[name] = placed(leaves[f"latent/blocks/{name}"], shardings["latent"]["blocks"][name])
+        blocks[name] = on_devices(
+            leaves[f"latent/blocks/{name}"], shardings["latent"]["blocks"][name]
+        )
     params["latent"]["blocks"] = blocks
     print(
         f"the latent transformer starts from {config.latent_init.path}: its learning rate is"
@@ -177,7 +179,7 @@ def started(config: RunConfig, params, shardings):
     return params
 
 
-def placed(leaf, sharding):
+def on_devices(leaf, sharding):
     """A stored leaf of stacked layers as a float32 array; a process reads its devices' part."""
 
     def part(index):

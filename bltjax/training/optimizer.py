@@ -64,7 +64,7 @@ def guarded(inner: optax.GradientTransformation, config: FaultsConfig):
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def told(guard: Guard) -> dict[str, jax.Array]:
+def guard_metrics(guard: Guard) -> dict[str, jax.Array]:
     """The guard's metrics in a step's report."""
     return {"mean_loss": guard.mean_loss, "skipped": guard.skipped, "in_a_row": guard.in_a_row}
 

@@ -86,7 +86,7 @@ def restore(folder: Path, target: TrainState, streams: list[int]) -> Restored:
     return Restored(TrainState(step, params, opt), states, progress)
 
 
-def damage(restored: Restored) -> str:
+def changed_arrays(restored: Restored) -> str:
     """The arrays that differ from what was saved; empty if none. Every process calls this at
     once."""
     saved, found = (
@@ -113,7 +113,7 @@ def restore_newest(workdir: Path, target: TrainState, streams: list[int]) -> Res
         except Exception as error:  # Orbax and its storage raise many kinds
             mine = why_not(folder, error)
         reasons = [Reason(*r) for r in allgather_json("restoring a checkpoint", mine) if r]
-        if not reasons and (text := damage(restored)):  # of global arrays: alike everywhere
+        if not reasons and (text := changed_arrays(restored)):  # of global arrays: alike everywhere
             reasons = [Reason("damaged", text)]
         if not reasons:
             return restored

@@ -66,7 +66,7 @@ def way_out(run: RunConfig, config: RunConfig, workdir) -> str:
     )
 
 
-def change_lines(run: RunConfig, config: RunConfig, step: int) -> list[str]:
+def setting_changes(run: RunConfig, config: RunConfig, step: int) -> list[str]:
     """A line for the log per changed setting, when a run is resumed after `step`."""
     lines = []
     for change in changes(run, config):

@@ -34,7 +34,7 @@ from bltjax.training.init import (
     started,
 )
 from bltjax.training.restore import restore_newest
-from bltjax.training.resume import change_lines, check_sources, check_workdir
+from bltjax.training.resume import check_sources, check_workdir, setting_changes
 from bltjax.training.step import StepParts, TrainState
 from bltjax.weights import workdir as ckpt
 from bltjax.weights.workdir import TOKENIZER
@@ -103,7 +103,7 @@ def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
     )  # fmt: skip
 
 
-def summary(setup: Setup) -> str:
+def run_summary(setup: Setup) -> str:
     """The run, in one line."""
     config, parts = setup.config, setup.parts
     counts = parameter_count(parts.shapes.params, config.model)
@@ -142,7 +142,7 @@ def first_state(setup: Setup) -> tuple[TrainState, int]:
     step = progress["step"]
     setup.batches.set_state(streams)
     print(f"resumed {setup.workdir} after step {step}")
-    for line in change_lines(setup.resumed, config, step):
+    for line in setting_changes(setup.resumed, config, step):
         print(f"  changed: {line}")
     for line in setup.notes:
         print(f"  {line}")

@@ -36,7 +36,7 @@ from bltjax.families import (
 from bltjax.model.loss import Sums, target_sums
 from bltjax.model.params import part_of
 from bltjax.system.environment import random_key
-from bltjax.training.optimizer import guarded, make_optimizer, told
+from bltjax.training.optimizer import guard_metrics, guarded, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -115,7 +115,7 @@ def make_train_step(config: RunConfig, model, optimizer):
             "gradient_norms": norms,
             "update_norms": norms_by_part(updates, config.model),
             "fills": jnp.stack(fills(batch, slots)),
-            "guard": told(opt),
+            "guard": guard_metrics(opt),
         }
         return TrainState(state.step + 1, params, opt), report
 

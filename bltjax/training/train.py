@@ -45,7 +45,7 @@ from bltjax.training import resume
 from bltjax.training.checkpoint import checksums, last_good, make_manager, save
 from bltjax.training.goodput import Goodput, Profile
 from bltjax.training.reports import Reporter, Reports
-from bltjax.training.setup import Setup, claim, first_state, set_up, summary
+from bltjax.training.setup import Setup, claim, first_state, run_summary, set_up
 from bltjax.viz.page import write_page
 from bltjax.weights import workdir as ckpt
 
@@ -82,7 +82,7 @@ def train(
     with contextlib.ExitStack() as exits:
         check_lock = locked(exits, workdir, take_over)
         setup = set_up(config, workdir)
-        print(summary(setup))
+        print(run_summary(setup))
         claim(setup)  # the data is there and the settings hold
         goodput = Goodput(workdir, begun)
         state, first = first_state(setup)

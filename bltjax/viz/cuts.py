@@ -90,7 +90,7 @@ def terminal(text: bytes, cut: Cut, colour: bool) -> str:
     return "".join(parts)
 
 
-def summary(text: bytes, cut: Cut) -> str:
+def cut_summary(text: bytes, cut: Cut) -> str:
     lengths = np.array([end - begin for begin, end in spans(text, cut)])
     kind = "" if cut.patching.incremental else "; not incremental"
     return (

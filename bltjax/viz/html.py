@@ -2,7 +2,7 @@
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from bltjax.viz.cuts import COLOURS, Cut, patch_strings, spans, summary
+from bltjax.viz.cuts import COLOURS, Cut, cut_summary, patch_strings, spans
 
 TEMPLATES = Environment(
     loader=PackageLoader("bltjax.viz"),
@@ -23,7 +23,7 @@ def filled(template: str, **values) -> str:
 
 def page(text: bytes, cuts: list[Cut], note: str) -> str:
     """A self-contained HTML page: the patches of every scheme, entropies in their tooltips."""
-    sections = [(cut, summary(text, cut), curve(cut), hinted(text, cut)) for cut in cuts]
+    sections = [(cut, cut_summary(text, cut), curve(cut), hinted(text, cut)) for cut in cuts]
     width = max(1, len(text) - 1)
     return filled("patches.html", note=note, sections=sections, width=width, top=TOP)
 

@@ -142,7 +142,7 @@ def run_page(workdir: epath.Path) -> str:
     Raises:
       ValueError: for a folder that is no run.
     """
-    config = ckpt.read_config(workdir)
+    config = ckpt.read_run_config(workdir)
     reports = read_reports(workdir / "metrics.jsonl")
     kind = family_of(config).title
     samples = ""

@@ -18,9 +18,9 @@ from bltjax.system.compiling import CompileTime
 from bltjax.system.outputs import check_outputs
 from bltjax.system.storage import write_text
 from bltjax.text.bpe import load_tokenizer
-from bltjax.viz.cuts import PNG_LIMIT, cut_text, summary, terminal
+from bltjax.viz.cuts import PNG_LIMIT, cut_summary, cut_text, terminal
 from bltjax.viz.html import page
-from bltjax.weights.export import load_params, load_scorer, read_config, with_tokenizer
+from bltjax.weights.export import load_params, load_scorer, read_model_config, with_tokenizer
 
 logger = logging.getLogger("bltjax")
 LIMIT = 4000  # bytes that are drawn
@@ -62,7 +62,7 @@ def asked_schemes(
     """
     own, run = Patching(mode="space"), None
     if args.workdir:
-        run = read_config(args.workdir)
+        run = read_model_config(args.workdir)
         own = with_tokenizer(run, args.workdir).patching or Patching()
     schemes = [(text, parse_scheme(text, own)) for text in args.scheme or []]
     schemes = schemes or [(own.mode, own)]
@@ -129,7 +129,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if len(text) < len(whole):
         print(note)
     for cut in cuts:
-        print(f"{cut.title}: {summary(text, cut)}")
+        print(f"{cut.title}: {cut_summary(text, cut)}")
         if not args.table:
             print(terminal(text, cut, colour) + "\n")
     for line in written:

@@ -152,7 +152,7 @@ def draw_patches(axes, text: bytes, cut: Cut, signs: list, begin: int, end: int)
             axes.text(place, 0.47, sign, ha="center", **centred, **style)
 
 
-def draw(text: bytes, cuts: list[Cut]):
+def draw_cuts(text: bytes, cuts: list[Cut]):
     """A matplotlib Figure, and the characters that no installed font has, drawn as bytes."""
     signs, missing = signs_of(text)
     lines, shortest = line_spans(text), min(LINE, len(text))
@@ -177,7 +177,7 @@ def write_png(path: Path, text: bytes, cuts: list[Cut], whole: int) -> list[str]
     """Draws as much of the text as fits in a PNG; returns lines about the parts not shown."""
     drawn = whole_characters_up_to(text, PNG_LIMIT)
     short = [cut._replace(begins=cut.begins[cut.begins < len(drawn)]) for cut in cuts]
-    figure, missing = draw(drawn, short)
+    figure, missing = draw_cuts(drawn, short)
     partial = hidden_beside(path, f"{uuid.uuid4().hex[:8]}.partial")
     try:
         figure.savefig(partial, format="png")

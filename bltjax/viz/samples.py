@@ -26,7 +26,7 @@ from bltjax.system.storage import check_writable, write_text
 from bltjax.viz.cuts import patch_strings
 from bltjax.viz.page import SAMPLES, write_page
 from bltjax.weights.export import is_export
-from bltjax.weights.workdir import newest_checkpoint, read_config, saved_steps
+from bltjax.weights.workdir import newest_checkpoint, read_run_config, saved_steps
 
 logger = logging.getLogger("bltjax")
 PROMPT_BYTES, CUT_BYTES = 60, 600
@@ -69,7 +69,7 @@ def write_samples(
         sampling=Sampling(temperature),
         seed=seed,
     )
-    config = read_config(workdir)
+    config = read_run_config(workdir)
     texts = list(held_out_texts(config, count))[:: 4 if count > 1 else 1][:count] or [b""]
     model = load(workdir)
     incremental = model.config.patching is None or model.config.patching.incremental
@@ -107,7 +107,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             f"{args.workdir} is an export, which keeps no reports of its training: give the work"
             " directory of the run"
         )
-    read_config(args.workdir)  # a folder that is no run is refused before anything is loaded
+    read_run_config(args.workdir)  # a folder that is no run is refused before anything is loaded
     check_writable(args.workdir)
     if args.samples and not saved_steps(args.workdir):
         logger.warning("%s has no checkpoint yet: no samples are generated", args.workdir)

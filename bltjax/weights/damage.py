@@ -156,7 +156,7 @@ def why_not(folder: Path, error: Exception) -> Reason:
 
 
 @contextlib.contextmanager
-def reading(folder: Path):
+def naming_checkpoint(folder: Path):
     """Context that names the unreadable checkpoint, and what to do, instead of Orbax's symptom."""
     try:
         yield

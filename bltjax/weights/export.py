@@ -26,7 +26,7 @@ from bltjax.model.params import flattened
 from bltjax.system.paths import check_arrays_path, is_remote, path_of
 from bltjax.system.storage import read_json, refuse_pointer
 from bltjax.weights import workdir as ckpt
-from bltjax.weights.damage import reading
+from bltjax.weights.damage import naming_checkpoint
 from bltjax.weights.lazy import DTYPES, Leaf, read_object, refuse_not_finite
 from bltjax.weights.stored import ModelFiles, check_layers
 from bltjax.weights.workdir import TOKENIZER
@@ -46,7 +46,7 @@ def is_export(path: epath.Path) -> bool:
     return (path / MANIFEST).exists()
 
 
-def read_manifest(path: epath.Path) -> dict:
+def read_export_manifest(path: epath.Path) -> dict:
     """An export's manifest, with every part checked for its type.
 
     Raises:
@@ -104,7 +104,7 @@ def refuse_not_numbers(values, what: str) -> None:
         refuse_not_numbers(value, f"{what}.{name}")
 
 
-def read_config(path) -> ModelConfig:
+def read_model_config(path) -> ModelConfig:
     """The ModelConfig of an export, or of a run's work directory.
 
     Raises:
@@ -113,7 +113,7 @@ def read_config(path) -> ModelConfig:
     path = path_of(path)
     check_arrays_path(path)
     if is_export(path):
-        manifest = read_manifest(path)
+        manifest = read_export_manifest(path)
         where = f"{path / MANIFEST}: config"
         try:
             return model_config(parse(RunConfig, manifest["config"], where))
@@ -131,13 +131,13 @@ def read_config(path) -> ModelConfig:
 def read_run(path) -> RunConfig | None:
     """The config of the run in a work directory; None for an export, which has none."""
     path = path_of(path)
-    return None if is_export(path) else ckpt.read_config(path)
+    return None if is_export(path) else ckpt.read_run_config(path)
 
 
 def params_folder(path: epath.Path) -> tuple[epath.Path, int]:
     """The folder of an export's or a run's newest parameters, and their step."""
     if is_export(path):
-        return path / "params", read_manifest(path)["step"]
+        return path / "params", read_export_manifest(path)["step"]
     folder, step = ckpt.newest_checkpoint(path)
     return folder / "params", step
 
@@ -150,10 +150,10 @@ def load_params(path, shardings=None, dtype=None) -> Model:
       ValueError: if there is none, or it is damaged.
     """
     path = path_of(path)
-    config = read_config(path)
+    config = read_model_config(path)
     folder, step = params_folder(path)
-    with reading(folder):
-        check_shapes(config, flattened(ckpt.stored_shapes(folder)), folder)
+    with naming_checkpoint(folder):
+        check_parameter_shapes(config, flattened(ckpt.stored_shapes(folder)), folder)
         return Model(config, ckpt.restore_params(folder, shardings, dtype), None, step)
 
 
@@ -165,7 +165,7 @@ def load_model(path, shardings=None, dtype=None) -> Model:
       ValueError: for entropy patching without a byte LM.
     """
     path = path_of(path)
-    scorer = load_scorer(path, read_config(path))  # fail first if it is missing
+    scorer = load_scorer(path, read_model_config(path))  # fail first if it is missing
     model = load_params(path, shardings, dtype)
     return model._replace(config=with_tokenizer(model.config, path), entropy_model=scorer)
 
@@ -194,7 +194,7 @@ def with_tokenizer(config: ModelConfig, path: epath.Path) -> ModelConfig:
     return dataclasses.replace(config, patching=patching)
 
 
-def check_shapes(config: ModelConfig, stored: dict, folder: epath.Path) -> None:
+def check_parameter_shapes(config: ModelConfig, stored: dict, folder: epath.Path) -> None:
     """Raises ValueError unless the arrays in `folder` are exactly those of the config's model."""
     check_layers(config, len(stored), str(folder), stacked=True)
     expected = leaf_shapes(config)
@@ -239,7 +239,7 @@ def open_stored(path) -> ModelFiles:
       ValueError: for a folder that is neither, or whose arrays are not those of its config.
     """
     path = path_of(path)
-    config = read_config(path)
+    config = read_model_config(path)
     folder, step = params_folder(path)
     context = tensorstore.Context(CACHE)
 
@@ -247,7 +247,7 @@ def open_stored(path) -> ModelFiles:
         array = open_array(folder, name, context)
 
         def read(place: tuple[int, ...], rows: slice) -> np.ndarray:
-            with reading(folder):
+            with naming_checkpoint(folder):
                 found = array[(*place, rows)].read().result()
             begin = rows.indices(array.shape[len(place)])[0]
             refuse_not_finite(found, f"{folder}: parameter {name}", begin, place)
@@ -255,12 +255,12 @@ def open_stored(path) -> ModelFiles:
 
         return Leaf(tuple(array.shape), array.dtype.numpy_dtype, read)
 
-    with reading(folder):
+    with naming_checkpoint(folder):
         stored = flattened(ckpt.stored_shapes(folder))
-        check_shapes(config, stored, folder)
+        check_parameter_shapes(config, stored, folder)
         leaves = {name: leaf(name) for name in stored}
     if is_export(path):
-        manifest = read_manifest(path)
+        manifest = read_export_manifest(path)
         bits, origin = manifest["held_out_bits_per_byte"], manifest["origin"]
     else:
         progress = folder.parent / "progress" / "metadata"

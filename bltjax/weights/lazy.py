@@ -90,7 +90,7 @@ def refuse_not_finite(
     raise NotFinite(f"{name}; {len(bad):,} of the {array.size:,} read with it")
 
 
-def finite(tensor: Tensor, name: str) -> Tensor:
+def checked_finite(tensor: Tensor, name: str) -> Tensor:
     """The tensor, whose reads raise NotFinite, with its file and name, for NaN and infinity."""
 
     def read(begin: int, end: int) -> np.ndarray:
@@ -101,7 +101,7 @@ def finite(tensor: Tensor, name: str) -> Tensor:
     return tensor._replace(read=read)
 
 
-class Block(NamedTuple):
+class RowBlock(NamedTuple):
     """One block of a leaf: its place, and rows at that place."""
 
     place: tuple[int, ...]
@@ -120,7 +120,7 @@ def row_runs(rows: int, row_bytes: int) -> Iterator[slice]:
         yield slice(begin, min(begin + run, rows))
 
 
-def blocks(path: str, leaf: Leaf) -> Iterator[Block]:
+def blocks(path: str, leaf: Leaf) -> Iterator[RowBlock]:
     """The blocks by which a leaf is copied. Only hash tables are large enough to be cut by rows."""
     places = [(index,) for index in range(leaf.shape[0])] if stacked(path) else [()]
     inner = leaf.shape[len(places[0]) :]
@@ -128,9 +128,9 @@ def blocks(path: str, leaf: Leaf) -> Iterator[Block]:
         if path.endswith("ngrams_RME"):
             row_bytes = int(np.prod(inner[1:])) * leaf.dtype.itemsize
             for rows in row_runs(inner[0], row_bytes):
-                yield Block(place, rows)
+                yield RowBlock(place, rows)
         else:
-            yield Block(place, slice(0, inner[0]))
+            yield RowBlock(place, slice(0, inner[0]))
 
 
 def leaf_of(array: np.ndarray) -> Leaf:

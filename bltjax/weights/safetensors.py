@@ -75,10 +75,10 @@ def opened(local: Path, path: epath.Path) -> Iterator:
         with safe_open(local, framework="numpy") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} {damage(local, error)}") from None
+        raise ValueError(f"{path} {broken_rule(local, error)}") from None
 
 
-def damage(local: Path, error: SafetensorError) -> str:
+def broken_rule(local: Path, error: SafetensorError) -> str:
     """The rule that a refused file breaks, with the numbers if its size is wrong."""
     size = local.stat().st_size
     with local.open("rb") as file:

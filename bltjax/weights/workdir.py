@@ -119,7 +119,7 @@ def write_config(workdir: Path, config: RunConfig) -> None:
     write_text(workdir / CONFIG, json.dumps(to_dict(config), indent=1) + "\n")
 
 
-def read_config(workdir: Path) -> RunConfig:
+def read_run_config(workdir: Path) -> RunConfig:
     """The config of a run. Raises ValueError if it is missing, damaged or of another version."""
     return from_json(config_values(workdir), workdir / CONFIG)
 

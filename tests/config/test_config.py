@@ -42,7 +42,7 @@ from bltjax.model.byte_cnn import ByteCNNConfig
 from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.model.params import parameter_count
 from bltjax.text import ngram_hash
-from bltjax.weights.workdir import read_config
+from bltjax.weights.workdir import read_run_config
 
 CONFIGS = sorted(p for p in Path("configs").glob("*.py") if "ALIAS" not in p.read_text())
 SIZES = ("400m", "1b", "2b", "4b", "8b", "8b_patch_6", "8b_patch_8", "8b_space", "8b_static")
@@ -544,11 +544,11 @@ def test_a_config_of_another_version_names_its_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     message = rf"{tmp_path}/config.json: config.data.shuffle_buffer is no setting.*another version"
     with pytest.raises(ValueError, match=message):
-        read_config(tmp_path)
+        read_run_config(tmp_path)
     # A config from before a setting existed has its default.
     del values["data"]["shuffle_buffer"], values["optimizer"]["table_moments"], values["faults"]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    assert read_config(tmp_path) == RunConfig(ByteLMConfig())
+    assert read_run_config(tmp_path) == RunConfig(ByteLMConfig())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\x00", "[" * 100000])
@@ -557,7 +557,7 @@ def test_a_config_that_holds_something_else_names_its_file(tmp_path, text):
     with pytest.raises(
         ValueError, match=rf"{tmp_path}/config.json (is empty|is truncated|is not JSON|holds)"
     ):
-        read_config(tmp_path)
+        read_run_config(tmp_path)
 
 
 def test_optimizers_that_can_be_meant():

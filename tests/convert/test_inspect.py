@@ -11,7 +11,7 @@ from etils import epath
 from bltjax.__main__ import main
 from bltjax.convert.convert import convert
 from bltjax.convert.inspect import inspect
-from bltjax.convert.integrity import arrays_in, checksum_of, read_through
+from bltjax.convert.integrity import arrays_in, read_through, rows_checksum
 from bltjax.training.checkpoint import checksums
 from bltjax.weights.damage import stored_name
 
@@ -63,7 +63,7 @@ def test_checksums_are_those_of_the_device_in_any_pieces():
     ]
     for array, expected in zip(arrays, checksums(arrays), strict=True):
         parts = [(0, array[:4]), (4, array[4:])] if array.ndim else [(0, array)]
-        assert sum(checksum_of(part, begin) for begin, part in parts) % 2**32 == int(expected)
+        assert sum(rows_checksum(part, begin) for begin, part in parts) % 2**32 == int(expected)
         assert not list(read_through("x", lambda parts=parts: iter(parts), int(expected)))
         parts[0][1][(0,) * array.ndim] += 1
         (told,) = read_through("x", lambda parts=parts: iter(parts), int(expected))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.model import Patching
 from bltjax.data.batches import fills
-from bltjax.data.packing import Packer, batch_of, cut, pack_exact
+from bltjax.data.packing import Packer, batch_of, cut_document, pack_exact
 from bltjax.data.pipeline import training_batches
 from bltjax.data.records import Document
 from bltjax.text.alphabet import BOS, EOS, encode
@@ -69,7 +69,7 @@ def all_targets(documents):
 def test_exact_packing(seed, row_bytes, data):
     row_patches = data.draw(st.integers(2, row_bytes))
     documents = random_documents(np.random.default_rng(seed), 12, 60)
-    cuts_of = [cut(document, ENTROPY) for document in documents]
+    cuts_of = [cut_document(document, ENTROPY) for document in documents]
     rows, cuts = pack_exact(cuts_of, row_bytes, row_patches)
     rows = [written(pieces, row_bytes) for pieces in rows]
     for row in rows:
@@ -89,7 +89,7 @@ def test_packer_gives_every_target_once(seed, row_bytes, look_ahead, data):
     supplied = []
 
     def read(key):
-        return cut(documents[key] if key < len(documents) else empty, ENTROPY)
+        return cut_document(documents[key] if key < len(documents) else empty, ENTROPY)
 
     def supply():
         supplied.append(len(supplied))
@@ -113,7 +113,7 @@ def test_state_is_exact():
 
     def packer(counter):
         def read(key):
-            return cut(documents[key], ENTROPY)
+            return cut_document(documents[key], ENTROPY)
 
         def supply():
             counter[0] += 1
@@ -133,9 +133,9 @@ def test_state_is_exact():
 
 def test_a_document_that_just_fits_and_one_too_long():
     document = Document(np.arange(6, dtype=np.uint8), np.full(7, 9, np.float32))
-    rows, cuts = pack_exact([cut(document, ENTROPY)], 8, 8)
+    rows, cuts = pack_exact([cut_document(document, ENTROPY)], 8, 8)
     assert len(rows) == 1 and cuts == 0
-    rows, cuts = pack_exact([cut(document, ENTROPY)], 8, 4)
+    rows, cuts = pack_exact([cut_document(document, ENTROPY)], 8, 4)
     assert len(rows) == 2 and cuts == 1
     rows = [written(pieces, 8) for pieces in rows]
     # The second row begins with the first one's last target; the byte after it stays a target.
@@ -145,7 +145,7 @@ def test_a_document_that_just_fits_and_one_too_long():
 
 def test_bos_as_a_rows_last_byte_reads_its_own_patch():
     first = Document(np.arange(5, dtype=np.uint8), np.zeros(6, np.float32))  # 7 positions
-    document = cut(first, ENTROPY)
+    document = cut_document(first, ENTROPY)
     packer = Packer(lambda: (0, document), lambda key: document, 8, 8, 1)
     row, following = (written(packer.next_row(), 8) for _ in range(2))
     assert row.bytes_BN[7] == BOS and row.starts_BN1[8]
@@ -155,15 +155,15 @@ def test_bos_as_a_rows_last_byte_reads_its_own_patch():
 def test_empty_rows_and_byte_lm_documents():
     row = written([], 8)
     assert not any(array.any() for array in row)
-    document = cut(Document(np.frombuffer(b"abc", np.uint8)), None)
+    document = cut_document(Document(np.frombuffer(b"abc", np.uint8)), None)
     assert document.ids_N.tolist() == [1, 101, 102, 103, 2] and document.starts_N1.all()
 
 
 def test_unscored_documents_are_refused_in_entropy_mode():
     with pytest.raises(ValueError, match="needs scored documents"):
-        cut(Document(np.zeros(3, np.uint8)), ENTROPY)
+        cut_document(Document(np.zeros(3, np.uint8)), ENTROPY)
     with pytest.raises(ValueError, match="3 bytes has 1 entropies, not 4"):
-        cut(Document(np.zeros(3, np.uint8), np.zeros(1, np.float32)), ENTROPY)
+        cut_document(Document(np.zeros(3, np.uint8), np.zeros(1, np.float32)), ENTROPY)
 
 
 def test_both_fills_over_97_percent_on_a_mixed_corpus(tmp_path):
@@ -182,7 +182,7 @@ def test_both_fills_over_97_percent_on_a_mixed_corpus(tmp_path):
     space = Patching(mode="space")
     ids, patches = 0, 0
     for file in tmp_path.iterdir():
-        document = cut(Document(np.frombuffer(file.read_bytes(), np.uint8)), space)
+        document = cut_document(Document(np.frombuffer(file.read_bytes(), np.uint8)), space)
         ids, patches = ids + len(document.ids_N), patches + document.patches
     data = dataclasses.replace(data, max_patches=round(2048 * patches / ids))
     batches = iter(training_batches(data, space, seed=0, streams=range(4)))
@@ -196,6 +196,6 @@ def test_exact_rows_waste_little(patch_bytes):
     random = np.random.default_rng(3)
     static = Patching(mode="static", patch_bytes=patch_bytes)
     sizes = random.integers(3, 254, 3000)
-    documents = [cut(Document(np.zeros(size, np.uint8)), static) for size in sizes]
+    documents = [cut_document(Document(np.zeros(size, np.uint8)), static) for size in sizes]
     rows, cuts = pack_exact(documents, 256, round(256 / patch_bytes) + 8)
     assert cuts == 0 and len(rows) < 1.03 * (sizes + 2).sum() / 256

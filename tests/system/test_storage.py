@@ -11,7 +11,7 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from bltjax.config.data import SourceConfig
-from bltjax.data.records import RecordDocuments, read_manifest
+from bltjax.data.records import RecordDocuments, read_records_manifest
 from bltjax.data.sources.by_path import open_source
 from bltjax.system.paths import is_remote, matches, size_of
 from bltjax.system.storage import check_writable, local_copy, write_text
@@ -137,7 +137,7 @@ def test_records_in_a_bucket_are_those_on_a_disk(runs, bucket):
     for i in range(len(here)):
         assert (there[i].text == here[i].text).all()
         assert (there[i].entropies == here[i].entropies).all()
-    assert read_manifest(bucket / "records").shards == here.manifest.shards
+    assert read_records_manifest(bucket / "records").shards == here.manifest.shards
     assert json.loads((bucket / "records" / "report.json").read_text())
     assert np.frombuffer((bucket / "records" / "report.png").read_bytes()[:4], "S4") == b"\x89PNG"
     runs.run("calibrate", "--records=gs://bucket/records", "--mean=2")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bltjax.config.model import Patching
-from bltjax.data.packing import Packer, batch_of, cut, pack_exact
+from bltjax.data.packing import Packer, batch_of, cut_document, pack_exact
 from bltjax.data.records import Document
 from bltjax.text.alphabet import OFFSET, encode
 from bltjax.text.patching import (
@@ -291,7 +291,7 @@ def test_only_the_first_two_positions_of_a_cut_row_may_lie_inside_a_character(
     text, row_bytes, exact
 ):
     config = Patching(mode="byte", whole_characters=True)
-    document = cut(Document(np.frombuffer(text.encode(), np.uint8)), config)
+    document = cut_document(Document(np.frombuffer(text.encode(), np.uint8)), config)
     if exact:
         rows, _ = pack_exact([document], row_bytes, row_bytes)
     else:
@@ -305,7 +305,7 @@ def test_only_the_first_two_positions_of_a_cut_row_may_lie_inside_a_character(
 
 
 def test_a_cut_row_opens_patches_at_its_first_two_positions():
-    document = cut(
+    document = cut_document(
         Document(np.frombuffer("你好你好".encode(), np.uint8)),
         Patching(mode="byte", whole_characters=True),
     )

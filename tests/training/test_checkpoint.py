@@ -25,7 +25,7 @@ from bltjax.config.run import CheckpointConfig, RunConfig
 from bltjax.distributed.processes import Restart
 from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.training.checkpoint import StreamsHandler, Writing, checksums, make_manager, save
-from bltjax.training.restore import damage, restore, restore_newest
+from bltjax.training.restore import changed_arrays, restore, restore_newest
 from bltjax.training.step import TrainState
 from bltjax.weights.damage import Misfit, reason, why_not
 from bltjax.weights.export import load_params
@@ -63,10 +63,10 @@ def test_which_checkpoints_are_kept(tmp_path):
     assert saved_steps(tmp_path) == [2, 4, 5]
     restored = restore(tmp_path / "checkpoints" / "4", target_like(small_state(0)), [0])
     assert restored.streams == {"0": {"taken": 4}} and int(restored.state.step) == 4
-    assert damage(restored) == ""
+    assert changed_arrays(restored) == ""
     # The files look right, but the arrays don't: one from another step is named.
     other = restored._replace(state=restored.state._replace(params=small_state(3).params))
-    assert "norm_E" in damage(other) and "ngrams_RME" not in damage(other)
+    assert "norm_E" in changed_arrays(other) and "ngrams_RME" not in changed_arrays(other)
 
 
 def test_any_changed_bit_changes_the_checksum(seed):
@@ -184,7 +184,7 @@ def test_64_bits_leave_checkpoints_alone(saved):
     with jax.enable_x64(True):
         # 32-bit arrays restore unchanged, with the same checksums.
         again = restore(folder, target, [0])
-        assert damage(again) == ""
+        assert changed_arrays(again) == ""
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), whole.state, again.state))
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), small_state(0).params)
         told = r"(?s)float32 \(4,\) -> float64 \(4,\).*JAX_ENABLE_X64"
@@ -320,7 +320,7 @@ def test_what_is_damage(saved, tmp_path, part, harm):
         assert why.kind == "damaged", why
         assert part not in ("index", "list", "progress") or path.name in why.text, why
     else:  # where Orbax needs no such file, or the arrays say it
-        assert damage(restored) or (part, harm) in (
+        assert changed_arrays(restored) or (part, harm) in (
             ("list", "deleted"), ("list", "changed"), ("index", "deleted"), ("index", "changed"),
         )  # fmt: skip
 

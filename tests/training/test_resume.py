@@ -20,9 +20,9 @@ from bltjax.distributed.preemption import INTERRUPTED, TERMINATED, Notice
 from bltjax.distributed.sharding import make_mesh
 from bltjax.training.checkpoint import last_good
 from bltjax.training.init import check_copies, check_start, entropy_model, mesh_advice
-from bltjax.training.resume import change_lines, check_settings, check_sources, refusal
+from bltjax.training.resume import check_settings, check_sources, refusal, setting_changes
 from bltjax.training.train import train
-from bltjax.weights.workdir import CONFIG, newest_progress, read_config, sealed
+from bltjax.weights.workdir import CONFIG, newest_progress, read_run_config, sealed
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_how_a_step_is_computed_may_change_and_its_losses_stay(runs, tmp_path, c
     assert sorted(found) == list(range(1, 13))
     for step, loss in straight.items():
         assert found[step] == pytest.approx(loss, abs=1e-5)
-    config = read_config(work)
+    config = read_run_config(work)
     assert (config.attention, config.mesh.fsdp, config.checkpoint.keep) == ("dense", 1, 3)
 
 
@@ -130,7 +130,7 @@ def test_a_finished_run_goes_on_until_a_person_interrupts_it(runs, tmp_path, cap
     assert step < 1000 and newest_progress(work)["step"] == step
     assert set(newest_progress(work)["sources"]) == {"text"}
     assert "config.json is truncated" in captured.out and "checkpoint of step 12" in captured.out
-    assert read_config(work).optimizer.steps == 3000
+    assert read_run_config(work).optimizer.steps == 3000
     assert "its content was not compared" in captured.out
     assert (
         "changed: optimizer.steps: 12 -> 3000: the learning rate after step 12 is 0.003 on the"
@@ -152,7 +152,7 @@ def test_ctrl_c_before_the_first_step_says_what_there_is(runs, tmp_path, capsys,
 
 
 def test_notices(runs, capfd):
-    notice = Notice(make_mesh(read_config(runs.byte_lm).mesh))
+    notice = Notice(make_mesh(read_run_config(runs.byte_lm).mesh))
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with notice:
         assert int(notice.asked()) == 0
@@ -170,7 +170,7 @@ def test_notices(runs, capfd):
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what is in the background
     try:
-        with Notice(make_mesh(read_config(runs.byte_lm).mesh)) as notice:
+        with Notice(make_mesh(read_run_config(runs.byte_lm).mesh)) as notice:
             notice.catch(signal.SIGINT)
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
@@ -190,7 +190,7 @@ def test_notices(runs, capfd):
     ],
 )
 def test_what_makes_it_another_run_is_refused(runs, path, value, line):
-    run = read_config(runs.blt)
+    run = read_run_config(runs.blt)
     with pytest.raises(ValueError) as raised:
         check_settings(run, replaced(run, path, value), "w", 12)
     told = str(raised.value).splitlines()
@@ -200,7 +200,7 @@ def test_what_makes_it_another_run_is_refused(runs, path, value, line):
 
 
 def test_the_advice_after_bad_batches_is_true(runs):
-    run = read_config(runs.byte_lm)
+    run = read_run_config(runs.byte_lm)
     for faults, advice, changed in (
         (FaultsConfig(), "--config.faults.bad_batch=skip resumes", ("bad_batch", "skip")),
         (
@@ -219,13 +219,13 @@ def test_the_advice_after_bad_batches_is_true(runs):
 
 
 def test_another_model_can_not_begin_with_the_weights(runs):
-    run = read_config(runs.blt)
+    run = read_run_config(runs.blt)
     with pytest.raises(ValueError, match=r"(?s)blt.latent.layers.*another --workdir\.$"):
         check_settings(run, replaced(run, "blt.latent.layers", 3), "w", 12)
 
 
 def test_sources_by_name_and_order(runs):
-    run = read_config(runs.blt)
+    run = read_run_config(runs.blt)
     source = run.data.train["text"]
     two = replaced(run, "data.train", {"text": source, "more": source})
     for old, new, path in (
@@ -241,9 +241,9 @@ def test_sources_by_name_and_order(runs):
 
 
 def test_a_run_may_become_longer_or_as_short_as_what_is_done(runs):
-    run = read_config(runs.byte_lm)
+    run = read_run_config(runs.byte_lm)
     run = replaced(run, "optimizer", OptimizerConfig(steps=20, lr=2e-3, warmup_steps=0))
-    assert change_lines(run, replaced(run, "optimizer.steps", 40), 20) == [
+    assert setting_changes(run, replaced(run, "optimizer.steps", 40), 20) == [
         "optimizer.steps: 20 -> 40: the learning rate after step 20 is 0.001 on the new schedule"
         " (cosine to step 40), was 0 on the old one"
     ]
@@ -254,7 +254,7 @@ def test_a_run_may_become_longer_or_as_short_as_what_is_done(runs):
 
 
 def test_content_of_sources(runs):
-    run = read_config(runs.blt)
+    run = read_run_config(runs.blt)
     moved = replaced(run, "data.train.text.path", "elsewhere")
     assert not check_sources(run, run, "w", {"text": "a"}, {"text": "a"})
     (line,) = check_sources(run, moved, "w", {"text": "a"}, {"text": "a"})
@@ -283,7 +283,7 @@ def test_data_that_changed_in_its_place_is_refused(runs, tmp_path, capsys):
 
 
 def test_copies_of_a_byte_lm_and_a_tokenizer(runs, tmp_path, byte_level_tokenizer):
-    run = read_config(runs.blt)
+    run = read_run_config(runs.blt)
     byte_lm = entropy_model(run, runs.blt)
     assert not check_copies(run, run, runs.blt, byte_lm)
     same = replaced(run, "entropy_model", str(runs.blt / "byte_lm"))
@@ -309,7 +309,7 @@ def test_copies_of_a_byte_lm_and_a_tokenizer(runs, tmp_path, byte_level_tokenize
 
 
 def test_weights_to_begin_with_are_looked_at_first(runs, tmp_path):
-    run = read_config(runs.byte_lm)
+    run = read_run_config(runs.byte_lm)
     begins = replaced(run, "init_from", str(runs.byte_lm))
     check_start(begins, tmp_path, resumes=False)
     with pytest.raises(ValueError, match="the work directory itself: leave it out to resume"):
@@ -329,7 +329,7 @@ def test_weights_to_begin_with_are_looked_at_first(runs, tmp_path):
 def test_an_export_is_no_work_directory(runs, tmp_path):
     (tmp_path / "export.json").write_text("{}")
     with pytest.raises(ValueError, match="holds an export, with"):
-        train(read_config(runs.byte_lm), tmp_path)
+        train(read_run_config(runs.byte_lm), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["export.json"]
 
 
@@ -349,7 +349,7 @@ def test_an_export_is_no_work_directory(runs, tmp_path):
     ],
 )
 def test_meshes_of_other_numbers_of_devices(runs, settings, devices, advice):
-    config = read_config(runs.blt)
+    config = read_run_config(runs.blt)
     for path, value in sorted(settings.items()):  # rows first, which meshes are checked against
         config = replaced(config, path, value)
     found = mesh_advice(config, jax.devices() * devices)

@@ -12,7 +12,7 @@ from bltjax.config.model import Patching
 from bltjax.inference.terminal import visible, whole_characters_up_to
 from bltjax.viz.cuts import cut_text, glyph, patch_strings, terminal
 from bltjax.viz.html import page
-from bltjax.viz.png import draw, title_lines
+from bltjax.viz.png import draw_cuts, title_lines
 
 ROOT = Path(__file__).parents[2]
 TEXT = 'if x:\n\treturn "你好 😀"  # café\n'
@@ -80,7 +80,7 @@ def texts(figure) -> list[str]:
 def test_png_draws_controls_and_names_only_real_characters_that_no_font_has():
     private = "\U0010fffd"  # of a private plane: no font has it
     text = f"a\tb{TERRORS}$1 $2 {private}\n\xff".encode()
-    figure, missing = draw(text, [cut_text(text, "static", WHOLE, {})])
+    figure, missing = draw_cuts(text, [cut_text(text, "static", WHOLE, {})])
     assert missing == {private}
     assert {"→", "^[", "202e", "↵", "$", "f4", "8f"} <= set(texts(figure))
 
@@ -93,7 +93,7 @@ def test_png_with_dollars_and_long_titles(tmp_path):
         cut_text(b"cost: $1", title, Patching(newline_reset=True), {True: entropies}),
         cut_text(b"cost: $1", path, WHOLE, {}),
     ]
-    figure, missing = draw(b"cost: $1", cuts)
+    figure, missing = draw_cuts(b"cost: $1", cuts)
     figure.savefig(tmp_path / "p.png")  # two dollar signs are no formula
     assert not missing
     for axes in figure.axes:
@@ -116,10 +116,10 @@ def test_two_curves_have_a_legend_and_one_has_none():
         cut_text(text, str(reset), Patching(newline_reset=reset), entropies)
         for reset in (False, True)
     ]
-    legends = [axes.get_legend() for axes in draw(text, cuts)[0].axes]
+    legends = [axes.get_legend() for axes in draw_cuts(text, cuts)[0].axes]
     (legend,) = [legend for legend in legends if legend]  # on the first of two lines
     assert [t.get_text() for t in legend.get_texts()] == ["entropy", "entropy, newline_reset"]
-    assert not any(axes.get_legend() for axes in draw(text, cuts[:1])[0].axes)
+    assert not any(axes.get_legend() for axes in draw_cuts(text, cuts[:1])[0].axes)
 
 
 def test_command(runs, tmp_path, capsys):

@@ -22,7 +22,7 @@ from bltjax.convert.convert import convert, open_model
 from bltjax.convert.inspect import inspect
 from bltjax.system.storage import POINTER
 from bltjax.text.bpe import load_tokenizer
-from bltjax.weights.export import read_config
+from bltjax.weights.export import read_model_config
 from bltjax.weights.exporting import write_export
 from bltjax.weights.safetensors import INDEX, read_file, write_folder
 
@@ -156,7 +156,7 @@ def test_an_export_of_another_version(released, tmp_path):
         changed = manifest["config"] | {"data": manifest["config"]["data"] | change}
         (export / "export.json").write_text(json.dumps(manifest | {"config": changed}))
         with pytest.raises(ValueError, match=rf"export/export.json: {message}") as caught:
-            read_config(export)
+            read_model_config(export)
         assert len(str(caught.value).splitlines()) == 1
     for threshold in (float("nan"), float("-inf")):
         manifest["config"]["patching"]["threshold"] = threshold
@@ -164,11 +164,11 @@ def test_an_export_of_another_version(released, tmp_path):
         with pytest.raises(
             ValueError, match=r"export.json: config.patching.threshold is (nan|-inf)"
         ):
-            read_config(export)
+            read_model_config(export)
     del manifest["step"]
     (export / "export.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"export.json lacks 'step': it was written by another"):
-        read_config(export)
+        read_model_config(export)
 
 
 WRONG = {  # values of another type, or that no setting can have, by the type of what is there

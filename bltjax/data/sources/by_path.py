@@ -53,7 +53,7 @@ def open_source(
         return with_text(RecordDocuments(path, expected_identity), source)
     else:
         paths, name = files_of(source)
-        kind = f"{NAMES[name]}, {counted(len(paths), 'file')}"
+        kind = f"{NAMES[name]}, {count_of(len(paths), 'file')}"
         if name == "jsonl":
             documents = JsonlDocuments(paths, source.field, skip_bad)
         elif name == "parquet":
@@ -61,13 +61,13 @@ def open_source(
         else:
             documents = TextDocuments(paths, source.split_bytes)
     empty = documents.empty
-    left_out = f"; {counted(empty, 'empty document')} left out" if empty else ""
-    found = counted(len(documents), "document")
+    left_out = f"; {count_of(empty, 'empty document')} left out" if empty else ""
+    found = count_of(len(documents), "document")
     LOGGER.info("%s: %s, %s%s", source.path, kind, found, left_out)
     return with_text(documents, source)
 
 
-def counted(number: int, noun: str) -> str:
+def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
@@ -103,7 +103,7 @@ def files_of(source: SourceConfig) -> tuple[list[Path], str]:
         kinds.append(kind)
         remarks += [remark] if remark else []
     if remarks:
-        more = f" (and {counted(len(remarks) - 1, 'file')} like it)" if len(remarks) > 1 else ""
+        more = f" (and {count_of(len(remarks) - 1, 'file')} like it)" if len(remarks) > 1 else ""
         LOGGER.warning("%s%s", remarks[0], more)
     # A file without text is of the others' kind.
     first = next((number for number, kind in enumerate(kinds) if kind), 0)
@@ -150,7 +150,7 @@ def counted_once(paths: list[epath.Path | Path], pattern: str) -> list[epath.Pat
             real = os.path.join(real_folder(path.parent), path.name)
         names.setdefault(real, []).append(number)
     if again := len(paths) - len(names):
-        more = counted(again, "file")
+        more = count_of(again, "file")
         LOGGER.info("%s: %s found again through links, and counted once", pattern, more)
     kept = {min(numbers, key=lambda n: (len(paths[n].parts), n)) for numbers in names.values()}
     return [path for number, path in enumerate(paths) if number in kept]

@@ -21,7 +21,7 @@ DECODER = json.JSONDecoder(parse_int=float)
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
-def decode(line: bytes) -> Any:
+def decode_line(line: bytes) -> Any:
     """The value of a line; every number is a float. Raises ValueError or RecursionError."""
     return DECODER.decode(line.decode(json.detect_encoding(line), "surrogatepass"))
 
@@ -57,7 +57,7 @@ class JsonlDocuments(IndexedDocuments):
     def parse(self, line: bytes) -> tuple[str, bytes]:
         """('', text) of a good line, (the error, b'') of a bad one."""
         try:
-            value = decode(line)
+            value = decode_line(line)
         except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
             return f"not JSON ({error})", b""
         if not isinstance(value, dict) or self.field not in value:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from bltjax.data.sources.json_lines import SUFFIXES as JSON_SUFFIXES
-from bltjax.data.sources.json_lines import decode
+from bltjax.data.sources.json_lines import decode_line
 
 HEAD_BYTES = 4096
 LINE_BYTES = 64 << 20  # of a first line that is looked at
@@ -85,14 +85,14 @@ HTML = re.compile(rb"<!doctype html|<html", re.IGNORECASE)
 AS_TEXT = "--format=text (a source's setting) takes the bytes as they are"
 
 
-class Kind(NamedTuple):
+class SourceKind(NamedTuple):
     """One of NAMES, and a note for the log; no name for a file without text."""
 
     name: str | None
     remark: str = ""
 
 
-def recognised(path: Path, field: str, asked: str = "auto") -> Kind:
+def recognised(path: Path, field: str, asked: str = "auto") -> SourceKind:
     """The kind of a file. asked: `text`, `jsonl` or `parquet` to override.
 
     Raises:
@@ -102,7 +102,7 @@ def recognised(path: Path, field: str, asked: str = "auto") -> Kind:
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
         if asked == "text":
-            return Kind("text")
+            return SourceKind("text")
         refuse_binary(path, head, file)
         expected = asked
         if asked == "auto":
@@ -119,9 +119,9 @@ def recognised(path: Path, field: str, asked: str = "auto") -> Kind:
                 f" iconv -f {encoding} -t UTF-8 writes it so; {AS_TEXT}"
             )
         if asked != "auto":
-            return Kind(asked)
+            return SourceKind(asked)
         if head.startswith(PARQUET):
-            return Kind("parquet")
+            return SourceKind("parquet")
         remark = ""
         if encoding:
             remark = f"{path} is {encoding}, not UTF-8: its bytes are taken as they are"
@@ -130,10 +130,10 @@ def recognised(path: Path, field: str, asked: str = "auto") -> Kind:
             line = first_line(file)
             fields = {} if line is None else fields_of(line)
             if field in fields:
-                return Kind("jsonl")
+                return SourceKind("jsonl")
             if expected == "auto":
                 if line == b"":
-                    return Kind(None)
+                    return SourceKind(None)
                 if line is None:
                     raise ValueError(
                         f"{path} begins as a JSON object does, with a line of over"
@@ -145,7 +145,7 @@ def recognised(path: Path, field: str, asked: str = "auto") -> Kind:
                         f"{path} begins with a JSON object that has no field {field!r} (there:"
                         f" {there}), and so is plain text; --field names another"
                     )
-    return Kind("text" if expected == "auto" else expected, remark)
+    return SourceKind("text" if expected == "auto" else expected, remark)
 
 
 def refuse_binary(path: Path, head: bytes, file: BinaryIO) -> None:
@@ -217,6 +217,6 @@ def first_line(file: BinaryIO) -> bytes | None:
 def fields_of(line: bytes) -> dict:
     """The JSON object of a line; an empty one for any other line."""
     with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(value := decode(line), dict):
+        if isinstance(value := decode_line(line), dict):
             return value
     return {}

@@ -44,7 +44,7 @@ class TFDSDocuments(IndexedDocuments):
         try:
             builder = tfds.builder(name, **where)
         except (ValueError, AssertionError, KeyError, ImportError) as error:
-            raise ValueError(f"tfds:{name}: {not_there(name, data_dir, error)}") from None
+            raise ValueError(f"tfds:{name}: {missing_dataset(name, data_dir, error)}") from None
         splits = list(builder.info.splits)
         if not splits:
             raise ValueError(
@@ -104,7 +104,7 @@ def there(data_dir: str, below: str = "") -> list[str]:
     return [path.name for path in folder.iterdir() if path.is_dir()] if folder.exists() else []
 
 
-def not_there(name: str, data_dir: str, error: Exception) -> str:
+def missing_dataset(name: str, data_dir: str, error: Exception) -> str:
     """Why a known dataset can't be opened: its config, its version, or else TFDS's own message.
 
     Its own messages list names in further lines, or deny a dataset whose config is wrong.

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from bltjax.config.arguments import mesh_config
 from bltjax.distributed.sharding import AXES, dividing, make_mesh, set_mesh_or_none, spec_of
 from bltjax.families import Model, model_shapes
-from bltjax.weights.export import load_model, read_config
+from bltjax.weights.export import load_model, read_model_config
 
 
 def decoding_mesh(mesh: Mesh) -> Mesh:
@@ -65,7 +65,7 @@ def load_onto(mesh: Mesh | None, path, dtype=None) -> Model:
     restored directly to their shardings on the mesh."""
     if mesh is None:
         return load_model(path, dtype=dtype)
-    shapes = model_shapes(read_config(path))
+    shapes = model_shapes(read_model_config(path))
     return load_model(path, weight_shardings(shapes, mesh), dtype)
 
 

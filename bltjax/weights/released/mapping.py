@@ -1,7 +1,7 @@
 """The mapping between tensors of a released checkpoint and our parameters, both ways, in one table
 per layout.
 
-A `Piece` maps one place of one of our leaves to one tensor of theirs (or rows of it):
+A `TensorPart` maps one place of one of our leaves to one tensor of theirs (or rows of it):
 
     same         the same array
     matrix       theirs is (out, in), ours [in ..., out ...]: a transpose and a reshape
@@ -18,7 +18,7 @@ from bltjax.model.blt.config import BLTConfig, LatentConfig
 from bltjax.model.byte_lm import ByteLMConfig
 
 
-class Piece(NamedTuple):
+class TensorPart(NamedTuple):
     path: str
     place: tuple[int, ...]
     name: str
@@ -70,7 +70,7 @@ LLAMA = PORT._replace(latent="model.")
 
 def block_pieces(
     names: Names, ours: str, theirs: str, letters: str, place=(), rotary="matrix"
-) -> Iterable[Piece]:
+) -> Iterable[TensorPart]:
     """One transformer block; `letters` are its width, query heads and key/value heads."""
     D, H, J = letters
     L = "L" if place else ""
@@ -81,35 +81,35 @@ def block_pieces(
     )  # fmt: skip
     for leaf, tensor in zip(leaves, names.block, strict=True):
         kind = "same" if "norm" in leaf else rotary if leaf[0] in "qk" else "matrix"
-        yield Piece(f"{ours}/{leaf}", place, f"{theirs}.{tensor}.weight", kind)
+        yield TensorPart(f"{ours}/{leaf}", place, f"{theirs}.{tensor}.weight", kind)
 
 
-def cross_pieces(names: Names, ours: str, theirs: str) -> Iterable[Piece]:
+def cross_pieces(names: Names, ours: str, theirs: str) -> Iterable[TensorPart]:
     leaves = ("norm_q_E", "norm_kv_E", "q_EGC", "k_EGC", "v_EGC", "o_GCE")
     for leaf, tensor in zip(leaves, names.cross, strict=True):
         kind = "same" if "norm" in leaf else "matrix"
-        yield Piece(f"{ours}/{leaf}", (), f"{theirs}.{tensor}.weight", kind)
+        yield TensorPart(f"{ours}/{leaf}", (), f"{theirs}.{tensor}.weight", kind)
 
 
-def blt_pieces(names: Names, config: BLTConfig) -> list[Piece]:
+def blt_pieces(names: Names, config: BLTConfig) -> list[TensorPart]:
     """Every tensor of a BLT; needs both cross-attentions."""
     local, cross, hashed = config.local, config.cross, config.hash
     projection = "patch_embedding_projection.weight"
     pieces = [
-        Piece("encoder/bytes_VE", (), f"{names.encoder}{names.embedding}.weight", "same"),
-        Piece("encoder/pool_EKE", (), names.encoder + projection, "matrix"),
-        Piece("decoder/narrow_DKE", (), names.decoder + projection, "matrix"),
-        Piece("decoder/norm_E", (), f"{names.decoder}norm.weight", "same"),
-        Piece("decoder/head_EV", (), names.head, "matrix"),
+        TensorPart("encoder/bytes_VE", (), f"{names.encoder}{names.embedding}.weight", "same"),
+        TensorPart("encoder/pool_EKE", (), names.encoder + projection, "matrix"),
+        TensorPart("decoder/narrow_DKE", (), names.decoder + projection, "matrix"),
+        TensorPart("decoder/norm_E", (), f"{names.decoder}norm.weight", "same"),
+        TensorPart("decoder/head_EV", (), names.head, "matrix"),
     ]
     fused = "{}" not in names.table
     for table in range(hashed.tables):
         first = table * hashed.rows if fused else 0
         name = names.table.format(table)
-        pieces.append(Piece("encoder/ngrams_RME", (table,), name, "table", first, hashed.rows))
+        pieces.append(TensorPart("encoder/ngrams_RME", (table,), name, "table", first, hashed.rows))
     if cross.slots * local.width != config.latent.width:
         name = f"{names.latent}token_embedding_projection.weight"
-        pieces.append(Piece("latent/widen_KED", (), name, "matrix"))
+        pieces.append(TensorPart("latent/widen_KED", (), name, "matrix"))
     for stack, theirs, layers, crossed in (
         ("encoder", names.encoder, local.encoder_layers, cross.encoder),
         ("decoder", names.decoder, local.decoder_layers, cross.decoder),
@@ -123,19 +123,19 @@ def blt_pieces(names: Names, config: BLTConfig) -> list[Piece]:
     return pieces + latent_pieces(names, config.latent, rotary="matrix")
 
 
-def latent_pieces(names: Names, config: LatentConfig, *, rotary: str) -> list[Piece]:
-    pieces: list[Piece] = []
+def latent_pieces(names: Names, config: LatentConfig, *, rotary: str) -> list[TensorPart]:
+    pieces: list[TensorPart] = []
     for layer in range(config.layers):
         theirs = f"{names.latent}layers.{layer}"
         pieces += block_pieces(names, "latent/blocks", theirs, "DHJ", (layer,), rotary)
     return pieces
 
 
-def byte_lm_pieces(names: Names, config: ByteLMConfig) -> list[Piece]:
+def byte_lm_pieces(names: Names, config: ByteLMConfig) -> list[TensorPart]:
     pieces = [
-        Piece("bytes_VE", (), f"{names.byte_lm}{names.embedding}.weight", "same"),
-        Piece("norm_E", (), f"{names.byte_lm}norm.weight", "same"),
-        Piece("head_EV", (), names.byte_lm_head, "matrix"),
+        TensorPart("bytes_VE", (), f"{names.byte_lm}{names.embedding}.weight", "same"),
+        TensorPart("norm_E", (), f"{names.byte_lm}norm.weight", "same"),
+        TensorPart("head_EV", (), names.byte_lm_head, "matrix"),
     ]
     for layer in range(config.layers):
         theirs = f"{names.byte_lm}layers.{layer}"

@@ -17,7 +17,7 @@ from bltjax.config.model import ModelConfig
 from bltjax.families import leaf_shapes
 from bltjax.weights.lazy import Tensor
 from bltjax.weights.released.leftovers import rotary_stacks, without_leftovers
-from bltjax.weights.released.mapping import PIECES, Names, Piece
+from bltjax.weights.released.mapping import PIECES, Names, TensorPart
 from bltjax.weights.released.tensors import check_stacked, check_tensors, leaves_of, odd_dtypes
 from bltjax.weights.stored import ModelFiles, check_layers
 
@@ -32,7 +32,7 @@ def model_files(
 ) -> ModelFiles:
     """A released model's files, after checking every tensor against its config."""
     check_layers(config, len(tensors), where, stacked=False)
-    pieces: list[Piece] = PIECES[config.model.group](names, config.model)
+    pieces: list[TensorPart] = PIECES[config.model.group](names, config.model)
     shapes, notes = leaf_shapes(config), list(notes)
     check_stacked(shapes, pieces)
     expected = {piece.name for piece in pieces}
@@ -45,7 +45,7 @@ def model_files(
     return ModelFiles(config, leaves, origin["layout"], origin, tuple(notes))
 
 
-Kind = type | tuple[type, ...]
+JsonType = type | tuple[type, ...]
 Pairs = tuple[tuple[str, str], ...]  # (theirs, ours), each as `group.field`
 LARGEST = 2**31 - 1  # of a whole number in a config
 
@@ -82,7 +82,7 @@ def check_fields(
     required: dict[str, tuple],
     ignored: set[str],
     where: str,
-    optional: dict[str, Kind],
+    optional: dict[str, JsonType],
 ) -> dict:
     """The settings with defaults for those that are not there.
 
@@ -107,7 +107,7 @@ def check_fields(
     return defaults | found
 
 
-def check_kind(value, kind: Kind, what: str) -> None:
+def check_kind(value, kind: JsonType, what: str) -> None:
     """Raises ValueError unless a JSON value has a type; integers are accepted as floats."""
     kinds = (kind,) if isinstance(kind, type) else kind
     taken = (*kinds, int) if float in kinds else kinds

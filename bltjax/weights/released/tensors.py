@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from bltjax.weights.lazy import DTYPES, Leaf, Tensor, finite, stacked
+from bltjax.weights.lazy import DTYPES, Leaf, Tensor, checked_finite, stacked
 from bltjax.weights.released.leftovers import and_more
-from bltjax.weights.released.mapping import Piece
+from bltjax.weights.released.mapping import TensorPart
 
 STORED = (DTYPES["float32"], DTYPES["bfloat16"])  # the dtypes of our exports
 
@@ -19,7 +19,7 @@ def two_dimensional(path: str, inner: tuple[int, ...]) -> tuple[int, int]:
 
 
 def tensor_shapes(
-    pieces: list[Piece], shapes: dict[str, tuple[int, ...]]
+    pieces: list[TensorPart], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     """The required shape of each of their tensors, from those of our leaves."""
     found: dict[str, tuple[int, ...]] = {}
@@ -37,7 +37,7 @@ def tensor_shapes(
 
 def check_tensors(
     tensors: dict[str, Tensor],
-    pieces: list[Piece],
+    pieces: list[TensorPart],
     shapes: dict[str, tuple[int, ...]],
     where: str,
 ) -> None:
@@ -68,7 +68,7 @@ def check_tensors(
             )
 
 
-def into_ours(piece: Piece, tensor: np.ndarray, inner: tuple[int, ...]) -> np.ndarray:
+def into_ours(piece: TensorPart, tensor: np.ndarray, inner: tuple[int, ...]) -> np.ndarray:
     if piece.kind == "same":
         return tensor
     if piece.kind == "half_split":
@@ -78,7 +78,7 @@ def into_ours(piece: Piece, tensor: np.ndarray, inner: tuple[int, ...]) -> np.nd
     return tensor.T.reshape(inner)
 
 
-def into_theirs(piece: Piece, array: np.ndarray) -> np.ndarray:
+def into_theirs(piece: TensorPart, array: np.ndarray) -> np.ndarray:
     if piece.kind == "same":
         return array
     rows, columns = two_dimensional(piece.path, array.shape)
@@ -86,21 +86,21 @@ def into_theirs(piece: Piece, array: np.ndarray) -> np.ndarray:
 
 
 def leaves_of(
-    tensors: dict[str, Tensor], pieces: list[Piece], shapes: dict[str, tuple[int, ...]]
+    tensors: dict[str, Tensor], pieces: list[TensorPart], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, Leaf]:
     """Our leaves, read from their tensors; float16 becomes float32, which is exact.
 
     A read raises NotFinite for a tensor that holds NaN or infinity.
     """
-    tensors = {piece.name: finite(tensors[piece.name], piece.name) for piece in pieces}
-    by_path: dict[str, dict[tuple[int, ...], Piece]] = {}
+    tensors = {piece.name: checked_finite(tensors[piece.name], piece.name) for piece in pieces}
+    by_path: dict[str, dict[tuple[int, ...], TensorPart]] = {}
     for piece in pieces:
         by_path.setdefault(piece.path, {})[piece.place] = piece
     return {path: joined_leaf(tensors, found, shapes[path]) for path, found in by_path.items()}
 
 
 def joined_leaf(
-    tensors: dict[str, Tensor], pieces: dict[tuple[int, ...], Piece], shape: tuple[int, ...]
+    tensors: dict[str, Tensor], pieces: dict[tuple[int, ...], TensorPart], shape: tuple[int, ...]
 ) -> Leaf:
     dtypes = {tensors[piece.name].dtype for piece in pieces.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
@@ -122,16 +122,16 @@ def joined_leaf(
 
 
 def tensors_of(
-    leaves: dict[str, Leaf], pieces: list[Piece], dtypes: dict[str, str]
+    leaves: dict[str, Leaf], pieces: list[TensorPart], dtypes: dict[str, str]
 ) -> dict[str, Tensor]:
     """Their tensors, read from our leaves, in the leaf's dtype unless `dtypes` names another."""
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     expected = tensor_shapes(pieces, shapes)
-    by_name: dict[str, list[Piece]] = {}
+    by_name: dict[str, list[TensorPart]] = {}
     for piece in pieces:
         by_name.setdefault(piece.name, []).append(piece)
 
-    def tensor_of(name: str, found: list[Piece]) -> Tensor:
+    def tensor_of(name: str, found: list[TensorPart]) -> Tensor:
         leaf = leaves[found[0].path]
         dtype = DTYPES[dtypes[name]] if name in dtypes else leaf.dtype
 
@@ -152,7 +152,9 @@ def tensors_of(
     return {name: tensor_of(name, found) for name, found in by_name.items()}
 
 
-def odd_dtypes(tensors: dict[str, Tensor], leaves: dict[str, Leaf], pieces: list[Piece]) -> dict:
+def odd_dtypes(
+    tensors: dict[str, Tensor], leaves: dict[str, Leaf], pieces: list[TensorPart]
+) -> dict:
     """Tensors by name whose dtype differs from the leaf that they are part of, for the way back."""
     return {
         piece.name: tensors[piece.name].dtype.name
@@ -161,7 +163,7 @@ def odd_dtypes(tensors: dict[str, Tensor], leaves: dict[str, Leaf], pieces: list
     }
 
 
-def check_stacked(paths: Iterable[str], pieces: list[Piece]) -> None:
+def check_stacked(paths: Iterable[str], pieces: list[TensorPart]) -> None:
     """Checks that every one of our leaves has its pieces: a bug of ours if not, found before a
     copy."""
     covered = {piece.path for piece in pieces}
