@@ -39,7 +39,7 @@ class CachePositions(NamedTuple):
     """
 
     slot_BQ: jax.Array
-    seen_BQT: jax.Array
+    mask_BQT: jax.Array
     angles: tuple[jax.Array, jax.Array]
 
 
@@ -65,9 +65,9 @@ def ring_cache_positions(
     position_BQ = count_B[:, None] + jnp.arange(queries)[None]
     held_BT = jnp.concatenate([ring_positions(count_B - 1, slots), position_BQ], axis=1)
     oldest_BQ1 = jnp.maximum(position_BQ - window + 1, begin_BQ)[..., None]
-    seen_BQT = (held_BT[:, None] >= oldest_BQ1) & (held_BT[:, None] <= position_BQ[..., None])
+    mask_BQT = (held_BT[:, None] >= oldest_BQ1) & (held_BT[:, None] <= position_BQ[..., None])
     return CachePositions(
-        position_BQ % slots, seen_BQT, endless_angles(position_BQ, channels, theta)
+        position_BQ % slots, mask_BQT, endless_angles(position_BQ, channels, theta)
     )
 
 
@@ -113,7 +113,7 @@ def ring_of(k_BNJC, v_BNJC, length_B, slots: int, theta: float) -> Cache:
     return Cache(k_BTJC.transpose(0, 2, 1, 3), v_BTJC.transpose(0, 2, 1, 3))
 
 
-def cached_attention(q_BQHC, cache: Cache, seen_BQT, fresh=None):
+def cached_attention(q_BQHC, cache: Cache, mask_BQT, fresh=None):
     """softmax(q k / sqrt(C)) v over the slots in each query's mask; zeros where it is empty.
 
     fresh: (k, v) [B, Q, J, C] of the queries' own positions, which follow the slots in `seen`.
@@ -127,7 +127,7 @@ def cached_attention(q_BQHC, cache: Cache, seen_BQT, fresh=None):
         own = jnp.einsum("bjmc,btjc->bjmt", q, fresh[0], preferred_element_type=jnp.float32)
         scores = jnp.concatenate([scores, own], axis=-1)
     scores = scores.reshape(rows, shared, heads // shared, queries, -1)
-    probs = masked_softmax(scores * channels**-0.5, seen_BQT[:, None, None])
+    probs = masked_softmax(scores * channels**-0.5, mask_BQT[:, None, None])
     probs = probs.reshape(rows, shared, -1, probs.shape[-1]).astype(cache.v_BJTC.dtype)
     slots, float32 = cache.v_BJTC.shape[2], jnp.float32  # of both, so that it rounds once
     old, own = probs[..., :slots], probs[..., slots:]

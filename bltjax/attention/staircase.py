@@ -94,11 +94,11 @@ def visible_tiles(start_BQ, end_BQ, tiles: Tiles):
     """Key tiles [first, end) that each query tile sees, int32 [B, nQ] each; 0 and 0 for none."""
     extra = ((0, 0), (0, -start_BQ.shape[1] % tiles.queries))
     start, end = jnp.pad(start_BQ, extra), jnp.pad(end_BQ, extra)
-    seen = end > start
+    visible = end > start
     shape = (start.shape[0], -1, tiles.queries)
     most = jnp.iinfo(jnp.int32).max
-    first = jnp.where(seen, start, most).reshape(shape).min(axis=2) // tiles.keys
-    last = -(-jnp.where(seen, end, 0).reshape(shape).max(axis=2) // tiles.keys)
+    first = jnp.where(visible, start, most).reshape(shape).min(axis=2) // tiles.keys
+    last = -(-jnp.where(visible, end, 0).reshape(shape).max(axis=2) // tiles.keys)
     return jnp.where(last > 0, first, 0), last
 
 
@@ -151,8 +151,8 @@ def rows_and_columns(pattern: Pattern, start_BQ, end_BQ, keys: int, tiles: Tiles
     """Both work lists of ranges: through the query tiles, and through the key tiles."""
     queries = start_BQ.shape[1]
     columns = tiles.count(queries, keys)[1]
-    seen = visible_tiles(start_BQ, end_BQ, tiles)
+    visible = visible_tiles(start_BQ, end_BQ, tiles)
     return (
-        work_list(*seen, row_steps(pattern, queries, keys, tiles)),
-        work_list(*seeing_tiles(*seen, columns), column_steps(pattern, queries, keys, tiles)),
+        work_list(*visible, row_steps(pattern, queries, keys, tiles)),
+        work_list(*seeing_tiles(*visible, columns), column_steps(pattern, queries, keys, tiles)),
     )

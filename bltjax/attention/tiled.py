@@ -110,14 +110,14 @@ def tile_scores(q_JIQC, k_JTC, start_Q, end_Q, low, step, tiles: Tiles):
     wanted = low + step * tiles.keys
     at = jnp.minimum(wanted, k_JTC.shape[1] - tiles.keys)
     key_T1 = (at + jnp.arange(tiles.keys))[:, None]
-    seen_TQ = (jnp.maximum(start_Q, wanted)[None] <= key_T1) & (key_T1 < end_Q[None])
+    mask_TQ = (jnp.maximum(start_Q, wanted)[None] <= key_T1) & (key_T1 < end_Q[None])
     products = jnp.einsum(
         "jtc,jiqc->jtiq",
         slice_of(k_JTC, at, tiles.keys, 1),
         q_JIQC,
         preferred_element_type=jnp.float32,
     )
-    return jnp.where(seen_TQ[None, :, None], products, HIDDEN), at
+    return jnp.where(mask_TQ[None, :, None], products, HIDDEN), at
 
 
 def row_forward(q_JIQC, k_JTC, v_JTC, start_Q, end_Q, tiles: Tiles):

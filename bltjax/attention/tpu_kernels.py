@@ -51,10 +51,10 @@ def masked_keys(start, end, key_tile, q, k):
     return jnp.concatenate([(key < start[...]) | (key >= end[...])] * group, axis=1)
 
 
-def scores(q, k, unseen):
+def scores(q, k, masked):
     """Scores [keys, queries] to base 2."""
     s = product(k, q, 0, 0) * (k.shape[0] ** -0.5 * math.log2(math.e))
-    return jnp.where(unseen, HIDDEN, s)
+    return jnp.where(masked, HIDDEN, s)
 
 
 def forward_kernel(
@@ -71,9 +71,9 @@ def forward_kernel(
 
     @pl.when(does[at] & SEES != 0)
     def _():
-        unseen = masked_keys(start, end, meets[at], q, k)
+        masked = masked_keys(start, end, meets[at], q, k)
         for head in range(heads):
-            s = scores(abreast(q, head, heads), k[head], unseen)
+            s = scores(abreast(q, head, heads), k[head], masked)
             new_top = jnp.maximum(top[head], s.max(axis=0, keepdims=True))
             weights = jnp.exp2(s - new_top)
             shrink = jnp.exp2(top[head] - new_top)
@@ -104,9 +104,9 @@ def queries_kernel(
 
     @pl.when(does[at] & SEES != 0)
     def _():
-        unseen = masked_keys(start, end, meets[at], q, k)
+        masked = masked_keys(start, end, meets[at], q, k)
         for head in range(heads):
-            s = scores(abreast(q, head, heads), k[head], unseen)
+            s = scores(abreast(q, head, heads), k[head], masked)
             weights = jnp.exp2(s - abreast(log_sum, head, heads))
             dweights = product(v[head], abreast(grad, head, heads), 0, 0)
             ds = weights * (dweights - abreast(delta, head, heads))
@@ -148,10 +148,10 @@ def keys_kernel(
 
     @pl.when(does[at] & SEES != 0)
     def _():
-        unseen = masked_keys(start, end, tile[at], q, k)
+        masked = masked_keys(start, end, tile[at], q, k)
         for head in range(heads):
             wide_q, wide_grad = abreast(q, head, heads), abreast(grad, head, heads)
-            weights = jnp.exp2(scores(wide_q, k[head], unseen) - abreast(log_sum, head, heads))
+            weights = jnp.exp2(scores(wide_q, k[head], masked) - abreast(log_sum, head, heads))
             dweights = product(v[head], wide_grad, 0, 0)
             ds = weights * (dweights - abreast(delta, head, heads))
             total_k[head] += product(wide_q, ds.astype(q.dtype), 1, 1)

@@ -30,9 +30,9 @@ def pooling(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, slots: int):
     # The run of key t is the number of ranges that end at or before t.
     ended_BT = jax.vmap(lambda end_P: jnp.bincount(end_P, length=keys + 1))(end_BP)[:, :keys]
     run_BT = jnp.cumsum(ended_BT, axis=1, dtype=jnp.int32)
-    seen_BT = run_BT < runs
+    mask_BT = run_BT < runs
     start_BT = jnp.take_along_axis(start_BP, jnp.minimum(run_BT, runs - 1), axis=1)
-    seen_BT &= start_BT <= jnp.arange(keys)[None]
+    mask_BT &= start_BT <= jnp.arange(keys)[None]
 
     row_B1 = jnp.arange(rows, dtype=jnp.int32)[:, None]
     # One extra run at the end takes the keys that no query sees; ids stay sorted either way,
@@ -49,11 +49,11 @@ def pooling(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, slots: int):
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0))).reshape(rows * (runs + 1), slots, shared, -1, channels)
     k = k_BTJC.reshape(rows * keys, shared, channels)
     v = v_BTJC.reshape(rows * keys, shared, channels)
-    seen = seen_BT.reshape(-1, 1, 1, 1)
+    mask = mask_BT.reshape(-1, 1, 1, 1)
     scores = jnp.einsum("nsjic,njc->nsji", of_run(q), k, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen, scores * channels**-0.5, -1e30)
+    scores = jnp.where(mask, scores * channels**-0.5, -1e30)
     top = jax.lax.stop_gradient(segments(jax.ops.segment_max, scores))
-    weights = jnp.where(seen, jnp.exp(jnp.where(seen, scores - of_run(top), 0.0)), 0.0)
+    weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - of_run(top), 0.0)), 0.0)
     total = segments(jax.ops.segment_sum, weights)
     summed = segments(
         jax.ops.segment_sum, jnp.einsum("nsji,njc->nsjic", weights, v.astype(jnp.float32))
@@ -79,7 +79,7 @@ def read_slots(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, slots: int):
     scores = jnp.einsum(
         "bqjic,bqsjc->bqjis", q, gathered(k_BTJC), preferred_element_type=jnp.float32
     )
-    seen_BQ = end_BQ > start_BQ
-    probs = masked_softmax(scores * channels**-0.5, seen_BQ[:, :, None, None, None])
+    mask_BQ = end_BQ > start_BQ
+    probs = masked_softmax(scores * channels**-0.5, mask_BQ[:, :, None, None, None])
     out = jnp.einsum("bqjis,bqsjc->bqjic", probs.astype(v_BTJC.dtype), gathered(v_BTJC))
     return out.reshape(q_BQHC.shape)

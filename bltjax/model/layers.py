@@ -150,7 +150,7 @@ class Block(nn.Module):
         k, v = constrained(k, f"k_BT{J}C"), constrained(v, f"v_BT{J}C")
         if isinstance(past, Cache):
             kept = (rotate(k, ranges.angles), v)
-            out = cached_attention(rotate(q, ranges.angles), past, ranges.seen_BQT, kept)
+            out = cached_attention(rotate(q, ranges.angles), past, ranges.mask_BQT, kept)
         else:
             kept = (k, v)
             if past is not None:

@@ -115,14 +115,14 @@ def verified(model: CachedBLT, params, memory: Memory, ids_BQ, states, go_B) -> 
     end_BQ = jnp.where(closes_BQ, memory.open_B[:, None] + order_BQ + 1, 0)
     begin_BQ = jnp.pad(end_BQ, ((0, 0), (1, 0)))[:, :-1]
     slot_11T = jnp.arange(offered[0].k_BJTC.shape[2] if offered else 1)[None, None]
-    seen_BPT = (slot_11T >= begin_BQ[..., None]) & (slot_11T < end_BQ[..., None])
+    mask_BPT = (slot_11T >= begin_BQ[..., None]) & (slot_11T < end_BQ[..., None])
     closing = tuple(
         jnp.where(closes_BQ[..., None], jnp.take_along_axis(x, order_BQ[..., None], axis=1), 0)
         for x in running
     )
 
     def close(carry):
-        slots_BSE = model.encoder(params).closed(closing, offered, seen_BPT)
+        slots_BSE = model.encoder(params).closed(closing, offered, mask_BPT)
         index_BP = memory.patches_B[:, None] + jnp.arange(queries)[None]
         return model.latent(params).step(slots_BSE, index_BP, carry[1])
 

@@ -73,9 +73,9 @@ class CrossAttention(nn.Module):
         )
         return self.added(x_BQE, out_BQGC)
 
-    def step(self, x_BQE, sources: Cache, seen_BQT):
+    def step(self, x_BQE, sources: Cache, mask_BQT):
         """The same, over cached keys and values that `source` returned."""
-        return self.added(x_BQE, cached_attention(self.queries(x_BQE), sources, seen_BQT))
+        return self.added(x_BQE, cached_attention(self.queries(x_BQE), sources, mask_BQT))
 
 
 def cross_attentions(

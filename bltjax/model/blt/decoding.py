@@ -228,9 +228,9 @@ class CachedBLT:
         """Runs the latent transformer on the complete patches of some rows; keeps the others."""
         go_B11 = go_B[:, None, None]
         slots = memory.offered[0].k_BJTC.shape[2] if memory.offered else 1
-        seen_BPT = (jnp.arange(slots)[None] < memory.open_B[:, None])[:, None]
+        mask_BPT = (jnp.arange(slots)[None] < memory.open_B[:, None])[:, None]
         pooled = tuple(jnp.where(go_B11, x_B1E, 0) for x_B1E in memory.pooled)
-        slots_BSE = self.encoder(params).closed(pooled, memory.offered, seen_BPT)
+        slots_BSE = self.encoder(params).closed(pooled, memory.offered, mask_BPT)
         # A row that does not go writes to the slot that its next patch will overwrite.
         index_B1 = memory.patches_B[:, None]
         latent_BPD, latent = self.latent(params).step(slots_BSE, index_B1, memory.latent)

@@ -91,10 +91,10 @@ class LatentTransformer(nn.Module):
         # The patches before the first of these, then these, each with those before it.
         before_B1T = jnp.arange(slots)[None, None] < index_BP[:, :1, None]
         before_BPT = jnp.broadcast_to(before_B1T, (*index_BP.shape, slots))
-        seen_BPT = jnp.concatenate([before_BPT, index_BP[:, None] <= index_BP[..., None]], axis=2)
+        mask_BPT = jnp.concatenate([before_BPT, index_BP[:, None] <= index_BP[..., None]], axis=2)
         places = CachePositions(
             jnp.minimum(index_BP, slots - 1),
-            seen_BPT,
+            mask_BPT,
             rotary_angles(index_BP, size.channels, size.rope_theta, size.rope_scaling),
         )
         states, fresh = through(self.blocks, self.widened(slots_BSE), places, caches)

@@ -86,9 +86,9 @@ class LocalDecoder(nn.Module):
             x_BQE += jnp.take_along_axis(sources, reads_BQ[..., None], axis=1)
         else:
             slot_11T = jnp.arange(sources[0].k_BJTC.shape[2])[None, None]
-            seen_BQT = slot_11T // self.config.cross.slots == reads_BQ[..., None]
+            mask_BQT = slot_11T // self.config.cross.slots == reads_BQ[..., None]
             attend = [
-                functools.partial(cross.step, sources=source, seen_BQT=seen_BQT)
+                functools.partial(cross.step, sources=source, mask_BQT=mask_BQT)
                 for cross, source in zip(self.crosses, sources, strict=True)
             ]
         states, fresh = through(self.blocks, x_BQE, places, caches, attend)

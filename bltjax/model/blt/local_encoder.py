@@ -110,16 +110,16 @@ class LocalEncoder(nn.Module):
         pooled = tuple(states[layer] for layer in self.pooling)
         return pooled, tuple(cross.source(states[layer]) for layer, cross in crosses)
 
-    def closed(self, pooled, sources, seen_BPT):
+    def closed(self, pooled, sources, mask_BPT):
         """Slots [B, P * K, E] of complete patches, from the inputs that `offered` returned.
 
         pooled: for each pooling layer the maximum over the patch's bytes, [B, P, E]. sources: for
         each cross-attention a `Cache` of bytes, masked to each patch's own.
         """
-        seen_BST = jnp.repeat(seen_BPT, self.config.cross.slots, axis=1)
+        mask_BST = jnp.repeat(mask_BPT, self.config.cross.slots, axis=1)
         slots_BSE = self.queries(pooled[0])
         for number, (cross, source) in enumerate(zip(self.crosses, sources, strict=True)):
             if 0 < number < len(pooled):
                 slots_BSE = self.queries(pooled[number])
-            slots_BSE = cross.step(slots_BSE, source, seen_BST)
+            slots_BSE = cross.step(slots_BSE, source, mask_BST)
         return slots_BSE
