@@ -5,7 +5,7 @@
     generate --workdir DIR --prompt "A BLT has" --show patches         coloured as it forms
 
 A line of prompts is a JSON string or an object with `prompt`; a line of results is that object with
-`text`, `why` it ended (eos, stop or max_bytes) and `log_probs`, one per byte, in nats under the
+`text`, `finish_reason` (eos, stop or max_bytes) and `log_probs`, one per byte, in nats under the
 model itself, whatever the sampling. If the bytes of a text are not UTF-8, `hex` has them.
 """
 

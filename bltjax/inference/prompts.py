@@ -1,7 +1,7 @@
 """Prompts from JSON lines, and results to JSON lines, which can be resumed.
 
 A line of prompts is a JSON string or an object with `prompt` (or `prompt_hex`, for bytes that are
-not UTF-8). A line of results is that object with `text`, `why` it ended and `log_probs`; so an
+not UTF-8). A line of results is that object with `text`, `finish_reason` and `log_probs`; so an
 `id`, and any other key, is kept. A command that was killed leaves complete lines, and beside them a
 hidden file of the settings that they depend on; with the same settings the next try writes the
 rest:
@@ -28,7 +28,7 @@ from bltjax.text.alphabet import as_bytes
 
 logger = logging.getLogger("bltjax")
 STDIN = "-"
-OURS = ("prompt", "prompt_hex", "text", "hex", "why", "log_probs")
+OURS = ("prompt", "prompt_hex", "text", "hex", "finish_reason", "log_probs")
 
 
 class Prompt(NamedTuple):
@@ -109,7 +109,7 @@ def result_line(prompt: Prompt, pieces: list[Piece]) -> str:
     result = {key: value for key, value in prompt.given.items() if key != "hex"}
     result |= text_fields("prompt", "prompt_hex", prompt.text)
     result |= text_fields("text", "hex", text)
-    result["why"] = pieces[-1].why
+    result["finish_reason"] = pieces[-1].finish_reason
     result["log_probs"] = [round(float(x), 5) for piece in pieces for x in piece.log_probs]
     line = json.dumps(result, ensure_ascii=False, allow_nan=False)
     try:
@@ -177,7 +177,10 @@ def check_same(out: Path, lines: Iterable[bytes], prompts: Sequence[Prompt], way
             found = json.loads(line)
         except ValueError:
             found = None
-        same = isinstance(found, dict) and {"text", "why"} <= found.keys() and prompt is not None
+        # `why` is the key of results that were written before 2026-11-28.
+        reasons = {"finish_reason", "why"}
+        same = isinstance(found, dict) and "text" in found and bool(reasons & found.keys())
+        same = same and prompt is not None
         if not same or found | text_fields("prompt", "prompt_hex", prompt.text) != found:
             wanted = "these prompts" if prompt is None else prompt.name
             raise ValueError(

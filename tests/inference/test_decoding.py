@@ -190,7 +190,7 @@ def written(decoder: Decoder, prompts, **settings):
         (
             b"".join(piece.text for piece in row),
             *(np.concatenate([piece[i] for piece in row]) for i in (2, 3, 4)),
-            row[-1].why,
+            row[-1].finish_reason,
         )
         for row in pieces
     ]
@@ -349,7 +349,7 @@ def written_until_error(decoder: Decoder, prompts, **settings) -> tuple[list[byt
     texts = [b""] * len(prompts)
     with pytest.raises(FloatingPointError) as raised:
         for piece in decoder.generate(prompts, **settings):
-            assert piece.why == ""
+            assert piece.finish_reason == ""
             texts[piece.row] += piece.text
     return texts, str(raised.value)
 

@@ -91,12 +91,12 @@ def test_stops(trained):
         *_, last = pieces = list(
             decoder.generate(["the"], max_bytes=40, stop=[b"\xff\xfe", stop], chunk=chunk)
         )
-        assert text_of(pieces) == whole[:at] and last.why == "stop"
+        assert text_of(pieces) == whole[:at] and last.finish_reason == "stop"
         assert sum(len(piece.log_probs) for piece in pieces) == at
     *_, last = pieces = list(decoder.generate(["the"], max_bytes=5))
-    assert text_of(pieces) == whole[:5] and last.why == "max_bytes"
+    assert text_of(pieces) == whole[:5] and last.finish_reason == "max_bytes"
     (nothing,) = decoder.generate(["the"], max_bytes=0)
-    assert nothing.text == b"" and nothing.why == "max_bytes"
+    assert nothing.text == b"" and nothing.finish_reason == "max_bytes"
 
 
 def test_bytes_that_may_begin_a_stop_string_are_held_back():
@@ -172,7 +172,7 @@ def test_prompts_from_jsonl(runs, tmp_path, capsys):
     assert [result["prompt"] for result in results] == ["the patch", odd, ""]
     for result in results:
         size = len(result["text"].encode())
-        assert "hex" not in result and (size == 6 or result["why"] == "eos")
+        assert "hex" not in result and (size == 6 or result["finish_reason"] == "eos")
         assert len(result["log_probs"]) == size and max(result["log_probs"]) <= 0
     assert "latent steps" in capsys.readouterr().err
 
@@ -189,7 +189,7 @@ def test_results_that_are_not_utf8():
     none = np.zeros(0)
     line = result_line(Prompt(b"\xff"), [Piece(0, b"a\xe6", np.zeros(2), none, none, "eos")])
     assert json.loads(line) == {
-        "prompt": "\ufffd", "text": "a\ufffd", "why": "eos", "log_probs": [0, 0], "hex": "61e6",
+        "prompt": "\ufffd", "text": "a\ufffd", "finish_reason": "eos", "log_probs": [0, 0], "hex": "61e6",
         "prompt_hex": "ff",
     }  # fmt: skip
 
@@ -206,18 +206,20 @@ def test_prompts_in_hex(tmp_path):
 def test_results_keep_what_a_prompt_has(tmp_path, warnings):
     """An id and other keys, in order; a key that results also have is replaced, and logged."""
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"id": 7, "prompt": "é", "why": "?", "tags": ["\\ud800"], "hex": "00"}\n"x"\n')
+    path.write_text(
+        '{"id": 7, "prompt": "é", "finish_reason": "?", "tags": ["\\ud800"], "hex": "00"}\n"x"\n'
+    )
     keyed, plain = read_prompts(str(path))
-    assert "prompts.jsonl, line 1: results have a hex, why of their own" in warnings.text
+    assert "prompts.jsonl, line 1: results have a hex, finish_reason of their own" in warnings.text
     none = np.zeros(0)
     line = result_line(keyed, [Piece(0, b"a", np.zeros(1), none, none, "eos")])
     assert line.encode()  # half a surrogate pair has no UTF-8
     assert list(json.loads(line).items()) == [
-        ("id", 7), ("prompt", "é"), ("why", "eos"), ("tags", ["\ud800"]), ("text", "a"),
+        ("id", 7), ("prompt", "é"), ("finish_reason", "eos"), ("tags", ["\ud800"]), ("text", "a"),
         ("log_probs", [0]),
     ]  # fmt: skip
     line = result_line(plain, [Piece(0, b"", none, none, none, "eos")])
-    assert list(json.loads(line)) == ["prompt", "text", "why", "log_probs"]
+    assert list(json.loads(line)) == ["prompt", "text", "finish_reason", "log_probs"]
 
 
 @pytest.mark.parametrize(
@@ -295,12 +297,13 @@ def test_results_are_continued(runs, tmp_path, monkeypatch, capsys):
     assert out.read_text() == "notes"
 
 
-def test_results_whose_settings_are_not_known_are_continued_with_a_warning(tmp_path, warnings):
+@pytest.mark.parametrize("key", ["finish_reason", "why"])  # the second in older files
+def test_results_whose_settings_are_not_known_are_continued_with_a_warning(key, tmp_path, warnings):
     prompts = [Prompt(b"a"), Prompt(b"\xff")]
     none = np.zeros(0)
     out = tmp_path / "results.jsonl"
     lines = [result_line(p, [Piece(0, b"", none, none, none, "eos")]) + "\n" for p in prompts]
-    out.write_text(lines[0])
+    out.write_text(lines[0].replace("finish_reason", key))
     assert begin_results(out, prompts, {"seed": 0}) == 1
     assert "are unknown" in warnings.text
     assert begin_results(out, prompts, {"seed": 0}) == 1  # now they are

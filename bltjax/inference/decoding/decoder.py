@@ -19,10 +19,10 @@ from bltjax.attention import fastest
 from bltjax.families import Model, resolved
 from bltjax.inference.decoding.loop import (
     AT_LIMIT,
+    FINISH_REASONS,
     NOT_FINITE,
     RUNNING,
     STOPS,
-    WHY,
     Asked,
     State,
     initial_state,
@@ -151,7 +151,9 @@ class Decoder:
         if max_bytes == 0 or not texts:
             nothing = np.zeros(0, np.float32)
             for row in range(len(texts)):
-                yield Piece(row, b"", nothing, nothing, nothing.astype(bool), WHY[AT_LIMIT])
+                yield Piece(
+                    row, b"", nothing, nothing, nothing.astype(bool), FINISH_REASONS[AT_LIMIT]
+                )
             return
         state, asked = self.begun(texts, max_bytes, sampling, seed, stops, names)
         if self.draft:
@@ -159,22 +161,24 @@ class Decoder:
         else:
             program, shape = run_loop, (sampling.steps, chunk)
         rest, written = [Rest(stops) for _ in texts], 0
-        rows = np.array([*range(len(texts)), *[ENDED] * (len(state.why_B) - len(texts))])
+        rows = np.array([*range(len(texts)), *[ENDED] * (len(state.finish_B) - len(texts))])
         while rows.size:
             with on_mesh(self.mesh):
                 state, out, full_B2 = program(self.model, *shape, self.params, asked, state)
-            out, why_B, full_B2, costs = jax.device_get((out, state.why_B, full_B2, state.costs))
-            broken = np.flatnonzero((why_B == NOT_FINITE) & (rows >= 0))
+            out, finish_B, full_B2, costs = jax.device_get(
+                (out, state.finish_B, full_B2, state.costs)
+            )
+            broken = np.flatnonzero((finish_B == NOT_FINITE) & (rows >= 0))
             written += int((out.ids_BN >= OFFSET).sum())
             self.counts = Counts(written, *(int(x.sum()) for x in costs))
             for place, row in enumerate(rows):
                 ids, *values = (x_BN[place, : out.count_B[place]] for x_BN in out[1:])
-                if row >= 0 and (ids.size or why_B[place]):
-                    yield rest[row].piece(int(row), ids, values, WHY[why_B[place]])
+                if row >= 0 and (ids.size or finish_B[place]):
+                    yield rest[row].piece(int(row), ids, values, FINISH_REASONS[finish_B[place]])
             if broken.size:
                 row = rows[broken[0]]
                 raise self.not_finite(state, int(broken[0]), names[row], len(texts[row]))
-            rows = np.where(why_B == RUNNING, rows, ENDED)
+            rows = np.where(finish_B == RUNNING, rows, ENDED)
             going = int((rows >= 0).sum())
             if going == 0:
                 return

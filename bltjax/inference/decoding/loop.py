@@ -29,7 +29,7 @@ from bltjax.system.environment import random_key
 from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY
 
 RUNNING, AT_EOS, AT_STOP, AT_LIMIT, NOT_FINITE = range(5)
-WHY = ("", "eos", "stop", "max_bytes", "")  # numbers that aren't finite are errors
+FINISH_REASONS = ("", "eos", "stop", "max_bytes", "")  # numbers that aren't finite are errors
 STOPS = (4, 16)  # stop strings, and their bytes, that the first program is compiled for
 
 
@@ -56,13 +56,13 @@ class Costs(NamedTuple):
 
 
 class State(NamedTuple):
-    """The state of the rows of a batch. `why` is `RUNNING` or the reason why a row has ended."""
+    """The state of the rows of a batch. `finish` is `RUNNING` or the reason why a row has ended."""
 
     memory: Any
     keys_B: jax.Array
     made_B: jax.Array  # ids written, EOS among them
     limit_B: jax.Array  # ids to write
-    why_B: jax.Array
+    finish_B: jax.Array
     used_BV: jax.Array  # ids that occur in the text
     utf8_B: jax.Array
     tail_BT: jax.Array  # the newest ids that were written, for stop strings
@@ -136,9 +136,9 @@ def endings(asked: Asked, state: State, ids_BQ):
     same_BQZT = (upto_BQT[:, :, None] == stops_11ZT) | (stops_11ZT < 0)
     stopped_BQ = (same_BQZT.all(axis=-1) & (stops_11ZT[..., -1] >= 0)).any(axis=-1)
     made_BQ = state.made_B[:, None] + 1 + jnp.arange(queries)[None]
-    why_BQ = jnp.where(made_BQ >= state.limit_B[:, None], AT_LIMIT, RUNNING)
-    why_BQ = jnp.where(stopped_BQ, AT_STOP, why_BQ)
-    return jnp.where(ids_BQ == EOS, AT_EOS, why_BQ)
+    finish_BQ = jnp.where(made_BQ >= state.limit_B[:, None], AT_LIMIT, RUNNING)
+    finish_BQ = jnp.where(stopped_BQ, AT_STOP, finish_BQ)
+    return jnp.where(ids_BQ == EOS, AT_EOS, finish_BQ)
 
 
 def when(condition, change, state):
@@ -153,7 +153,7 @@ def when(condition, change, state):
 
 def close_patches(model: CachedBLT, params, state: State) -> State:
     """Runs the latent transformer for all rows that wait for it."""
-    go_B = (state.why_B == RUNNING) & state.memory.closes_B
+    go_B = (state.finish_B == RUNNING) & state.memory.closes_B
     return state._replace(
         memory=model.close(params, state.memory, go_B),
         costs=state.costs.plus(1, go_B.sum(), 0),
@@ -168,7 +168,7 @@ def sound(logits_V, entropy):
 def tick(model, steps: Steps, params, asked: Asked, state: State, out: Written):
     """Generates one byte in each row that can, after a latent step if one is due."""
     if model.patched:
-        active_B = state.why_B == RUNNING
+        active_B = state.finish_B == RUNNING
         waiting_B = active_B & state.memory.closes_B
         enough = waiting_B.any() & (2 * waiting_B.sum() >= active_B.sum())
         state = when(enough, lambda state: close_patches(model, params, state), state)
@@ -178,7 +178,7 @@ def tick(model, steps: Steps, params, asked: Asked, state: State, out: Written):
 def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Written):
     """Generates one byte in each row that waits for no latent step."""
     patches = model.patched
-    go_B = state.why_B == RUNNING
+    go_B = state.finish_B == RUNNING
     if patches:
         go_B &= ~state.memory.closes_B
     logits_BV, memory = model.predict(params, state.memory)
@@ -193,13 +193,13 @@ def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Wr
     new = (go_B, id_B, logits_BV, entropy_B, opens_B)
     out = added(out, *(x_B[:, None] for x_B in new))
 
-    why_B = endings(asked, state, id_B[:, None])[:, 0]
-    why_B = jnp.where(go_B, why_B, jnp.where(broken_B, NOT_FINITE, state.why_B))
+    finish_B = endings(asked, state, id_B[:, None])[:, 0]
+    finish_B = jnp.where(go_B, finish_B, jnp.where(broken_B, NOT_FINITE, state.finish_B))
     tail_BT = jnp.concatenate([state.tail_BT[:, 1:], id_B[:, None]], axis=1)
     state = state._replace(
         memory=memory,
         made_B=state.made_B + go_B,
-        why_B=why_B,
+        finish_B=finish_B,
         tail_BT=jnp.where(go_B[:, None], tail_BT, state.tail_BT),
         costs=state.costs.plus(0, 0, go_B.sum()),
     )
@@ -211,7 +211,7 @@ def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Wr
         is_id_BV = jax.nn.one_hot(id_B, VOCABULARY, dtype=bool)
         state = state._replace(used_BV=state.used_BV | (is_id_BV & go_B[:, None]))
     # A row that has ended is not advanced: its memory is that of the text before its last id.
-    memory = model.advance(params, state.memory, id_B, go_B & (why_B == RUNNING))
+    memory = model.advance(params, state.memory, id_B, go_B & (finish_B == RUNNING))
     return state._replace(memory=memory), out
 
 
@@ -224,7 +224,7 @@ def filled(model, ahead: int, chunk: int, write, state: State, *more):
     """
 
     def full(state: State):
-        running_B1 = (state.why_B == RUNNING)[:, None]
+        running_B1 = (state.finish_B == RUNNING)[:, None]
         if not model.patched:
             return running_B1 & np.zeros((1, 2), bool)
         return model.full(state.memory, ahead) & running_B1
@@ -232,9 +232,9 @@ def filled(model, ahead: int, chunk: int, write, state: State, *more):
     def goes_on(carry):
         state, out, *_ = carry
         roomy = (out.count_B.max() + ahead <= chunk) & ~full(state).any()
-        return (state.why_B == RUNNING).any() & roomy
+        return (state.finish_B == RUNNING).any() & roomy
 
-    carry = (state, written_by(len(state.why_B), chunk), *more)
+    carry = (state, written_by(len(state.finish_B), chunk), *more)
     state, out, *_ = jax.lax.while_loop(goes_on, lambda carry: write(*carry), carry)
     return state, out, full(state)
 

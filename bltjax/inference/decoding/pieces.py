@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bltjax.inference.decoding.loop import AT_STOP, WHY
+from bltjax.inference.decoding.loop import AT_STOP, FINISH_REASONS
 from bltjax.text.alphabet import EOS, OFFSET
 
 
@@ -16,7 +16,7 @@ class Piece(NamedTuple):
     log_probs: np.ndarray  # float32 [len(text)], nats, under the model before any sampling setting
     entropies: np.ndarray  # float32 [len(text)], nats, known before each byte
     opens: np.ndarray  # bool [len(text)]: whether the byte opens a patch
-    why: str  # "" while the row runs; then eos, stop or max_bytes
+    finish_reason: str  # "" while the row runs; then eos, stop or max_bytes
 
 
 class Rest:
@@ -27,7 +27,7 @@ class Rest:
         self.ids = np.zeros(0, np.int32)
         self.rest = [np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(0, bool)]
 
-    def piece(self, row: int, ids, rest: list, why: str) -> Piece:
+    def piece(self, row: int, ids, rest: list, finish_reason: str) -> Piece:
         """The output of the row that may be shown now."""
         ids = np.concatenate([self.ids, ids])
         rest = [np.concatenate(pair) for pair in zip(self.rest, rest, strict=True)]
@@ -35,13 +35,13 @@ class Rest:
             ids = ids[:-1]
         text = (ids - OFFSET).astype(np.uint8).tobytes()
         keep = 0
-        if why == WHY[AT_STOP]:
+        if finish_reason == FINISH_REASONS[AT_STOP]:
             keep = max(len(stop) for stop in self.stops if text.endswith(stop))
-        elif not why:
+        elif not finish_reason:
             begun = (
                 k for stop in self.stops for k in range(1, len(stop)) if text.endswith(stop[:k])
             )
             keep = max(begun, default=0)
         shown = len(text) - keep
         self.ids, self.rest = ids[shown:], [x[shown : len(text)] for x in rest]
-        return Piece(row, text[:shown], *(x[:shown] for x in rest), why)
+        return Piece(row, text[:shown], *(x[:shown] for x in rest), finish_reason)

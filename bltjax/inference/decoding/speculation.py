@@ -184,7 +184,7 @@ def committed(model: CachedBLT, found: Verified, taken_B, go_B) -> Memory:
 
 def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out, pending_BV):
     """Drafts, verifies and commits in every row that continues."""
-    go_B = state.why_B == RUNNING
+    go_B = state.finish_B == RUNNING
     before = state.memory
     ids_BQ, states, memory = drafted(model, params, before, pending_BV, queries)
     found = verified(model, params, memory, ids_BQ, states, go_B)
@@ -202,11 +202,11 @@ def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out
     taken_B = 1 + jnp.cumprod(right_BQ, axis=1).sum(axis=1, dtype=jnp.int32)
 
     place_1Q = jnp.arange(queries)[None]
-    why_BQ = endings(asked, state, ids_BQ)
-    ends_BQ = (why_BQ != RUNNING) & (place_1Q < taken_B[:, None])
+    finish_BQ = endings(asked, state, ids_BQ)
+    ends_BQ = (finish_BQ != RUNNING) & (place_1Q < taken_B[:, None])
     taken_B = jnp.where(ends_BQ.any(axis=1), jnp.argmax(ends_BQ, axis=1) + 1, taken_B)
     taken_B = taken_B.astype(jnp.int32)
-    why_B = jnp.where(ends_BQ.any(axis=1), cut(why_BQ, taken_B - 1, 1)[:, 0], RUNNING)
+    finish_B = jnp.where(ends_BQ.any(axis=1), cut(finish_BQ, taken_B - 1, 1)[:, 0], RUNNING)
     memory = committed(model, found, taken_B, go_B)
 
     taken_B = taken_B * go_B
@@ -217,7 +217,7 @@ def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out
     state = state._replace(
         memory=memory,
         made_B=state.made_B + taken_B,
-        why_B=jnp.where(go_B, why_B, jnp.where(broken_B, NOT_FINITE, state.why_B)),
+        finish_B=jnp.where(go_B, finish_B, jnp.where(broken_B, NOT_FINITE, state.finish_B)),
         tail_BT=cut(tail_BT, taken_B, state.tail_BT.shape[1]),
         costs=state.costs.plus((found.opens_BQ & go_B[:, None]).any(), closed_B.sum(), go_B.sum()),
     )
