@@ -211,8 +211,8 @@ def cached_side(prompt_bytes: int, begin: int):
         written = b"".join(piece.text for piece in pieces)
         return {"begin": begin, "text": written.hex(), "patches": decoder.counts.patches}
 
-    for place in range(PLACES * (begin < 0)):
-        begin = place * 997
+    for number in range(PLACES * (begin < 0)):
+        begin = number * 997
         if 3.5 <= BYTES / max(1, write(begin)["patches"]) <= 5.5:
             break
     return lambda: write(begin)

@@ -105,7 +105,7 @@ def inspect_released(path: epath.Path, quick: bool) -> dict:
         for name, leaf in part.leaves.items() if part and not quick else ():
 
             def pieces(name: str = name, leaf=leaf) -> Iterator[tuple[int, np.ndarray]]:
-                return ((rows.start, leaf.read(place, rows)) for place, rows in blocks(name, leaf))
+                return ((rows.start, leaf.read(index, rows)) for index, rows in blocks(name, leaf))
 
             damage += [before + line for line in read_through(name, pieces)]
     found = {"kind": files.layout, "step": files.step} | described_model(files.config)

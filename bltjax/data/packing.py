@@ -86,27 +86,29 @@ def lay_out(
     starts_N1=None,
 ) -> None:
     """Writes all of one row of a batch, padded with 0, the id BOE."""
-    place, ends = 0, []
+    position, ends = 0, []
     for number, (document, begin, end, _) in enumerate(pieces, start=1):
-        next_place = place + end - begin
-        bytes_N[place:next_place] = document.ids_N[begin:end]
+        next_position = position + end - begin
+        bytes_N[position:next_position] = document.ids_N[begin:end]
         if starts_N1 is not None:
-            starts_N1[place : next_place + 1] = document.starts_N1[begin : end + 1]
-        documents_N[place:next_place] = number
-        ends.append((next_place - 1, document.ids_N[end] if end < len(document.ids_N) else BOE))
-        place = next_place
+            starts_N1[position : next_position + 1] = document.starts_N1[begin : end + 1]
+        documents_N[position:next_position] = number
+        ends.append((next_position - 1, document.ids_N[end] if end < len(document.ids_N) else BOE))
+        position = next_position
     for array in (bytes_N, targets_N, weights_N, target_bytes_N, documents_N):
-        array[place:] = 0
+        array[position:] = 0
     if starts_N1 is not None:
-        starts_N1[place + bool(place) :] = False  # the start after the last byte is the document's
-        starts_N1[: 2 * bool(place)] = True
-    if place:
-        weights_N[:place] = 1
+        starts_N1[position + bool(position) :] = (
+            False  # the start after the last byte is the document's
+        )
+        starts_N1[: 2 * bool(position)] = True
+    if position:
+        weights_N[:position] = 1
         # A target is the next byte, but not across pieces; a document's end has none.
-        targets_N[: place - 1] = bytes_N[1:place]
+        targets_N[: position - 1] = bytes_N[1:position]
         for last, target in ends:
             targets_N[last], weights_N[last] = target, target != BOE
-        target_bytes_N[:place] = target_bytes_of(targets_N[:place], weights_N[:place])
+        target_bytes_N[:position] = target_bytes_of(targets_N[:position], weights_N[:position])
 
 
 def batch_of(
@@ -176,7 +178,7 @@ class Packer:
             return self.waiting.pop(0)
         byte_share, patch_share = used / self.row_bytes, patches / self.row_patches
         least, chosen = math.inf, 0
-        for place, candidate in enumerate(self.waiting):
+        for position, candidate in enumerate(self.waiting):
             more_bytes, more_patches = candidate.shares
             # As much of it as fits in the row; compared one by one, for speed.
             part = (1 - byte_share) / more_bytes
@@ -187,7 +189,7 @@ class Packer:
                 part = 1
             uneven = abs(byte_share - patch_share + part * (more_bytes - more_patches))
             if uneven < least:
-                least, chosen = uneven, place
+                least, chosen = uneven, position
         return self.waiting.pop(chosen)
 
     def next_row(self) -> list[Fragment]:
@@ -238,11 +240,11 @@ def pack_exact(
         size = piece.end
         first = bisect.bisect_left(by_room, (size,))
         # A row with room for the bytes may have none for the patches; few are looked at, for speed.
-        for place in range(first, min(first + 64, len(by_room))):
-            room, number = by_room[place]
+        for position in range(first, min(first + 64, len(by_room))):
+            room, number = by_room[position]
             pieces, used, patches = rows[number]
             if patches + piece.patches <= row_patches:
-                del by_room[place]
+                del by_room[position]
                 rows[number] = ([*pieces, piece], used + size, patches + piece.patches)
                 break
         else:

@@ -175,10 +175,10 @@ def check_names(names: list[str]) -> None:
     """Raises ValueError unless the names are those of all shards, in order."""
     if not names:
         raise ValueError("it names no shard")
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         found = re.search(r"-(\d+)-of-(\d+)\.", name)
-        if found and (int(found[1]), int(found[2])) != (place, len(names)):
-            raise ValueError(f"{name} is named as shard {place + 1} of {len(names)}")
+        if found and (int(found[1]), int(found[2])) != (index, len(names)):
+            raise ValueError(f"{name} is named as shard {index + 1} of {len(names)}")
 
 
 def read_shard_info(side: epath.Path) -> tuple[ShardInfo, dict]:

@@ -47,9 +47,9 @@ class Order:
         self.epoch, self.begin, self.block = -1, 0, np.zeros(0, np.int64)
 
     def __getitem__(self, index: int) -> int:
-        epoch, place = divmod(index, self.length)
-        if epoch != self.epoch or not 0 <= place - self.begin < len(self.block):
-            self.epoch, self.begin = epoch, place - place % BLOCK
+        epoch, index = divmod(index, self.length)
+        if epoch != self.epoch or not 0 <= index - self.begin < len(self.block):
+            self.epoch, self.begin = epoch, index - index % BLOCK
             places_Q = np.arange(self.begin, min(self.begin + BLOCK, self.length))
             self.block = permuted(places_Q, self.length, self.seed, epoch)
-        return int(self.block[place - self.begin])
+        return int(self.block[index - self.begin])

@@ -140,12 +140,12 @@ def score_documents(
         found = run_documents(config, params, texts, newline_reset, scored, lanes, chunk)
     for index, entropies_N in enumerate(found[0]):
         # No patch would begin where an entropy is NaN.
-        if (place := first_not_finite(entropies_N)) is not None:
+        if (position := first_not_finite(entropies_N)) is not None:
             text = bytes(texts[index][:PREVIEW]).decode("utf-8", errors="replace")
             called = name(index) if name else f"text {index + 1} of {len(texts)}"
             raise not_finite(
                 f"{called} ({text!r}, {len(texts[index]):,} bytes): the entropy after its first"
-                f" {place} bytes is",
+                f" {position} bytes is",
                 {"": params},
             )
     return found
@@ -170,29 +170,29 @@ def run_documents(
         load, lane = heapq.heappop(loads)
         members[lane].append(index)
         heapq.heappush(loads, (load + lengths[index], lane))
-    # The lanes lie end to end, too: lane i has the positions from places[i] to ends[i].
+    # The lanes lie end to end, too: lane i has the positions from positions[i] to ends[i].
     order = [index for lane in members for index in lane]
     ids_N = np.concatenate([encode(texts[index], eos=False) for index in order])
     contexts_N = contexts(ids_N, newline_reset)
     entropies_N = np.empty(total, np.float32)
     sizes = [sum(lengths[index] for index in lane) for lane in members]
     ends = np.cumsum(sizes)
-    places = ends - sizes
+    positions = ends - sizes
 
     step = scoring_step(config, fastest(device))
     carry = family_of(config).require("empty_carry")(config, lanes)
     padding = 0
-    while (left := np.flatnonzero(places < ends)).size:
-        left = left[np.argsort(places[left] - ends[left], kind="stable")]
+    while (left := np.flatnonzero(positions < ends)).size:
+        left = left[np.argsort(positions[left] - ends[left], kind="stable")]
         now = left[: power_of_two_below(len(left))]
-        places_BN = places[now, None] + np.arange(chunk)
-        inside_BN = places_BN < ends[now, None]
-        bytes_BN = np.where(inside_BN, ids_N.take(places_BN, mode="clip"), 0)
-        documents_BN = np.where(inside_BN, contexts_N.take(places_BN, mode="clip"), 0)
+        positions_BN = positions[now, None] + np.arange(chunk)
+        inside_BN = positions_BN < ends[now, None]
+        bytes_BN = np.where(inside_BN, ids_N.take(positions_BN, mode="clip"), 0)
+        documents_BN = np.where(inside_BN, contexts_N.take(positions_BN, mode="clip"), 0)
         inputs = jax.device_put((now.astype(np.int32), bytes_BN, documents_BN))
         carry, entropies_BN = step(params, carry, *inputs)
-        entropies_N[places_BN[inside_BN]] = jax.device_get(entropies_BN)[inside_BN]
-        places[now] = np.minimum(places[now] + chunk, ends[now])
+        entropies_N[positions_BN[inside_BN]] = jax.device_get(entropies_BN)[inside_BN]
+        positions[now] = np.minimum(positions[now] + chunk, ends[now])
         advanced = int(inside_BN.sum())
         padding += inside_BN.size - advanced
         scored(advanced)

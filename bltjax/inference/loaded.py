@@ -77,8 +77,10 @@ class LoadedModel:
         batch, patches = row_of(ids, starts_N1)
         with on_mesh(self.mesh):
             logits_NV = np.asarray(self.all_logits(self.params, batch, patches=patches))[: len(ids)]
-        if (place := first_not_finite(logits_NV)) is not None:
-            raise not_finite(f"logits after the text's first {place} bytes are", {"": self.params})
+        if (position := first_not_finite(logits_NV)) is not None:
+            raise not_finite(
+                f"logits after the text's first {position} bytes are", {"": self.params}
+            )
         return logits_NV
 
     def next_bytes(self, text: str | bytes, count: int = 5) -> list[tuple[bytes, float]]:

@@ -102,10 +102,12 @@ NEWLINE = OFFSET + ord("\n")
 def step_byte_lm(config: ByteLMConfig, dtype, params, bytes_BQ, count_B, begin_BQ, caches):
     """(logits [B, Q, V], caches) of the positions from `count` on."""
     channels = config.width // config.heads
-    places = ring_cache_positions(
+    positions = ring_cache_positions(
         count_B, begin_BQ, caches[0].k_BJTC.shape[2], config.window, channels, config.rope_theta
     )
-    return ByteLM(config, dtype).apply({"params": params}, bytes_BQ, places, caches, method="step")
+    return ByteLM(config, dtype).apply(
+        {"params": params}, bytes_BQ, positions, caches, method="step"
+    )
 
 
 def run_byte_lm(

@@ -125,10 +125,10 @@ class ByteLM(nn.Module):
         logits_BNV, layers = self.stack(bytes_BN, ranges, carry.layers)
         return logits_BNV, Carry(layers, documents_BT[:, documents_BN.shape[1] :])
 
-    def step(self, bytes_BQ, places: CachePositions, caches):
+    def step(self, bytes_BQ, positions: CachePositions, caches):
         """Logits [B, Q, V] of new bytes, and the updated caches."""
-        logits_BQV, fresh = self.stack(bytes_BQ, places, caches)
-        return logits_BQV, stored(caches, fresh, places.slot_BQ, logits_BQV)
+        logits_BQV, fresh = self.stack(bytes_BQ, positions, caches)
+        return logits_BQV, stored(caches, fresh, positions.slot_BQ, logits_BQV)
 
 
 def entropies_of(logits_BNV):

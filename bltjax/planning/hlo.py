@@ -151,10 +151,10 @@ def read_arrays(shape: str) -> tuple[Array, ...]:
 def closing(text: str, begin: int) -> int:
     """The index after the parenthesis that closes the one at `begin`."""
     depth = 0
-    for place in range(begin, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
+    for at in range(begin, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
         if depth == 0:
-            return place + 1
+            return at + 1
     raise ValueError(f"HLO that cannot be read: {text[:80]!r} has an unclosed parenthesis")
 
 

@@ -122,8 +122,8 @@ def read_group(instruction: Instruction, kind: str, mesh_shape: dict[str, int]) 
         groups, dims, order = (
             [int(x) for x in (part or "").split(",") if x] for part in iota.groups()
         )
-        places = np.arange(np.prod(dims)).reshape(dims)
-        return tuple(places.transpose(order or range(len(dims))).reshape(groups)[0].tolist())
+        ids = np.arange(np.prod(dims)).reshape(dims)
+        return tuple(ids.transpose(order or range(len(dims))).reshape(groups)[0].tolist())
     named = re.match(r"mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", text)
     if named and not named[2].strip():
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
@@ -143,13 +143,13 @@ def listed(text: str) -> list[int]:
 def named_group(sizes: dict[str, int], chosen: str) -> tuple[int, ...]:
     """The group of index 0 along axes of a mesh, or along parts of them: `'axis_0':(2)4` is those 4
     indices of an axis that step over everything after the first 2 x 4."""
-    places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
     index = {name: np.zeros(1, int) for name in sizes}
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", chosen):
         count = int(size or sizes[name])
         steps = np.arange(count) * (sizes[name] // (int(before or 1) * count))
         index[name] = (index[name][:, None] + steps).reshape(-1)
-    return tuple(places[np.ix_(*index.values())].reshape(-1).tolist())
+    return tuple(ids[np.ix_(*index.values())].reshape(-1).tolist())
 
 
 def varying_axes(group: tuple[int, ...], mesh_shape: dict[str, int]) -> tuple[str, ...]:
@@ -157,8 +157,8 @@ def varying_axes(group: tuple[int, ...], mesh_shape: dict[str, int]) -> tuple[st
     where = np.unravel_index(np.array(group), tuple(mesh_shape.values()))
     return tuple(
         axis
-        for axis, places in zip(mesh_shape, where, strict=True)
-        if len(set(places.tolist())) > 1
+        for axis, coords in zip(mesh_shape, where, strict=True)
+        if len(set(coords.tolist())) > 1
     )
 
 

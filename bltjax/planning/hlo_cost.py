@@ -83,9 +83,9 @@ def convolution_flops(instruction: Instruction, left: Array, right: Array) -> in
     kernel = dict(zip(labels_right, right.sizes, strict=True))
     window = dict(re.findall(r"(\w+)=([\w.\-]+)", instruction.attribute("window").strip("{}")))
     met = 1
-    for place, axis in enumerate(sorted(label for label in labels_out if label.isdigit())):
+    for index, axis in enumerate(sorted(label for label in labels_out if label.isdigit())):
         size, low, stride, spread, kernel_spread = (
-            int(re.match(r"-?\d+", window[name].split("x")[place])[0])
+            int(re.match(r"-?\d+", window[name].split("x")[index])[0])
             if name in window
             else default
             for name, default in WINDOW.items()
@@ -97,8 +97,8 @@ def convolution_flops(instruction: Instruction, left: Array, right: Array) -> in
 @functools.cache
 def met_positions(out, window, size, low, stride, spread, kernel_spread) -> int:
     """Pairs of an output and a position of its window that lie on an input, along one axis."""
-    place = np.arange(out)[:, None] * stride + np.arange(window)[None] * kernel_spread - low
-    inside = (place >= 0) & (place < (size - 1) * spread + 1) & (place % spread == 0)
+    index = np.arange(out)[:, None] * stride + np.arange(window)[None] * kernel_spread - low
+    inside = (index >= 0) & (index < (size - 1) * spread + 1) & (index % spread == 0)
     return int(inside.sum())
 
 
@@ -162,8 +162,8 @@ def moved_bytes(program: HloProgram, computation: Computation, instruction: Inst
     given = [computation.instructions[x] for x in instruction.operands]
     if kind == "fusion":
         inner = program.computations[instruction.calls[0]]
-        places = [place for place, x in enumerate(given) if in_hbm(x.arrays)]
-        read = sum(read_bytes(program, inner, place) for place in places)
+        inputs = [index for index, x in enumerate(given) if in_hbm(x.arrays)]
+        read = sum(read_bytes(program, inner, index) for index in inputs)
         return read + written_bytes(program, inner, instruction.arrays)
     if kind == "custom-call":
         return 0  # buffers that are set aside, and notes to the compiler
@@ -185,9 +185,9 @@ def in_hbm(arrays: tuple[Array, ...]) -> float:
     return sum(x.padded_bytes for x in arrays if x.in_hbm)
 
 
-def read_bytes(program: HloProgram, inner: Computation, place: int) -> float:
+def read_bytes(program: HloProgram, inner: Computation, index: int) -> float:
     """Bytes that a fusion reads of its operand: all of it, or the slices that it takes."""
-    operand = inner.parameters[place]
+    operand = inner.parameters[index]
     total, whole = 0.0, padded(operand.arrays)
     seen, left = set(), [operand]
     while left:

@@ -124,8 +124,8 @@ def bound_lines(found: Plan) -> list[str]:
     if found.bound is None:
         return ["             too large to be compiled to the end, so there is no bound"]
     limits, lines = found.bound, [f"moved        {quantity(found.cost.bytes)}B per chip"]
-    for place, each in enumerate(found.collectives):
-        name = "" if place else "collectives"
+    for index, each in enumerate(found.collectives):
+        name = "" if index else "collectives"
         lines.append(
             f"{name:13}{each['kind']} over {each['axis']}: {quantity(each['bytes'])}B per chip"
         )

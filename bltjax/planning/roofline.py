@@ -73,19 +73,19 @@ def bound(
     cost: Cost,
     collectives: list[Collective],
     topology: Topology,
-    places: np.ndarray,
+    coords: np.ndarray,
     flops: float,
     step_bytes: int,
 ) -> Bound:
     """The bound of a program.
 
-    places: int [devices, 4], each device's slice and its coordinates there, in the mesh's order.
+    coords: int [devices, 4], each device's slice and its coordinates there, in the mesh's order.
     flops: of a step on all chips by the exact formula; step_bytes: text per step.
     """
-    chip, devices = topology.chip, len(places)
+    chip, devices = topology.chip, len(coords)
     ici = dcn = 0.0
     for each in collectives:
-        within, across = collective_seconds(each, topology, places[list(each.group)])
+        within, across = collective_seconds(each, topology, coords[list(each.group)])
         ici += each.runs * within
         dcn += each.runs * across
     compute, hbm = cost.flops / chip.flops, cost.bytes / chip.hbm_rate
@@ -95,12 +95,12 @@ def bound(
 
 
 def collective_seconds(
-    each: Collective, topology: Topology, places: np.ndarray
+    each: Collective, topology: Topology, coords: np.ndarray
 ) -> tuple[float, float]:
     """Seconds on the links of a slice, and on the network between slices."""
     chip = topology.chip
-    slices = len(set(places[:, 0].tolist()))
-    inner = places[places[:, 0] == places[0, 0]][:, 1:]
+    slices = len(set(coords[:, 0].tolist()))
+    inner = coords[coords[:, 0] == coords[0, 0]][:, 1:]
     # Along each side: the group's number of chips, and the links by which a chip reaches them.
     sides = [len(set(inner[:, axis].tolist())) for axis in range(len(topology.sides))]
     links = [

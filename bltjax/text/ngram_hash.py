@@ -66,13 +66,13 @@ def hash_ids(config: HashConfig, bytes_BN, begins_BN=None):
     xp = jnp if isinstance(bytes_BN, jax.Array) else np
     x_BN = bytes_BN.astype(xp.uint32)
     length = x_BN.shape[1]
-    place_BN = xp.broadcast_to(xp.arange(length), x_BN.shape)
+    index_BN = xp.broadcast_to(xp.arange(length), x_BN.shape)
     # back[d] is the id d positions earlier, zero before the document.
     back = [x_BN]
     for distance in range(1, max(config.sizes)):
         earlier_BN = xp.pad(x_BN, ((0, 0), (distance, 0)))[:, :length]
         if begins_BN is not None and not config.crosses_documents:
-            earlier_BN = xp.where(place_BN - distance >= begins_BN, earlier_BN, xp.uint32(0))
+            earlier_BN = xp.where(index_BN - distance >= begins_BN, earlier_BN, xp.uint32(0))
         back.append(earlier_BN)
     tables = [
         one_table(xp, back[:size], HASH_PRIMES[function], config.rows)
@@ -86,8 +86,8 @@ def one_table(xp, back: list, prime: int, rows: int):
     """Ids of one table from the last `size` ids, newest first; the oldest is multiplied by q^0."""
     sums = [xp.zeros_like(back[0])] * 4
     for power, x_BN in enumerate(reversed(back)):
-        for place, limb in enumerate(limbs(pow(prime, power, 1 << 64))):
-            sums[place] = sums[place] + x_BN * xp.uint32(limb)
+        for position, limb in enumerate(limbs(pow(prime, power, 1 << 64))):
+            sums[position] = sums[position] + x_BN * xp.uint32(limb)
     carry, digits = xp.zeros_like(back[0]), []
     for total in sums:
         # A sum is below 2^9 * 2^16 * 16 = 2^29, so the carry can't overflow 32 bits.

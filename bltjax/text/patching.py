@@ -90,11 +90,11 @@ def check_finite(entropies_N: np.ndarray) -> None:
     never start a patch."""
     finite_N = np.isfinite(entropies_N)
     if not finite_N.all():
-        place = np.argwhere(~finite_N)[0]
+        position = np.argwhere(~finite_N)[0]
         raise ValueError(
-            f"the entropy after the first {place[-1]} bytes of a document is"
-            f" {entropies_N[tuple(place)]}, which places no patches: score the document again, with"
-            " a byte LM whose parameters are finite"
+            f"the entropy after the first {position[-1]} bytes of a document is"
+            f" {entropies_N[tuple(position)]}, which places no patches: score the document again,"
+            " with a byte LM whose parameters are finite"
         )
 
 

@@ -155,11 +155,11 @@ def stays(folder: Path, why: Reason) -> Exception:
 
 def move_aside(workdir: Path, folder: Path) -> str:
     """Moves a checkpoint to `damaged/`; returns its new path."""
-    place = workdir / "damaged" / folder.name
+    target = workdir / "damaged" / folder.name
     count = 1
-    while place.exists():
+    while target.exists():
         count += 1
-        place = workdir / "damaged" / f"{folder.name}-{count}"
-    place.parent.mkdir(exist_ok=True)
-    folder.rename(place)
-    return str(place)
+        target = workdir / "damaged" / f"{folder.name}-{count}"
+    target.parent.mkdir(exist_ok=True)
+    folder.rename(target)
+    return str(target)

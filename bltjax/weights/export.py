@@ -246,11 +246,11 @@ def open_stored(path) -> ModelFiles:
     def leaf(name: str) -> Leaf:
         array = open_array(folder, name, context)
 
-        def read(place: tuple[int, ...], rows: slice) -> np.ndarray:
+        def read(index: tuple[int, ...], rows: slice) -> np.ndarray:
             with naming_checkpoint(folder):
-                found = array[(*place, rows)].read().result()
-            begin = rows.indices(array.shape[len(place)])[0]
-            refuse_not_finite(found, f"{folder}: parameter {name}", begin, place)
+                found = array[(*index, rows)].read().result()
+            begin = rows.indices(array.shape[len(index)])[0]
+            refuse_not_finite(found, f"{folder}: parameter {name}", begin, index)
             return found
 
         return Leaf(tuple(array.shape), array.dtype.numpy_dtype, read)

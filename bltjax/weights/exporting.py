@@ -18,12 +18,12 @@ from bltjax.weights.stored import ModelFiles
 from bltjax.weights.workdir import TOKENIZER
 
 
-def chunk_shape(shape: tuple[int, ...], place: tuple[int, ...], dtype: np.dtype) -> list[int]:
+def chunk_shape(shape: tuple[int, ...], index: tuple[int, ...], dtype: np.dtype) -> list[int]:
     """Chunk shape of one place, with as many of its rows as make a block."""
-    inner = shape[len(place) :]
+    inner = shape[len(index) :]
     row_bytes = int(np.prod(inner[1:], dtype=np.int64)) * dtype.itemsize
     rows = min(inner[0], max(1, BLOCK_BYTES // row_bytes))
-    return [1] * len(place) + [rows, *inner[1:]]
+    return [1] * len(index) + [rows, *inner[1:]]
 
 
 def write_leaves(folder: epath.Path, leaves: dict[str, Leaf], written: Callable[[int], None]):
@@ -43,7 +43,7 @@ def write_leaves(folder: epath.Path, leaves: dict[str, Leaf], written: Callable[
                 "kvstore": place_of(folder / path.replace("/", ".")),
                 "metadata": {
                     "compressor": None,  # random bits of a mantissa don't compress
-                    "chunks": chunk_shape(leaf.shape, pieces[0].place, leaf.dtype),
+                    "chunks": chunk_shape(leaf.shape, pieces[0].index, leaf.dtype),
                 },
             },
             create=True,
@@ -51,9 +51,9 @@ def write_leaves(folder: epath.Path, leaves: dict[str, Leaf], written: Callable[
             dtype=leaf.dtype.name,
             shape=leaf.shape,
         ).result()
-        for place, rows in pieces:
-            data = leaf.read(place, rows)
-            array[(*place, rows)].write(data).result()
+        for index, rows in pieces:
+            data = leaf.read(index, rows)
+            array[(*index, rows)].write(data).result()
             written(data.nbytes)
 
 

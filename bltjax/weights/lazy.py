@@ -1,12 +1,12 @@
 """Lazily read tensors and parameters, one block at a time.
 
 A `Tensor`, of a third-party file, is read in rows of its first axis. A `Leaf` is one of our
-parameters, read at a place on its leading axis: a layer of L stacked ones, or rows of one of R hash
-tables.
+parameters, read at an index of its leading axis: a layer of L stacked ones, or rows of one of R
+hash tables.
 
-    q_LDHC   places (0,), (1,), ... (L - 1,)       one layer each
-    ngrams_RME   places (0,), ... (R - 1,)         one table each, cut further into runs of rows
-    q_EGC    the only place ()                     whole
+    q_LDHC       indices (0,), (1,), ... (L - 1,)  one layer each
+    ngrams_RME   indices (0,), ... (R - 1,)        one table each, cut further into runs of rows
+    q_EGC        the only index ()                 whole
 
 Weights are finite: a read that meets NaN or infinity raises `NotFinite`, which names the place.
 """
@@ -67,11 +67,11 @@ class NotFinite(ValueError):
 
 
 def refuse_not_finite(
-    array: np.ndarray, name: str, begin: int = 0, place: tuple[int, ...] = ()
+    array: np.ndarray, name: str, begin: int = 0, index: tuple[int, ...] = ()
 ) -> None:
     """Raises NotFinite, with the first position and the count, unless all of an array is finite.
 
-    begin, place: position of the array's rows in the tensor called `name`.
+    begin, index: position of the array's rows in the tensor called `name`.
     """
     if array.dtype.kind in "biu" or not array.size:
         return
@@ -84,7 +84,7 @@ def refuse_not_finite(
     value, first = array[tuple(bad[0])], [int(index) for index in bad[0]]
     if first:
         first[0] += begin
-        name += f" holds numbers that are not finite: {value} at {[*place, *first]}"
+        name += f" holds numbers that are not finite: {value} at {[*index, *first]}"
     else:
         name += f" holds a number that is not finite: {value}"
     raise NotFinite(f"{name}; {len(bad):,} of the {array.size:,} read with it")
@@ -104,7 +104,7 @@ def checked_finite(tensor: Tensor, name: str) -> Tensor:
 class RowBlock(NamedTuple):
     """One block of a leaf: its place, and rows at that place."""
 
-    place: tuple[int, ...]
+    index: tuple[int, ...]
     rows: slice
 
 
@@ -122,20 +122,20 @@ def row_runs(rows: int, row_bytes: int) -> Iterator[slice]:
 
 def blocks(path: str, leaf: Leaf) -> Iterator[RowBlock]:
     """The blocks by which a leaf is copied. Only hash tables are large enough to be cut by rows."""
-    places = [(index,) for index in range(leaf.shape[0])] if stacked(path) else [()]
-    inner = leaf.shape[len(places[0]) :]
-    for place in places:
+    indices = [(index,) for index in range(leaf.shape[0])] if stacked(path) else [()]
+    inner = leaf.shape[len(indices[0]) :]
+    for index in indices:
         if path.endswith("ngrams_RME"):
             row_bytes = int(np.prod(inner[1:])) * leaf.dtype.itemsize
             for rows in row_runs(inner[0], row_bytes):
-                yield RowBlock(place, rows)
+                yield RowBlock(index, rows)
         else:
-            yield RowBlock(place, slice(0, inner[0]))
+            yield RowBlock(index, slice(0, inner[0]))
 
 
 def leaf_of(array: np.ndarray) -> Leaf:
     """A leaf that is in memory."""
-    return Leaf(array.shape, array.dtype, lambda place, rows: array[(*place, rows)])
+    return Leaf(array.shape, array.dtype, lambda index, rows: array[(*index, rows)])
 
 
 def cast(leaf: Leaf, dtype: np.dtype | None, path: str) -> Leaf:
@@ -143,9 +143,9 @@ def cast(leaf: Leaf, dtype: np.dtype | None, path: str) -> Leaf:
     if dtype is None or dtype == leaf.dtype:
         return leaf
 
-    def read(place: tuple[int, ...], rows: slice) -> np.ndarray:
+    def read(index: tuple[int, ...], rows: slice) -> np.ndarray:
         with np.errstate(over="ignore"):
-            array = leaf.read(place, rows).astype(dtype)
+            array = leaf.read(index, rows).astype(dtype)
         refuse_not_finite(array, f"{path}, rounded to {dtype.name},")
         return array
 
@@ -156,8 +156,8 @@ def tree_of(leaves: dict[str, Leaf]) -> dict:
     """A nested dict of parameters, all in memory, from leaves by path."""
     arrays = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
     for path, leaf in leaves.items():
-        for place, rows in blocks(path, leaf):
-            arrays[path][(*place, rows)] = leaf.read(place, rows)
+        for index, rows in blocks(path, leaf):
+            arrays[path][(*index, rows)] = leaf.read(index, rows)
     return unflatten_dict(arrays, sep="/")
 
 

@@ -189,8 +189,8 @@ def test_results_that_are_not_utf8():
     none = np.zeros(0)
     line = result_line(Prompt(b"\xff"), [Piece(0, b"a\xe6", np.zeros(2), none, none, "eos")])
     assert json.loads(line) == {
-        "prompt": "\ufffd", "text": "a\ufffd", "finish_reason": "eos", "log_probs": [0, 0], "hex": "61e6",
-        "prompt_hex": "ff",
+        "prompt": "\ufffd", "text": "a\ufffd", "finish_reason": "eos", "log_probs": [0, 0],
+        "hex": "61e6", "prompt_hex": "ff",
     }  # fmt: skip
 
 

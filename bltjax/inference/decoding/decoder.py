@@ -171,10 +171,10 @@ class Decoder:
             broken = np.flatnonzero((finish_B == NOT_FINITE) & (rows >= 0))
             written += int((out.ids_BN >= OFFSET).sum())
             self.counts = Counts(written, *(int(x.sum()) for x in costs))
-            for place, row in enumerate(rows):
-                ids, *values = (x_BN[place, : out.count_B[place]] for x_BN in out[1:])
-                if row >= 0 and (ids.size or finish_B[place]):
-                    yield rest[row].piece(int(row), ids, values, FINISH_REASONS[finish_B[place]])
+            for slot, row in enumerate(rows):
+                ids, *values = (x_BN[slot, : out.count_B[slot]] for x_BN in out[1:])
+                if row >= 0 and (ids.size or finish_B[slot]):
+                    yield rest[row].piece(int(row), ids, values, FINISH_REASONS[finish_B[slot]])
             if broken.size:
                 row = rows[broken[0]]
                 raise self.not_finite(state, int(broken[0]), names[row], len(texts[row]))
@@ -187,10 +187,10 @@ class Decoder:
             size = self.groups * power_of_two(-(-going // self.groups), 1)
             if size < len(rows):
                 # Running rows first, in turn to each group; ended ones fill up a power of two.
-                places = np.argsort(rows < 0, kind="stable")[:size]
-                places = places.reshape(-1, self.groups).T.reshape(-1)
+                order = np.argsort(rows < 0, kind="stable")[:size]
+                order = order.reshape(-1, self.groups).T.reshape(-1)
                 with on_mesh(self.mesh):
-                    state, rows = select_rows(state, places), rows[places]
+                    state, rows = select_rows(state, order), rows[order]
 
     def begun(self, texts, max_bytes, sampling, seed, stops, names=()) -> tuple[State, Asked]:
         """The state after the prompts, and the request for the loop."""
@@ -202,8 +202,8 @@ class Decoder:
         most = power_of_two(len(stops), STOPS[0])
         longest = power_of_two(max(map(len, stops), default=0), STOPS[1])
         stops_ZT = np.full((most, longest), -1, np.int32)
-        for place, text in enumerate(stops):
-            stops_ZT[place, longest - len(text) :] = encode(text, bos=False, eos=False)
+        for number, text in enumerate(stops):
+            stops_ZT[number, longest - len(text) :] = encode(text, bos=False, eos=False)
         used_BV = np.zeros((rows, VOCABULARY), bool)
         for row, ids in enumerate(prompts):
             used_BV[row, ids] = True
@@ -225,13 +225,13 @@ class Decoder:
         """The parameters, by the prefix of their names."""
         return {"": self.params["model"], "byte_lm/": self.params.get("scorer", {})}
 
-    def not_finite(self, state: State, place: int, name: str, given: int) -> FloatingPointError:
+    def not_finite(self, state: State, slot: int, name: str, given: int) -> FloatingPointError:
         """The error for a row whose next byte can't be chosen. given: bytes of its prompt."""
-        made, memory = int(jax.device_get(state.made_B)[place]), state.memory
+        made, memory = int(jax.device_get(state.made_B)[slot]), state.memory
         found = "logits"
         if self.model.patched:
             entropy_B = jax.device_get(memory.cursor.entropy_B)
-            found = "logits" if np.isfinite(entropy_B[place]) else "entropies"
+            found = "logits" if np.isfinite(entropy_B[slot]) else "entropies"
         written = f" and {made} that were written" if made else ""
         return not_finite(f"{name}: {found} after its {given} bytes{written} are", self.models)
 

@@ -109,12 +109,12 @@ def written_by(rows: int, chunk: int) -> Written:
 def added(out: Written, kept_BQ, ids_BQ, logits_BQV, entropies_BQ, opens_BQ) -> Written:
     """The output with new ids, chosen from these logits, where they are kept: a row's first."""
     at_BQ = out.count_B[:, None] + jnp.arange(ids_BQ.shape[1])[None]
-    places = kept_places(out.ids_BN.shape, at_BQ, kept_BQ)
+    positions = kept_places(out.ids_BN.shape, at_BQ, kept_BQ)
     log_probs_BQV = jax.nn.log_softmax(logits_BQV, axis=-1)
     log_probs_BQ = jnp.take_along_axis(log_probs_BQV, ids_BQ[..., None], axis=-1)[..., 0]
     new = zip(out[1:], (ids_BQ, log_probs_BQ, entropies_BQ, opens_BQ), strict=True)
     count_B = out.count_B + kept_BQ.sum(axis=1, dtype=jnp.int32)
-    return Written(count_B, *(x_BN.at[places].set(x_BQ, mode="drop") for x_BN, x_BQ in new))
+    return Written(count_B, *(x_BN.at[positions].set(x_BQ, mode="drop") for x_BN, x_BQ in new))
 
 
 def kept_places(shape, at_BQ, kept_BQ):

@@ -168,9 +168,9 @@ def cut_off(steps: Steps, numbers: Numbers, logits_BV):
             probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
             # Mass of the likelier ones: the likeliest is always kept.
             kept_BV = kept_BV & (jnp.cumsum(probs_BV, axis=-1) - probs_BV < numbers.top_p)
-        place_BV = jnp.argsort(order_BV, axis=-1)
+        rank_BV = jnp.argsort(order_BV, axis=-1)
         kept_BV = jnp.broadcast_to(kept_BV, order_BV.shape)
-        logits_BV = jnp.where(jnp.take_along_axis(kept_BV, place_BV, axis=-1), logits_BV, -jnp.inf)
+        logits_BV = jnp.where(jnp.take_along_axis(kept_BV, rank_BV, axis=-1), logits_BV, -jnp.inf)
     if steps.min_p:
         top_B1 = logits_BV.max(axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= top_B1 + jnp.log(numbers.min_p), logits_BV, -jnp.inf)

@@ -65,10 +65,10 @@ def drafted(model: CachedBLT, params, memory: Memory, pending_BV, queries: int):
         past_BT, encoder_caches, decoder_caches, logits_BV = carry
         id_B = likeliest(logits_BV)
         past_BT = jnp.concatenate([past_BT[:, 1:], id_B[:, None]], axis=1)
-        places = model.places(memory.count_B + ahead, 1)
-        states, encoder_caches = model.encoder(params).step(past_BT, places, encoder_caches)
+        positions = model.positions(memory.count_B + ahead, 1)
+        states, encoder_caches = model.encoder(params).step(past_BT, positions, encoder_caches)
         logits_BQV, decoder_caches = model.decoder(params).step(
-            states[-1], memory.reads, zero_B1, places, decoder_caches
+            states[-1], memory.reads, zero_B1, positions, decoder_caches
         )
         carry = (past_BT, encoder_caches, decoder_caches, logits_BQV[:, 0])
         return carry, (id_B, [x_B1E[:, 0] for x_B1E in states])
@@ -89,7 +89,7 @@ def verified(model: CachedBLT, params, memory: Memory, ids_BQ, states, go_B) -> 
         params["scorer"], past_BT, queries, memory.count_B, memory.context_B, memory.scorer
     )
 
-    def place(carry, ahead):
+    def place_patches(carry, ahead):
         """Patches byte by byte: whether the next byte opens one, and the running maxima."""
         cursor, fresh_B, tops = carry
         upto_BT = jax.lax.dynamic_slice_in_dim(past_BT, 1 + ahead, HISTORY, axis=1)
@@ -103,7 +103,7 @@ def verified(model: CachedBLT, params, memory: Memory, ids_BQ, states, go_B) -> 
 
     pooled, sources = model.encoder(params).offered(states)
     begun = (memory.cursor, jnp.zeros(len(ids_BQ), bool), [x[:, 0] for x in memory.pooled])
-    _, by_byte = jax.lax.scan(place, begun, jnp.arange(queries))
+    _, by_byte = jax.lax.scan(place_patches, begun, jnp.arange(queries))
     opens_BQ, cursors, running = jax.tree.map(lambda x_QB: x_QB.swapaxes(0, 1), by_byte)
 
     slot_BQ = memory.open_B[:, None] + jnp.arange(queries)[None]
@@ -128,12 +128,12 @@ def verified(model: CachedBLT, params, memory: Memory, ids_BQ, states, go_B) -> 
 
     blank_BPD = jnp.zeros((len(ids_BQ), queries, model.config.latent.width), model.dtype)
     latent_BPD, latent = when((opens_BQ & go_B[:, None]).any(), close, (blank_BPD, memory.latent))
-    decoder, places = model.decoder(params), model.places(memory.count_B, queries)
+    decoder, positions = model.decoder(params), model.positions(memory.count_B, queries)
     fresh = decoder.sources(latent_BPD)
     axis = 2 if isinstance(fresh, tuple) else 1
     reads = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=axis), memory.reads, fresh)
     logits_BQV, caches = decoder.step(
-        states[-1], reads, jnp.cumsum(opens_BQ, axis=1), places, memory.decoder
+        states[-1], reads, jnp.cumsum(opens_BQ, axis=1), positions, memory.decoder
     )
     memory = memory._replace(scorer=scorer, offered=offered, latent=latent, decoder=caches)
     opens_BQ1 = opens_BQ[..., None]

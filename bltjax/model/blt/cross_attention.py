@@ -84,4 +84,4 @@ def cross_attentions(
     """The cross-attentions of a byte stack, made in the `setup` of its module."""
     local = config.local
     parts = (local.width, config.cross.heads, local.norm_eps, pattern, dtype, implementation)
-    return [CrossAttention(*parts, name=f"cross_{place}") for place in range(count)]
+    return [CrossAttention(*parts, name=f"cross_{number}") for number in range(count)]

@@ -127,7 +127,7 @@ class CachedBLT:
         cast = constrained_tree(cast_weights(params, self.dtype))
         return {"model": cast, "scorer": self.scorer.prepared(scorer_params)}
 
-    def places(self, count_B, queries: int) -> CachePositions:
+    def positions(self, count_B, queries: int) -> CachePositions:
         local = self.config.local
         begin_BQ = jnp.zeros((count_B.shape[0], queries), jnp.int32)
         channels, slots = local.width // local.heads, local.window + self.extra
@@ -247,9 +247,9 @@ class CachedBLT:
     def predict(self, params, memory: Memory):
         """(logits [B, V] of the next byte, memory); undefined in a row whose patch has to close."""
         zero_B1 = jnp.zeros((memory.count_B.shape[0], 1), jnp.int32)
-        places = self.places(memory.count_B - 1, 1)
+        positions = self.positions(memory.count_B - 1, 1)
         logits_BQV, caches = self.decoder(params).step(
-            memory.state_B1E, memory.reads, zero_B1, places, memory.decoder
+            memory.state_B1E, memory.reads, zero_B1, positions, memory.decoder
         )
         return logits_BQV[:, 0], memory._replace(decoder=caches)
 
@@ -263,8 +263,8 @@ class CachedBLT:
             params["scorer"], past_BT, 1, memory.count_B, memory.context_B, memory.scorer
         )
         opens_B, cursor = next_starts(self.patching, memory.cursor, past_BT, entropies_BQ[:, 0])
-        bound, places = self.encoder(params), self.places(memory.count_B, 1)
-        states, encoder = bound.step(past_BT, places, memory.encoder)
+        bound, positions = self.encoder(params), self.positions(memory.count_B, 1)
+        states, encoder = bound.step(past_BT, positions, memory.encoder)
         pooled, sources = bound.offered(states)
         offered = with_new_kv(memory.offered, sources, memory.open_B[:, None])
         memory = memory._replace(scorer=scorer, encoder=encoder, offered=offered)

@@ -204,15 +204,15 @@ def fetched(tables_RME, ids_RBN, *, dtype):
         # The round, and the index in it, from which each position's row comes.
         owner_Q = ids_Q[route.order_Q] // owned
         since_Q = route.rank_Q - route.first_S1[owner_Q]
-        place_Q = since_Q // capacity * sent + owner_Q * capacity + since_Q % capacity
-        _, place_Q = jax.lax.sort((route.order_Q, place_Q), num_keys=1)
+        slot_Q = since_Q // capacity * sent + owner_Q * capacity + since_Q % capacity
+        _, slot_Q = jax.lax.sort((route.order_Q, slot_Q), num_keys=1)
 
         def one_round(carry):
             number, total_QE = carry
             asked = jnp.minimum(asked_for(route, number, owned, capacity), owned - 1)
             rows = table_rows(table_ME, table * owned + asked, dtype)
             rows = exchanged(rows.reshape(owners, capacity, E)).reshape(sent, E)
-            here_Q = place_Q - number * sent
+            here_Q = slot_Q - number * sent
             came_Q = (here_Q >= 0) & (here_Q < sent)
             rows = rows.at[jnp.clip(here_Q, 0, sent - 1)].get(mode="promise_in_bounds")
             return number + 1, total_QE + jnp.where(came_Q[:, None], rows.astype(jnp.float32), 0)
@@ -233,9 +233,9 @@ def reduced(tables_RME, ids_RBN, *, dtype):
     begin = jax.lax.axis_index(OWNERS) * owned
     total_BNE = jnp.zeros((*ids_RBN.shape[1:], E), jnp.float32)
     for table in range(R):
-        place_BN = ids_RBN[table] - begin
-        owns_BN = (place_BN >= 0) & (place_BN < owned)
-        rows = table_rows(table_ME, table * owned + jnp.where(owns_BN, place_BN, 0), dtype)
+        local_BN = ids_RBN[table] - begin
+        owns_BN = (local_BN >= 0) & (local_BN < owned)
+        rows = table_rows(table_ME, table * owned + jnp.where(owns_BN, local_BN, 0), dtype)
         total_BNE += jnp.where(owns_BN[..., None], rows.astype(jnp.float32), 0)
     return jax.lax.psum(total_BNE, OWNERS)
 

@@ -92,13 +92,13 @@ class LatentTransformer(nn.Module):
         before_B1T = jnp.arange(slots)[None, None] < index_BP[:, :1, None]
         before_BPT = jnp.broadcast_to(before_B1T, (*index_BP.shape, slots))
         mask_BPT = jnp.concatenate([before_BPT, index_BP[:, None] <= index_BP[..., None]], axis=2)
-        places = CachePositions(
+        positions = CachePositions(
             jnp.minimum(index_BP, slots - 1),
             mask_BPT,
             rotary_angles(index_BP, size.channels, size.rope_theta, size.rope_scaling),
         )
-        states, fresh = through(self.blocks, self.widened(slots_BSE), places, caches)
-        return states[-1], stored(caches, fresh, places.slot_BQ, states[-1])
+        states, fresh = through(self.blocks, self.widened(slots_BSE), positions, caches)
+        return states[-1], stored(caches, fresh, positions.slot_BQ, states[-1])
 
 
 def unscanned(latent_params) -> dict:

@@ -78,7 +78,7 @@ class LocalDecoder(nn.Module):
         keys_values = (cross.source(source) for cross in self.crosses)
         return tuple(Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in keys_values)
 
-    def step(self, x_BQE, sources, reads_BQ, places: CachePositions, caches):
+    def step(self, x_BQE, sources, reads_BQ, positions: CachePositions, caches):
         """Logits [B, Q, V] of new bytes, each of which reads one of the patches in `sources`, and
         the updated caches."""
         attend = []
@@ -91,5 +91,5 @@ class LocalDecoder(nn.Module):
                 functools.partial(cross.step, sources=source, mask_BQT=mask_BQT)
                 for cross, source in zip(self.crosses, sources, strict=True)
             ]
-        states, fresh = through(self.blocks, x_BQE, places, caches, attend)
-        return self.logits(states[-1]), stored(caches, fresh, places.slot_BQ, states[-1])
+        states, fresh = through(self.blocks, x_BQE, positions, caches, attend)
+        return self.logits(states[-1]), stored(caches, fresh, positions.slot_BQ, states[-1])

@@ -89,19 +89,19 @@ class LocalEncoder(nn.Module):
                 slots_BSE = crosses[layer](slots_BSE, x_BNE, ranges)
         return embeds_BNE, states, slots_BSE, kept
 
-    def step(self, past_BT, places: CachePositions, caches):
+    def step(self, past_BT, positions: CachePositions, caches):
         """States after each layer [B, Q, E] of the newest bytes, and the updated caches.
 
         past_BT: ids up to the newest; before the Q new ones, at least as many as the longest
         n-gram.
         """
         hashed, ids_RBQ = self.config.hash, None
-        queries = places.slot_BQ.shape[1]
+        queries = positions.slot_BQ.shape[1]
         if hashed.tables:
             ids_RBQ = hash_ids(hashed, past_BT)[:, :, -queries:]
         x_BQE = self.embedded(past_BT[:, -queries:], ids_RBQ)
-        states, fresh = through(self.blocks, x_BQE, places, caches)
-        return states, stored(caches, fresh, places.slot_BQ, states[-1])
+        states, fresh = through(self.blocks, x_BQE, positions, caches)
+        return states, stored(caches, fresh, positions.slot_BQ, states[-1])
 
     def offered(self, states):
         """The inputs of a patch from its bytes: for each pooling layer the states, for each

@@ -20,7 +20,7 @@ from bltjax.model.byte_lm import ByteLMConfig
 
 class TensorPart(NamedTuple):
     path: str
-    place: tuple[int, ...]
+    index: tuple[int, ...]
     name: str
     kind: str
     first: int = 0  # table: the tensor's row that is our row 0
@@ -69,11 +69,11 @@ LLAMA = PORT._replace(latent="model.")
 
 
 def block_pieces(
-    names: Names, ours: str, theirs: str, letters: str, place=(), rotary="matrix"
+    names: Names, ours: str, theirs: str, letters: str, index=(), rotary="matrix"
 ) -> Iterable[TensorPart]:
     """One transformer block; `letters` are its width, query heads and key/value heads."""
     D, H, J = letters
-    L = "L" if place else ""
+    L = "L" if index else ""
     leaves = (
         f"attention_norm_{L}{D}", f"q_{L}{D}{H}C", f"k_{L}{D}{J}C", f"v_{L}{D}{J}C",
         f"o_{L}{H}C{D}", f"feed_forward_norm_{L}{D}", f"gate_{L}{D}F", f"up_{L}{D}F",
@@ -81,7 +81,7 @@ def block_pieces(
     )  # fmt: skip
     for leaf, tensor in zip(leaves, names.block, strict=True):
         kind = "same" if "norm" in leaf else rotary if leaf[0] in "qk" else "matrix"
-        yield TensorPart(f"{ours}/{leaf}", place, f"{theirs}.{tensor}.weight", kind)
+        yield TensorPart(f"{ours}/{leaf}", index, f"{theirs}.{tensor}.weight", kind)
 
 
 def cross_pieces(names: Names, ours: str, theirs: str) -> Iterable[TensorPart]:

@@ -24,7 +24,7 @@ def tensor_shapes(
     """The required shape of each of their tensors, from those of our leaves."""
     found: dict[str, tuple[int, ...]] = {}
     for piece in pieces:
-        inner = shapes[piece.path][len(piece.place) :]
+        inner = shapes[piece.path][len(piece.index) :]
         if piece.kind == "table":
             rows = max(found.get(piece.name, (0,))[0], piece.first + piece.rows)
             found[piece.name] = (rows, inner[1])
@@ -95,7 +95,7 @@ def leaves_of(
     tensors = {piece.name: checked_finite(tensors[piece.name], piece.name) for piece in pieces}
     by_path: dict[str, dict[tuple[int, ...], TensorPart]] = {}
     for piece in pieces:
-        by_path.setdefault(piece.path, {})[piece.place] = piece
+        by_path.setdefault(piece.path, {})[piece.index] = piece
     return {path: joined_leaf(tensors, found, shapes[path]) for path, found in by_path.items()}
 
 
@@ -106,9 +106,9 @@ def joined_leaf(
     dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
     dtype = dtype if dtype in STORED else DTYPES["float32"]
 
-    def read(place: tuple[int, ...], rows: slice) -> np.ndarray:
-        piece = pieces[place]
-        tensor, inner = tensors[piece.name], shape[len(place) :]
+    def read(index: tuple[int, ...], rows: slice) -> np.ndarray:
+        piece = pieces[index]
+        tensor, inner = tensors[piece.name], shape[len(index) :]
         begin, end, _ = rows.indices(inner[0])
         if piece.kind != "table":
             return into_ours(piece, tensor.all(), inner)[begin:end].astype(dtype)
@@ -137,14 +137,14 @@ def tensors_of(
 
         def read(begin: int, end: int) -> np.ndarray:
             if found[0].kind != "table":
-                array = leaf.read(found[0].place, slice(None))
+                array = leaf.read(found[0].index, slice(None))
                 return into_theirs(found[0], array)[begin:end].astype(dtype)
             parts = []
             for piece in found:
                 low, high = max(begin, piece.first), min(end, piece.first + piece.rows)
                 if low < high:
                     rows = slice(low - piece.first, high - piece.first)
-                    parts.append(leaf.read(piece.place, rows))
+                    parts.append(leaf.read(piece.index, rows))
             return np.concatenate(parts).astype(dtype)
 
         return Tensor(expected[name], dtype, read, "")
@@ -168,6 +168,6 @@ def check_stacked(paths: Iterable[str], pieces: list[TensorPart]) -> None:
     copy."""
     covered = {piece.path for piece in pieces}
     lost = sorted(set(paths) - covered)
-    odd = sorted(piece.path for piece in pieces if stacked(piece.path) != bool(piece.place))
+    odd = sorted(piece.path for piece in pieces if stacked(piece.path) != bool(piece.index))
     if lost or odd:
         raise RuntimeError(f"parameters without a tensor: {lost}; of another rank: {odd}")
