@@ -42,7 +42,7 @@ class Progress:
 
     def __init__(self, what: str, total: float, unit: str = "B", quiet: bool = False):
         self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
-        self.begun = self.said = time.monotonic()
+        self.started_at = self.said = time.monotonic()
         self.interval = 1.0 if sys.stderr.isatty() else 10.0
         self.done = 0.0
 
@@ -54,7 +54,7 @@ class Progress:
             self.print()
 
     def print(self) -> None:
-        elapsed = max(time.monotonic() - self.begun, 1e-9)
+        elapsed = max(time.monotonic() - self.started_at, 1e-9)
         rate = self.done / elapsed
         left = (self.total - self.done) / rate if rate else 0.0
         line = (

@@ -182,12 +182,12 @@ def sigterm(work: Work, workdir: Path, choose: random.Random) -> str:
     step = choose.randint(1, STEPS - 3)
     pod.reaches(step)
     pod.process.send_signal(signal.SIGTERM)
-    begun = time.monotonic()
+    started_at = time.monotonic()
     code = pod.ends()
     assert code in (0, 75), (code, pod.text)
     if code == 75:
         assert "SIGTERM: step" in pod.text, pod.text
-    return f"SIGTERM after step {step}, code {code} after {time.monotonic() - begun:.1f} s"
+    return f"SIGTERM after step {step}, code {code} after {time.monotonic() - started_at:.1f} s"
 
 
 def kill_in_checkpoint(work: Work, workdir: Path, choose: random.Random) -> str:
@@ -316,13 +316,13 @@ def main() -> int:
     work, failed = Work(args.work.resolve()), 0
     for number in range(args.times):
         for kind in args.kinds:
-            begun = time.monotonic()
+            started_at = time.monotonic()
             try:
                 happened = trial(kind, work, args.seed + number)
             except AssertionError as error:
                 failed += 1
                 happened = f"FAILED: {error}"
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - started_at
             print(f"{kind} {args.seed + number}: {happened} ({seconds:.0f} s)", flush=True)
     print(f"{failed} of {args.times * len(args.kinds)} failed")
     return 1 if failed else 0

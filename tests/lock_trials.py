@@ -124,11 +124,11 @@ def main() -> None:
                 for number in range(4)
             ]
         )  # fmt: skip
-    begun = time.monotonic()
+    started_at = time.monotonic()
     holder = take(args.folder / ".lock")
     lock.drop(args.folder / ".lock", holder)
     counts = {str(code): ended.count(code) for code in set(ended)}
-    print(json.dumps({"codes": counts, "last": time.monotonic() - begun}))
+    print(json.dumps({"codes": counts, "last": time.monotonic() - started_at}))
 
 
 if __name__ == "__main__":

@@ -86,9 +86,9 @@ def median_ms(function, given, repeats: int) -> float:
     jax.block_until_ready(function(*given))
     calls, times = 10 if jax.devices()[0].platform != "cpu" else 1, []
     for _ in range(repeats):
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         jax.block_until_ready([function(*given) for _ in range(calls)])
-        times.append(1000 * (time.perf_counter() - begun) / calls)
+        times.append(1000 * (time.perf_counter() - started_at) / calls)
     return statistics.median(times)
 
 

@@ -58,10 +58,10 @@ def benchmark_convert(args: argparse.Namespace) -> tuple[dict, str]:
         (source / "config.json").write_text(
             json.dumps(port_settings(run, lm, dtype.name)), encoding="utf-8"
         )
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         command = [sys.executable, "-m", "bltjax", "convert", str(source), str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started_at
     sizes = [tensor.bytes for tensor in tensors.values()]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     result = {"bytes": sum(sizes), "largest_tensor_bytes": max(sizes)}

@@ -117,20 +117,20 @@ def context_side(path: str | None, context_bytes: int):
 
     def timed(seed: int) -> dict | None:
         # Room for one patch per byte, so that no buffer is doubled while the clock runs.
-        state, asked = decoder.begun([prompt], 4 * CHUNK * CHUNKS, sampling, seed, [])
+        state, asked = decoder.start([prompt], 4 * CHUNK * CHUNKS, sampling, seed, [])
         latent = sum(x.nbytes for x in jax.tree.leaves(state.memory.latent))
         rings = (state.memory.scorer, state.memory.encoder, state.memory.decoder)
         rings = sum(x.nbytes for x in jax.tree.leaves(rings))
         for chunk in range(CHUNKS):
             if chunk == 1:
-                before, begun = int(state.costs.latent_runs.sum()), time.perf_counter()
+                before, started_at = int(state.costs.latent_runs.sum()), time.perf_counter()
             shape = (decoder.model, sampling.steps, CHUNK)
             state, out, full_B2 = run_loop(*shape, decoder.params, asked, state)
             if full_B2.any():
                 raise RuntimeError("there is no room for all patches, or for an open one")
             if int(out.count_B[0]) < CHUNK:
                 return None
-        seconds, written = time.perf_counter() - begun, CHUNK * (CHUNKS - 1)
+        seconds, written = time.perf_counter() - started_at, CHUNK * (CHUNKS - 1)
         patches = int(state.costs.latent_runs.sum()) - before
         return {
             "ms_per_byte": 1000 * seconds / written,

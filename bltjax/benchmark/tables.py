@@ -100,10 +100,10 @@ def benchmark_tables(args: argparse.Namespace) -> tuple[dict, str]:
         times = {kind: [] for kind in UPDATES}
         for count in range(1, args.repeats + 3):  # the first two compile, and fill the heap
             for kind, step in steps.items():
-                begun = time.perf_counter()
+                started_at = time.perf_counter()
                 states[kind] = step(OptimizerConfig(), count, states[kind], *given)
                 jax.block_until_ready(states[kind])
-                times[kind].append(1000 * (time.perf_counter() - begun))
+                times[kind].append(1000 * (time.perf_counter() - started_at))
         used = np.mean([len(np.unique(ids)) for ids in ids_RBN]) / size[1]
         ms = {f"{kind}_ms": statistics.median(times[kind][2:]) for kind in UPDATES}
         result[name] = {"size": size, "used": float(used)} | ms

@@ -81,9 +81,9 @@ def serve(side: str, threads: int, *given: int | str) -> None:
         return
     print(json.dumps(said), flush=True)
     for _ in sys.stdin:
-        begun = time.perf_counter()
+        started_at = time.perf_counter()
         said = run()
-        ms = 1000 * (time.perf_counter() - begun)
+        ms = 1000 * (time.perf_counter() - started_at)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({"ms": ms, "peak_mib": peak, "said": said}), flush=True)
 

@@ -238,7 +238,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("convert takes its settings from the source; drop --config.*")
-    begun, serving = time.monotonic(), serving_from(args)
+    started_at, serving = time.monotonic(), serving_from(args)
     source, files = convert(
         args.source, args.destination, args.to,
         dtype=args.dtype, byte_lm=args.byte_lm, as_port=args.as_port, serving=serving,
@@ -247,7 +247,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
         f"{args.destination}: {quantity(files.bytes)}B written in"
-        f" {duration(time.monotonic() - begun)}, peak memory {quantity(peak)}B"
+        f" {duration(time.monotonic() - started_at)}, peak memory {quantity(peak)}B"
     )
     if args.verify:
         logging.getLogger("bltjax").setLevel(logging.WARNING)

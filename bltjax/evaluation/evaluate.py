@@ -141,12 +141,12 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     mesh = evaluation_mesh(config, args.mesh)
     results = []
     for source, documents in zip(sources, opened, strict=True):
-        begun = time.monotonic()
+        started_at = time.monotonic()
         found = evaluate(
             args.workdir, source, skip_bad=args.skip_bad, mesh=mesh, documents=documents
         )
         result = {"source": source.path, **found}
-        result["seconds"] = time.monotonic() - begun
+        result["seconds"] = time.monotonic() - started_at
         if args.compressors:
             result["compressors"] = compressor_bits(
                 joined_text(documents), b"".join(map(joined_text, training))

@@ -149,7 +149,7 @@ def evaluate_documents(
             )
         nats += float(sums.text_nats)
         text_bytes += float(sums.text_bytes)
-        progress.begun += compiling.seconds - before  # the rate counts all that ran
+        progress.started_at += compiling.seconds - before  # the rate counts all that ran
         progress.advance(1)
     bits = float(nats / np.log(2.0) / max(text_bytes, 1.0))
     return Evaluation(bits, int(text_bytes), len(documents), cuts)

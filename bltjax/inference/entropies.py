@@ -124,7 +124,7 @@ def score_shards(
             texts = [documents[i].text for i in shard.documents]
         device, params = devices.get()
         try:
-            begun = time.monotonic()
+            started_at = time.monotonic()
             with jax.default_device(device):
                 entropies, padding = score_documents(
                     config, params, texts, newline_reset=model.newline_reset, scored=scored
@@ -134,7 +134,7 @@ def score_shards(
             write_shard(path, records, f"{process}-of-{count}.")
             info = shard_info(path, sum(map(len, texts)), len(texts), padding)
             made = {
-                "seconds": time.monotonic() - begun,
+                "seconds": time.monotonic() - started_at,
                 "process": process,
                 "device": device.device_kind,
                 "plan": shard.plan,

@@ -68,7 +68,7 @@ def print_results(
     """Prints the results from prompt `first` on, group by group as they end."""
     for begin in range(first, len(prompts), rows):
         group = slice(begin, begin + rows)
-        begun, compiling = time.monotonic(), CompileTime()
+        started_at, compiling = time.monotonic(), CompileTime()
         pieces: list[list[Piece]] = [[] for _ in prompts[group]]
         for piece in write(group):
             pieces[piece.row].append(piece)
@@ -77,7 +77,9 @@ def print_results(
             if out.isatty():
                 line = CONTROLS.sub(lambda x: f"\\u{ord(x[0]):04x}", line)
             print(line, file=out, flush=True)
-        print(speed_line(decoder, time.monotonic() - begun, compiling.seconds), file=sys.stderr)
+        print(
+            speed_line(decoder, time.monotonic() - started_at, compiling.seconds), file=sys.stderr
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -205,14 +207,14 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     )
     pieces = write(slice(0, 1))
     painter = Painter(sys.stdout, args.show == "patches", colour)
-    begun, compiling = time.monotonic(), CompileTime()
+    started_at, compiling = time.monotonic(), CompileTime()
     painter.prompt(prompts[0].text)
     try:
         for piece in pieces:
             painter.piece(piece)
     finally:
         painter.close()  # also before an error is printed
-    print(speed_line(decoder, time.monotonic() - begun, compiling.seconds), file=sys.stderr)
+    print(speed_line(decoder, time.monotonic() - started_at, compiling.seconds), file=sys.stderr)
 
 
 def request_settings(args: argparse.Namespace, step: int) -> dict:

@@ -70,7 +70,7 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     """
     check(config, topology)
     devices = described_devices(topology)
-    begun = time.monotonic()
+    started_at = time.monotonic()
     mesh = make_mesh(config.mesh, devices)
     parts = step_parts(config, mesh)
     parameters = shard_bytes(parts.shapes.params, parts.shardings.params)
@@ -93,7 +93,7 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
         parameter_count(parts.shapes.params, config.model),
         DeviceMemory(parameters, moments, total, capacity),
         needed_flops(config),
-        time.monotonic() - begun,
+        time.monotonic() - started_at,
     )
     if compiled is None:
         return found

@@ -108,7 +108,7 @@ def plan_generate(
         raise ValueError(
             f"--prompt_bytes ({prompt_bytes}) is not between 1 and --context ({context})"
         )
-    begun = time.monotonic()
+    started_at = time.monotonic()
     mesh = make_mesh(MeshConfig(groups, 1, -1), described_devices(topology))
     model = resolved(model, mesh.devices.flat[0])
     mean_patch = model.max_bytes / model.max_patches
@@ -152,7 +152,7 @@ def plan_generate(
         | {"byte_lm": on_chip(made.weights["scorer"])},
         on_chip(made.state),
         programs,
-        time.monotonic() - begun,
+        time.monotonic() - started_at,
     )
 
 

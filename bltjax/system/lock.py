@@ -84,7 +84,7 @@ def take(path: Path, holder: Holder, *, take_over: bool = False, announced: bool
     """
     text = text_of_lock(holder)
     ours.add(holder.token)
-    begun = time.monotonic()
+    started_at = time.monotonic()
     while not create(path, text):
         seen = look(path)
         if seen is None:
@@ -101,7 +101,7 @@ def take(path: Path, holder: Holder, *, take_over: bool = False, announced: bool
             if replace(path, seen, text):
                 return
         except InUse:  # another process is taking it over
-            if time.monotonic() - begun > STALE:
+            if time.monotonic() - started_at > STALE:
                 raise
             time.sleep(PAUSE)
 

@@ -261,8 +261,8 @@ def inside_character(xp, past):
     for distance, ids in enumerate(past, start=1):
         byte = ids.astype(xp.int32) - OFFSET
         size = 1 + (byte >= 0xC2).astype(xp.int32) + (byte >= 0xE0) + (byte >= 0xF0)
-        begun = xp.where(byte > 0xF4, 1, size) > distance
-        inside = inside | (begun & unbroken)
+        unfinished = xp.where(byte > 0xF4, 1, size) > distance
+        inside = inside | (unfinished & unbroken)
         unbroken = unbroken & (byte >= 0x80) & (byte <= 0xBF)
     return inside
 

@@ -57,12 +57,12 @@ def read_sums(path) -> dict:
 class Goodput:
     """Seconds by kind. Unclaimed time counts as `rest`: first `start`, then `steps`."""
 
-    def __init__(self, workdir, begun: float):
-        """begun: start of the process, by time.monotonic()."""
+    def __init__(self, workdir, started_at: float):
+        """started_at: start of the process, by time.monotonic()."""
         self.path = workdir / NAME
         self.seconds = dict.fromkeys(KINDS, 0.0)
         self.saved: dict[int, float] = {}  # step -> seconds of steps when it was saved
-        self.rest, self.since = "start", begun
+        self.rest, self.since = "start", started_at
         if not self.path.exists():
             return
         try:
@@ -73,7 +73,7 @@ class Goodput:
         self.seconds |= told["seconds"]
         self.saved = told["saved"]
         if not told["ended"]:
-            start = time.time() - (time.monotonic() - begun)
+            start = time.time() - (time.monotonic() - started_at)
             self.seconds["restarts"] += max(0.0, start - told["until"])
 
     def resume(self, step: int) -> None:

@@ -197,9 +197,9 @@ class Reports:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Context whose time is excluded from the rates."""
-        begun = time.monotonic()
+        started_at = time.monotonic()
         yield
-        self.window.since += time.monotonic() - begun
+        self.window.since += time.monotonic() - started_at
 
     def held_out(self, step: int, bits: float) -> None:
         """Records held-out bits per byte."""
@@ -212,7 +212,7 @@ class Window:
     """Sums since the last report, and their time."""
 
     def __init__(self):
-        self.begun = time.monotonic()
+        self.started_at = time.monotonic()
         self.clear()
 
     def clear(self) -> None:
@@ -235,7 +235,7 @@ class Window:
             "steps_per_second": self.steps / elapsed,
             "byte_fill": byte_fill,
             "patch_fill": patch_fill,
-            "seconds": time.monotonic() - self.begun,
+            "seconds": time.monotonic() - self.started_at,
         }
         self.clear()
         return {name: float(value) for name, value in values.items()}

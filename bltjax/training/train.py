@@ -74,7 +74,7 @@ def train(
       KeyboardInterrupt: after SIGINT, once the state is saved; at once before the first step, and
         at a second one.
     """
-    begun = time.monotonic()
+    started_at = time.monotonic()
     check_numbers("train")
     workdir = path_of(workdir)
     profile = Profile(profiled, workdir)
@@ -84,7 +84,7 @@ def train(
         setup = set_up(config, workdir)
         print(run_summary(setup))
         claim(setup)  # the data is there and the settings hold
-        goodput = Goodput(workdir, begun)
+        goodput = Goodput(workdir, started_at)
         state, first = first_state(setup)
         goodput.resume(first)
         take_step = compile_in_lockstep(setup.parts.step)

@@ -99,7 +99,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError(f"{args.file or '--text'} is empty: there is nothing to cut")
     text = whole if args.table else whole_characters_up_to(whole, args.limit)
     schemes, model = asked_schemes(args)
-    entropies_by_reset, begun, compiling = {}, time.monotonic(), CompileTime()
+    entropies_by_reset, started_at, compiling = {}, time.monotonic(), CompileTime()
     for reset in {patching.newline_reset for _, patching in schemes if patching.mode == "entropy"}:
         scored, _ = score_documents(
             model.config.model,
@@ -111,7 +111,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         entropies_by_reset[reset] = scored[0]
     if entropies_by_reset:
         scored_bytes = len(text) * len(entropies_by_reset)
-        logger.info("[%s]", speed(scored_bytes, time.monotonic() - begun, compiling.seconds))
+        logger.info("[%s]", speed(scored_bytes, time.monotonic() - started_at, compiling.seconds))
     cuts = [cut_text(text, title, scheme, entropies_by_reset) for title, scheme in schemes]
     note = f"{len(text):,} bytes"
     if len(text) < len(whole):

@@ -74,7 +74,7 @@ def write_samples(
     model = load(workdir)
     incremental = model.config.patching is None or model.config.patching.incremental
     found = {"step": newest_checkpoint(workdir)[1], "temperature": temperature, "texts": []}
-    begun, compiling, size = time.monotonic(), CompileTime(), 0
+    started_at, compiling, size = time.monotonic(), CompileTime(), 0
     for number, text in enumerate(texts if incremental else ()):
         prompt = whole_characters_up_to(text, PROMPT_BYTES).decode("utf-8", errors="replace")
         written = model.generate(
@@ -83,7 +83,7 @@ def write_samples(
         found["texts"].append({"prompt": prompt, "written": "".join(written)})
         size += model.decoder.counts.bytes
     if found["texts"]:
-        logger.info("[%s]", speed(size, time.monotonic() - begun, compiling.seconds))
+        logger.info("[%s]", speed(size, time.monotonic() - started_at, compiling.seconds))
     if model.config.patching is not None and texts[0]:
         found["patches"] = cut_pieces(model, whole_characters_up_to(texts[0], CUT_BYTES))
     write_text(workdir / SAMPLES, json.dumps(found, allow_nan=False) + "\n")

@@ -192,10 +192,10 @@ def test_one_process_cannot_write_its_part(process, runs, tmp_path, monkeypatch)
     """It logs the error and ends at once; the launcher ends the other, which wrote its part and
     waits."""
     begin_with(FULL_DISK.format(process=process), tmp_path, monkeypatch)
-    begun = time.monotonic()
+    started_at = time.monotonic()
     said = pod(2, 1, command(runs, "byte_lm", tmp_path / "run"), code=1)
     assert "a checkpoint can't be written: the disk is full" in said, said
-    assert time.monotonic() - begun < 400, said  # Orbax alone would give up after 1200
+    assert time.monotonic() - started_at < 400, said  # Orbax alone would give up after 1200
 
 
 def test_a_broken_collective_is_a_lost_process(monkeypatch):

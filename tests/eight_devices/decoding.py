@@ -105,7 +105,7 @@ def test_weights_stay_where_they_lie():
             found[path[-1].key] = leaf.sharding.shard_shape(leaf.shape)
     assert found == parts
 
-    state, asked = decoder.begun([b"ab", b"c"], 8, GREEDY, 0, [])
+    state, asked = decoder.start([b"ab", b"c"], 8, GREEDY, 0, [])
     with on_mesh(mesh):
         compiled = run_loop.lower(
             decoder.model, GREEDY.steps, 8, decoder.params, asked, state

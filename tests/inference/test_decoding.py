@@ -267,7 +267,7 @@ def test_what_is_not_kept_is_put_nowhere():
 def test_caches_are_written_in_place(draft):
     """A step costs only its reads: the loop's program for one row copies no cache."""
     decoder, *_ = made("entropy", window=24, draft=draft)
-    state, asked = decoder.begun([TEXT.encode()], 1, GREEDY, 0, [])
+    state, asked = decoder.start([TEXT.encode()], 1, GREEDY, 0, [])
     if draft:
         lowered = run_rounds.lower(decoder.model, draft + 1, 32, decoder.params, asked, state)
     else:

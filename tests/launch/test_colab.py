@@ -103,11 +103,11 @@ def test_run_all(tmp_path):
     for name in ("bltjax", "configs", "launch", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    begun = time.monotonic()
+    started_at = time.monotonic()
     resources = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=resources).execute()
     nbformat.write(notebook, tmp_path / "executed.ipynb")
-    print(f"the notebook took {time.monotonic() - begun:.0f} s")
+    print(f"the notebook took {time.monotonic() - started_at:.0f} s")
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
     assert "the same logits: yes" in printed

@@ -39,12 +39,12 @@ COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
 def test_compiling_is_counted_and_running_is_not():
-    clock, begun = CompileTime(), time.monotonic()
+    clock, started_at = CompileTime(), time.monotonic()
     program = jax.jit(lambda x: jnp.sin(x * 3.25) @ x)  # of no other test
     x = jnp.ones((8, 8))
     program(x).block_until_ready()
     first = clock.seconds
-    assert 0 < first <= time.monotonic() - begun
+    assert 0 < first <= time.monotonic() - started_at
     program(x).block_until_ready()
     assert clock.seconds == first and CompileTime().seconds == 0
 

@@ -122,10 +122,10 @@ def test_a_lock_whose_process_is_gone_is_taken_over_at_once(tmp_path, capsys):
         if "machine" in gone and not gone["machine"]:
             continue
         left = leave_lock(path, **gone)
-        begun = time.monotonic()
+        started_at = time.monotonic()
         with hold(path) as held:
             assert lock_file.look(path).holder == held.holder != left
-        assert time.monotonic() - begun < 5 and not path.exists()
+        assert time.monotonic() - started_at < 5 and not path.exists()
     assert capsys.readouterr().out == ""
     unreaped.wait()
 
@@ -161,13 +161,13 @@ def test_a_lock_of_another_host_is_watched(tmp_path, capsys):
     with hold(path):
         assert capsys.readouterr().out == ""  # that was long enough
     leave_lock(path, age=-3600.0, **ELSEWHERE)  # a clock that is wrong
-    begun = time.monotonic()
+    started_at = time.monotonic()
     with hold(path, take_over=True):
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - started_at < 5
     leave_lock(path, age=0.1, **ELSEWHERE)
     with hold(path, stale=0.4):
         assert "waiting to see whether tpu-vm-3 process" in capsys.readouterr().out
-        assert time.monotonic() - begun > 0.3
+        assert time.monotonic() - started_at > 0.3
     left = leave_lock(path, **ELSEWHERE)
     ended = threading.Event()
     refresh = threading.Thread(target=lambda: ended.wait(0.2) or os.utime(path))

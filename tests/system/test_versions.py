@@ -114,8 +114,8 @@ def test_silent_where_all_is_well_or_nothing_is_known(forgotten, monkeypatch, ca
 def test_it_costs_a_few_milliseconds():
     """In a Python of its own, for packaging is imported."""
     code = (
-        "import sys, time; from bltjax.system import versions; begun = time.perf_counter();"
-        " versions.warn_outside_bounds(); took = time.perf_counter() - begun;"
+        "import sys, time; from bltjax.system import versions; started_at = time.perf_counter();"
+        " versions.warn_outside_bounds(); took = time.perf_counter() - started_at;"
         " assert 'jax' not in sys.modules; print(took)"
     )
     times = []

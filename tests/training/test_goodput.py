@@ -28,7 +28,7 @@ def clock(monkeypatch):
 
 
 def test_every_second_is_counted_once(tmp_path, clock):
-    first = Goodput(tmp_path, begun=990.0)
+    first = Goodput(tmp_path, started_at=990.0)
     first.resume(0)
     with first.during("input"):
         clock.now += 1
@@ -41,7 +41,7 @@ def test_every_second_is_counted_once(tmp_path, clock):
     first.write()  # and then the process is killed
     clock.now += 30
 
-    second = Goodput(tmp_path, begun=clock.now)
+    second = Goodput(tmp_path, started_at=clock.now)
     clock.now += 4
     second.resume(10)
     second.begin_steps()
@@ -54,7 +54,7 @@ def test_every_second_is_counted_once(tmp_path, clock):
     assert second.shares()["steps"] == pytest.approx(33 / 90)
     assert "goodput 36.7% of 90 s" in second.told() and "lost 7.8%" in second.told()
     clock.now += 1000  # the pause after a requested stop doesn't count
-    assert Goodput(tmp_path, begun=clock.now).seconds["restarts"] == 30.0
+    assert Goodput(tmp_path, started_at=clock.now).seconds["restarts"] == 30.0
     assert json.loads((tmp_path / "goodput.json").read_text())["saved"] == {"10": 20.0}
 
 

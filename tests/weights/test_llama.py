@@ -146,6 +146,6 @@ def test_training_begins_as_a_llama(runs, folder, tmp_path):
     settings += ["--config.optimizer.steps=2", "--config.latent_init.frozen_steps=2"]
     runs.train("blt", tmp_path / "run", *runs.blt_settings, *settings, f"latent_init.path={folder}")
     params = load_params(tmp_path / "run").params
-    begun = tree_of(llama_leaves(folder, LATENT))["latent"]["blocks"]
-    for name, leaf in begun.items():  # frozen: as they came, bit for bit
+    initial = tree_of(llama_leaves(folder, LATENT))["latent"]["blocks"]
+    for name, leaf in initial.items():  # frozen: as they came, bit for bit
         assert (params["latent"]["blocks"][name] == leaf).all(), name

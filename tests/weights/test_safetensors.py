@@ -112,10 +112,10 @@ def test_a_table_passes_in_blocks(tmp_path):
         return np.full((end - begin, 1024), begin, np.float32)
 
     ours.write_file(path, {"table": Tensor((rows, 1024), np.dtype(np.float32), read, "")}, ignored)
-    tensor, begun = ours.read_file(path)["table"], resident_bytes()
+    tensor, before = ours.read_file(path)["table"], resident_bytes()
     for begin in range(0, rows, 256):
         assert len(tensor.read(begin, begin + 256)) == 256
-    assert resident_bytes() - begun < 64 << 20
+    assert resident_bytes() - before < 64 << 20
 
 
 def test_shards(tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ class Decoder:
                     row, b"", nothing, nothing, nothing.astype(bool), FINISH_REASONS[AT_LIMIT]
                 )
             return
-        state, asked = self.begun(texts, max_bytes, sampling, seed, stops, names)
+        state, asked = self.start(texts, max_bytes, sampling, seed, stops, names)
         if self.draft:
             program, shape = run_rounds, (self.draft + 1, max(chunk, 2 * self.draft + 2))
         else:
@@ -192,7 +192,7 @@ class Decoder:
                 with on_mesh(self.mesh):
                     state, rows = select_rows(state, order), rows[order]
 
-    def begun(self, texts, max_bytes, sampling, seed, stops, names=()) -> tuple[State, Asked]:
+    def start(self, texts, max_bytes, sampling, seed, stops, names=()) -> tuple[State, Asked]:
         """The state after the prompts, and the request for the loop."""
         prompts = [encode(text, eos=False) for text in texts]
         prompts += [encode(b"", eos=False)] * (-len(texts) % self.groups)

@@ -38,10 +38,10 @@ class Rest:
         if finish_reason == FINISH_REASONS[AT_STOP]:
             keep = max(len(stop) for stop in self.stops if text.endswith(stop))
         elif not finish_reason:
-            begun = (
+            partial = (
                 k for stop in self.stops for k in range(1, len(stop)) if text.endswith(stop[:k])
             )
-            keep = max(begun, default=0)
+            keep = max(partial, default=0)
         shown = len(text) - keep
         self.ids, self.rest = ids[shown:], [x[shown : len(text)] for x in rest]
         return Piece(row, text[:shown], *(x[:shown] for x in rest), finish_reason)

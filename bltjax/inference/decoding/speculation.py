@@ -73,9 +73,9 @@ def drafted(model: CachedBLT, params, memory: Memory, pending_BV, queries: int):
         carry = (past_BT, encoder_caches, decoder_caches, logits_BQV[:, 0])
         return carry, (id_B, [x_B1E[:, 0] for x_B1E in states])
 
-    begun = (memory.past_BT, memory.encoder, memory.decoder, pending_BV)
+    initial = (memory.past_BT, memory.encoder, memory.decoder, pending_BV)
     (_, encoder_caches, decoder_caches, _), (ids_QB, states) = jax.lax.scan(
-        draft, begun, jnp.arange(queries)
+        draft, initial, jnp.arange(queries)
     )
     memory = memory._replace(encoder=encoder_caches, decoder=decoder_caches)
     return ids_QB.T, [x_QBE.swapaxes(0, 1) for x_QBE in states], memory
@@ -102,8 +102,8 @@ def verified(model: CachedBLT, params, memory: Memory, ids_BQ, states, go_B) -> 
         return (cursor, opens_B, tops), (opens_B, cursor, tops)
 
     pooled, sources = model.encoder(params).offered(states)
-    begun = (memory.cursor, jnp.zeros(len(ids_BQ), bool), [x[:, 0] for x in memory.pooled])
-    _, by_byte = jax.lax.scan(place_patches, begun, jnp.arange(queries))
+    initial = (memory.cursor, jnp.zeros(len(ids_BQ), bool), [x[:, 0] for x in memory.pooled])
+    _, by_byte = jax.lax.scan(place_patches, initial, jnp.arange(queries))
     opens_BQ, cursors, running = jax.tree.map(lambda x_QB: x_QB.swapaxes(0, 1), by_byte)
 
     slot_BQ = memory.open_B[:, None] + jnp.arange(queries)[None]

@@ -79,7 +79,7 @@ class Predictor:
     def greedy(self, prompt: str | bytes, max_bytes: int) -> tuple[bytes, list[float]]:
         """The greedy continuation of a prompt, and the margin of each byte over the runner-up."""
         ids, margins = encode(prompt, eos=False), []
-        begun = len(ids)
+        prompt_size = len(ids)
         for _ in range(max_bytes):
             logits_V = np.array(self(ids))
             logits_V[[i for i in range(OFFSET) if i != EOS]] = -np.inf
@@ -89,4 +89,4 @@ class Predictor:
             if chosen == EOS:
                 break
             ids = np.append(ids, np.int32(chosen))
-        return (ids[begun:] - OFFSET).astype(np.uint8).tobytes(), margins
+        return (ids[prompt_size:] - OFFSET).astype(np.uint8).tobytes(), margins
