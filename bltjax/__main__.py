@@ -121,13 +121,13 @@ def main(argv: list[str] | None = None) -> int:
         unforeseen = isinstance(error, RuntimeError | AssertionError) and not (lost or platform)
         if args.debug or unforeseen:
             raise
-        told = platform or describe(error)
+        cause = platform or describe(error)
         if lost:
-            told = (
+            cause = (
                 f"process {process_index()} can't continue, most likely because another one ended:"
-                f" {told}"
+                f" {cause}"
             )
-        print(f"bltjax {args.verb}: {told}", file=sys.stderr)
+        print(f"bltjax {args.verb}: {cause}", file=sys.stderr)
         return RESTART if lost else 1
     except KeyboardInterrupt as error:
         print(f"bltjax {args.verb}: interrupted{f': {error}' * bool(error.args)}", file=sys.stderr)

@@ -248,8 +248,10 @@ def corrupted(work: Work, workdir: Path, choose: random.Random) -> str:
     again = Pod(work, workdir)
     code = again.ends()
     assert code == 0, (code, again.text)
-    told = "is damaged" in again.text
-    return f"{victim.relative_to(workdir)} {how}: {'told' if told else 'restored all the same'}"
+    found = "is damaged" in again.text
+    return (
+        f"{victim.relative_to(workdir)} {how}: {'reported' if found else 'restored all the same'}"
+    )
 
 
 def deleted_shard(work: Work, workdir: Path, choose: random.Random) -> str:

@@ -109,7 +109,7 @@ def read_goodput(files, path) -> None:
     found = Goodput(path.parent, 0.0)
     found.resume(5)
     found.charge("steps")
-    assert "goodput" in found.told()
+    assert "goodput" in found.summary()
 
 
 def read_metrics(files, path) -> None:
@@ -231,10 +231,10 @@ def test_how_a_file_is_named():
     whole = json.dumps({"a": [1.5e-3, True, None, 'x"\\zż'], "b": {"c": float("inf")}}).encode()
     assert parse_json(b"\xef\xbb\xbf" + whole, "F")["b"] == {"c": float("inf")}
     for end in range(len(whole)):
-        told = rf"^F is truncated at byte {end}$" if end else "^F is empty$"
-        with pytest.raises(ValueError, match=told):
+        message = rf"^F is truncated at byte {end}$" if end else "^F is empty$"
+        with pytest.raises(ValueError, match=message):
             parse_json(whole[:end], "F")
-    for data, told in (
+    for data, message in (
         (bytes(9), "is empty: 9 blank bytes"),
         (b"{\xff}", "is not UTF-8: byte 1 is 0xff"),
         (b'{"a": "\xc5', "is truncated at byte 8"),
@@ -244,7 +244,7 @@ def test_how_a_file_is_named():
         (b'{"a": ' + b"1" * 5000 + b"}", "is not JSON: Exceeds the limit"),
         (b"[1]", "holds list, not an object"),
     ):
-        with pytest.raises(ValueError, match=f"^F {told}"):
+        with pytest.raises(ValueError, match=f"^F {message}"):
             parse_json(data, "F")
 
 
@@ -259,10 +259,10 @@ def test_a_run_resumes_without_its_statistics(runs, tmp_path, capsys):
     lines.insert(3, lines[3][: len(lines[3]) // 2])
     (copy / "metrics.jsonl").write_text("\n".join([*lines, "3", '{"step": "4"}']))
     assert main(command(runs, "byte_lm", copy)) == 0
-    told = capsys.readouterr()
-    assert f"{copy / 'goodput.json'} is empty: goodput is counted from here on" in told.out
-    assert f"{copy / 'metrics.jsonl'}: 3 damaged lines are left out" in told.err
-    assert f"{copy / 'samples.json'} is truncated at byte 20" in told.out
+    message = capsys.readouterr()
+    assert f"{copy / 'goodput.json'} is empty: goodput is counted from here on" in message.out
+    assert f"{copy / 'metrics.jsonl'}: 3 damaged lines are left out" in message.err
+    assert f"{copy / 'samples.json'} is truncated at byte 20" in message.out
     assert losses(copy) == losses(runs.byte_lm) and read_sums(copy / "goodput.json")["ended"]
     assert "Bits per byte" in (copy / "page.html").read_text(encoding="utf-8")
 
@@ -279,10 +279,10 @@ def test_scoring_goes_on(runs, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"manifest.json is not a manifest .*Run the entropies"):
         RecordDocuments(epath.Path(out))
     assert part(runs, out, 0, 1) is not None
-    told = capsys.readouterr().out
-    assert f"{out / 'plan.json'} is empty; it is lost" in told
-    assert f"{side} is truncated at byte 50: its shard is scored again" in told
-    assert told.count(": kept,") == len(others)
+    message = capsys.readouterr().out
+    assert f"{out / 'plan.json'} is empty; it is lost" in message
+    assert f"{side} is truncated at byte 50: its shard is scored again" in message
+    assert message.count(": kept,") == len(others)
     assert contents(out) == contents(runs.root / "records" / "train")
     after = [path.stat().st_mtime_ns for path in (first, *others)]
     assert after[1:] == before[1:] and after[0] > before[0]

@@ -109,9 +109,9 @@ def test_it_is_inspected_and_exported(trained, tmp_path, capsys):
     np.testing.assert_array_equal(again.logits(TEXT), model.logits(TEXT))
     for folder in (trained.workdir, export):
         assert main(["inspect", str(folder)]) == 0
-        told = capsys.readouterr().out
-        assert "toy: a table of 260 x 260" in told and "67,600 parameters" in told
-        assert told.splitlines()[-1] == "  whole"
+        message = capsys.readouterr().out
+        assert "toy: a table of 260 x 260" in message and "67,600 parameters" in message
+        assert message.splitlines()[-1] == "  whole"
 
 
 def test_it_scores_a_corpus(trained, runs, tmp_path):

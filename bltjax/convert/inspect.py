@@ -211,9 +211,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     found = inspect(args.folder, quick=args.quick)
     print(json.dumps(found) if args.json else "\n".join(lines_of(args.folder, found)))
     if not found["whole"]:
-        told = found["damage"][:SHOWN]
+        shown = found["damage"][:SHOWN]
         if len(found["damage"]) > SHOWN:
-            told.append(f"and {len(found['damage']) - SHOWN} more, which --json names")
-        raise ValueError(f"{args.folder} is not whole:\n  " + "\n  ".join(told))
+            shown.append(f"and {len(found['damage']) - SHOWN} more, which --json names")
+        raise ValueError(f"{args.folder} is not whole:\n  " + "\n  ".join(shown))
     if not args.json:
         print("  whole" + (", by shapes and sizes; no data was read" if args.quick else ""))

@@ -34,16 +34,16 @@ def check_agreement(settings: dict) -> None:
         return
     # Whole settings are sent only now: by process 0, and by those that differ from it.
     differs = digests[process_index()] != digests[0]
-    told = allgather_json(
+    answers = allgather_json(
         "comparing settings", [socket.gethostname(), mine if differs or is_primary() else None]
     )
     lines = []
-    for index, (host, theirs) in enumerate(told):
+    for index, (host, theirs) in enumerate(answers):
         if digests[index] != digests[0]:
             lines.append(f"process {index} ({host}):")
-            lines += [f"  {line}" for line in differences(told[0][1], theirs)]
+            lines += [f"  {line}" for line in differences(answers[0][1], theirs)]
     raise ValueError(
-        f"processes differ from process 0 ({told[0][0]}; its value -> theirs):\n  "
+        f"processes differ from process 0 ({answers[0][0]}; its value -> theirs):\n  "
         + "\n  ".join(lines)
         + "\nStart all with the same command, from the same copy of bltjax and of its packages."
     )

@@ -163,8 +163,8 @@ def offered(kind: str, shape: str) -> str:
         return text
     apart = {x: abs(math.log(chips_of(x) / math.prod(sides))) for x in chip.shapes}
     best = sorted(chip.shapes, key=apart.get)[:4]
-    told = ", ".join(f"{x} ({chips_of(x)})" for x in sorted(best, key=chips_of))
-    return f"{text}. Nearest to {math.prod(sides)} chips: {told}"
+    choices = ", ".join(f"{x} ({chips_of(x)})" for x in sorted(best, key=chips_of))
+    return f"{text}. Nearest to {math.prod(sides)} chips: {choices}"
 
 
 def chips_of(shape: str) -> int:

@@ -165,5 +165,5 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         seconds, compiled = result["seconds"], result["compile_seconds"]
         logger.info("  %s", speed(result["text_bytes"], seconds, compiled))
     if args.out and processes.is_primary():
-        told = results if len(results) > 1 else results[0]
-        write_text(args.out, json.dumps(told, allow_nan=False) + "\n")
+        report = results if len(results) > 1 else results[0]
+        write_text(args.out, json.dumps(report, allow_nan=False) + "\n")

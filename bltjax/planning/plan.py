@@ -97,9 +97,9 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     )
     if compiled is None:
         return found
-    told = account(compiled.as_text(), topology, mesh, found.flops.exact, rows * row_bytes)
-    flops = dataclasses.replace(found.flops, compiler=told.cost.flops * mesh.size)
-    return dataclasses.replace(found, flops=flops, **vars(told))
+    costs = account(compiled.as_text(), topology, mesh, found.flops.exact, rows * row_bytes)
+    flops = dataclasses.replace(found.flops, compiler=costs.cost.flops * mesh.size)
+    return dataclasses.replace(found, flops=flops, **vars(costs))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,14 +134,14 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             name: getattr(args, name) for name in ("groups", "rows", "prompt_bytes", "context")
         }
         found = plan_generate(config, topology, **sizes)
-        told, lines, fits = found.summary(), [decoder_report(found, args.config)], found.fits
+        report, lines, fits = found.summary(), [decoder_report(found, args.config)], found.fits
     else:
         found = plan(config, topology)
-        told, lines, fits = found.summary(), [plan_report(found, args.config)], found.memory.fits
+        report, lines, fits = found.summary(), [plan_report(found, args.config)], found.memory.fits
         if not fits:
             changes = nearest_changes(found, plan)
             lines += suggestion_lines(changes, found.memory)
-            told["changes"] = [dataclasses.asdict(x) | {"options": x.options} for x in changes]
-    print(json.dumps(told, indent=2) if args.json else "\n".join(lines))
+            report["changes"] = [dataclasses.asdict(x) | {"options": x.options} for x in changes]
+    print(json.dumps(report, indent=2) if args.json else "\n".join(lines))
     if not fits:
         sys.exit(1)

@@ -110,13 +110,13 @@ def nearest_changes(found, plan: Callable[[RunConfig, Topology], object]) -> lis
 
     plan: compiles a config for a topology.
     """
-    told: list[Suggestion] = []
+    suggested: list[Suggestion] = []
     tries = COMPILED
     for change in estimates(found):
-        kinds = [[name for name, _ in x.settings] for x in told]
+        kinds = [[name for name, _ in x.settings] for x in suggested]
         if change.total > found.memory.capacity or [name for name, _ in change.settings] in kinds:
             continue
-        if tries and not any(x.compiled for x in told):
+        if tries and not any(x.compiled for x in suggested):
             tries -= 1
             name = change.topology or found.topology.name
             topology = read_topology(name, found.topology.slices)
@@ -127,5 +127,5 @@ def nearest_changes(found, plan: Callable[[RunConfig, Topology], object]) -> lis
             if not memory.fits:
                 continue
             change = dataclasses.replace(change, total=memory.total, compiled=True)
-        told.append(change)
-    return told
+        suggested.append(change)
+    return suggested

@@ -123,14 +123,14 @@ def skip_cache() -> None:
 
 def machine() -> str:
     """The kind of CPU, on which compiled programs depend but jax's keys don't."""
-    told = [platform.machine(), platform.processor()]
-    told.append(str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0))
+    features = [platform.machine(), platform.processor()]
+    features.append(str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0))
     with contextlib.suppress(OSError):
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
         # Without its current frequency.
         kept = ("vendor", "cpu family", "model", "stepping", "flags", "features", "cpu ")
-        told += [x for x in first.lower().splitlines() if x.startswith(kept) and "mhz" not in x]
-    digest = hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
+        features += [x for x in first.lower().splitlines() if x.startswith(kept) and "mhz" not in x]
+    digest = hashlib.sha256("\n".join(features).encode()).hexdigest()[:12]
     return f"{jax.__version__}-{jaxlib.__version__}-{digest}"
 
 

@@ -66,15 +66,15 @@ class Goodput:
         if not self.path.exists():
             return
         try:
-            told = read_sums(self.path)
+            sums = read_sums(self.path)
         except ValueError as error:
             print(f"{error}: goodput is counted from here on")
             return
-        self.seconds |= told["seconds"]
-        self.saved = told["saved"]
-        if not told["ended"]:
+        self.seconds |= sums["seconds"]
+        self.saved = sums["saved"]
+        if not sums["ended"]:
             start = time.time() - (time.monotonic() - started_at)
-            self.seconds["restarts"] += max(0.0, start - told["until"])
+            self.seconds["restarts"] += max(0.0, start - sums["until"])
 
     def resume(self, step: int) -> None:
         """Counts the steps after `step` as lost: they will be run again."""
@@ -115,16 +115,16 @@ class Goodput:
         restart."""
         self.charge(self.rest)
         if is_primary():
-            told = {"seconds": self.seconds, "saved": self.saved, "until": time.time()}
+            sums = {"seconds": self.seconds, "saved": self.saved, "until": time.time()}
             # A disk sync would delay the steps, and a loss by a power failure doesn't matter here.
-            write_text(self.path, json.dumps(told | {"ended": ended}) + "\n", durable=False)
+            write_text(self.path, json.dumps(sums | {"ended": ended}) + "\n", durable=False)
 
     def shares(self) -> dict[str, float]:
         self.charge(self.rest)
         total = max(sum(self.seconds.values()), 1e-9)
         return {kind: seconds / total for kind, seconds in self.seconds.items()}
 
-    def told(self) -> str:
+    def summary(self) -> str:
         shares = self.shares()
         others = ", ".join(f"{kind} {shares[kind]:.1%}" for kind in KINDS[1:] if shares[kind])
         return f"goodput {shares['steps']:.1%} of {sum(self.seconds.values()):.0f} s ({others})"

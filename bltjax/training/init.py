@@ -132,7 +132,7 @@ def check_copies(
     for change in changes(run, config):
         if change.rule != SAME_CONTENT:
             continue
-        path, told = path_of(str(change.new)), f"{change.path}: {change.new}"
+        path, label = path_of(str(change.new)), f"{change.path}: {change.new}"
         if change.path == "entropy_model" and byte_lm is not None:
             copy, content = byte_lm.identity, identity
         elif change.path == "patching.tokenizer":
@@ -140,9 +140,9 @@ def check_copies(
         else:
             continue
         if not path.exists():
-            lines.append(f"{told} does not exist; the run's own copy is used")
+            lines.append(f"{label} does not exist; the run's own copy is used")
         elif (given := content(path)) == copy:
-            lines.append(f"{told} is the same as the run's own copy, which is used")
+            lines.append(f"{label} is the same as the run's own copy, which is used")
         else:
             raise ValueError(
                 f"{change}: {change.new} is another one ({given}) than that of the run ({copy}), of"

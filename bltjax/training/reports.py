@@ -153,16 +153,16 @@ class Reports:
     def pass_or_stop(self, step: int, out: dict) -> None:
         """Logs a skipped batch, or raises."""
         faults, guard, sums = self.config.faults, out["guard"], out["sums"]
-        told = (
+        message = (
             f"step {step}: loss {sums.nats / max(sums.weight, 1):.4g} (before: about"
             f" {guard['mean_loss']:.4g}), gradient norm {out['gradient_norm']:.4g}"
         )
         row = int(guard["in_a_row"])
         if faults.bad_batch == "skip" and row <= faults.most_skips:
-            print(f"{told}: batch skipped, {row} in a row, {int(guard['skipped'])} in total")
+            print(f"{message}: batch skipped, {row} in a row, {int(guard['skipped'])} in total")
             return
         limit = f" Skipped {row - 1} in a row before." if row > 1 else ""
-        raise FloatingPointError(f"{told}.{limit} {self.last_good()}")
+        raise FloatingPointError(f"{message}.{limit} {self.last_good()}")
 
     def warn_of_idle_slots(self) -> None:
         values, data = self.values, self.config.data

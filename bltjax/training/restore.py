@@ -120,16 +120,16 @@ def restore_newest(workdir: Path, target: TrainState, streams: list[int]) -> Res
         others = [each for each in reasons if each.kind != "damaged"]
         if others:
             raise stays(folder, min(others, key=lambda each: each.kind == "away"))
-        told = reasons[0].text
+        reason = reasons[0].text
         if len(steps) == 1:
             raise ValueError(
-                f"{folder} can't be restored: {told}\nIt is the only one left. Start again"
+                f"{folder} can't be restored: {reason}\nIt is the only one left. Start again"
                 " in another --workdir, or restore the files."
             )
         moved = broadcast_from_primary(
             "moving a checkpoint aside", functools.partial(move_aside, workdir, folder)
         )
-        print(f"{folder} is damaged: {told}\n  moved to {moved}; trying step {steps[-2]}")
+        print(f"{folder} is damaged: {reason}\n  moved to {moved}; trying step {steps[-2]}")
         steps.pop()
     raise ValueError(f"{workdir} has no checkpoint")
 

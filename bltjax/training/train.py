@@ -162,7 +162,7 @@ def train(
             manager.wait_until_finished()
         goodput.write(ended=ending != TERMINATED)
         reporter.write(last_step, {f"goodput/{kind}": s for kind, s in goodput.shares().items()})
-    print(goodput.told())
+    print(goodput.summary())
     if ending == INTERRUPTED and step < last_step:
         raise KeyboardInterrupt(f"step {step} is saved; the same command resumes")
     if ending and step < last_step:

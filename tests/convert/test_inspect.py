@@ -66,8 +66,8 @@ def test_checksums_are_those_of_the_device_in_any_pieces():
         assert sum(rows_checksum(part, begin) for begin, part in parts) % 2**32 == int(expected)
         assert not list(read_through("x", lambda parts=parts: iter(parts), int(expected)))
         parts[0][1][(0,) * array.ndim] += 1
-        (told,) = read_through("x", lambda parts=parts: iter(parts), int(expected))
-        assert told == "x is not what was saved: another checksum"
+        (message,) = read_through("x", lambda parts=parts: iter(parts), int(expected))
+        assert message == "x is not what was saved: another checksum"
 
 
 def test_every_array_of_a_run_has_a_checksum(runs):
@@ -100,7 +100,7 @@ def test_exports_and_released_layouts(runs, tmp_path, capsys):
     file = largest(tmp_path / "export" / "params")
     file.unlink()
     assert main(["inspect", str(tmp_path / "export")]) == 1
-    assert "params: " in (told := capsys.readouterr().err) and "can't be read" in told
+    assert "params: " in (message := capsys.readouterr().err) and "can't be read" in message
 
 
 def test_records(runs, tmp_path, capsys):
@@ -112,9 +112,9 @@ def test_records(runs, tmp_path, capsys):
     shards[0].write_bytes(shards[0].read_bytes()[:-1] + b"x")
     shards[1].unlink()
     assert main(["inspect", str(folder)]) == 1
-    told = capsys.readouterr().err
-    assert f"{shards[0].name} has another checksum" in told
-    assert f"{shards[1].name} is missing" in told
+    message = capsys.readouterr().err
+    assert f"{shards[0].name} has another checksum" in message
+    assert f"{shards[1].name} is missing" in message
     assert inspect(epath.Path(folder), quick=True)["damage"] == [f"{shards[1].name} is missing"]
 
 
@@ -123,5 +123,5 @@ def test_what_is_none_of_these(tmp_path, capsys, what):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     assert main(["inspect", str(tmp_path / what)]) == 1
-    told = capsys.readouterr().err
-    assert ("holds no known model" if what == "empty" else "is no folder") in told
+    message = capsys.readouterr().err
+    assert ("holds no known model" if what == "empty" else "is no folder") in message

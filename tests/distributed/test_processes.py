@@ -200,8 +200,8 @@ def test_one_process_cannot_write_its_part(process, runs, tmp_path, monkeypatch)
 
 def test_a_broken_collective_is_a_lost_process(monkeypatch):
     """jax reports it by either kind of error."""
-    told = "UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]: Connection reset by peer"
-    for error in (ValueError(told), jax.errors.JaxRuntimeError(told)):
+    expected = "UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]: Connection reset by peer"
+    for error in (ValueError(expected), jax.errors.JaxRuntimeError(expected)):
         assert not lost_another(error)
         with monkeypatch.context() as patch:
             patch.setattr("bltjax.distributed.processes.joined", lambda: True)

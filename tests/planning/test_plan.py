@@ -65,9 +65,9 @@ def test_a_chip_holds_its_own_rows_of_tables(program):
 
 @needs_libtpu
 def test_a_plan_in_json(planned):
-    told = json.loads(json.dumps(planned.summary()))
-    assert told["fits"] is True and told["compile_s"] > 0
-    memory = told["hbm_bytes"]
+    summary = json.loads(json.dumps(planned.summary()))
+    assert summary["fits"] is True and summary["compile_s"] > 0
+    memory = summary["hbm_bytes"]
     assert set(memory) == {"parameters", "optimizer", "activations", "total", "capacity"}
     assert memory["parameters"] + memory["optimizer"] + memory["activations"] == pytest.approx(
         memory["total"], abs=4
@@ -76,7 +76,7 @@ def test_a_plan_in_json(planned):
     quarter = 4 * planned.parameters["total"] / 4
     assert quarter < memory["parameters"] < 1.2 * quarter
     assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.01)
-    flops = told["flops"]
+    flops = summary["flops"]
     assert {"paper", "exact", "compiler", "ratio"} <= set(flops)
     assert flops["ratio"] == flops["compiler"] / (flops["exact"] + flops["rematerialised"])
     # Outside kernels (whose tiles are larger than these rows) the program has the exact FLOPs.
@@ -84,10 +84,10 @@ def test_a_plan_in_json(planned):
     config = planned.config
     crosses = 3.5 * config.data.batch_size * kernel_flops(config)  # scores once more
     assert products == pytest.approx(flops["exact"] + flops["rematerialised"] - crosses, rel=0.05)
-    kinds = {each["kind"] for each in told["collectives"]}
+    kinds = {each["kind"] for each in summary["collectives"]}
     assert {"all-gather", "all-to-all"} <= kinds
-    assert {each["axis"] for each in told["collectives"]} == {"fsdp"}
-    limits = told["bound"]
+    assert {each["axis"] for each in summary["collectives"]} == {"fsdp"}
+    limits = summary["bound"]
     names = "compute_s hbm_s interconnect_s step_s mfu bytes_per_second_per_chip".split()
     assert set(names) <= set(limits)
     assert limits["step_s"] == max(limits[name] for name in names[:3]) > 0
@@ -198,10 +198,10 @@ def test_what_does_not_fit_ends_with_1_and_says_what_would(capsys):
     words += [f"--config.{path}" for path in PATHS]
     with pytest.raises(SystemExit) as ended:
         main(["plan", f"--config={TINY}", "--topology=v5e:2x2", "--json", *words])
-    told = json.loads(capsys.readouterr().out)
-    assert ended.value.code == 1 and told["fits"] is False and told["bound"] is None
-    assert told["changes"] and told["changes"][0]["compiled"]
-    assert "optimizer.grad_accum_steps" in json.dumps(told["changes"])
+    summary = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 1 and summary["fits"] is False and summary["bound"] is None
+    assert summary["changes"] and summary["changes"][0]["compiled"]
+    assert "optimizer.grad_accum_steps" in json.dumps(summary["changes"])
 
 
 def test_utilisation_counts_all_devices():

@@ -29,7 +29,7 @@ ELSEWHERE = {"host": "tpu-vm-3", "boot": "another", "machine": "another"}
 
 
 @contextlib.contextmanager
-def hold(path, lost=lambda told: None, *, stale=lock.STALE, refresh=None, **options):
+def hold(path, lost=lambda message: None, *, stale=lock.STALE, refresh=None, **options):
     names = dict(name="runs/x", instead="another --workdir")
     with (
         mock.patch.multiple(lock, STALE=stale, REFRESH=refresh or lock.REFRESH),
@@ -139,11 +139,13 @@ def test_processes_are_known_without_proc():
 
 def test_who_holds_it_is_named(tmp_path):
     path = tmp_path / "new" / ".lock"
-    told = rf"runs/x is in use by process {os.getpid()} on .+ since 20.* UTC \(train\): wait for it"
+    message = (
+        rf"runs/x is in use by process {os.getpid()} on .+ since 20.* UTC \(train\): wait for it"
+    )
     for take_over in (False, True):  # never from a process known to be alive
         with (
             hold(path),
-            pytest.raises(ValueError, match=told) as refused,
+            pytest.raises(ValueError, match=message) as refused,
             hold(path, take_over=take_over),
         ):
             pass
@@ -209,16 +211,16 @@ def test_a_lock_that_says_nothing_counts_by_its_age(tmp_path):
 
 
 def test_it_is_refreshed_and_whoever_lost_it_is_told(tmp_path):
-    path, told = tmp_path / ".lock", []
-    with hold(path, told.append, refresh=0.02) as held:
+    path, message = tmp_path / ".lock", []
+    with hold(path, message.append, refresh=0.02) as held:
         os.utime(path, (0, 0))
         until(lambda: path.stat().st_mtime > 0)
         path.unlink()  # by a person
         until(path.exists)
-        assert held.check() and not told
+        assert held.check() and not message
         other = leave_lock(path, **ELSEWHERE)
-        until(lambda: told)
-        assert f"taken over by process {other.pid} on tpu-vm-3" in told[0] and not held.check()
+        until(lambda: message)
+        assert f"taken over by process {other.pid} on tpu-vm-3" in message[0] and not held.check()
     assert lock_file.look(path).holder == other  # not ours to remove
 
 

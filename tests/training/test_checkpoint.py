@@ -172,8 +172,8 @@ def test_other_arrays_than_the_settings_ask_for(saved, monkeypatch):
                 "bltjax.weights.damage.unsealed_file",
                 lambda path, name: {k: v for k, v in progress.items() if k != "shapes"},
             )
-        for told, other in others.items():
-            with pytest.raises(ValueError, match=rf"(?s)5 doesn't hold the arrays.*{told}"):
+        for expected, other in others.items():
+            with pytest.raises(ValueError, match=rf"(?s)5 doesn't hold the arrays.*{expected}"):
                 restore_newest(saved, target_like(other), [0])
     assert saved_steps(saved) == [4, 5] and not (saved / "damaged").exists()
 
@@ -187,8 +187,8 @@ def test_64_bits_leave_checkpoints_alone(saved):
         assert changed_arrays(again) == ""
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), whole.state, again.state))
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), small_state(0).params)
-        told = r"(?s)float32 \(4,\) -> float64 \(4,\).*JAX_ENABLE_X64"
-        with pytest.raises(Misfit, match=told):
+        expected = r"(?s)float32 \(4,\) -> float64 \(4,\).*JAX_ENABLE_X64"
+        with pytest.raises(Misfit, match=expected):
             restore(folder, target_like(small_state(0)._replace(params=wide)), [0])
 
 
@@ -246,7 +246,7 @@ def test_too_many_open_files_are_no_damage(saved, monkeypatch):
     # pytest's own would import something, to tell of what Orbax leaves unfinished.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    told = []
+    expected = []
     for spare in range(1, 4):
         taken = [os.open("/", os.O_RDONLY) for _ in range(spare)]  # the file's last numbers
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1, hard))
@@ -255,11 +255,11 @@ def test_too_many_open_files_are_no_damage(saved, monkeypatch):
         try:
             restore_newest(saved, target_like(small_state(0)), [0])
         except (ValueError, OSError) as error:
-            told.append(str(error))
+            expected.append(str(error))
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert told and all("too many open files" in text.lower() for text in told), told
-    assert any("5 can't be restored" in text for text in told), told
+    assert expected and all("too many open files" in text.lower() for text in expected), expected
+    assert any("5 can't be restored" in text for text in expected), expected
     assert saved_steps(saved) == [4, 5]
 
 
@@ -422,8 +422,8 @@ def test_another_process_that_was_lost_is_not_this_ones_fault(left, monkeypatch)
     assert not left
     fails(TimeoutError(errno.ETIMEDOUT, "Connection timed out", "step/params"))
     fails(KeyError("params"))
-    told = "a checkpoint can't be written: "
+    expected = "a checkpoint can't be written: "
     assert left == [
-        (1, f"{told}step/params: connection timed out"),
-        (1, f"{told}KeyError: 'params'"),
+        (1, f"{expected}step/params: connection timed out"),
+        (1, f"{expected}KeyError: 'params'"),
     ]

@@ -147,8 +147,8 @@ def test_ctrl_c_before_the_first_step_says_what_there_is(runs, tmp_path, capsys,
     assert main(command(runs, "byte_lm", tmp_path)) == 130
     assert "nothing is saved yet; the same command starts again" in capsys.readouterr().err
     assert main(command(runs, "byte_lm", runs.byte_lm)) == 130
-    told = "interrupted: step 12 is the last one saved; the same command resumes from there"
-    assert told in capsys.readouterr().err
+    expected = "interrupted: step 12 is the last one saved; the same command resumes from there"
+    assert expected in capsys.readouterr().err
 
 
 def test_notices(runs, capfd):
@@ -193,10 +193,10 @@ def test_what_makes_it_another_run_is_refused(runs, path, value, line):
     run = read_run_config(runs.blt)
     with pytest.raises(ValueError) as raised:
         check_settings(run, replaced(run, path, value), "w", 12)
-    told = str(raised.value).splitlines()
-    assert told[0] == "w holds a run with another config (its value -> yours):"
-    assert told[1] == f"  {line}"
-    assert "--init_from=w it has this one's weights, but neither" in told[2]
+    expected = str(raised.value).splitlines()
+    assert expected[0] == "w holds a run with another config (its value -> yours):"
+    assert expected[1] == f"  {line}"
+    assert "--init_from=w it has this one's weights, but neither" in expected[2]
 
 
 def test_the_advice_after_bad_batches_is_true(runs):
@@ -210,8 +210,12 @@ def test_the_advice_after_bad_batches_is_true(runs):
         ),
     ):
         manager = SimpleNamespace(wait_until_finished=lambda: None, latest_step=lambda: 12)
-        told = last_good(manager, runs.byte_lm, faults)
-        assert advice in told and f"--init_from={runs.byte_lm}" in told and "step 12" in told
+        expected = last_good(manager, runs.byte_lm, faults)
+        assert (
+            advice in expected
+            and f"--init_from={runs.byte_lm}" in expected
+            and "step 12" in expected
+        )
         run = replaced(run, "faults", faults)
         check_settings(run, replaced(run, f"faults.{changed[0]}", changed[1]), "w", 12)
     manager.latest_step = lambda: None

@@ -77,13 +77,13 @@ def test_a_window_of_steps_is_traced(runs, tmp_path, capsys):
     assert sum(event.get("name") == "input" for event in events) == 2
     assert not [event for event in events if event.get("name", "").startswith("$")]
     # Steps that a start can't trace are skipped, or logged: its first step, and earlier ones.
-    for window, told in (
+    for window, message in (
         ("5:6", "trace of steps 6 to 6"),
         ("7:7", "no trace: this start had none"),
     ):
         words = (f"--profile={window}", f"--stop_at={int(window[-1])}")
         assert main(command(runs, "byte_lm", tmp_path, *words)) == 0
-        assert told in capsys.readouterr().out
+        assert message in capsys.readouterr().out
     assert main(command(runs, "byte_lm", tmp_path, "--profile=3:2")) == 1
     assert "--profile is '3:2', not START:STOP" in capsys.readouterr().err
 
