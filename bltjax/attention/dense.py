@@ -18,7 +18,7 @@ def dense(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ):
 
 
 def masked_softmax(scores, mask):
-    """Softmax over the last axis where `seen`; zeros, and zero gradients, where the mask is
+    """Softmax over the last axis where `mask`; zeros, and zero gradients, where the mask is
     empty."""
     top = jnp.max(scores, axis=-1, keepdims=True, where=mask, initial=-1e30)
     weights = jnp.where(mask, jnp.exp(jnp.where(mask, scores - jax.lax.stop_gradient(top), 0.0)), 0)

@@ -71,7 +71,7 @@ def ring_cache_positions(
     )
 
 
-def with_new_kv(caches, fresh, slot_BQ) -> tuple[Cache, ...]:
+def with_new_kv(caches, new_kv, slot_BQ) -> tuple[Cache, ...]:
     """The caches with new keys and values, (k, v) [B, Q, J, C] for each, in their slots."""
 
     def write(old_JTC, new_QJC, slot_Q):
@@ -86,10 +86,10 @@ def with_new_kv(caches, fresh, slot_BQ) -> tuple[Cache, ...]:
             return write(old_BJTC[0], new_BQJC[0], slot_BQ[0])[None]
         return jax.vmap(write)(old_BJTC, new_BQJC, slot_BQ)
 
-    return tuple(Cache(*map(each_row, cache, kv)) for cache, kv in zip(caches, fresh, strict=True))
+    return tuple(Cache(*map(each_row, cache, kv)) for cache, kv in zip(caches, new_kv, strict=True))
 
 
-def stored(caches, fresh, slot_BQ, after) -> tuple[Cache, ...]:
+def stored(caches, new_kv, slot_BQ, after) -> tuple[Cache, ...]:
     """The caches of a stack, updated by `with_new_kv` once all of its layers have read them.
 
     after: the output of the stack. XLA writes in place only if every read of the old values
@@ -97,7 +97,7 @@ def stored(caches, fresh, slot_BQ, after) -> tuple[Cache, ...]:
     """
     slots = caches[0].k_BJTC.shape[2]
     no_bound = jnp.where(after.ravel()[0] > 0, slots, slots + 1)
-    return with_new_kv(caches, fresh, jnp.minimum(slot_BQ, no_bound))
+    return with_new_kv(caches, new_kv, jnp.minimum(slot_BQ, no_bound))
 
 
 def ring_of(k_BNJC, v_BNJC, length_B, slots: int, theta: float) -> Cache:
@@ -113,18 +113,18 @@ def ring_of(k_BNJC, v_BNJC, length_B, slots: int, theta: float) -> Cache:
     return Cache(k_BTJC.transpose(0, 2, 1, 3), v_BTJC.transpose(0, 2, 1, 3))
 
 
-def cached_attention(q_BQHC, cache: Cache, mask_BQT, fresh=None):
+def cached_attention(q_BQHC, cache: Cache, mask_BQT, new_kv=None):
     """softmax(q k / sqrt(C)) v over the slots in each query's mask; zeros where it is empty.
 
-    fresh: (k, v) [B, Q, J, C] of the queries' own positions, which follow the slots in `seen`.
+    new_kv: (k, v) [B, Q, J, C] of the queries' own positions, which follow the cache.
     """
     rows, queries, heads, channels = q_BQHC.shape
     shared = cache.k_BJTC.shape[1]
     q = q_BQHC.reshape(rows, queries, shared, heads // shared, channels)
     q = q.transpose(0, 2, 3, 1, 4).reshape(rows, shared, -1, channels)
     scores = jnp.einsum("bjmc,bjtc->bjmt", q, cache.k_BJTC, preferred_element_type=jnp.float32)
-    if fresh:
-        own = jnp.einsum("bjmc,btjc->bjmt", q, fresh[0], preferred_element_type=jnp.float32)
+    if new_kv:
+        own = jnp.einsum("bjmc,btjc->bjmt", q, new_kv[0], preferred_element_type=jnp.float32)
         scores = jnp.concatenate([scores, own], axis=-1)
     scores = scores.reshape(rows, shared, heads // shared, queries, -1)
     probs = masked_softmax(scores * channels**-0.5, mask_BQT[:, None, None])
@@ -132,7 +132,7 @@ def cached_attention(q_BQHC, cache: Cache, mask_BQT, fresh=None):
     slots, float32 = cache.v_BJTC.shape[2], jnp.float32  # of both, so that it rounds once
     old, own = probs[..., :slots], probs[..., slots:]
     out = jnp.einsum("bjmt,bjtc->bjmc", old, cache.v_BJTC, preferred_element_type=float32)
-    if fresh:
-        out += jnp.einsum("bjmt,btjc->bjmc", own, fresh[1], preferred_element_type=float32)
+    if new_kv:
+        out += jnp.einsum("bjmt,btjc->bjmc", own, new_kv[1], preferred_element_type=float32)
     out = out.astype(cache.v_BJTC.dtype).reshape(rows, shared, heads // shared, queries, channels)
     return out.transpose(0, 3, 1, 2, 4).reshape(q_BQHC.shape)

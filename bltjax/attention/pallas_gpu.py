@@ -124,8 +124,8 @@ def attend_forward(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan: KernelPlan):
     return out, (q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, out, log_sum)
 
 
-def attend_backward(plan: KernelPlan, kept, grad_BQHC):
-    q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, out, log_sum = kept
+def attend_backward(plan: KernelPlan, residuals, grad_BQHC):
+    q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, out, log_sum = residuals
     # sum over keys of p dp, for every query: the softmax subtracts it from each gradient.
     delta = (grad_BQHC.astype(FP32) * out.astype(FP32)).sum(axis=3).transpose(0, 2, 1)
     arrays = dict(q=q_BQHC, k=k_BTJC, v=v_BTJC, start=start_BQ, end=end_BQ)

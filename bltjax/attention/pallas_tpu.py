@@ -195,8 +195,8 @@ def attend_forward(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan: KernelPlan):
     return out, (q_BHCQ, k_BJCT, v_BJCT, bounds, work, out, log_sum)
 
 
-def attend_backward(plan: KernelPlan, kept, grad_BHCQ):
-    q_BHCQ, k_BJCT, v_BJCT, bounds, work, out, log_sum = kept
+def attend_backward(plan: KernelPlan, residuals, grad_BHCQ):
+    q_BHCQ, k_BJCT, v_BJCT, bounds, work, out, log_sum = residuals
     channels = q_BHCQ.shape[2]
     # sum over keys of p dp, for every query: the softmax subtracts it from each gradient.
     delta = (grad_BHCQ.astype(FP32) * out.astype(FP32)).sum(axis=2, keepdims=True)

@@ -79,13 +79,13 @@ def tiled_forward(q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ, tiles: Tiles):
     return out, (q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ, out, log_sum)
 
 
-def tiled_backward(tiles: Tiles, kept, grad_BJIQC):
-    out, log_sum = kept[-2:]
+def tiled_backward(tiles: Tiles, residuals, grad_BJIQC):
+    out, log_sum = residuals[-2:]
     # sum over keys of p dp, for every query: the softmax subtracts it from each gradient.
     delta = jnp.einsum("...c,...c->...", grad_BJIQC, out, preferred_element_type=jnp.float32)
     one_row = functools.partial(row_backward, tiles=tiles)
-    grads = each_row(one_row, *kept[:-2], log_sum, delta, grad_BJIQC)
-    return (*(x.astype(kept[0].dtype) for x in grads), None, None)
+    grads = each_row(one_row, *residuals[:-2], log_sum, delta, grad_BJIQC)
+    return (*(x.astype(residuals[0].dtype) for x in grads), None, None)
 
 
 tiled.defvjp(tiled_forward, tiled_backward)

@@ -31,8 +31,8 @@ def moved(config: OptimizerConfig, count, table, first, second, grad):
 
 def dense_update(config: OptimizerConfig, count, state, ids_RBN, grad_BNE):
     """Every row of the tables and of their moments, all [R, M, E]: as in the trainer."""
-    kept = ids_RBN, state[0][:, :, :0]
-    grads_RME, _ = looked_up_backward(jnp.float32, kept, grad_BNE)
+    residuals = ids_RBN, state[0][:, :, :0]
+    grads_RME, _ = looked_up_backward(jnp.float32, residuals, grad_BNE)
     return moved(config, count, *state, grads_RME)
 
 

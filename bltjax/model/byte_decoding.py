@@ -116,8 +116,8 @@ def run_byte_lm(
 ):  # fmt: skip
     """(logits [B, N, V], caches) of whole rows of `length` positions."""
     model = ByteLM(config, dtype, implementation)
-    logits_BNV, kept = model.apply({"params": params}, bytes_BN, documents_BN)
-    return logits_BNV, tuple(ring_of(*kv, length_B, slots, config.rope_theta) for kv in kept)
+    logits_BNV, new_kv = model.apply({"params": params}, bytes_BN, documents_BN)
+    return logits_BNV, tuple(ring_of(*kv, length_B, slots, config.rope_theta) for kv in new_kv)
 
 
 @dataclass(frozen=True)

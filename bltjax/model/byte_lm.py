@@ -127,8 +127,8 @@ class ByteLM(nn.Module):
 
     def step(self, bytes_BQ, positions: CachePositions, caches):
         """Logits [B, Q, V] of new bytes, and the updated caches."""
-        logits_BQV, fresh = self.stack(bytes_BQ, positions, caches)
-        return logits_BQV, stored(caches, fresh, positions.slot_BQ, logits_BQV)
+        logits_BQV, new_kv = self.stack(bytes_BQ, positions, caches)
+        return logits_BQV, stored(caches, new_kv, positions.slot_BQ, logits_BQV)
 
 
 def entropies_of(logits_BNV):

@@ -41,8 +41,8 @@ def embedded(bytes_VE, bytes_BN):
     return bytes_VE[bytes_BN]
 
 
-def embedded_backward(kept, grad_BNE):
-    bytes_BN, bytes_V0 = kept
+def embedded_backward(residuals, grad_BNE):
+    bytes_BN, bytes_V0 = residuals
 
     def of_rows(bytes_BN, grad_BNE):
         flat = grad_BNE.reshape(-1, grad_BNE.shape[-1]).astype(jnp.float32)
@@ -149,15 +149,15 @@ class Block(nn.Module):
         q = constrained(q, f"q_BQ{H}C")
         k, v = constrained(k, f"k_BT{J}C"), constrained(v, f"v_BT{J}C")
         if isinstance(past, Cache):
-            kept = (rotate(k, ranges.angles), v)
-            out = cached_attention(rotate(q, ranges.angles), past, ranges.mask_BQT, kept)
+            new_kv = (rotate(k, ranges.angles), v)
+            out = cached_attention(rotate(q, ranges.angles), past, ranges.mask_BQT, new_kv)
         else:
-            kept = (k, v)
+            new_kv = (k, v)
             if past is not None:
                 count = past[0].shape[1]
                 k = jnp.concatenate([past[0], k], axis=1)
                 v = jnp.concatenate([past[1], v], axis=1)
-                kept = (k[:, k.shape[1] - count :], v[:, v.shape[1] - count :])
+                new_kv = (k[:, k.shape[1] - count :], v[:, v.shape[1] - count :])
             cos, sin = rotary_angles(ranges.position_BT, C, size.rope_theta, size.rope_scaling)
             own = q.shape[1]
             out = range_attention(
@@ -177,7 +177,7 @@ class Block(nn.Module):
         up = project(y, weight(f"up_{L}{D}F", (width, size.hidden), width))
         down = weight(f"down_{L}F{D}", (size.hidden, width), size.hidden)
         hidden = constrained(nn.silu(gate) * up, "hidden_BQF")
-        return x_BQD + constrained(project(hidden, down), f"x_BQ{D}"), kept
+        return x_BQD + constrained(project(hidden, down), f"x_BQ{D}"), new_kv
 
 
 def byte_blocks(config, layers: int, hidden: int, dtype, implementation: str | None) -> list[Block]:
@@ -199,11 +199,11 @@ def through(blocks, x_BQD, ranges: Ranges | CachePositions, past=None, first=())
     past: of each block, as `Block` takes it. first: functions of x that come before a block, for
     some or all blocks from the first on.
     """
-    states, kept = [], []
+    states, new_kv = [], []
     for layer, block in enumerate(blocks):
         if layer < len(first):
             x_BQD = first[layer](x_BQD)
         x_BQD, keys_values = block(x_BQD, ranges, past and past[layer])
         states.append(x_BQD)
-        kept.append(keys_values)
-    return states, kept
+        new_kv.append(keys_values)
+    return states, new_kv

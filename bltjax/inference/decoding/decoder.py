@@ -270,6 +270,6 @@ class Decoder:
         """The memory with twice the room for patches, for the bytes of an open patch, or for
         both."""
         latent = memory.latent[0].k_BJTC.shape[2] * (1 + int(patches))
-        offered = memory.offered[0].k_BJTC.shape[2] if memory.offered else 1
+        open_kv = memory.open_kv[0].k_BJTC.shape[2] if memory.open_kv else 1
         with on_mesh(self.mesh):
-            return grow(self.model, latent, offered * (1 + int(open_slots)), memory)
+            return grow(self.model, latent, open_kv * (1 + int(open_slots)), memory)

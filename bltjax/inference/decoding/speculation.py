@@ -101,20 +101,20 @@ def verified(model: CachedBLT, params, memory: Memory, ids_BQ, states, go_B) -> 
         ]
         return (cursor, opens_B, tops), (opens_B, cursor, tops)
 
-    pooled, sources = model.encoder(params).offered(states)
+    pooled, byte_kv = model.encoder(params).patch_inputs(states)
     initial = (memory.cursor, jnp.zeros(len(ids_BQ), bool), [x[:, 0] for x in memory.pooled])
     _, by_byte = jax.lax.scan(place_patches, initial, jnp.arange(queries))
     opens_BQ, cursors, running = jax.tree.map(lambda x_QB: x_QB.swapaxes(0, 1), by_byte)
 
     slot_BQ = memory.open_B[:, None] + jnp.arange(queries)[None]
-    offered = with_new_kv(memory.offered, sources, slot_BQ)
+    open_kv = with_new_kv(memory.open_kv, byte_kv, slot_BQ)
     # The patches that close, in order, then padding, which is masked both ways: its slots in
     # the latent caches lie beyond every valid patch.
     order_BQ = jnp.argsort(~opens_BQ, axis=1, stable=True)
     closes_BQ = jnp.take_along_axis(opens_BQ, order_BQ, axis=1)
     end_BQ = jnp.where(closes_BQ, memory.open_B[:, None] + order_BQ + 1, 0)
     begin_BQ = jnp.pad(end_BQ, ((0, 0), (1, 0)))[:, :-1]
-    slot_11T = jnp.arange(offered[0].k_BJTC.shape[2] if offered else 1)[None, None]
+    slot_11T = jnp.arange(open_kv[0].k_BJTC.shape[2] if open_kv else 1)[None, None]
     mask_BPT = (slot_11T >= begin_BQ[..., None]) & (slot_11T < end_BQ[..., None])
     closing = tuple(
         jnp.where(closes_BQ[..., None], jnp.take_along_axis(x, order_BQ[..., None], axis=1), 0)
@@ -122,20 +122,22 @@ def verified(model: CachedBLT, params, memory: Memory, ids_BQ, states, go_B) -> 
     )
 
     def close(carry):
-        slots_BSE = model.encoder(params).closed(closing, offered, mask_BPT)
+        slots_BSE = model.encoder(params).pool_patch(closing, open_kv, mask_BPT)
         index_BP = memory.patches_B[:, None] + jnp.arange(queries)[None]
         return model.latent(params).step(slots_BSE, index_BP, carry[1])
 
     blank_BPD = jnp.zeros((len(ids_BQ), queries, model.config.latent.width), model.dtype)
     latent_BPD, latent = when((opens_BQ & go_B[:, None]).any(), close, (blank_BPD, memory.latent))
     decoder, positions = model.decoder(params), model.positions(memory.count_B, queries)
-    fresh = decoder.sources(latent_BPD)
-    axis = 2 if isinstance(fresh, tuple) else 1
-    reads = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=axis), memory.reads, fresh)
+    closed_reads = decoder.decoder_kv(latent_BPD)
+    axis = 2 if isinstance(closed_reads, tuple) else 1
+    reads = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b], axis=axis), memory.reads, closed_reads
+    )
     logits_BQV, caches = decoder.step(
         states[-1], reads, jnp.cumsum(opens_BQ, axis=1), positions, memory.decoder
     )
-    memory = memory._replace(scorer=scorer, offered=offered, latent=latent, decoder=caches)
+    memory = memory._replace(scorer=scorer, open_kv=open_kv, latent=latent, decoder=caches)
     opens_BQ1 = opens_BQ[..., None]
     after = {
         "context_B": context_BQ,
@@ -176,7 +178,7 @@ def committed(model: CachedBLT, found: Verified, taken_B, go_B) -> Memory:
         past_BT=cut(found.past_BT, taken_B, HISTORY),
         count_B=memory.count_B + taken_B,
         open_B=memory.open_B + taken_B - shift_B,
-        offered=jax.tree.map(moved, memory.offered),
+        open_kv=jax.tree.map(moved, memory.open_kv),
         patches_B=memory.patches_B + closed_B,
         reads=jax.tree.map(read, found.reads),
     )

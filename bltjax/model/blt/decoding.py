@@ -71,7 +71,7 @@ class Memory(NamedTuple):
     state_B1E: jax.Array  # the newest byte's, which the decoder has not read yet
     open_B: jax.Array  # bytes of the open patch
     pooled: tuple[jax.Array, ...]  # the maxima over them, [B, 1, E]
-    offered: tuple[Cache, ...]  # their keys and values
+    open_kv: tuple[Cache, ...]  # their keys and values
     closes_B: jax.Array  # whether the open patch is complete, and waits for the latent transformer
     latent: tuple[Cache, ...]
     patches_B: jax.Array  # in the latent caches
@@ -165,12 +165,12 @@ class CachedBLT:
         model = BLT(self.config, patches, self.dtype, self.implementation, scanned=False)
         _, out = model.apply({"params": params["model"]}, bytes_BN, documents_BN, scored.starts_BN1)
         rings = local.window + self.extra, local.rope_theta
-        kept = out["kept"]
+        new_kv = out["new_kv"]
 
         # The open patch: its bytes' states, the oldest first.
         begin_B = length_B - scored.open_B
         opened = [cut(x_BNE, begin_B, open_slots) for x_BNE in out["layer_states"]]
-        pooled, sources = self.encoder(params).offered(opened)
+        pooled, byte_kv = self.encoder(params).patch_inputs(opened)
         inside_BT1 = (jnp.arange(open_slots)[None] < scored.open_B[:, None])[..., None]
         pooled = tuple(
             jnp.where(inside_BT1, x, -jnp.inf).max(axis=1, keepdims=True) for x in pooled
@@ -191,18 +191,19 @@ class CachedBLT:
             context_B=scored.context_B,
             cursor=scored.cursor,
             opens_B=scored.open_B == 0,
-            encoder=tuple(ring_of(k, v, length_B, *rings) for k, v in kept["encoder"]),
+            encoder=tuple(ring_of(k, v, length_B, *rings) for k, v in new_kv["encoder"]),
             state_B1E=cut(out["states_BNE"], length_B - 1, 1),
             open_B=scored.open_B,
             pooled=pooled,
-            offered=tuple(Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in sources),
+            open_kv=tuple(Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in byte_kv),
             closes_B=jnp.zeros(rows, bool),
             latent=tuple(
-                Cache(rotate(k, angles).swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in kept["latent"]
+                Cache(rotate(k, angles).swapaxes(1, 2), v.swapaxes(1, 2))
+                for k, v in new_kv["latent"]
             ),
             patches_B=scored.closed_B,
-            reads=self.decoder(params).sources(last_B1D),
-            decoder=tuple(ring_of(k, v, length_B, *rings) for k, v in kept["decoder"]),
+            reads=self.decoder(params).decoder_kv(last_B1D),
+            decoder=tuple(ring_of(k, v, length_B, *rings) for k, v in new_kv["decoder"]),
         )
 
     def grown(self, memory: Memory, patches: int, open_slots: int) -> Memory:
@@ -213,7 +214,7 @@ class CachedBLT:
             return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), caches)
 
         return memory._replace(
-            latent=widen(memory.latent, patches), offered=widen(memory.offered, open_slots)
+            latent=widen(memory.latent, patches), open_kv=widen(memory.open_kv, open_slots)
         )
 
     # Byte by byte.
@@ -221,20 +222,20 @@ class CachedBLT:
     def full(self, memory: Memory, ahead: int = 1):
         """bool [B, 2]: rows without room for `ahead` more bytes: in patches, in the open patch."""
         latent = memory.patches_B + ahead > memory.latent[0].k_BJTC.shape[2]
-        slots = memory.offered[0].k_BJTC.shape[2] if memory.offered else jnp.inf
+        slots = memory.open_kv[0].k_BJTC.shape[2] if memory.open_kv else jnp.inf
         return jnp.stack([latent, memory.open_B + ahead > slots], axis=1)
 
     def close(self, params, memory: Memory, go_B) -> Memory:
         """Runs the latent transformer on the complete patches of some rows; keeps the others."""
         go_B11 = go_B[:, None, None]
-        slots = memory.offered[0].k_BJTC.shape[2] if memory.offered else 1
+        slots = memory.open_kv[0].k_BJTC.shape[2] if memory.open_kv else 1
         mask_BPT = (jnp.arange(slots)[None] < memory.open_B[:, None])[:, None]
         pooled = tuple(jnp.where(go_B11, x_B1E, 0) for x_B1E in memory.pooled)
-        slots_BSE = self.encoder(params).closed(pooled, memory.offered, mask_BPT)
+        slots_BSE = self.encoder(params).pool_patch(pooled, memory.open_kv, mask_BPT)
         # A row that does not go writes to the slot that its next patch will overwrite.
         index_B1 = memory.patches_B[:, None]
         latent_BPD, latent = self.latent(params).step(slots_BSE, index_B1, memory.latent)
-        reads = self.decoder(params).sources(latent_BPD)
+        reads = self.decoder(params).decoder_kv(latent_BPD)
         return memory._replace(
             open_B=jnp.where(go_B, 0, memory.open_B),
             pooled=tuple(jnp.where(go_B11, -jnp.inf, x_B1E) for x_B1E in memory.pooled),
@@ -265,9 +266,9 @@ class CachedBLT:
         opens_B, cursor = next_starts(self.patching, memory.cursor, past_BT, entropies_BQ[:, 0])
         bound, positions = self.encoder(params), self.positions(memory.count_B, 1)
         states, encoder = bound.step(past_BT, positions, memory.encoder)
-        pooled, sources = bound.offered(states)
-        offered = with_new_kv(memory.offered, sources, memory.open_B[:, None])
-        memory = memory._replace(scorer=scorer, encoder=encoder, offered=offered)
+        pooled, byte_kv = bound.patch_inputs(states)
+        open_kv = with_new_kv(memory.open_kv, byte_kv, memory.open_B[:, None])
+        memory = memory._replace(scorer=scorer, encoder=encoder, open_kv=open_kv)
         return changed_rows(
             memory,
             go_B,

@@ -70,9 +70,9 @@ def looked_up_forward(tables_RME, ids_RBN, dtype):
     return looked_up(tables_RME, ids_RBN, dtype), (ids_RBN, tables_RME[:, :, :0])
 
 
-def looked_up_backward(dtype, kept, grad_BNE):
+def looked_up_backward(dtype, residuals, grad_BNE):
     """Table by table; differentiating the slices would add up as many whole gradients."""
-    ids_RBN, tables_RM0 = kept  # no columns: only the shape and dtype of the tables are needed
+    ids_RBN, tables_RM0 = residuals  # no columns: only the shape and dtype of the tables are needed
     shape = (*tables_RM0.shape[:2], grad_BNE.shape[-1])
     mesh = owned_mesh(shape)
     if mesh is None:

@@ -79,8 +79,8 @@ class LatentTransformer(nn.Module):
         x_BPD, ranges = self.widened(slots_BSE), jax.tree.map(jax.lax.stop_gradient, ranges)
         if self.scanned:
             return self.blocks(x_BPD, ranges)
-        states, kept = through(self.blocks, x_BPD, ranges)
-        return states[-1], kept
+        states, new_kv = through(self.blocks, x_BPD, ranges)
+        return states[-1], new_kv
 
     def step(self, slots_BSE, index_BP, caches):
         """Latent states [B, P, D] of consecutive patches, and the updated caches (`scanned` False).
@@ -97,8 +97,8 @@ class LatentTransformer(nn.Module):
             mask_BPT,
             rotary_angles(index_BP, size.channels, size.rope_theta, size.rope_scaling),
         )
-        states, fresh = through(self.blocks, self.widened(slots_BSE), positions, caches)
-        return states[-1], stored(caches, fresh, positions.slot_BQ, states[-1])
+        states, new_kv = through(self.blocks, self.widened(slots_BSE), positions, caches)
+        return states[-1], stored(caches, new_kv, positions.slot_BQ, states[-1])
 
 
 def unscanned(latent_params) -> dict:

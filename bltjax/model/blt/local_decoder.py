@@ -66,10 +66,10 @@ class LocalDecoder(nn.Module):
         attend = [
             functools.partial(cross, source_BTE=source, ranges=ranges) for cross in self.crosses
         ]
-        states, kept = through(self.blocks, x_BNE, patches.bytes_ranges, first=attend)
-        return self.logits(states[-1]), kept
+        states, new_kv = through(self.blocks, x_BNE, patches.bytes_ranges, first=attend)
+        return self.logits(states[-1]), new_kv
 
-    def sources(self, latent_BPD):
+    def decoder_kv(self, latent_BPD):
         """The decoder's inputs from these patches: a `Cache` of slots per cross-attention, or
         [B, P, E] without any."""
         source = self.narrowed(latent_BPD)
@@ -78,18 +78,18 @@ class LocalDecoder(nn.Module):
         keys_values = (cross.source(source) for cross in self.crosses)
         return tuple(Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in keys_values)
 
-    def step(self, x_BQE, sources, reads_BQ, positions: CachePositions, caches):
-        """Logits [B, Q, V] of new bytes, each of which reads one of the patches in `sources`, and
+    def step(self, x_BQE, patch_kv, reads_BQ, positions: CachePositions, caches):
+        """Logits [B, Q, V] of new bytes, each of which reads one of the patches in `patch_kv`, and
         the updated caches."""
         attend = []
         if not self.crosses:
-            x_BQE += jnp.take_along_axis(sources, reads_BQ[..., None], axis=1)
+            x_BQE += jnp.take_along_axis(patch_kv, reads_BQ[..., None], axis=1)
         else:
-            slot_11T = jnp.arange(sources[0].k_BJTC.shape[2])[None, None]
+            slot_11T = jnp.arange(patch_kv[0].k_BJTC.shape[2])[None, None]
             mask_BQT = slot_11T // self.config.cross.slots == reads_BQ[..., None]
             attend = [
                 functools.partial(cross.step, sources=source, mask_BQT=mask_BQT)
-                for cross, source in zip(self.crosses, sources, strict=True)
+                for cross, source in zip(self.crosses, patch_kv, strict=True)
             ]
-        states, fresh = through(self.blocks, x_BQE, positions, caches, attend)
-        return self.logits(states[-1]), stored(caches, fresh, positions.slot_BQ, states[-1])
+        states, new_kv = through(self.blocks, x_BQE, positions, caches, attend)
+        return self.logits(states[-1]), stored(caches, new_kv, positions.slot_BQ, states[-1])

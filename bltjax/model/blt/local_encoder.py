@@ -78,16 +78,16 @@ class LocalEncoder(nn.Module):
         ranges = slot_ranges(patches.pool_ranges, self.config.cross.slots, queries=True)
         pool = functools.partial(pool_max, patches=patch_slots)
         crosses = dict(zip(self.attending, self.crosses, strict=True))
-        states, kept = [], []
+        states, new_kv = [], []
         for layer, block in enumerate(self.blocks):
             x_BNE, keys_values = block(x_BNE, patches.bytes_ranges)
             states.append(x_BNE)
-            kept.append(keys_values)
+            new_kv.append(keys_values)
             if layer in self.pooling:
                 slots_BSE = self.queries(by_rows(pool, x_BNE, patches.patch_of_BN))
             if layer in crosses:
                 slots_BSE = crosses[layer](slots_BSE, x_BNE, ranges)
-        return embeds_BNE, states, slots_BSE, kept
+        return embeds_BNE, states, slots_BSE, new_kv
 
     def step(self, past_BT, positions: CachePositions, caches):
         """States after each layer [B, Q, E] of the newest bytes, and the updated caches.
@@ -100,25 +100,25 @@ class LocalEncoder(nn.Module):
         if hashed.tables:
             ids_RBQ = hash_ids(hashed, past_BT)[:, :, -queries:]
         x_BQE = self.embedded(past_BT[:, -queries:], ids_RBQ)
-        states, fresh = through(self.blocks, x_BQE, positions, caches)
-        return states, stored(caches, fresh, positions.slot_BQ, states[-1])
+        states, new_kv = through(self.blocks, x_BQE, positions, caches)
+        return states, stored(caches, new_kv, positions.slot_BQ, states[-1])
 
-    def offered(self, states):
+    def patch_inputs(self, states):
         """The inputs of a patch from its bytes: for each pooling layer the states, for each
         cross-attention keys and values [B, N, G, C]."""
         crosses = zip(self.attending, self.crosses, strict=True)
         pooled = tuple(states[layer] for layer in self.pooling)
         return pooled, tuple(cross.source(states[layer]) for layer, cross in crosses)
 
-    def closed(self, pooled, sources, mask_BPT):
-        """Slots [B, P * K, E] of complete patches, from the inputs that `offered` returned.
+    def pool_patch(self, pooled, byte_kv, mask_BPT):
+        """Slots [B, P * K, E] of complete patches, from the inputs that `patch_inputs` returned.
 
-        pooled: for each pooling layer the maximum over the patch's bytes, [B, P, E]. sources: for
+        pooled: for each pooling layer the maximum over the patch's bytes, [B, P, E]. byte_kv: for
         each cross-attention a `Cache` of bytes, masked to each patch's own.
         """
         mask_BST = jnp.repeat(mask_BPT, self.config.cross.slots, axis=1)
         slots_BSE = self.queries(pooled[0])
-        for number, (cross, source) in enumerate(zip(self.crosses, sources, strict=True)):
+        for number, (cross, source) in enumerate(zip(self.crosses, byte_kv, strict=True)):
             if 0 < number < len(pooled):
                 slots_BSE = self.queries(pooled[number])
             slots_BSE = cross.step(slots_BSE, source, mask_BST)

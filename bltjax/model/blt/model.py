@@ -32,13 +32,13 @@ class BLT(nn.Module):
             row_patches, patches=self.row_patches, window=self.config.local.window
         )
         patches = by_rows(ranges, documents_BN, starts_BN1)
-        embeds_BNE, states, slots_BSE, encoder_kept = LocalEncoder(*parts, name="encoder")(
+        embeds_BNE, states, slots_BSE, encoder_kv = LocalEncoder(*parts, name="encoder")(
             bytes_BN, documents_BN, patches, self.row_patches
         )
         latent = LatentTransformer(*parts, self.row_patches, self.scanned, name="latent")
-        latent_BPD, latent_kept = latent(slots_BSE, patches.latent_ranges)
+        latent_BPD, latent_kv = latent(slots_BSE, patches.latent_ranges)
         decoder = LocalDecoder(*parts, name="decoder")
-        logits_BNV, decoder_kept = decoder(states[-1], latent_BPD, patches)
+        logits_BNV, decoder_kv = decoder(states[-1], latent_BPD, patches)
         return logits_BNV, {
             "embeds_BNE": embeds_BNE,
             "layer_states": states,
@@ -47,5 +47,5 @@ class BLT(nn.Module):
             "latent_BPD": latent_BPD,
             "patches": patches,
             # Unrotated keys, and values, of every self-attention: for a decoder's prefill.
-            "kept": {"encoder": encoder_kept, "latent": latent_kept, "decoder": decoder_kept},
+            "new_kv": {"encoder": encoder_kv, "latent": latent_kv, "decoder": decoder_kv},
         }
