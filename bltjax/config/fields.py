@@ -142,7 +142,7 @@ def positive(config, *names: str) -> None:
     within(config, "(0, inf)", *names)
 
 
-def check_finite(config, *names: str) -> None:
+def check_finite_settings(config, *names: str) -> None:
     within(config, "(-inf, inf)", *names)
 
 

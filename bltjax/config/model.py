@@ -4,7 +4,14 @@ import dataclasses
 import typing
 
 from bltjax.config.data import check_row
-from bltjax.config.fields import SAME_CONTENT, check_finite, expand, one_of, positive, setting
+from bltjax.config.fields import (
+    SAME_CONTENT,
+    check_finite_settings,
+    expand,
+    one_of,
+    positive,
+    setting,
+)
 
 # What a block keeps for the backward pass, which recomputes the rest.
 #     none      everything but weights all-gathered over fsdp, which are gathered again
@@ -76,9 +83,9 @@ class Patching:
         if self.newline_reset and self.mode != "entropy":
             raise ValueError(f"patching.newline_reset is for entropy mode, not {self.mode!r}")
         positive(self, "patch_bytes")
-        check_finite(self, "threshold")
+        check_finite_settings(self, "threshold")
         if self.threshold_add is not None:
-            check_finite(self, "threshold_add")
+            check_finite_settings(self, "threshold_add")
         if self.max_patch_bytes is not None:
             positive(self, "max_patch_bytes")
         if self.monotonic and self.threshold_add is not None:

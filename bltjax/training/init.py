@@ -167,7 +167,7 @@ def started(config: RunConfig, params, shardings):
     leaves = llama_leaves(path_of(config.latent_init.path), config.model.latent)
     blocks = params["latent"].pop("blocks")  # freed before the others come
     for name in blocks:
-        blocks[name] = on_devices(
+        blocks[name] = stacked_on_devices(
             leaves[f"latent/blocks/{name}"], shardings["latent"]["blocks"][name]
         )
     params["latent"]["blocks"] = blocks
@@ -179,7 +179,7 @@ def started(config: RunConfig, params, shardings):
     return params
 
 
-def on_devices(leaf, sharding):
+def stacked_on_devices(leaf, sharding):
     """A stored leaf of stacked layers as a float32 array; a process reads its devices' part."""
 
     def part(index):

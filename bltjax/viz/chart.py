@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bltjax.progress import quantity
-from bltjax.viz.html import filled
+from bltjax.viz.html import render
 
 POINTS = 400  # of a curve; of more, neighbours are averaged
 HINTS = 80  # points of a curve that have a label
@@ -95,7 +95,7 @@ def chart(title: str, lines: Sequence[Line], *, from_zero: bool = False) -> str:
             }
         )
     steps = [step for step in ticks(first, first + wide, 5) if step == int(step)]
-    return filled(
+    return render(
         "chart.html",
         title=title,
         width=WIDTH,

@@ -16,7 +16,7 @@ TEMPLATES.globals["COLOURS"] = COLOURS
 TOP = 5.6  # nats, of the curve; ln 260 is 5.56
 
 
-def filled(template: str, **values) -> str:
+def render(template: str, **values) -> str:
     """A file of templates/ with its values, which are escaped."""
     return TEMPLATES.get_template(template).render(values)
 
@@ -25,7 +25,7 @@ def page(text: bytes, cuts: list[Cut], note: str) -> str:
     """A self-contained HTML page: the patches of every scheme, entropies in their tooltips."""
     sections = [(cut, cut_summary(text, cut), curve(cut), hinted(text, cut)) for cut in cuts]
     width = max(1, len(text) - 1)
-    return filled("patches.html", note=note, sections=sections, width=width, top=TOP)
+    return render("patches.html", note=note, sections=sections, width=width, top=TOP)
 
 
 def curve(cut: Cut) -> str:

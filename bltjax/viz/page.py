@@ -19,7 +19,7 @@ from bltjax.progress import duration, quantity
 from bltjax.system.paths import path_of
 from bltjax.system.storage import read_json, write_text
 from bltjax.viz.chart import Line, chart, series
-from bltjax.viz.html import filled
+from bltjax.viz.html import render
 from bltjax.weights import workdir as ckpt
 from bltjax.weights.workdir import read_reports
 
@@ -35,7 +35,7 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class SamplePatch:
     """A patch of a held-out text; the entropy of its first byte, if the model places patches so."""
 
     text: str
@@ -53,7 +53,7 @@ class Samples:
     step: int
     temperature: float
     texts: tuple[Text, ...] = ()
-    patches: tuple[Piece, ...] = ()
+    patches: tuple[SamplePatch, ...] = ()
 
 
 def curves(reports: Sequence[dict]) -> str:
@@ -120,7 +120,7 @@ def samples_part(found: Samples) -> str:
             hint += f"; its first was unsure by {piece.nats:.2f} nats"
         patches.append((piece.text, hint))
     mean = sum(piece.bytes for piece in found.patches) / max(len(patches), 1)
-    return filled("samples.html", found=found, patches=patches, mean=f"{mean:.2f}")
+    return render("samples.html", found=found, patches=patches, mean=f"{mean:.2f}")
 
 
 def read_samples(path: epath.Path) -> Samples:
@@ -151,7 +151,7 @@ def run_page(workdir: epath.Path) -> str:
             samples = samples_part(read_samples(workdir / SAMPLES))
         except ValueError as error:
             print(f"{error}: the page has no samples; `page` writes others")
-    return filled(
+    return render(
         "run.html",
         kind=kind[0].upper() + kind[1:],
         workdir=workdir,

@@ -215,7 +215,7 @@ def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Wr
     return state._replace(memory=memory), out
 
 
-def filled(model, ahead: int, chunk: int, write, state: State, *more):
+def fill_chunk(model, ahead: int, chunk: int, write, state: State, *more):
     """Repeats write(state, out, *more) -> (state, out, *more), which writes at most `ahead` ids per
     row, until a row has no room for so many in `chunk`, all have ended, or one needs more memory.
 
@@ -242,9 +242,9 @@ def filled(model, ahead: int, chunk: int, write, state: State, *more):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def run_loop(model, steps: Steps, chunk: int, params, asked: Asked, state: State):
     """Ticks until a row has generated `chunk` ids, all have ended, or one needs more room; returns
-    the same as `filled`. Groups of devices stop independently."""
+    the same as `fill_chunk`. Groups of devices stop independently."""
 
     def write(weights, state):
-        return filled(model, 1, chunk, functools.partial(tick, model, steps, *weights), state)
+        return fill_chunk(model, 1, chunk, functools.partial(tick, model, steps, *weights), state)
 
     return in_groups(write, (params, asked), state)

@@ -27,7 +27,7 @@ from bltjax.inference.decoding.loop import (
     State,
     added,
     endings,
-    filled,
+    fill_chunk,
     sound,
     when,
 )
@@ -235,6 +235,6 @@ def run_rounds(model: CachedBLT, queries: int, chunk: int, params, asked: Asked,
     def write(weights, state):
         logits_BV, memory = model.predict(weights[0], state.memory)
         round_of = functools.partial(write_round, model, queries, *weights)
-        return filled(model, queries, chunk, round_of, state._replace(memory=memory), logits_BV)
+        return fill_chunk(model, queries, chunk, round_of, state._replace(memory=memory), logits_BV)
 
     return in_groups(write, (params, asked), state)

@@ -53,7 +53,7 @@ TRANSFORMER = {  # both models' arguments: defaults of Meta's base class
     "dim": 512, "n_layers": 8, "n_heads": None, "n_kv_heads": None, "ffn_dim_multiplier": None,
     "multiple_of": 256, "norm_eps": 1e-5, "rope_theta": 10000.0, "max_seqlen": 1024,
 }  # fmt: skip
-BLT = TRANSFORMER | {
+BLT_FIELDS = TRANSFORMER | {
     "n_heads": 8, "ffn_dim_multiplier": 1.0, "dim_token": None, "dim_global": 512,
     "dim_local_encoder": 512, "dim_local_decoder": 512, "n_layers_global": 8,
     "n_layers_local_encoder": 8, "n_layers_local_decoder": 8, "n_heads_global": 8,
@@ -122,7 +122,7 @@ def hidden_width(width: int, multiplier: float | None, multiple_of: int) -> int:
 
 def blt_config(args: dict, where: str, notes: list[str]) -> tuple[BLTConfig, int, int]:
     """The settings of a BLT, and the most bytes and patches of a row."""
-    found = check_fields(args, BLT, REQUIRED, WITHOUT_EFFECT, where, OPTIONAL)
+    found = check_fields(args, BLT_FIELDS, REQUIRED, WITHOUT_EFFECT, where, OPTIONAL)
     if found["cross_attn_k"] is None:
         raise ValueError(f"{where} does not give cross_attn_k, the slots of a patch")
     ours = ours_of(BLT_PAIRS, found, where)
