@@ -19,7 +19,6 @@ A text is str or bytes. What is imported starts no jax before it is used. `pytho
 programs; bltjax/README.md has more examples.
 """
 
-import importlib
 import typing
 
 if typing.TYPE_CHECKING:
@@ -33,11 +32,6 @@ __all__ = [
     "BLT", "ByteLM", "Model", "Patching", "evaluate", "load", "load_config", "patch",
     "range_attention", "threshold", "train", "training_batches",
 ]  # fmt: skip
-# Where the names are that `__getattr__` imports.
-ROOMS = {
-    "BLT": "model", "ByteLM": "model", "Model": "families", "Patching": "config.model",
-    "range_attention": "attention",
-}  # fmt: skip
 
 
 def load(path, *, mesh: str | None = None, dtype: str | None = None):
@@ -179,9 +173,20 @@ def threshold(records, mean: float) -> float:
 
 def __getattr__(name: str):
     """Classes and functions of the rooms, imported when they are asked for."""
-    if name not in ROOMS:
-        raise AttributeError(f"module 'bltjax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"bltjax.{ROOMS[name]}"), name)
+    match name:
+        case "BLT":
+            from bltjax.model import BLT as found
+        case "ByteLM":
+            from bltjax.model import ByteLM as found
+        case "Model":
+            from bltjax.families import Model as found
+        case "Patching":
+            from bltjax.config.model import Patching as found
+        case "range_attention":
+            from bltjax.attention import range_attention as found
+        case _:
+            raise AttributeError(f"module 'bltjax' has no attribute {name!r}")
+    return found
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,6 @@
 """python -m bltjax VERB: the verbs and their help; a program is imported only when it is run."""
 
 import argparse
-import importlib
 import logging
 import os
 import sys
@@ -10,7 +9,7 @@ import typing
 
 from bltjax.system.environment import check_flags, keep_buffers, prepare_process, refused_platform
 
-# Help of each verb.
+# Help of each verb; its program has add_arguments(parser) and main(args, overrides).
 VERBS = {
     "train": "train a byte LM or a BLT; the same command resumes it",
     "entropies": "score a corpus with a byte LM and write records to train a BLT on",
@@ -25,28 +24,38 @@ VERBS = {
     "inspect": "identify a folder (run, export, records, weights) and check it",
     "benchmark": "time a training step, beside the transformers port",
 }
-# The module of each verb, with add_arguments(parser) and main(args, overrides).
-PROGRAMS = {
-    "train": "training.train",
-    "entropies": "inference.entropies",
-    "corpus": "inference.corpus",
-    "calibrate": "data.calibrate",
-    "evaluate": "evaluation.evaluate",
-    "generate": "inference.generate",
-    "patches": "viz.patches",
-    "convert": "convert.convert",
-    "plan": "planning.plan",
-    "page": "viz.samples",
-    "inspect": "convert.inspect",
-    "benchmark": "benchmark.command",
-}
 # Verbs that compute little or once: they return freed memory as soon as they can.
 FRUGAL = ("convert", "inspect", "plan")
 
 
 def program_of(verb: str):
     """The module of a verb, imported on demand, since most import jax."""
-    return importlib.import_module(f"bltjax.{PROGRAMS[verb]}")
+    match verb:
+        case "train":
+            from bltjax.training import train as program
+        case "entropies":
+            from bltjax.inference import entropies as program
+        case "corpus":
+            from bltjax.inference import corpus as program
+        case "calibrate":
+            from bltjax.data import calibrate as program
+        case "evaluate":
+            from bltjax.evaluation import evaluate as program
+        case "generate":
+            from bltjax.inference import generate as program
+        case "patches":
+            from bltjax.viz import patches as program
+        case "convert":
+            from bltjax.convert import convert as program
+        case "plan":
+            from bltjax.planning import plan as program
+        case "page":
+            from bltjax.viz import samples as program
+        case "inspect":
+            from bltjax.convert import inspect as program
+        case "benchmark":
+            from bltjax.benchmark import command as program
+    return program
 
 
 def main(argv: list[str] | None = None) -> int:

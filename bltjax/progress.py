@@ -42,15 +42,15 @@ class Progress:
 
     def __init__(self, what: str, total: float, unit: str = "B", quiet: bool = False):
         self.what, self.total, self.unit, self.quiet = what, total, unit, quiet
-        self.started_at = self.said = time.monotonic()
+        self.started_at = self.printed_at = time.monotonic()
         self.interval = 1.0 if sys.stderr.isatty() else 10.0
         self.done = 0.0
 
     def advance(self, amount: float) -> None:
         self.done += amount
         now = time.monotonic()
-        if now - self.said >= self.interval and not self.quiet:
-            self.said = now
+        if now - self.printed_at >= self.interval and not self.quiet:
+            self.printed_at = now
             self.print()
 
     def print(self) -> None:

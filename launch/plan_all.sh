@@ -32,7 +32,7 @@ chosen=()
 for plan in "${plans[@]}"; do
     [[ "${plan%% *}" == *"$only"* ]] && chosen+=("$plan")
 done
-begun=$SECONDS compiled=0 missing=0
+started=$SECONDS compiled=0 missing=0
 for plan in "${chosen[@]}"; do
     [ -s "$workdir/${plan%% *}.json" ] || missing=$((missing + 1))
 done
@@ -41,7 +41,7 @@ for plan in "${chosen[@]}"; do
     [ -s "$workdir/$name.json" ] && continue
     left=""
     if [ "$compiled" -gt 0 ]; then
-        left=", about $(((SECONDS - begun) * (missing - compiled) / compiled / 60)) minutes left"
+        left=", about $(((SECONDS - started) * (missing - compiled) / compiled / 60)) minutes left"
     fi
     echo "$name: $((compiled + 1)) of $missing$left" >&2
     options=()

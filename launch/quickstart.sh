@@ -36,7 +36,7 @@ except ValueError as error:
 mkdir -p "$workdir/seconds"
 
 stage() {  # stage NAME COMMAND...: run it once, and remember how long it took
-    local name="$1" begun=$SECONDS
+    local name="$1" started=$SECONDS
     shift
     if [ -e "$workdir/seconds/$name" ]; then
         echo "== $name: done before"
@@ -44,7 +44,7 @@ stage() {  # stage NAME COMMAND...: run it once, and remember how long it took
     fi
     echo "== $name"
     "$@"
-    echo $((SECONDS - begun)) > "$workdir/seconds/$name"
+    echo $((SECONDS - started)) > "$workdir/seconds/$name"
 }
 blt=(python -m bltjax)
 records="$workdir/records"

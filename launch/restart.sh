@@ -11,16 +11,16 @@ case "${1:---help}" in
     --help) echo "usage: bash launch/restart.sh COMMAND..." >&2; exit 2 ;;
 esac
 most=20 long=600 pause="${BLTJAX_RESTART_PAUSE:-10}"
-told=false stopped=false interrupted=false child=
+terminated=false stopped=false interrupted=false child=
 pass_on() {
-    told=true interrupted=true
+    terminated=true interrupted=true
     [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true
 }
 trap pass_on TERM
 trap 'stopped=true interrupted=true' INT
 short=0
 while true; do
-    begun=$SECONDS
+    started=$SECONDS
     (trap - INT; exec "$@") &  # without the trap the shell would have it ignore a Ctrl-C
     child=$!
     interrupted=true
@@ -29,7 +29,7 @@ while true; do
         wait "$child" || code=$?
     done
     child=
-    if $told; then
+    if $terminated; then
         [ "$code" -le 128 ] || code=75
         exit "$code"
     fi
@@ -41,7 +41,7 @@ while true; do
             ! $stopped || exit 130
             ;;
     esac
-    if [ $((SECONDS - begun)) -lt $long ]; then
+    if [ $((SECONDS - started)) -lt $long ]; then
         short=$((short + 1))
     else
         short=0
@@ -50,8 +50,8 @@ while true; do
         echo "restart.sh: exit code $code; $most runs in a row took under $long s: giving up" >&2
         exit 1
     fi
-    echo "restart.sh: exit code $code after $((SECONDS - begun)) s; again in $pause s" >&2
+    echo "restart.sh: exit code $code after $((SECONDS - started)) s; again in $pause s" >&2
     sleep "$pause" & wait $! || true  # a SIGTERM needn't wait for it
-    ! $told || exit 75
+    ! $terminated || exit 75
     ! $stopped || exit 130
 done

@@ -14,7 +14,7 @@ from bltjax.text.alphabet import encode
 from bltjax.weights.lazy import Tensor
 from bltjax.weights.released.hf_settings import read_settings
 from bltjax.weights.released.llama import block_shapes, latent_config
-from bltjax.weights.released.mapping import LLAMA, PORT, blt_pieces, byte_lm_pieces, latent_pieces
+from bltjax.weights.released.mapping import LLAMA, PORT, blt_parts, byte_lm_parts, latent_parts
 from bltjax.weights.released.tensors import tensor_shapes
 from bltjax.weights.safetensors import write_file
 
@@ -105,13 +105,13 @@ def tensors_by_rule(shapes: dict, dtypes: dict | None = None) -> dict[str, Tenso
 
 def shapes_of(config, byte_lm) -> dict:
     """The shape of each tensor of the port, from our configs."""
-    found = tensor_shapes(blt_pieces(PORT, config.model), leaf_shapes(config))
-    pieces = byte_lm_pieces(PORT, byte_lm.model)
-    return found | tensor_shapes(pieces, leaf_shapes(byte_lm))
+    found = tensor_shapes(blt_parts(PORT, config.model), leaf_shapes(config))
+    parts = byte_lm_parts(PORT, byte_lm.model)
+    return found | tensor_shapes(parts, leaf_shapes(byte_lm))
 
 
 def llama_shapes(latent) -> dict:
-    blocks = tensor_shapes(latent_pieces(LLAMA, latent, rotary="half_split"), block_shapes(latent))
+    blocks = tensor_shapes(latent_parts(LLAMA, latent, rotary="half_split"), block_shapes(latent))
     width = latent.width
     return blocks | {
         "model.embed_tokens.weight": (64, width), "model.norm.weight": (width,),

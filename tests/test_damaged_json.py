@@ -259,10 +259,10 @@ def test_a_run_resumes_without_its_statistics(runs, tmp_path, capsys):
     lines.insert(3, lines[3][: len(lines[3]) // 2])
     (copy / "metrics.jsonl").write_text("\n".join([*lines, "3", '{"step": "4"}']))
     assert main(command(runs, "byte_lm", copy)) == 0
-    message = capsys.readouterr()
-    assert f"{copy / 'goodput.json'} is empty: goodput is counted from here on" in message.out
-    assert f"{copy / 'metrics.jsonl'}: 3 damaged lines are left out" in message.err
-    assert f"{copy / 'samples.json'} is truncated at byte 20" in message.out
+    printed = capsys.readouterr()
+    assert f"{copy / 'goodput.json'} is empty: goodput is counted from here on" in printed.out
+    assert f"{copy / 'metrics.jsonl'}: 3 damaged lines are left out" in printed.err
+    assert f"{copy / 'samples.json'} is truncated at byte 20" in printed.out
     assert losses(copy) == losses(runs.byte_lm) and read_sums(copy / "goodput.json")["ended"]
     assert "Bits per byte" in (copy / "page.html").read_text(encoding="utf-8")
 
@@ -279,10 +279,10 @@ def test_scoring_goes_on(runs, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"manifest.json is not a manifest .*Run the entropies"):
         RecordDocuments(epath.Path(out))
     assert part(runs, out, 0, 1) is not None
-    message = capsys.readouterr().out
-    assert f"{out / 'plan.json'} is empty; it is lost" in message
-    assert f"{side} is truncated at byte 50: its shard is scored again" in message
-    assert message.count(": kept,") == len(others)
+    printed = capsys.readouterr().out
+    assert f"{out / 'plan.json'} is empty; it is lost" in printed
+    assert f"{side} is truncated at byte 50: its shard is scored again" in printed
+    assert printed.count(": kept,") == len(others)
     assert contents(out) == contents(runs.root / "records" / "train")
     after = [path.stat().st_mtime_ns for path in (first, *others)]
     assert after[1:] == before[1:] and after[0] > before[0]

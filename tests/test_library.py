@@ -203,7 +203,7 @@ def same(batch, other) -> bool:
 @pytest.mark.parametrize("model", ["byte_lm", "blt"])
 def test_training_batches_are_those_of_a_run(runs, model, tmp_path, monkeypatch):
     config, trained_on = config_of(runs, model), []
-    kept = rows.global_batch
+    kept = rows.make_global_batch
     monkeypatch.setattr(
         trainer, "global_batch", lambda batch, *more: trained_on.append(batch) or kept(batch, *more)
     )

@@ -35,7 +35,7 @@ class Cache(NamedTuple):
 class CachePositions(NamedTuple):
     """The next positions of each row: their slots, masks and rotary angles.
 
-    seen_BQT: the mask over the cache's slots, then over the new positions themselves.
+    mask_BQT: the mask over the cache's slots, then over the new positions themselves.
     """
 
     slot_BQ: jax.Array
@@ -52,7 +52,7 @@ def ring_positions(last_B, slots: int):
 def ring_cache_positions(
     count_B, begin_BQ, slots: int, window: int, channels: int, theta: float
 ) -> CachePositions:
-    """Places of the positions from `count` on; each sees `window` positions, none before `begin`.
+    """`CachePositions` of those from `count` on; each sees `window` positions, none before `begin`.
 
     The ring needs W + Q - 1 slots. With fewer, positions that are taken back would have overwritten
     keys that the first of them still needs when it is run again.
@@ -104,12 +104,12 @@ def ring_of(k_BNJC, v_BNJC, length_B, slots: int, theta: float) -> Cache:
     """The ring of rows whose first `length` positions were run at once; keys come unrotated."""
     position_BT = ring_positions(length_B - 1, slots)
 
-    def gathered(x_BNJC):
+    def picked(x_BNJC):
         index_BT11 = jnp.maximum(position_BT, 0)[..., None, None]
         return jnp.take_along_axis(x_BNJC, index_BT11, axis=1)
 
     angles = endless_angles(position_BT, k_BNJC.shape[-1], theta)
-    k_BTJC, v_BTJC = rotate(gathered(k_BNJC), angles), gathered(v_BNJC)
+    k_BTJC, v_BTJC = rotate(picked(k_BNJC), angles), picked(v_BNJC)
     return Cache(k_BTJC.transpose(0, 2, 1, 3), v_BTJC.transpose(0, 2, 1, 3))
 
 

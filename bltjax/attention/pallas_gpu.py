@@ -33,7 +33,7 @@ FP32 = jnp.float32
 LEAST = 16  # side of the smallest matrix that a tensor core multiplies
 
 
-class KernelPlan(NamedTuple):
+class GpuPlan(NamedTuple):
     """Static parameters of the kernels."""
 
     forward: Tiles
@@ -88,7 +88,7 @@ def pallas_gpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, inter
         padded(v_BTJC, extra_keys),
         start,
         end,
-        KernelPlan(
+        GpuPlan(
             forward,
             backward,
             warps=4 if channels <= 64 else 8,
@@ -101,11 +101,11 @@ def pallas_gpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, inter
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan: KernelPlan):
+def attend(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan: GpuPlan):
     return attend_forward(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan)[0]
 
 
-def attend_forward(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan: KernelPlan):
+def attend_forward(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan: GpuPlan):
     rows, queries, heads, _ = q_BQHC.shape
     arrays = dict(q=q_BQHC, k=k_BTJC, v=v_BTJC, start=start_BQ, end=end_BQ)
     first, last = visible_tiles(start_BQ, end_BQ, plan.forward)
@@ -124,7 +124,7 @@ def attend_forward(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, plan: KernelPlan):
     return out, (q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, out, log_sum)
 
 
-def attend_backward(plan: KernelPlan, residuals, grad_BQHC):
+def attend_backward(plan: GpuPlan, residuals, grad_BQHC):
     q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, out, log_sum = residuals
     # sum over keys of p dp, for every query: the softmax subtracts it from each gradient.
     delta = (grad_BQHC.astype(FP32) * out.astype(FP32)).sum(axis=3).transpose(0, 2, 1)
@@ -155,7 +155,7 @@ def attend_backward(plan: KernelPlan, residuals, grad_BQHC):
 attend.defvjp(attend_forward, attend_backward)
 
 
-def call(kernel, inputs, outputs, tiles: Tiles, plan: KernelPlan, *, products: int):
+def call(kernel, inputs, outputs, tiles: Tiles, plan: GpuPlan, *, products: int):
     """Runs a kernel with one program per tile; it gets the other arrays of its head whole."""
     rows, queries, heads, channels = inputs["q"].shape
     keys, shared = inputs["k"].shape[1:3]

@@ -66,7 +66,7 @@ LONG = 512  # a window beyond this is a long context
 
 
 @dataclass(frozen=True)
-class KernelPlan:
+class TpuPlan:
     """Static parameters of the kernels."""
 
     pattern: Pattern
@@ -102,9 +102,7 @@ class KernelPlan:
         )
 
 
-def make_kernel_plan(
-    pattern: Pattern, queries: int, keys: int, shared: int, group: int, head
-) -> KernelPlan:
+def kernel_plan(pattern: Pattern, queries: int, keys: int, shared: int, group: int, head):
     """Tile sizes, multiples of the lanes that split no patch's slots, and heads per step.
 
     Cycles here are those of v5e's static schedule; v5p's is the same within 3 %, v6e's up to 30 %
@@ -128,7 +126,7 @@ def make_kernel_plan(
     other = whole_patches(min(side * side // (tile * group), keys), LANES, key_slots)
     counts = (1,) if long else (4, 3, 2, 1)
     tiles = Tiles(tile, other)
-    plans = [KernelPlan(pattern, tiles, group, count) for count in counts if shared % count == 0]
+    plans = [TpuPlan(pattern, tiles, group, count) for count in counts if shared % count == 0]
     held = replace(plans[-1], held=queries + -queries % tile)
     if long and held.vmem_bytes(*head) <= MOST_VMEM_BYTES:
         return held
@@ -146,7 +144,7 @@ def pallas_tpu(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern, inter
     queries, heads, channels = q_BQHC.shape[1:]
     keys, shared = k_BTJC.shape[1:3]
     head = (channels, q_BQHC.dtype.itemsize)
-    plan = make_kernel_plan(pattern, queries, keys, shared, heads // shared, head)
+    plan = kernel_plan(pattern, queries, keys, shared, heads // shared, head)
     plan = replace(plan, interpret=interpret)
     tiles = plan.tiles
     work = rows_and_columns(pattern, start_BQ, end_BQ, keys, tiles)
@@ -171,12 +169,12 @@ def positions_last(x_BQHC, tile: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def attend(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan: KernelPlan):
+def attend(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan: TpuPlan):
     """Attention with positions last; `bounds` are start and end [B, 1, Q], `work` both lists."""
     return attend_forward(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan)[0]
 
 
-def attend_forward(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan: KernelPlan):
+def attend_forward(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan: TpuPlan):
     channels = q_BHCQ.shape[2]
     row_of_each = (*q_BHCQ.shape[:2], 1, q_BHCQ.shape[3])
     out, log_sum = call(
@@ -195,7 +193,7 @@ def attend_forward(q_BHCQ, k_BJCT, v_BJCT, bounds, work, plan: KernelPlan):
     return out, (q_BHCQ, k_BJCT, v_BJCT, bounds, work, out, log_sum)
 
 
-def attend_backward(plan: KernelPlan, residuals, grad_BHCQ):
+def attend_backward(plan: TpuPlan, residuals, grad_BHCQ):
     q_BHCQ, k_BJCT, v_BJCT, bounds, work, out, log_sum = residuals
     channels = q_BHCQ.shape[2]
     # sum over keys of p dp, for every query: the softmax subtracts it from each gradient.
@@ -239,7 +237,7 @@ def attend_backward(plan: KernelPlan, residuals, grad_BHCQ):
 attend.defvjp(attend_forward, attend_backward)
 
 
-def call(kernel, work: WorkList, inputs, outputs, scratch, plan: KernelPlan, *, products: int):
+def call(kernel, work: WorkList, inputs, outputs, scratch, plan: TpuPlan, *, products: int):
     """Runs a kernel over a work list, with each array cut into tiles by its name."""
     rows, shared, channels, _ = inputs["k"].shape
     steps, tiles = work.tile.shape[1], plan.tiles

@@ -1,4 +1,4 @@
-"""Sliding attention tile by tile: linear in the keys that are seen, and scores are never stored.
+"""Sliding attention tile by tile: linear in the visible keys, and scores are never stored.
 
     keys      0 . . . . . . . . . . . . . . . . . . T
     queries  [tile 0]  |lo ==== hi|                     a tile of queries sees keys lo ... hi, from
@@ -6,18 +6,19 @@
              [tile 2]          |lo == tk ==|== tk ==|   it walks over them tk at a time
 
 A running maximum and sum combine the steps into one softmax; the backward pass recomputes the
-scores. So memory is linear in the row, and time in the keys that are seen: keys after the query,
+scores. So memory is linear in the row, and time in the visible keys: keys after the query,
 outside the window or in another document cost nothing. A CPU runs the rows in turn, so that a
 tile's scores stay in its cache (ten times faster than one large product); other devices run them
 in parallel.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from bltjax.attention.staircase import Tiles
 
 HIDDEN = -1e30  # the score of a masked key
 FLOOR = -1e20  # below every unmasked score, above HIDDEN
@@ -26,11 +27,6 @@ OUTCOME = "attention"  # the name of attention's output for rematerialisation
 
 def outcome(*arrays):
     return tuple(checkpoint_name(array, OUTCOME) for array in arrays)
-
-
-class Tiles(NamedTuple):
-    queries: int
-    keys: int
 
 
 def tile_sizes(queries: int, keys: int, span: int) -> Tiles:

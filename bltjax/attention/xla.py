@@ -70,16 +70,14 @@ def read_slots(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, slots: int):
     # Sorted flat ids make the backward pass a sorted scatter.
     ids = (jnp.arange(rows, dtype=jnp.int32)[:, None] * groups + group_BQ).reshape(-1)
 
-    def gathered(x_BTJC):
+    def picked(x_BTJC):
         x = x_BTJC.reshape(rows * groups, slots, shared, channels)
         x = x.at[ids].get(indices_are_sorted=True, mode="promise_in_bounds")
         return x.reshape(rows, queries, slots, shared, channels)
 
     q = q_BQHC.reshape(rows, queries, shared, -1, channels)
-    scores = jnp.einsum(
-        "bqjic,bqsjc->bqjis", q, gathered(k_BTJC), preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("bqjic,bqsjc->bqjis", q, picked(k_BTJC), preferred_element_type=jnp.float32)
     mask_BQ = end_BQ > start_BQ
     probs = masked_softmax(scores * channels**-0.5, mask_BQ[:, :, None, None, None])
-    out = jnp.einsum("bqjis,bqsjc->bqjic", probs.astype(v_BTJC.dtype), gathered(v_BTJC))
+    out = jnp.einsum("bqjis,bqsjc->bqjic", probs.astype(v_BTJC.dtype), picked(v_BTJC))
     return out.reshape(q_BQHC.shape)

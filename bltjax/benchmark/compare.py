@@ -117,9 +117,9 @@ def benchmark_generate(args: argparse.Namespace) -> tuple[dict, str]:
     finder = Worker("cached", args.threads, args.prompt_bytes, -1)
     finder.close()
     sides = ["cached", "whole"] + (["port"] if args.peer else [])
-    place = args.prompt_bytes, finder.ready["begin"]
-    found = medians(sides, args.repeats, args.threads, *place)
-    texts = {side: found[side]["said"]["text"] for side in sides}
+    where = args.prompt_bytes, finder.ready["begin"]
+    found = medians(sides, args.repeats, args.threads, *where)
+    texts = {side: found[side]["figures"]["text"] for side in sides}
     ours_ms, whole_ms = found["cached"]["ms"] / BYTES, found["whole"]["ms"] / WHOLE_BYTES
     result = {"prompt_bytes": args.prompt_bytes, "ours_ms_per_byte": ours_ms}
     result |= {"uncached_ms_per_byte": whole_ms, "uncached_ratio": whole_ms / ours_ms}
@@ -128,7 +128,7 @@ def benchmark_generate(args: argparse.Namespace) -> tuple[dict, str]:
         result |= {"peer": args.peer, "peer_ms_per_byte": peer_ms, "ratio": peer_ms / ours_ms}
         result["same_text"] = texts["port"] == texts["cached"]
     result["same_beginning"] = len({text[: 2 * WHOLE_BYTES] for text in texts.values()}) == 1
-    result["mean_patch_bytes"] = BYTES / max(1, found["cached"]["said"]["patches"])
+    result["mean_patch_bytes"] = BYTES / max(1, found["cached"]["figures"]["patches"])
     result["all_ms"] = {side: found[side]["all_ms"] for side in sides}
     return result | {"threads": args.threads}, speed_words(result)
 
@@ -142,8 +142,8 @@ def benchmark_contexts(args: argparse.Namespace) -> tuple[dict, str]:
         given = [length, args.config] if args.config else [length]
         with contextlib.closing(Worker("context", args.threads, *given)) as worker:
             answers = [worker.step() for _ in range(args.repeats)]
-        times = [answer["said"]["ms_per_byte"] for answer in answers]
-        line = {"context_bytes": length} | answers[-1]["said"]
+        times = [answer["figures"]["ms_per_byte"] for answer in answers]
+        line = {"context_bytes": length} | answers[-1]["figures"]
         lines.append(line | {"ms_per_byte": statistics.median(times)})
         lines[-1]["all_ms_per_byte"] = [round(ms, 3) for ms in times]
         print(json.dumps(lines[-1]), file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from bltjax.families import leaf_shapes, load_config, model_config
 from bltjax.progress import duration, quantity
 from bltjax.weights.lazy import DTYPES, Tensor
 from bltjax.weights.released.hf import port_settings
-from bltjax.weights.released.mapping import PIECES, PORT
+from bltjax.weights.released.mapping import PARTS, PORT
 from bltjax.weights.released.tensors import tensor_shapes
 from bltjax.weights.safetensors import write_folder
 
@@ -47,8 +47,8 @@ def benchmark_convert(args: argparse.Namespace) -> tuple[dict, str]:
     """Writes a folder of the transformers port with made-up weights, and times its import."""
     run, lm = (model_config(load_config(path)) for path in (args.config, args.byte_lm))
     dtype = DTYPES["bfloat16"]
-    shapes = tensor_shapes(PIECES["blt"](PORT, run.model), leaf_shapes(run))
-    shapes |= tensor_shapes(PIECES["byte_lm"](PORT, lm.model), leaf_shapes(lm))
+    shapes = tensor_shapes(PARTS["blt"](PORT, run.model), leaf_shapes(run))
+    shapes |= tensor_shapes(PARTS["byte_lm"](PORT, lm.model), leaf_shapes(lm))
     noise = np.random.default_rng(0).standard_normal(1 << 24, np.float32).astype(dtype)
     tensors = {name: made_up(shape, noise) for name, shape in shapes.items()}
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bltjax-convert-") as room:

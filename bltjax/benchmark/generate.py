@@ -111,8 +111,8 @@ def context_side(path: str | None, context_bytes: int):
     def write() -> dict:
         # A text that ends early would cost less; try the next seed.
         for seed in range(TRIES):
-            if said := timed(seed):
-                return said
+            if figures := timed(seed):
+                return figures
         raise ValueError(f"{TRIES} texts in a row ended within {CHUNK * CHUNKS} bytes")
 
     def timed(seed: int) -> dict | None:

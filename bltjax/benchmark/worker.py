@@ -53,7 +53,7 @@ class Worker:
         return answer
 
     def step(self) -> dict:
-        """{"ms", "peak_mib", "said"} of one more step; `said` are figures of its own."""
+        """{"ms", "peak_mib", "figures"} of one more step; `figures` are its own."""
         with contextlib.suppress(BrokenPipeError):  # it died; the missing answer reports it
             self.process.stdin.write("step\n")
             self.process.stdin.flush()
@@ -72,20 +72,20 @@ def serve(side: str, threads: int, *given: int | str) -> None:
         keep_buffers()
     try:
         make, warm_up = SIDES[side]
-        run, said = make(*given), {}
+        run, figures = make(*given), {}
         for _ in range(warm_up):
-            said = run()
+            figures = run()
     except (ValueError, MemoryError, RuntimeError) as error:
         size = " x ".join(map(str, given))
         print(json.dumps({"error": f"{side}, {size}: {error}"}), flush=True)
         return
-    print(json.dumps(said), flush=True)
+    print(json.dumps(figures), flush=True)
     for _ in sys.stdin:
         started_at = time.perf_counter()
-        said = run()
+        figures = run()
         ms = 1000 * (time.perf_counter() - started_at)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"ms": ms, "peak_mib": peak, "said": said}), flush=True)
+        print(json.dumps({"ms": ms, "peak_mib": peak, "figures": figures}), flush=True)
 
 
 def medians(sides: list[str], repeats: int, threads: int, *numbers: int) -> dict:
@@ -100,7 +100,7 @@ def medians(sides: list[str], repeats: int, threads: int, *numbers: int) -> dict
             "ms": statistics.median(answer["ms"] for answer in mine),
             "all_ms": [round(answer["ms"], 1) for answer in mine],
             "peak_mib": mine[-1]["peak_mib"],
-            "said": mine[-1]["said"],
+            "figures": mine[-1]["figures"],
         }
         for side, mine in zip(sides, zip(*answers, strict=True), strict=True)
     }

@@ -181,7 +181,7 @@ def write_whole(
 
 
 def check_room(destination: epath.Path, wanted: int) -> None:
-    """Raises OSError if the disk has too little room."""
+    """Raises ValueError if the disk has too little room."""
     parent = destination.parent
     while not parent.exists():
         parent = parent.parent

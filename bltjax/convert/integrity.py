@@ -63,9 +63,9 @@ def rows_checksum(piece: np.ndarray, begin: int) -> int:
     bits = np.ascontiguousarray(piece).view(f"u{piece.dtype.itemsize}").astype(np.uint32)
     factor = np.uint32(1)
     for axis, size in enumerate(piece.shape):
-        index = np.arange(size, dtype=np.uint32) + np.uint32(0 if axis else begin)
-        index = index * np.uint32(2 * (axis * 7919 + 1))
-        factor = factor + index.reshape(-1, *[1] * (piece.ndim - 1 - axis))
+        weight = np.arange(size, dtype=np.uint32) + np.uint32(0 if axis else begin)
+        weight *= np.uint32(2 * (axis * 7919 + 1))
+        factor = factor + weight.reshape(-1, *[1] * (piece.ndim - 1 - axis))
     return int((bits * factor).sum(dtype=np.uint32))
 
 

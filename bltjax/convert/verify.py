@@ -13,7 +13,7 @@ from bltjax.text.alphabet import encode
 from bltjax.text.patching import force_starts, patch_starts
 from bltjax.weights.lazy import tree_of
 from bltjax.weights.released.hf import port_settings, port_tensors
-from bltjax.weights.released.mapping import PIECES
+from bltjax.weights.released.mapping import PARTS
 from bltjax.weights.stored import ModelFiles
 
 NEAR_TIE = 1e-4  # nats; closer to the threshold than this, two exact programs may differ
@@ -90,7 +90,7 @@ def port_model(files: ModelFiles):
 
 def port(files: ModelFiles):
     """The same from transformers' own code; None where it is not installed or lacks the model."""
-    by_cnn = files.byte_lm and files.byte_lm.config.model.group not in PIECES
+    by_cnn = files.byte_lm and files.byte_lm.config.model.group not in PARTS
     if files.config.patching is None or by_cnn:
         return None
     try:

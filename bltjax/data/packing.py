@@ -53,13 +53,13 @@ class Fragment(NamedTuple):
     document: CutDocument
     begin: int
     end: int
-    patches: int  # that start in the piece, including the row's forced starts
+    patches: int  # that start in the fragment, including the row's forced starts
 
 
 def next_fragment(
     document: CutDocument, begin: int, used: int, room: int, patch_room: int
 ) -> Fragment:
-    """The longest piece of a document from `begin` that a row with `used` bytes still holds."""
+    """The longest fragment of a document from `begin` that a row with `used` bytes still holds."""
     size = len(document.ids_N)
     if begin == 0 and size <= room and document.patches <= patch_room:
         # Its first two positions open patches anyway, so a row's start adds none.
@@ -77,7 +77,7 @@ def next_fragment(
 
 
 def lay_out(
-    pieces: Sequence[Fragment],
+    fragments: Sequence[Fragment],
     bytes_N,
     targets_N,
     weights_N,
@@ -87,7 +87,7 @@ def lay_out(
 ) -> None:
     """Writes all of one row of a batch, padded with 0, the id BOE."""
     position, ends = 0, []
-    for number, (document, begin, end, _) in enumerate(pieces, start=1):
+    for number, (document, begin, end, _) in enumerate(fragments, start=1):
         next_position = position + end - begin
         bytes_N[position:next_position] = document.ids_N[begin:end]
         if starts_N1 is not None:
@@ -98,13 +98,12 @@ def lay_out(
     for array in (bytes_N, targets_N, weights_N, target_bytes_N, documents_N):
         array[position:] = 0
     if starts_N1 is not None:
-        starts_N1[position + bool(position) :] = (
-            False  # the start after the last byte is the document's
-        )
+        # The start after the last byte is the document's.
+        starts_N1[position + bool(position) :] = False
         starts_N1[: 2 * bool(position)] = True
     if position:
         weights_N[:position] = 1
-        # A target is the next byte, but not across pieces; a document's end has none.
+        # A target is the next byte, but not across fragments; a document's end has none.
         targets_N[: position - 1] = bytes_N[1:position]
         for last, target in ends:
             targets_N[last], weights_N[last] = target, target != BOE
@@ -116,9 +115,9 @@ def batch_of(
 ) -> Batch:
     """A batch, row by row; rows are written directly into its arrays."""
     batch = make_batch(kind, len(rows), row_bytes, np.empty)
-    for number, pieces in enumerate(rows):
+    for number, fragments in enumerate(rows):
         row = {name.replace("_B", "_"): array[number] for name, array in batch._asdict().items()}
-        lay_out(pieces, **row)
+        lay_out(fragments, **row)
     return batch
 
 
@@ -178,7 +177,7 @@ class Packer:
             return self.waiting.pop(0)
         byte_share, patch_share = used / self.row_bytes, patches / self.row_patches
         least, chosen = math.inf, 0
-        for position, candidate in enumerate(self.waiting):
+        for index, candidate in enumerate(self.waiting):
             more_bytes, more_patches = candidate.shares
             # As much of it as fits in the row; compared one by one, for speed.
             part = (1 - byte_share) / more_bytes
@@ -189,27 +188,27 @@ class Packer:
                 part = 1
             uneven = abs(byte_share - patch_share + part * (more_bytes - more_patches))
             if uneven < least:
-                least, chosen = uneven, position
+                least, chosen = uneven, index
         return self.waiting.pop(chosen)
 
     def next_row(self) -> list[Fragment]:
-        """The pieces of the next row; `batch_of` writes it out."""
-        pieces: list[Fragment] = []
+        """The fragments of the next row; `batch_of` writes it out."""
+        fragments: list[Fragment] = []
         used = patches = 0
         while used < self.row_bytes and patches < self.row_patches:
             chosen = self.open or self.pick(used, patches)
             room = (self.row_bytes - used, self.row_patches - patches)
-            piece = next_fragment(chosen.document, chosen.position, used, *room)
-            if piece.end > piece.begin:
-                patches += piece.patches
-                used += piece.end - piece.begin
-                pieces.append(piece)
+            fragment = next_fragment(chosen.document, chosen.position, used, *room)
+            if fragment.end > fragment.begin:
+                patches += fragment.patches
+                used += fragment.end - fragment.begin
+                fragments.append(fragment)
             # With EOS alone left there is nothing more to predict: EOS was the last target.
             self.open = None
-            if piece.end < len(chosen.document.ids_N) - 1:
-                self.open = chosen._replace(position=piece.end)
+            if fragment.end < len(chosen.document.ids_N) - 1:
+                self.open = chosen._replace(position=fragment.end)
                 break
-        return pieces
+        return fragments
 
 
 def pack_exact(
@@ -220,35 +219,35 @@ def pack_exact(
     A document that fits a row is never split; a longer one starts a row of its own and continues in
     further rows. How documents share rows changes no score, only the number of rows.
     """
-    rows: list[tuple[list[Fragment], int, int]] = []  # pieces, bytes, patches
+    rows: list[tuple[list[Fragment], int, int]] = []  # fragments, bytes, patches
     cuts, short = 0, []
     for document in documents:
         size = len(document.ids_N)
-        piece = next_fragment(document, 0, 0, row_bytes, row_patches)
-        if piece.end == size:
-            short.append(piece)
+        fragment = next_fragment(document, 0, 0, row_bytes, row_patches)
+        if fragment.end == size:
+            short.append(fragment)
             continue
-        rows.append(([piece], piece.end, piece.patches))
-        while piece.end < size - 1:
-            piece = next_fragment(document, piece.end, 0, row_bytes, row_patches)
-            rows.append(([piece], piece.end - piece.begin, piece.patches))
+        rows.append(([fragment], fragment.end, fragment.patches))
+        while fragment.end < size - 1:
+            fragment = next_fragment(document, fragment.end, 0, row_bytes, row_patches)
+            rows.append(([fragment], fragment.end - fragment.begin, fragment.patches))
             cuts += 1
     # Largest first, each into the fullest row that has room for it: best fit.
-    short.sort(key=lambda piece: -max(piece.end / row_bytes, piece.patches / row_patches))
+    short.sort(key=lambda fragment: -max(fragment.end / row_bytes, fragment.patches / row_patches))
     by_room = sorted((row_bytes - used, number) for number, (_, used, _) in enumerate(rows))
-    for piece in short:
-        size = piece.end
+    for fragment in short:
+        size = fragment.end
         first = bisect.bisect_left(by_room, (size,))
         # A row with room for the bytes may have none for the patches; few are looked at, for speed.
-        for position in range(first, min(first + 64, len(by_room))):
-            room, number = by_room[position]
-            pieces, used, patches = rows[number]
-            if patches + piece.patches <= row_patches:
-                del by_room[position]
-                rows[number] = ([*pieces, piece], used + size, patches + piece.patches)
+        for index in range(first, min(first + 64, len(by_room))):
+            room, number = by_room[index]
+            fragments, used, patches = rows[number]
+            if patches + fragment.patches <= row_patches:
+                del by_room[index]
+                rows[number] = ([*fragments, fragment], used + size, patches + fragment.patches)
                 break
         else:
             room, number = row_bytes, len(rows)
-            rows.append(([piece], size, piece.patches))
+            rows.append(([fragment], size, fragment.patches))
         bisect.insort(by_room, (room - size, number))
-    return [pieces for pieces, _, _ in rows], cuts
+    return [fragments for fragments, _, _ in rows], cuts

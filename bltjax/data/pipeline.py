@@ -62,13 +62,13 @@ class Stream:
         self.bytes[name] += len(document.ids_N) - 2  # without BOS and EOS
         return key, document
 
-    def record(self, name: str, place: int) -> int:
+    def record(self, name: str, index: int) -> int:
         """The number of the record at an index of this stream's order: one of every B-th.
 
         A source with fewer records than streams is read whole by every stream, each in its own
         order.
         """
-        mine = self.order[name][place]
+        mine = self.order[name][index]
         shared_by_all = len(self.sources[name]) < self.rows
         return mine if shared_by_all else self.number + self.rows * mine
 

@@ -20,7 +20,7 @@ def mixed(x_Q: np.ndarray) -> np.ndarray:
     return x_Q ^ (x_Q >> np.uint64(31))
 
 
-def permuted(places_Q: np.ndarray, length: int, seed: int, epoch: int) -> np.ndarray:
+def permuted(indices_Q: np.ndarray, length: int, seed: int, epoch: int) -> np.ndarray:
     """int64 [Q]: the images of indices under the permutation of range(length) for a seed and
     epoch."""
     half = np.uint64(max(1, ((length - 1).bit_length() + 1) // 2))
@@ -33,7 +33,7 @@ def permuted(places_Q: np.ndarray, length: int, seed: int, epoch: int) -> np.nda
             left_Q, right_Q = right_Q, left_Q ^ (mixed(right_Q + key) & mask)
         return (left_Q << half) | right_Q
 
-    found_Q = network(places_Q.astype(np.uint64))
+    found_Q = network(indices_Q.astype(np.uint64))
     while (outside_Q := found_Q >= length).any():
         found_Q[outside_Q] = network(found_Q[outside_Q])
     return found_Q.astype(np.int64)
@@ -47,9 +47,9 @@ class Order:
         self.epoch, self.begin, self.block = -1, 0, np.zeros(0, np.int64)
 
     def __getitem__(self, index: int) -> int:
-        epoch, index = divmod(index, self.length)
-        if epoch != self.epoch or not 0 <= index - self.begin < len(self.block):
-            self.epoch, self.begin = epoch, index - index % BLOCK
-            places_Q = np.arange(self.begin, min(self.begin + BLOCK, self.length))
-            self.block = permuted(places_Q, self.length, self.seed, epoch)
-        return int(self.block[index - self.begin])
+        epoch, offset = divmod(index, self.length)
+        if epoch != self.epoch or not 0 <= offset - self.begin < len(self.block):
+            self.epoch, self.begin = epoch, offset - offset % BLOCK
+            indices_Q = np.arange(self.begin, min(self.begin + BLOCK, self.length))
+            self.block = permuted(indices_Q, self.length, self.seed, epoch)
+        return int(self.block[offset - self.begin])

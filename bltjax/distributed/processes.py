@@ -92,7 +92,7 @@ def initialize(args: argparse.Namespace) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
 
 
-def process_place(args: argparse.Namespace) -> tuple[int, int]:
+def process_index_and_count(args: argparse.Namespace) -> tuple[int, int]:
     """Index of this process and number of processes, without connecting to the others.
 
     For work that is divided and not shared: a lost or late process delays no other.

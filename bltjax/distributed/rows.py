@@ -12,22 +12,22 @@ from jax.sharding import NamedSharding
 
 def local_rows(sharding: NamedSharding, rows: int) -> list[int]:
     """The rows, in order, that lie on devices of this process."""
-    places = sharding.addressable_devices_indices_map((rows,)).values()
-    return sorted({row for (place,) in places for row in range(rows)[place]})
+    indices = sharding.addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (index,) in indices for row in range(rows)[index]})
 
 
-def global_batch(batch, sharding: NamedSharding, rows: int):
-    """Global arrays [rows, ...] from the [own rows, ...] that each process has built."""
+def make_global_batch(batch, sharding: NamedSharding, rows: int):
+    """Global arrays [rows, ...] from the [local rows, ...] that each process has built."""
     own = local_rows(sharding, rows)
-    place_of = {row: place for place, row in enumerate(own)}
+    index_of = {row: index for index, row in enumerate(own)}
 
-    places = sharding.addressable_devices_indices_map((rows,))
+    indices = sharding.addressable_devices_indices_map((rows,))
 
     def array(local: np.ndarray) -> jax.Array:
         # An explicit transfer; jax.make_array_from_callback would be an implicit one.
         parts = [
-            jax.device_put(local[[place_of[row] for row in range(rows)[place]]], device)
-            for device, (place,) in places.items()
+            jax.device_put(local[[index_of[row] for row in range(rows)[index]]], device)
+            for device, (index,) in indices.items()
         ]
         return jax.make_array_from_single_device_arrays((rows, *local.shape[1:]), sharding, parts)
 
@@ -38,4 +38,4 @@ def to_global(batch, sharding: NamedSharding):
     """Global arrays of a batch that every process holds in full."""
     rows = len(batch.documents_BN)
     own = local_rows(sharding, rows)
-    return global_batch(jax.tree.map(lambda array: array[own], batch), sharding, rows)
+    return make_global_batch(jax.tree.map(lambda array: array[own], batch), sharding, rows)

@@ -187,7 +187,7 @@ def gathered(weight, name: str, dtype):
     Under rematerialisation the backward pass gathers again.
     """
     weight = weight.astype(dtype)
-    return weight if set_mesh_or_none() is None else brought_together(weight, name)
+    return weight if set_mesh_or_none() is None else all_gathered(weight, name)
 
 
 def gathers() -> bool:
@@ -197,14 +197,14 @@ def gathers() -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def brought_together(weight, name: str):
+def all_gathered(weight, name: str):
     mesh = set_mesh_or_none()
     together = spec_of(name, weight.shape, mesh, but=("fsdp",))
     return jax.lax.with_sharding_constraint(constrained(weight, name), together)
 
 
-brought_together.defvjp(
-    lambda weight, name: (brought_together(weight, name), None),
+all_gathered.defvjp(
+    lambda weight, name: (all_gathered(weight, name), None),
     lambda name, _, grad: (constrained(grad, name),),
 )
 

@@ -174,7 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError("entropies takes its model from --byte_lm; it has no --config settings")
-    process, count = processes.process_place(args)
+    process, count = processes.process_index_and_count(args)
     manifest = write_entropies(
         source_from(args),
         args.byte_lm,

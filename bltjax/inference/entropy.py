@@ -155,6 +155,8 @@ def run_documents(
     config, params, texts, newline_reset: bool, scored, lanes: int | None, chunk: int | None
 ) -> tuple[list[np.ndarray], int]:
     """`score_documents` for a byte LM."""
+    if not texts:
+        return [], 0
     lengths = [len(text) + 1 for text in texts]
     total = sum(lengths)
     device = device_of(params)

@@ -15,7 +15,7 @@ from bltjax.text.alphabet import OFFSET
 HISTORY = 3  # ids kept: the longest context of a byte CNN
 
 
-def cut(x_BT, begin_B, size: int):
+def slice_rows(x_BT, begin_B, size: int):
     """x[b, begin[b] : begin[b] + size] of each row, whatever axes follow; at the end, repeated."""
     at_BT = begin_B[:, None] + jnp.arange(size)[None]
     at_BT = at_BT.reshape(*at_BT.shape, *[1] * (x_BT.ndim - 2))
@@ -24,7 +24,7 @@ def cut(x_BT, begin_B, size: int):
 
 def newest(bytes_BN, length_B, size: int):
     """The last `size` ids of rows of `length` positions, zeros before the first."""
-    return cut(jnp.pad(bytes_BN, ((0, 0), (size, 0))), length_B, size)
+    return slice_rows(jnp.pad(bytes_BN, ((0, 0), (size, 0))), length_B, size)
 
 
 class ByteMemory(NamedTuple):
@@ -59,7 +59,7 @@ class CachedBytes:
                 self.config, self.dtype, params["model"], bytes_BN, documents_BN, length_B,
                 self.config.window, self.implementation,
             )  # fmt: skip
-        logits_BV = cut(logits_BNV, length_B - 1, 1)[:, 0]
+        logits_BV = slice_rows(logits_BNV, length_B - 1, 1)[:, 0]
         return ByteMemory(newest(bytes_BN, length_B, HISTORY), length_B, caches, logits_BV)
 
     def predict(self, params, memory: ByteMemory):
@@ -160,7 +160,7 @@ class Scorer:
         if self.config is None:
             return jnp.zeros(bytes_BN.shape), (), zero_B
         begin_BN = self.begins(bytes_BN, zero_B, zero_B)
-        begin_B = cut(begin_BN, length_B - 1, 1)[:, 0]
+        begin_B = slice_rows(begin_BN, length_B - 1, 1)[:, 0]
         if isinstance(self.config, ByteCNNConfig):
             return table_entropies(params, bytes_BN, begin_BN + 1), (), begin_B
         real_BN = jnp.arange(bytes_BN.shape[1])[None] < length_B[:, None]

@@ -200,10 +200,11 @@ def through(blocks, x_BQD, ranges: Ranges | CachePositions, past=None, first=())
     some or all blocks from the first on.
     """
     states, new_kv = [], []
-    for layer, block in enumerate(blocks):
+    before = [None] * len(blocks) if past is None else past
+    for layer, (block, block_past) in enumerate(zip(blocks, before, strict=True)):
         if layer < len(first):
             x_BQD = first[layer](x_BQD)
-        x_BQD, keys_values = block(x_BQD, ranges, past and past[layer])
+        x_BQD, keys_values = block(x_BQD, ranges, block_past)
         states.append(x_BQD)
         new_kv.append(keys_values)
     return states, new_kv

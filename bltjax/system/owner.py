@@ -57,10 +57,10 @@ def state_and_start(pid: int) -> tuple[str, str] | None:
     if Path("/proc/self/stat").exists():
         fields = contents(f"/proc/{pid}/stat").rpartition(")")[2].split()  # a name may hold spaces
         return (fields[0], fields[19]) if len(fields) > 19 else None
-    return told_by_ps(pid)
+    return state_from_ps(pid)
 
 
-def told_by_ps(pid: int) -> tuple[str, str] | None:
+def state_from_ps(pid: int) -> tuple[str, str] | None:
     """The same from ps, where there is no /proc."""
     command = ["ps", "-o", "state=", "-o", "lstart=", "-p", str(pid)]
     plain = os.environ | {"LC_ALL": "C", "TZ": "UTC"}

@@ -86,8 +86,8 @@ def one_table(xp, back: list, prime: int, rows: int):
     """Ids of one table from the last `size` ids, newest first; the oldest is multiplied by q^0."""
     sums = [xp.zeros_like(back[0])] * 4
     for power, x_BN in enumerate(reversed(back)):
-        for position, limb in enumerate(limbs(pow(prime, power, 1 << 64))):
-            sums[position] = sums[position] + x_BN * xp.uint32(limb)
+        for number, limb in enumerate(limbs(pow(prime, power, 1 << 64))):
+            sums[number] = sums[number] + x_BN * xp.uint32(limb)
     carry, digits = xp.zeros_like(back[0]), []
     for total in sums:
         # A sum is below 2^9 * 2^16 * 16 = 2^29, so the carry can't overflow 32 bits.

@@ -169,8 +169,8 @@ def checksums(tree) -> list[jax.Array]:
         bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
         factor = jnp.uint32(1)  # odd everywhere, so that no change is multiplied by zero
         for axis in range(leaf.ndim):
-            index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-            factor = factor + index * jnp.uint32(2 * (axis * 7919 + 1))
+            position = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            factor = factor + position * jnp.uint32(2 * (axis * 7919 + 1))
         return (bits * factor).sum(dtype=jnp.uint32)
 
     return [of_leaf(leaf) for leaf in jax.tree.leaves(tree)]

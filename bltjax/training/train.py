@@ -34,7 +34,7 @@ from bltjax.distributed.processes import (
     is_primary,
 )
 from bltjax.distributed.processes import add_arguments as add_process_arguments
-from bltjax.distributed.rows import global_batch
+from bltjax.distributed.rows import make_global_batch
 from bltjax.distributed.watchdog import Watchdog
 from bltjax.evaluation.scores import held_out_bits
 from bltjax.families import load_config
@@ -120,7 +120,7 @@ def train(
         ending = 0  # the signal, if any process has received one
         for step in profile.steps(range(first + 1, last_step + 1)):
             with phase(step, "waits for data", "input"):
-                batch = global_batch(next(setup.batches), setup.rows, config.data.batch_size)
+                batch = make_global_batch(next(setup.batches), setup.rows, config.data.batch_size)
             if step == first + 1:
                 with phase(step, "compiles", "compile", PATIENCE):
                     state, out = take_step(state, batch)

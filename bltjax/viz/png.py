@@ -184,17 +184,17 @@ def write_png(path: Path, text: bytes, cuts: list[Cut], whole: int) -> list[str]
         publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    said = f"picture: {path}"
+    line = f"picture: {path}"
     if len(drawn) < len(text):
-        said += f" (the first {len(drawn):,} of {whole:,} bytes: a PNG shows no more)"
+        line += f" (the first {len(drawn):,} of {whole:,} bytes: a PNG shows no more)"
     elif len(drawn) < whole:
-        said += f" (the first {len(drawn):,} of {whole:,} bytes)"
+        line += f" (the first {len(drawn):,} of {whole:,} bytes)"
     if not missing:
-        return [said]
+        return [line]
     named = [f"{visible(shown)} (U+{ord(shown):04X})" for shown in sorted(missing)[:20]]
     more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
     return [
-        said,
+        line,
         f"no installed font has {', '.join(named)}{more}: drawn as bytes. Debian and Ubuntu:"
         " apt install fonts-noto-cjk fonts-symbola",
     ]

@@ -118,8 +118,8 @@ def read_model_config(path) -> ModelConfig:
         try:
             return model_config(parse(RunConfig, manifest["config"], where))
         except ValueError as error:
-            said = str(error) if str(error).startswith(where) else f"{where}: {error}"
-            raise ValueError(f"{said} ({CHANGED})") from None
+            message = str(error) if str(error).startswith(where) else f"{where}: {error}"
+            raise ValueError(f"{message} ({CHANGED})") from None
     if (path / "config.json").exists():
         refuse_pointer(path / "config.json")
     values = ckpt.config_values(path)

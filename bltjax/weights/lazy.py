@@ -71,7 +71,7 @@ def refuse_not_finite(
 ) -> None:
     """Raises NotFinite, with the first position and the count, unless all of an array is finite.
 
-    begin, index: position of the array's rows in the tensor called `name`.
+    begin, index: the first row, and the index of the leading axis, in the tensor called `name`.
     """
     if array.dtype.kind in "biu" or not array.size:
         return
@@ -81,7 +81,7 @@ def refuse_not_finite(
     if array.view(f"i{bits}").max() < positive and array.view(f"u{bits}").max() < negative:
         return
     bad = np.argwhere(~np.isfinite(array))
-    value, first = array[tuple(bad[0])], [int(index) for index in bad[0]]
+    value, first = array[tuple(bad[0])], [int(x) for x in bad[0]]
     if first:
         first[0] += begin
         name += f" holds numbers that are not finite: {value} at {[*index, *first]}"
@@ -102,7 +102,7 @@ def checked_finite(tensor: Tensor, name: str) -> Tensor:
 
 
 class RowBlock(NamedTuple):
-    """One block of a leaf: its place, and rows at that place."""
+    """One block of a leaf: its index on the leading axis, and rows there."""
 
     index: tuple[int, ...]
     rows: slice

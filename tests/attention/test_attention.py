@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 import bltjax.attention.tiled as tiled
 from bltjax.attention import IMPLEMENTATIONS, KERNELS, fastest, range_attention
 from bltjax.attention.dense import dense
-from bltjax.attention.pallas_tpu import KernelPlan
+from bltjax.attention.pallas_tpu import TpuPlan
 from bltjax.attention.pattern import Pooling, Reading, Sliding
 from bltjax.attention.staircase import Tiles, whole_patches
 from bltjax.config.run import ATTENTION
@@ -158,12 +158,12 @@ def small_tiles(monkeypatch):
         key_slots = pattern.slots if isinstance(pattern, Reading) else 1
         tiles = Tiles(whole_patches(24, 8, query_slots), whole_patches(16, 8, key_slots))
         held = queries + -queries % tiles.queries if isinstance(pattern, Sliding) else 0
-        return KernelPlan(pattern, tiles, group, shared, held)
+        return TpuPlan(pattern, tiles, group, shared, held)
 
     # The package's names of these modules are taken by the functions in them.
     modules = (sys.modules[f"bltjax.attention.{name}"] for name in ("pallas_tpu", "pallas_gpu"))
     tpu, gpu = modules
-    monkeypatch.setattr(tpu, "make_kernel_plan", plan_of_tpu)
+    monkeypatch.setattr(tpu, "kernel_plan", plan_of_tpu)
     monkeypatch.setattr(gpu, "tile_sizes", lambda *_: (Tiles(32, 16), Tiles(16, 32)))
 
 
@@ -368,7 +368,7 @@ def test_too_wide_heads():
 @pytest.mark.parametrize("tiles", [(4, 6), (8, 30), (5, 3)], ids=str)
 def test_tiles_of_any_size(tiles, monkeypatch):
     """Ranges that jump, stand still and are empty; steps past the last key; shared heads."""
-    monkeypatch.setattr(tiled, "tile_sizes", lambda *_: tiled.Tiles(*tiles))
+    monkeypatch.setattr(tiled, "tile_sizes", lambda *_: Tiles(*tiles))
     random = np.random.default_rng(4)
     q, k, v, g = (
         jnp.asarray(random.normal(size=(2, size, heads, 8)), jnp.float32)

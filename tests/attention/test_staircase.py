@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.attention.pallas_tpu import make_kernel_plan
+from bltjax.attention.pallas_tpu import kernel_plan
 from bltjax.attention.pattern import Pooling, Reading, Sliding
 from bltjax.attention.staircase import (
     CLOSES,
@@ -85,7 +85,7 @@ def cross_ranges(kind: str, pattern):
 def test_cross_attentions_are_linear(kind, pattern):
     """At most nQ + nT - 1 steps, including those for empty tiles, whatever the lengths are."""
     start, end, keys = cross_ranges(kind, pattern)
-    tiles = make_kernel_plan(pattern, len(start), keys, 4, 1, (64, 2)).tiles
+    tiles = kernel_plan(pattern, len(start), keys, 4, 1, (64, 2)).tiles
     rows, columns = tiles.count(len(start), keys)
     most = rows + columns - 1
     assert row_steps(pattern, len(start), keys, tiles) == most

@@ -315,7 +315,7 @@ def test_the_commands_in_docstrings_are_valid(path):
     """Each names its own file, every setting that it overrides exists, and so does every option."""
     lines = docstring(path).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("    python -m bltjax ")]
-    expected = set()
+    documented = set()
     for words in commands:
         parser = argparse.ArgumentParser(allow_abbrev=False)
         program_of(words[3]).add_arguments(parser)
@@ -330,19 +330,18 @@ def test_the_commands_in_docstrings_are_valid(path):
         ]
         assert args.config.partition(":")[0] == str(path) and len(overrides) == len(rest)
         config = load_config(args.config, overrides)
-        expected.add(args.config)
+        documented.add(args.config)
         # Only entropy patching needs a byte LM, its threshold and its records.
         by_entropy = model_config(config).by_entropy
         named = {override.partition("=")[0] for override in overrides}
         assert by_entropy == ({"entropy_model", "patching.threshold"} <= named)
     mine = {spec for spec in SPECS if spec.partition(":")[0] == str(path)}
-    assert expected <= mine and (
-        expected == mine or path.stem == "blt"
-    )  # sizes differ by the word alone
+    # Sizes differ by the word alone.
+    assert documented <= mine and (documented == mine or path.stem == "blt")
 
 
 def test_the_arithmetic_of_the_quickstart():
-    expected = docstring(Path("configs/quickstart.py")).replace("\n", " ")
+    documented = docstring(Path("configs/quickstart.py")).replace("\n", " ")
     for model, pattern in (
         ("byte_lm", r"A step is ([\d.]+) GFLOP for the byte LM"),
         ("blt", r"GFLOP for the byte LM and ([\d.]+) for BLT"),
@@ -351,7 +350,9 @@ def test_the_arithmetic_of_the_quickstart():
         config = load_config(f"configs/quickstart.py:{model}")
         data = config.data
         flops = training_flops(config.model, data.batch_size, data.seq_len, data.max_patches)
-        assert float(re.search(pattern, expected).group(1)) == pytest.approx(flops / 1e9, abs=0.06)
+        assert float(re.search(pattern, documented).group(1)) == pytest.approx(
+            flops / 1e9, abs=0.06
+        )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -393,8 +394,8 @@ def test_old_names_of_configs_are_aliases(size, caplog):
 def test_meshes_fit_their_pods(spec):
     """The mesh has as many chips as the docstring names, and divides every size that it splits."""
     config = load_config(spec)
-    expected = docstring(Path(spec.partition(":")[0]))
-    chips, topology = re.search(r"(\d+) chips\s+\(v5p:([\dx]+),", expected).groups()
+    documented = docstring(Path(spec.partition(":")[0]))
+    chips, topology = re.search(r"(\d+) chips\s+\(v5p:([\dx]+),", documented).groups()
     fsdp = int(chips) if config.mesh.fsdp == -1 else config.mesh.fsdp
     sizes = (config.mesh.data, fsdp, config.mesh.tensor)
     assert math.prod(sizes) == int(chips) == math.prod(map(int, topology.split("x")))
@@ -407,10 +408,10 @@ def test_meshes_fit_their_pods(spec):
     "path", [path for path in CONFIGS if path.stem not in ("quickstart", "blt")], ids=str
 )
 def test_the_arithmetic_in_docstrings(path):
-    expected, config = docstring(path).replace("\n", " "), load_config(str(path))
+    documented, config = docstring(path).replace("\n", " "), load_config(str(path))
 
     def number(pattern: str) -> float:
-        return float(re.search(pattern, expected).group(1).replace(",", ""))
+        return float(re.search(pattern, documented).group(1).replace(",", ""))
 
     data, chips = config.data, number(r"(\d+) chips")
     flops = training_flops(config.model, data.batch_size, data.seq_len, data.max_patches)
@@ -421,7 +422,7 @@ def test_the_arithmetic_in_docstrings(path):
     assert number(r"([\d.]+) GB in total") == pytest.approx(state, rel=0.01)
     assert number(r"([\d.]+) GB per chip") == pytest.approx(state / chips, rel=0.01)
     hours = config.optimizer.steps * seconds / 3600
-    per = {"days": 24, "hours": 1}[re.search(r"take \d+ (\w+)", expected).group(1)]
+    per = {"days": 24, "hours": 1}[re.search(r"take \d+ (\w+)", documented).group(1)]
     assert number(r"take (\d+) \w+") == pytest.approx(hours / per, abs=0.7)
 
 

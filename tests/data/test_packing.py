@@ -21,9 +21,9 @@ pytestmark = pytest.mark.smoke
 ENTROPY = Patching(threshold=3.0)
 
 
-def written(pieces, row_bytes):
+def written(fragments, row_bytes):
     """A row by itself."""
-    batch = batch_of([pieces], row_bytes)
+    batch = batch_of([fragments], row_bytes)
     return type(batch)(*(array[0] for array in batch))
 
 
@@ -71,7 +71,7 @@ def test_exact_packing(seed, row_bytes, data):
     documents = random_documents(np.random.default_rng(seed), 12, 60)
     cuts_of = [cut_document(document, ENTROPY) for document in documents]
     rows, cuts = pack_exact(cuts_of, row_bytes, row_patches)
-    rows = [written(pieces, row_bytes) for pieces in rows]
+    rows = [written(fragments, row_bytes) for fragments in rows]
     for row in rows:
         check_row(row, row_bytes, row_patches)
     assert (targets_of(rows) == all_targets(documents)).all()
@@ -137,7 +137,7 @@ def test_a_document_that_just_fits_and_one_too_long():
     assert len(rows) == 1 and cuts == 0
     rows, cuts = pack_exact([cut_document(document, ENTROPY)], 8, 4)
     assert len(rows) == 2 and cuts == 1
-    rows = [written(pieces, 8) for pieces in rows]
+    rows = [written(fragments, 8) for fragments in rows]
     # The second row begins with the first one's last target; the byte after it stays a target.
     last = rows[0].targets_BN[rows[0].weights_BN > 0][-1]
     assert rows[1].bytes_BN[0] == last

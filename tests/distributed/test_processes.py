@@ -41,7 +41,7 @@ def test_options_that_do_not_fit_together(runs, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_wrong_coordinator_is_told_with_its_address(runs, tmp_path, capsys):
+def test_a_wrong_coordinator_is_named_with_its_address(runs, tmp_path, capsys):
     port = local_pod.free_port()
     where = [f"--coordinator=localhost:{port}", "--processes=2", "--join_seconds=1"]
     assert main([*command(runs, "byte_lm", tmp_path), *where, "--process=1"]) == 75
@@ -200,8 +200,8 @@ def test_one_process_cannot_write_its_part(process, runs, tmp_path, monkeypatch)
 
 def test_a_broken_collective_is_a_lost_process(monkeypatch):
     """jax reports it by either kind of error."""
-    expected = "UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]: Connection reset by peer"
-    for error in (ValueError(expected), jax.errors.JaxRuntimeError(expected)):
+    text = "UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]: Connection reset by peer"
+    for error in (ValueError(text), jax.errors.JaxRuntimeError(text)):
         assert not lost_another(error)
         with monkeypatch.context() as patch:
             patch.setattr("bltjax.distributed.processes.joined", lambda: True)

@@ -89,8 +89,8 @@ def test_the_readme_of_planning_lists_the_published_rates():
     text = (Path(__file__).parents[2] / "bltjax" / "planning" / "README.md").read_text()
     for kind, chip in CHIPS.items():
         cells = re.search(rf"^\| {kind}\b.*$", text, re.MULTILINE)[0].split("|")
-        expected = [float(re.match(r"\s*([\d.]+)", cell)[1]) for cell in cells[2:5]]
-        assert expected == pytest.approx(
+        published = [float(re.match(r"\s*([\d.]+)", cell)[1]) for cell in cells[2:5]]
+        assert published == pytest.approx(
             [chip.flops / 1e12, chip.hbm_bytes / 2**30, chip.hbm_rate / 1e9], rel=1e-3
         )
         links, rate = map(float, cells[5].split("x"))

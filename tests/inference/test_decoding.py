@@ -15,7 +15,7 @@ from bltjax.config.model import ModelConfig, Patching
 from bltjax.data.batches import PatchBatch
 from bltjax.families import Model, batch_logits, initial_params, make_model
 from bltjax.inference.decoding.decoder import Decoder
-from bltjax.inference.decoding.loop import kept_places, run_loop
+from bltjax.inference.decoding.loop import kept_indices, run_loop
 from bltjax.inference.decoding.prefill import grow, padded_length, prefill, score_prompts
 from bltjax.inference.decoding.sampling import GREEDY, Sampling
 from bltjax.inference.decoding.speculation import run_rounds
@@ -256,7 +256,7 @@ def test_one_program_for_each_bucket():
 def test_what_is_not_kept_is_put_nowhere():
     """Nor at its index counted through the whole array."""
     kept_BQ = jnp.array([[True, False, False], [False, True, True]])
-    places = kept_places((2, 5), jnp.array([[2, 3, 4], [2, 3, 4]]), kept_BQ)
+    places = kept_indices((2, 5), jnp.array([[2, 3, 4], [2, 3, 4]]), kept_BQ)
     found = jnp.zeros((2, 5)).at[places].set(1.0, mode="drop")
     np.testing.assert_array_equal(found, [[0, 0, 1, 0, 0], [0, 0, 0, 1, 1]])
     rows_BQ, columns_BQ = map(np.asarray, places)

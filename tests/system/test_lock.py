@@ -132,9 +132,9 @@ def test_a_lock_whose_process_is_gone_is_taken_over_at_once(tmp_path, capsys):
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="there is no ps")
 def test_processes_are_known_without_proc():
-    mine = owner.told_by_ps(os.getpid())
-    assert mine == owner.told_by_ps(os.getpid()) and mine[0] in "RS" and len(mine[1]) > 20
-    assert owner.told_by_ps(os.getppid())[1] and owner.told_by_ps(ended_process()) is None
+    mine = owner.state_from_ps(os.getpid())
+    assert mine == owner.state_from_ps(os.getpid()) and mine[0] in "RS" and len(mine[1]) > 20
+    assert owner.state_from_ps(os.getppid())[1] and owner.state_from_ps(ended_process()) is None
 
 
 def test_who_holds_it_is_named(tmp_path):
@@ -210,17 +210,17 @@ def test_a_lock_that_says_nothing_counts_by_its_age(tmp_path):
         pass
 
 
-def test_it_is_refreshed_and_whoever_lost_it_is_told(tmp_path):
-    path, message = tmp_path / ".lock", []
-    with hold(path, message.append, refresh=0.02) as held:
+def test_it_is_refreshed_and_whoever_lost_it_is_notified(tmp_path):
+    path, messages = tmp_path / ".lock", []
+    with hold(path, messages.append, refresh=0.02) as held:
         os.utime(path, (0, 0))
         until(lambda: path.stat().st_mtime > 0)
         path.unlink()  # by a person
         until(path.exists)
-        assert held.check() and not message
+        assert held.check() and not messages
         other = leave_lock(path, **ELSEWHERE)
-        until(lambda: message)
-        assert f"taken over by process {other.pid} on tpu-vm-3" in message[0] and not held.check()
+        until(lambda: messages)
+        assert f"taken over by process {other.pid} on tpu-vm-3" in messages[0] and not held.check()
     assert lock_file.look(path).holder == other  # not ours to remove
 
 

@@ -246,7 +246,7 @@ def test_too_many_open_files_are_no_damage(saved, monkeypatch):
     # pytest's own would import something, to tell of what Orbax leaves unfinished.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    expected = []
+    errors = []
     for spare in range(1, 4):
         taken = [os.open("/", os.O_RDONLY) for _ in range(spare)]  # the file's last numbers
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1, hard))
@@ -255,11 +255,11 @@ def test_too_many_open_files_are_no_damage(saved, monkeypatch):
         try:
             restore_newest(saved, target_like(small_state(0)), [0])
         except (ValueError, OSError) as error:
-            expected.append(str(error))
+            errors.append(str(error))
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert expected and all("too many open files" in text.lower() for text in expected), expected
-    assert any("5 can't be restored" in text for text in expected), expected
+    assert errors and all("too many open files" in text.lower() for text in errors), errors
+    assert any("5 can't be restored" in text for text in errors), errors
     assert saved_steps(saved) == [4, 5]
 
 
@@ -422,8 +422,8 @@ def test_another_process_that_was_lost_is_not_this_ones_fault(left, monkeypatch)
     assert not left
     fails(TimeoutError(errno.ETIMEDOUT, "Connection timed out", "step/params"))
     fails(KeyError("params"))
-    expected = "a checkpoint can't be written: "
+    begin = "a checkpoint can't be written: "
     assert left == [
-        (1, f"{expected}step/params: connection timed out"),
-        (1, f"{expected}KeyError: 'params'"),
+        (1, f"{begin}step/params: connection timed out"),
+        (1, f"{begin}KeyError: 'params'"),
     ]

@@ -52,15 +52,15 @@ def test_every_second_is_counted_once(tmp_path, clock):
     }  # fmt: skip
     assert second.seconds == expected
     assert second.shares()["steps"] == pytest.approx(33 / 90)
-    assert "goodput 36.7% of 90 s" in second.summary() and "lost 7.8%" in second.message()
+    assert "goodput 36.7% of 90 s" in second.summary() and "lost 7.8%" in second.summary()
     clock.now += 1000  # the pause after a requested stop doesn't count
     assert Goodput(tmp_path, started_at=clock.now).seconds["restarts"] == 30.0
     assert json.loads((tmp_path / "goodput.json").read_text())["saved"] == {"10": 20.0}
 
 
 def test_who_keeps_the_others_waiting():
-    def beats(*message):
-        return {i: [f"vm-{i}", *beat] for i, beat in enumerate(message)}
+    def beats(*rows):
+        return {i: [f"vm-{i}", *beat] for i, beat in enumerate(rows)}
 
     before = beats((7, "computes", 3), (7, "computes", 3), (7, "computes", 3))
     silent = beats((7, "computes", 5), (7, "computes", 3), (7, "computes", 5))

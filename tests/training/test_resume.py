@@ -193,10 +193,10 @@ def test_what_makes_it_another_run_is_refused(runs, path, value, line):
     run = read_run_config(runs.blt)
     with pytest.raises(ValueError) as raised:
         check_settings(run, replaced(run, path, value), "w", 12)
-    expected = str(raised.value).splitlines()
-    assert expected[0] == "w holds a run with another config (its value -> yours):"
-    assert expected[1] == f"  {line}"
-    assert "--init_from=w it has this one's weights, but neither" in expected[2]
+    refusal_lines = str(raised.value).splitlines()
+    assert refusal_lines[0] == "w holds a run with another config (its value -> yours):"
+    assert refusal_lines[1] == f"  {line}"
+    assert "--init_from=w it has this one's weights, but neither" in refusal_lines[2]
 
 
 def test_the_advice_after_bad_batches_is_true(runs):
@@ -210,12 +210,8 @@ def test_the_advice_after_bad_batches_is_true(runs):
         ),
     ):
         manager = SimpleNamespace(wait_until_finished=lambda: None, latest_step=lambda: 12)
-        expected = last_good(manager, runs.byte_lm, faults)
-        assert (
-            advice in expected
-            and f"--init_from={runs.byte_lm}" in expected
-            and "step 12" in expected
-        )
+        text = last_good(manager, runs.byte_lm, faults)
+        assert advice in text and f"--init_from={runs.byte_lm}" in text and "step 12" in text
         run = replaced(run, "faults", faults)
         check_settings(run, replaced(run, f"faults.{changed[0]}", changed[1]), "w", 12)
     manager.latest_step = lambda: None

@@ -137,8 +137,8 @@ def test_released_weights_that_are_not_finite(tmp_path, capsys):
     said = error_of(capsys, "convert", tmp_path / "model", tmp_path / "out")
     line = f"model.safetensors: tensor {name} holds numbers that are not finite: inf at [2, 3]"
     assert line in said and not (tmp_path / "out").exists()
-    (expected,) = inspect(epath.Path(tmp_path / "model"))["damage"]
-    assert expected.startswith("byte_lm: ") and line in expected
+    (fault,) = inspect(epath.Path(tmp_path / "model"))["damage"]
+    assert fault.startswith("byte_lm: ") and line in fault
     array[2, 3] = 3.4e38  # finite, and beyond bfloat16 once it is rounded
     port.write_tensors(tmp_path / "model", tensors)
     said = error_of(capsys, "convert", tmp_path / "model", tmp_path / "out", "--dtype=bfloat16")

@@ -20,12 +20,12 @@ rank, port, export, expected = int(sys.argv[1]), *sys.argv[2:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, rank)
 from bltjax.config.run import MeshConfig
-from bltjax.weights.export import load_params, read_config
+from bltjax.weights.export import load_params, read_model_config
 from bltjax.distributed.sharding import make_mesh, tree_shardings
 from bltjax.families import model_shapes
 from bltjax.model.params import flattened
 mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
-shardings = tree_shardings(model_shapes(read_config(export)), mesh)
+shardings = tree_shardings(model_shapes(read_model_config(export)), mesh)
 found = flattened(load_params(export, shardings).params)
 with np.load(expected) as whole:
     for path, array in found.items():

@@ -21,7 +21,7 @@ from bltjax.weights.released.leftovers import (
     without_leftovers,
     without_wrappers,
 )
-from bltjax.weights.released.mapping import PORT, blt_pieces, byte_lm_pieces
+from bltjax.weights.released.mapping import PORT, blt_parts, byte_lm_parts
 from bltjax.weights.released.tensors import tensors_of
 
 BFLOAT16 = DTYPES["bfloat16"]
@@ -362,7 +362,7 @@ def test_dtypes_of_each_tensor(tmp_path):
     port.write_tensors(tmp_path, tensors)
     (tmp_path / "config.json").write_text(json.dumps(config))
     files = read_port(epath.Path(tmp_path))
-    back = tensors_of(files.leaves, blt_pieces(PORT, files.config.model), {})
+    back = tensors_of(files.leaves, blt_parts(PORT, files.config.model), {})
     assert back.keys() < tensors.keys() and len(back) > 30
     for name, tensor in back.items():
         stored = tensors[name].all()
@@ -434,6 +434,6 @@ def test_transformers_loads_what_we_write(runs, tmp_path):
 def test_every_tensor_has_one_place():
     for name, config in port.CASES.items():
         run, byte_lm = port.configs_of(config, 1.0)
-        pieces = blt_pieces(PORT, run.model) + byte_lm_pieces(PORT, byte_lm.model)
-        places = [(piece.path, piece.place) for piece in pieces]
-        assert len(places) == len(set(places)), name
+        parts = blt_parts(PORT, run.model) + byte_lm_parts(PORT, byte_lm.model)
+        indices = [(part.path, part.index) for part in parts]
+        assert len(indices) == len(set(indices)), name

@@ -43,9 +43,9 @@ def file(tmp_path):
 
 def test_reads_what_it_writes_in_rows(file, monkeypatch):
     monkeypatch.setattr("bltjax.weights.lazy.BLOCK_BYTES", 8)  # a row at a time
-    pieces = []
-    ours.write_file(file, tensors(), pieces.append)
-    assert sum(pieces) == sum(x.nbytes for x in ARRAYS.values()) and len(pieces) > len(ARRAYS)
+    parts = []
+    ours.write_file(file, tensors(), parts.append)
+    assert sum(parts) == sum(x.nbytes for x in ARRAYS.values()) and len(parts) > len(ARRAYS)
     found = ours.read_file(file)
     for name, array in ARRAYS.items():
         assert found[name].dtype == array.dtype and (found[name].all() == array).all()

@@ -23,7 +23,7 @@ from bltjax.inference.decoding.loop import (
     NOT_FINITE,
     RUNNING,
     STOPS,
-    Asked,
+    Request,
     State,
     initial_state,
     run_loop,
@@ -155,7 +155,7 @@ class Decoder:
                     row, b"", nothing, nothing, nothing.astype(bool), FINISH_REASONS[AT_LIMIT]
                 )
             return
-        state, asked = self.start(texts, max_bytes, sampling, seed, stops, names)
+        state, request = self.start(texts, max_bytes, sampling, seed, stops, names)
         if self.draft:
             program, shape = run_rounds, (self.draft + 1, max(chunk, 2 * self.draft + 2))
         else:
@@ -164,7 +164,7 @@ class Decoder:
         rows = np.array([*range(len(texts)), *[ENDED] * (len(state.finish_B) - len(texts))])
         while rows.size:
             with on_mesh(self.mesh):
-                state, out, full_B2 = program(self.model, *shape, self.params, asked, state)
+                state, out, full_B2 = program(self.model, *shape, self.params, request, state)
             out, finish_B, full_B2, costs = jax.device_get(
                 (out, state.finish_B, full_B2, state.costs)
             )
@@ -192,7 +192,7 @@ class Decoder:
                 with on_mesh(self.mesh):
                     state, rows = select_rows(state, order), rows[order]
 
-    def start(self, texts, max_bytes, sampling, seed, stops, names=()) -> tuple[State, Asked]:
+    def start(self, texts, max_bytes, sampling, seed, stops, names=()) -> tuple[State, Request]:
         """The state after the prompts, and the request for the loop."""
         prompts = [encode(text, eos=False) for text in texts]
         prompts += [encode(b"", eos=False)] * (-len(texts) % self.groups)
@@ -218,7 +218,7 @@ class Decoder:
             longest,
             self.groups,
         )
-        return self.placed(state, row_shardings), Asked(sampling.numbers, stops_ZT)
+        return self.placed(state, row_shardings), Request(sampling.numbers, stops_ZT)
 
     @property
     def models(self) -> dict:

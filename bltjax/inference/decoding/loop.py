@@ -33,7 +33,7 @@ FINISH_REASONS = ("", "eos", "stop", "max_bytes", "")  # numbers that aren't fin
 STOPS = (4, 16)  # stop strings, and their bytes, that the first program is compiled for
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     """A request, the same for all rows: sampling numbers, and stop strings.
 
     stops_ZT: strings of ids, at the right end of their rows, -1 before them.
@@ -109,7 +109,7 @@ def written_by(rows: int, chunk: int) -> Written:
 def added(out: Written, kept_BQ, ids_BQ, logits_BQV, entropies_BQ, opens_BQ) -> Written:
     """The output with new ids, chosen from these logits, where they are kept: a row's first."""
     at_BQ = out.count_B[:, None] + jnp.arange(ids_BQ.shape[1])[None]
-    positions = kept_places(out.ids_BN.shape, at_BQ, kept_BQ)
+    positions = kept_indices(out.ids_BN.shape, at_BQ, kept_BQ)
     log_probs_BQV = jax.nn.log_softmax(logits_BQV, axis=-1)
     log_probs_BQ = jnp.take_along_axis(log_probs_BQV, ids_BQ[..., None], axis=-1)[..., 0]
     new = zip(out[1:], (ids_BQ, log_probs_BQ, entropies_BQ, opens_BQ), strict=True)
@@ -117,7 +117,7 @@ def added(out: Written, kept_BQ, ids_BQ, logits_BQV, entropies_BQ, opens_BQ) -> 
     return Written(count_B, *(x_BN.at[positions].set(x_BQ, mode="drop") for x_BN, x_BQ in new))
 
 
-def kept_places(shape, at_BQ, kept_BQ):
+def kept_indices(shape, at_BQ, kept_BQ):
     """Row and column indices of [B, N]; out of bounds in both where nothing is kept, to drop it.
 
     Out of bounds in the columns alone is not enough: with --xla_gpu_deterministic_ops XLA writes
@@ -127,12 +127,12 @@ def kept_places(shape, at_BQ, kept_BQ):
     return jnp.where(kept_BQ, row_B1, shape[0]), jnp.where(kept_BQ, at_BQ, shape[1])
 
 
-def endings(asked: Asked, state: State, ids_BQ):
+def endings(request: Request, state: State, ids_BQ):
     """int32 [B, Q]: the reason why a row would end with each byte, if it came so far."""
     queries, longest = ids_BQ.shape[1], state.tail_BT.shape[1]
     tail_BT = jnp.concatenate([state.tail_BT, ids_BQ], axis=1)
     upto_BQT = jnp.stack([tail_BT[:, q + 1 : q + 1 + longest] for q in range(queries)], axis=1)
-    stops_11ZT = asked.stops_ZT[None, None]
+    stops_11ZT = request.stops_ZT[None, None]
     same_BQZT = (upto_BQT[:, :, None] == stops_11ZT) | (stops_11ZT < 0)
     stopped_BQ = (same_BQZT.all(axis=-1) & (stops_11ZT[..., -1] >= 0)).any(axis=-1)
     made_BQ = state.made_B[:, None] + 1 + jnp.arange(queries)[None]
@@ -165,17 +165,17 @@ def sound(logits_V, entropy):
     return jnp.isfinite(logits_V).all(axis=-1) & jnp.isfinite(entropy)
 
 
-def tick(model, steps: Steps, params, asked: Asked, state: State, out: Written):
+def tick(model, steps: Steps, params, request: Request, state: State, out: Written):
     """Generates one byte in each row that can, after a latent step if one is due."""
     if model.patched:
         active_B = state.finish_B == RUNNING
         waiting_B = active_B & state.memory.closes_B
         enough = waiting_B.any() & (2 * waiting_B.sum() >= active_B.sum())
         state = when(enough, lambda state: close_patches(model, params, state), state)
-    return write_bytes(model, steps, params, asked, state, out)
+    return write_bytes(model, steps, params, request, state, out)
 
 
-def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Written):
+def write_bytes(model, steps: Steps, params, request: Request, state: State, out: Written):
     """Generates one byte in each row that waits for no latent step."""
     patches = model.patched
     go_B = state.finish_B == RUNNING
@@ -187,13 +187,13 @@ def write_bytes(model, steps: Steps, params, asked: Asked, state: State, out: Wr
     sound_B = sound(logits_BV, entropy_B)
     broken_B, go_B = go_B & ~sound_B, go_B & sound_B
     left_B = state.limit_B - state.made_B
-    drawn_BV = candidates(steps, asked.numbers, logits_BV, state.used_BV, state.utf8_B, left_B)
+    drawn_BV = candidates(steps, request.numbers, logits_BV, state.used_BV, state.utf8_B, left_B)
     id_B = chosen(steps, drawn_BV, state.keys_B, state.made_B)
     opens_B = memory.opens_B if patches else jnp.zeros_like(go_B)
     new = (go_B, id_B, logits_BV, entropy_B, opens_B)
     out = added(out, *(x_B[:, None] for x_B in new))
 
-    finish_B = endings(asked, state, id_B[:, None])[:, 0]
+    finish_B = endings(request, state, id_B[:, None])[:, 0]
     finish_B = jnp.where(go_B, finish_B, jnp.where(broken_B, NOT_FINITE, state.finish_B))
     tail_BT = jnp.concatenate([state.tail_BT[:, 1:], id_B[:, None]], axis=1)
     state = state._replace(
@@ -229,22 +229,22 @@ def fill_chunk(model, ahead: int, chunk: int, write, state: State, *more):
             return running_B1 & np.zeros((1, 2), bool)
         return model.full(state.memory, ahead) & running_B1
 
-    def goes_on(carry):
+    def continues(carry):
         state, out, *_ = carry
         roomy = (out.count_B.max() + ahead <= chunk) & ~full(state).any()
         return (state.finish_B == RUNNING).any() & roomy
 
     carry = (state, written_by(len(state.finish_B), chunk), *more)
-    state, out, *_ = jax.lax.while_loop(goes_on, lambda carry: write(*carry), carry)
+    state, out, *_ = jax.lax.while_loop(continues, lambda carry: write(*carry), carry)
     return state, out, full(state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def run_loop(model, steps: Steps, chunk: int, params, asked: Asked, state: State):
+def run_loop(model, steps: Steps, chunk: int, params, request: Request, state: State):
     """Ticks until a row has generated `chunk` ids, all have ended, or one needs more room; returns
     the same as `fill_chunk`. Groups of devices stop independently."""
 
     def write(weights, state):
         return fill_chunk(model, 1, chunk, functools.partial(tick, model, steps, *weights), state)
 
-    return in_groups(write, (params, asked), state)
+    return in_groups(write, (params, request), state)

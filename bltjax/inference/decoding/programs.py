@@ -23,7 +23,7 @@ from bltjax.config.model import ModelConfig
 from bltjax.families import family_of, traced_shapes
 from bltjax.inference.decoding.loop import (
     STOPS,
-    Asked,
+    Request,
     State,
     close_patches,
     initial_state,
@@ -113,7 +113,7 @@ def decoder_programs(
         state = described(jax.eval_shape(state_after, memory))
         everywhere = NamedSharding(mesh, PartitionSpec())
         stops_ZT = jax.ShapeDtypeStruct(STOPS, jnp.int32, sharding=everywhere)
-        asked = Asked(GREEDY.numbers, stops_ZT)
+        request = Request(GREEDY.numbers, stops_ZT)
         out = described(jax.eval_shape(lambda: written_by(rows, CHUNK)))
 
     def lowering(jitted, *arguments):
@@ -126,8 +126,8 @@ def decoder_programs(
     lower = {
         "score": lowering(score_prompts, model, weights, *texts),
         "prefill": lowering(prefill, *shape, weights, scored),
-        "loop": lowering(run_loop, model, GREEDY.steps, CHUNK, weights, asked, state),
-        "byte": lowering(write, (weights, asked), (state, out)),
+        "loop": lowering(run_loop, model, GREEDY.steps, CHUNK, weights, request, state),
+        "byte": lowering(write, (weights, request), (state, out)),
         "patch": lowering(close, weights, state),
     }
     return LoweredPrograms(lower, weights, state)

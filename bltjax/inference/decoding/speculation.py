@@ -23,7 +23,7 @@ from bltjax.attention.kv_cache import with_new_kv
 from bltjax.inference.decoding.loop import (
     NOT_FINITE,
     RUNNING,
-    Asked,
+    Request,
     State,
     added,
     endings,
@@ -34,7 +34,7 @@ from bltjax.inference.decoding.loop import (
 from bltjax.inference.decoding.placement import in_groups
 from bltjax.inference.decoding.sampling import GREEDY, permitted
 from bltjax.model.blt.decoding import HISTORY, CachedBLT, Memory, changed_rows
-from bltjax.model.byte_decoding import cut
+from bltjax.model.byte_decoding import slice_rows
 from bltjax.text.patching import next_starts
 
 
@@ -152,11 +152,11 @@ def verified(model: CachedBLT, params, memory: Memory, ids_BQ, states, go_B) -> 
 def committed(model: CachedBLT, found: Verified, taken_B, go_B) -> Memory:
     """The memory after the first `taken` of the drafted bytes, in the rows in go_B."""
     memory, K = found.memory, model.config.cross.slots
-    place_1Q = jnp.arange(found.opens_BQ.shape[1], dtype=jnp.int32)[None]
-    closed_BQ = found.opens_BQ & (place_1Q < taken_B[:, None])
+    index_1Q = jnp.arange(found.opens_BQ.shape[1], dtype=jnp.int32)[None]
+    closed_BQ = found.opens_BQ & (index_1Q < taken_B[:, None])
     closed_B = closed_BQ.sum(axis=1, dtype=jnp.int32)
     # Index, among the bytes, of the start of the open patch; 0 if none closed.
-    begin_B = jnp.where(closed_BQ, place_1Q + 1, 0).max(axis=1)
+    begin_B = jnp.where(closed_BQ, index_1Q + 1, 0).max(axis=1)
     shift_B = jnp.where(closed_B > 0, memory.open_B + begin_B, 0)
 
     def moved(x_BJTC):
@@ -167,15 +167,15 @@ def committed(model: CachedBLT, found: Verified, taken_B, go_B) -> Memory:
     def read(x):
         """The newest of the patches that bytes read."""
         if not isinstance(found.reads, tuple):
-            return cut(x, closed_B, 1)
+            return slice_rows(x, closed_B, 1)
         x_BJPKC = x.reshape(*x.shape[:2], -1, K, x.shape[-1])
         return jnp.take_along_axis(x_BJPKC, closed_B[:, None, None, None, None], axis=2)[:, :, 0]
 
     return changed_rows(
         memory,
         go_B,
-        **jax.tree.map(lambda x_BQ: cut(x_BQ, taken_B - 1, 1)[:, 0], found.after),
-        past_BT=cut(found.past_BT, taken_B, HISTORY),
+        **jax.tree.map(lambda x_BQ: slice_rows(x_BQ, taken_B - 1, 1)[:, 0], found.after),
+        past_BT=slice_rows(found.past_BT, taken_B, HISTORY),
         count_B=memory.count_B + taken_B,
         open_B=memory.open_B + taken_B - shift_B,
         open_kv=jax.tree.map(moved, memory.open_kv),
@@ -184,7 +184,7 @@ def committed(model: CachedBLT, found: Verified, taken_B, go_B) -> Memory:
     )
 
 
-def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out, pending_BV):
+def write_round(model: CachedBLT, queries: int, params, request: Request, state, out, pending_BV):
     """Drafts, verifies and commits in every row that continues."""
     go_B = state.finish_B == RUNNING
     before = state.memory
@@ -203,32 +203,32 @@ def write_round(model: CachedBLT, queries: int, params, asked: Asked, state, out
     right_BQ &= sound_BQ[:, 1:]
     taken_B = 1 + jnp.cumprod(right_BQ, axis=1).sum(axis=1, dtype=jnp.int32)
 
-    place_1Q = jnp.arange(queries)[None]
-    finish_BQ = endings(asked, state, ids_BQ)
-    ends_BQ = (finish_BQ != RUNNING) & (place_1Q < taken_B[:, None])
+    index_1Q = jnp.arange(queries)[None]
+    finish_BQ = endings(request, state, ids_BQ)
+    ends_BQ = (finish_BQ != RUNNING) & (index_1Q < taken_B[:, None])
     taken_B = jnp.where(ends_BQ.any(axis=1), jnp.argmax(ends_BQ, axis=1) + 1, taken_B)
     taken_B = taken_B.astype(jnp.int32)
-    finish_B = jnp.where(ends_BQ.any(axis=1), cut(finish_BQ, taken_B - 1, 1)[:, 0], RUNNING)
+    finish_B = jnp.where(ends_BQ.any(axis=1), slice_rows(finish_BQ, taken_B - 1, 1)[:, 0], RUNNING)
     memory = committed(model, found, taken_B, go_B)
 
     taken_B = taken_B * go_B
     opens_BQ = earlier(before.opens_B, found.opens_BQ)
-    out = added(out, place_1Q < taken_B[:, None], ids_BQ, logits_BQV, entropies_BQ, opens_BQ)
+    out = added(out, index_1Q < taken_B[:, None], ids_BQ, logits_BQV, entropies_BQ, opens_BQ)
     tail_BT = jnp.concatenate([state.tail_BT, ids_BQ], axis=1)
     closed_B = memory.patches_B - before.patches_B
     state = state._replace(
         memory=memory,
         made_B=state.made_B + taken_B,
         finish_B=jnp.where(go_B, finish_B, jnp.where(broken_B, NOT_FINITE, state.finish_B)),
-        tail_BT=cut(tail_BT, taken_B, state.tail_BT.shape[1]),
+        tail_BT=slice_rows(tail_BT, taken_B, state.tail_BT.shape[1]),
         costs=state.costs.plus((found.opens_BQ & go_B[:, None]).any(), closed_B.sum(), go_B.sum()),
     )
-    last_BV = cut(found.logits_BQV, jnp.maximum(taken_B - 1, 0), 1)[:, 0]
+    last_BV = slice_rows(found.logits_BQV, jnp.maximum(taken_B - 1, 0), 1)[:, 0]
     return state, out, jnp.where(go_B[:, None], last_BV, pending_BV)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def run_rounds(model: CachedBLT, queries: int, chunk: int, params, asked: Asked, state: State):
+def run_rounds(model: CachedBLT, queries: int, chunk: int, params, request: Request, state: State):
     """Rounds until a row has no room for another in `chunk` ids, all have ended, or one needs
     more room in its memory; returns the same as `run_loop`."""
 
@@ -237,4 +237,4 @@ def run_rounds(model: CachedBLT, queries: int, chunk: int, params, asked: Asked,
         round_of = functools.partial(write_round, model, queries, *weights)
         return fill_chunk(model, queries, chunk, round_of, state._replace(memory=memory), logits_BV)
 
-    return in_groups(write, (params, asked), state)
+    return in_groups(write, (params, request), state)

@@ -36,7 +36,7 @@ from bltjax.model.blt.latent_transformer import LatentTransformer, unscanned
 from bltjax.model.blt.local_decoder import LocalDecoder
 from bltjax.model.blt.local_encoder import LocalEncoder
 from bltjax.model.blt.model import BLT
-from bltjax.model.byte_decoding import Scorer, cut, newest
+from bltjax.model.byte_decoding import Scorer, newest, slice_rows
 from bltjax.model.params import cast_weights
 from bltjax.text.patching import Cursor, cursor_at, force_starts, next_starts, trace_starts
 from bltjax.text.segments import index_like
@@ -169,7 +169,7 @@ class CachedBLT:
 
         # The open patch: its bytes' states, the oldest first.
         begin_B = length_B - scored.open_B
-        opened = [cut(x_BNE, begin_B, open_slots) for x_BNE in out["layer_states"]]
+        opened = [slice_rows(x_BNE, begin_B, open_slots) for x_BNE in out["layer_states"]]
         pooled, byte_kv = self.encoder(params).patch_inputs(opened)
         inside_BT1 = (jnp.arange(open_slots)[None] < scored.open_B[:, None])[..., None]
         pooled = tuple(
@@ -183,7 +183,7 @@ class CachedBLT:
             latent.rope_theta,
             latent.rope_scaling,
         )
-        last_B1D = cut(out["latent_BPD"], scored.closed_B - 1, 1)
+        last_B1D = slice_rows(out["latent_BPD"], scored.closed_B - 1, 1)
         return Memory(
             past_BT=newest(bytes_BN, length_B, HISTORY),
             count_B=length_B,
@@ -192,7 +192,7 @@ class CachedBLT:
             cursor=scored.cursor,
             opens_B=scored.open_B == 0,
             encoder=tuple(ring_of(k, v, length_B, *rings) for k, v in new_kv["encoder"]),
-            state_B1E=cut(out["states_BNE"], length_B - 1, 1),
+            state_B1E=slice_rows(out["states_BNE"], length_B - 1, 1),
             open_B=scored.open_B,
             pooled=pooled,
             open_kv=tuple(Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in byte_kv),

@@ -39,7 +39,7 @@ class LocalDecoder(nn.Module):
         self.norm_E = self.param("norm_E", nn.initializers.ones, (E,))
         self.head_EV = self.param("head_EV", truncated_normal(E), (E, VOCABULARY))
 
-    def narrowed(self, latent_BPD):
+    def projected(self, latent_BPD):
         """Latent states projected for the bytes: slots [B, P * K, E], or [B, P, E] without
         cross-attention."""
         if not self.crosses:
@@ -57,7 +57,7 @@ class LocalDecoder(nn.Module):
     def __call__(self, x_BNE, latent_BPD, patches: Patches):
         """Logits, float32 [B, N, V], of encoder states [B, N, E] and latent states [B, P, D], and
         the keys and values of each layer."""
-        source = self.narrowed(latent_BPD)
+        source = self.projected(latent_BPD)
         if not self.crosses:
             read_BN1 = patches.read_ranges.start_BQ[..., None]
             read_BN1 = jnp.minimum(read_BN1, latent_BPD.shape[1] - 1)
@@ -72,7 +72,7 @@ class LocalDecoder(nn.Module):
     def decoder_kv(self, latent_BPD):
         """The decoder's inputs from these patches: a `Cache` of slots per cross-attention, or
         [B, P, E] without any."""
-        source = self.narrowed(latent_BPD)
+        source = self.projected(latent_BPD)
         if not self.crosses:
             return source
         keys_values = (cross.source(source) for cross in self.crosses)

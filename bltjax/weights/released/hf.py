@@ -19,7 +19,7 @@ from bltjax.config.model import ModelConfig
 from bltjax.weights.lazy import Tensor, read_object
 from bltjax.weights.released.hf_settings import BLT_PAIRS, BYTE_LM_PAIRS, LLAMA3, read_settings
 from bltjax.weights.released.leftovers import without_wrappers
-from bltjax.weights.released.mapping import PIECES, PORT
+from bltjax.weights.released.mapping import PARTS, PORT
 from bltjax.weights.released.settings import model_files, naming, refuse, theirs_of
 from bltjax.weights.released.tensors import tensors_of
 from bltjax.weights.safetensors import read_folder, write_folder
@@ -33,7 +33,11 @@ def read_port(folder: epath.Path, *, as_port: bool = False) -> ModelFiles:
       ValueError: naming the file, the field or the tensor that is wrong.
     """
     names, where = ("config.json", "generation_config.json"), str(folder / "config.json")
-    json_files = {name: read_object(folder / name) for name in names if (folder / name).exists()}
+    json_files = {
+        name: read_object(folder / name)
+        for name in names
+        if name == "config.json" or (folder / name).exists()
+    }
     with naming(where):
         config, byte_lm, notes = read_settings(json_files["config.json"], where, as_port)
     tensors = without_wrappers(read_folder(folder, notes), notes)
@@ -126,9 +130,9 @@ def port_tensors(files: ModelFiles) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for part in (files, files.byte_lm):
         if part is not None:
-            pieces = PIECES[part.config.model.group](PORT, part.config.model)
+            parts = PARTS[part.config.model.group](PORT, part.config.model)
             dtypes = part.origin.get("dtypes", {}) if from_port else {}
-            tensors |= tensors_of(part.leaves, pieces, dtypes)
+            tensors |= tensors_of(part.leaves, parts, dtypes)
     return tensors
 
 
@@ -142,7 +146,7 @@ def write_port(files: ModelFiles, folder: Path, written) -> None:
     if files.config.patching is None:
         raise ValueError("transformers has no class for a byte LM alone; write --to orbax or meta")
     byte_lm = files.byte_lm
-    if byte_lm is not None and byte_lm.config.model.group not in PIECES:
+    if byte_lm is not None and byte_lm.config.model.group not in PARTS:
         raise ValueError("transformers' patcher is a byte LM; this model's patches come from a CNN")
     if files.origin.get("layout") == "transformers":
         json_files = files.origin["json"]

@@ -259,10 +259,10 @@ def read_settings(
     if not top["patch_in_forward"]:
         notes.append("the port was saved without its byte LM (patch_in_forward is False)")
         return config, None, notes
-    return config, byte_lm_config(top["patcher_config"], where), notes
+    return config, port_byte_lm_config(top["patcher_config"], where), notes
 
 
-def byte_lm_config(found: dict | None, where: str) -> ModelConfig:
+def port_byte_lm_config(found: dict | None, where: str) -> ModelConfig:
     stack = read_stack(found, BYTE_LM, f"{where}: patcher_config")
     longest = stack["max_position_embeddings"]
     check_byte_stack(stack, f"{where}: patcher_config")

@@ -16,7 +16,7 @@ from bltjax.weights.lazy import Leaf, read_object
 from bltjax.weights.released.hf_settings import LATENT_PAIRS, read_rotary
 from bltjax.weights.released.hub import of_hub_cache
 from bltjax.weights.released.leftovers import latent_rotary, without_leftovers, without_wrappers
-from bltjax.weights.released.mapping import LLAMA, latent_pieces
+from bltjax.weights.released.mapping import LLAMA, latent_parts
 from bltjax.weights.released.settings import check_kind, check_values, naming, ours_of
 from bltjax.weights.released.tensors import check_tensors, leaves_of
 from bltjax.weights.safetensors import read_folder
@@ -64,18 +64,18 @@ def llama_leaves(folder: epath.Path, config: LatentConfig) -> dict[str, Leaf]:
                 f"latent.{name} is {ours}, but the Llama in {folder} has {other}: a latent"
                 " transformer that begins as a Llama has all of its sizes"
             )
-    pieces = latent_pieces(LLAMA, config, rotary="half_split")
+    parts = latent_parts(LLAMA, config, rotary="half_split")
     shapes = block_shapes(config)
     notes = [note] if note else []
     tensors = without_wrappers(read_folder(folder, notes), notes)
-    expected = {piece.name for piece in pieces}
+    expected = {part.name for part in parts}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in LEFT_BEHIND}
     stacks = {LLAMA.latent: latent_rotary(config)}
     tensors = without_leftovers(tensors, expected, stacks, notes)
-    check_tensors(tensors, pieces, shapes, str(folder))
+    check_tensors(tensors, parts, shapes, str(folder))
     for line in notes:
         log_once(f"{folder}: {line}")
-    return leaves_of(tensors, pieces, shapes)
+    return leaves_of(tensors, parts, shapes)
 
 
 @functools.cache
@@ -89,5 +89,5 @@ def block_shapes(config: LatentConfig) -> dict[str, tuple[int, ...]]:
         "L": config.layers, "D": config.width, "F": config.hidden, "H": config.heads,
         "J": config.key_value_heads, "C": config.width // config.heads,
     }  # fmt: skip
-    paths = [piece.path for piece in latent_pieces(LLAMA, config, rotary="half_split")]
+    paths = [part.path for part in latent_parts(LLAMA, config, rotary="half_split")]
     return {path: tuple(sizes[letter] for letter, _ in suffix_axes(path)) for path in paths}

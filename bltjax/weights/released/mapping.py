@@ -68,7 +68,7 @@ PORT = Names(
 LLAMA = PORT._replace(latent="model.")
 
 
-def block_pieces(
+def block_parts(
     names: Names, ours: str, theirs: str, letters: str, index=(), rotary="matrix"
 ) -> Iterable[TensorPart]:
     """One transformer block; `letters` are its width, query heads and key/value heads."""
@@ -84,18 +84,18 @@ def block_pieces(
         yield TensorPart(f"{ours}/{leaf}", index, f"{theirs}.{tensor}.weight", kind)
 
 
-def cross_pieces(names: Names, ours: str, theirs: str) -> Iterable[TensorPart]:
+def cross_parts(names: Names, ours: str, theirs: str) -> Iterable[TensorPart]:
     leaves = ("norm_q_E", "norm_kv_E", "q_EGC", "k_EGC", "v_EGC", "o_GCE")
     for leaf, tensor in zip(leaves, names.cross, strict=True):
         kind = "same" if "norm" in leaf else "matrix"
         yield TensorPart(f"{ours}/{leaf}", (), f"{theirs}.{tensor}.weight", kind)
 
 
-def blt_pieces(names: Names, config: BLTConfig) -> list[TensorPart]:
+def blt_parts(names: Names, config: BLTConfig) -> list[TensorPart]:
     """Every tensor of a BLT; needs both cross-attentions."""
     local, cross, hashed = config.local, config.cross, config.hash
     projection = "patch_embedding_projection.weight"
-    pieces = [
+    parts = [
         TensorPart("encoder/bytes_VE", (), f"{names.encoder}{names.embedding}.weight", "same"),
         TensorPart("encoder/pool_EKE", (), names.encoder + projection, "matrix"),
         TensorPart("decoder/narrow_DKE", (), names.decoder + projection, "matrix"),
@@ -106,42 +106,42 @@ def blt_pieces(names: Names, config: BLTConfig) -> list[TensorPart]:
     for table in range(hashed.tables):
         first = table * hashed.rows if fused else 0
         name = names.table.format(table)
-        pieces.append(TensorPart("encoder/ngrams_RME", (table,), name, "table", first, hashed.rows))
+        parts.append(TensorPart("encoder/ngrams_RME", (table,), name, "table", first, hashed.rows))
     if cross.slots * local.width != config.latent.width:
         name = f"{names.latent}token_embedding_projection.weight"
-        pieces.append(TensorPart("latent/widen_KED", (), name, "matrix"))
+        parts.append(TensorPart("latent/widen_KED", (), name, "matrix"))
     for stack, theirs, layers, crossed in (
         ("encoder", names.encoder, local.encoder_layers, cross.encoder),
         ("decoder", names.decoder, local.decoder_layers, cross.decoder),
     ):
         for layer in range(layers):
             block = f"{theirs}layers.{layer}"
-            pieces += block_pieces(names, f"{stack}/block_{layer}", block, "EGG")
+            parts += block_parts(names, f"{stack}/block_{layer}", block, "EGG")
         for layer in range(layers if crossed == "all" else 1):
             block = f"{theirs}cross_attn_layers.{layer}"
-            pieces += cross_pieces(names, f"{stack}/cross_{layer}", block)
-    return pieces + latent_pieces(names, config.latent, rotary="matrix")
+            parts += cross_parts(names, f"{stack}/cross_{layer}", block)
+    return parts + latent_parts(names, config.latent, rotary="matrix")
 
 
-def latent_pieces(names: Names, config: LatentConfig, *, rotary: str) -> list[TensorPart]:
-    pieces: list[TensorPart] = []
+def latent_parts(names: Names, config: LatentConfig, *, rotary: str) -> list[TensorPart]:
+    parts: list[TensorPart] = []
     for layer in range(config.layers):
         theirs = f"{names.latent}layers.{layer}"
-        pieces += block_pieces(names, "latent/blocks", theirs, "DHJ", (layer,), rotary)
-    return pieces
+        parts += block_parts(names, "latent/blocks", theirs, "DHJ", (layer,), rotary)
+    return parts
 
 
-def byte_lm_pieces(names: Names, config: ByteLMConfig) -> list[TensorPart]:
-    pieces = [
+def byte_lm_parts(names: Names, config: ByteLMConfig) -> list[TensorPart]:
+    parts = [
         TensorPart("bytes_VE", (), f"{names.byte_lm}{names.embedding}.weight", "same"),
         TensorPart("norm_E", (), f"{names.byte_lm}norm.weight", "same"),
         TensorPart("head_EV", (), names.byte_lm_head, "matrix"),
     ]
     for layer in range(config.layers):
         theirs = f"{names.byte_lm}layers.{layer}"
-        pieces += block_pieces(names, f"block_{layer}", theirs, "EGG")
-    return pieces
+        parts += block_parts(names, f"block_{layer}", theirs, "EGG")
+    return parts
 
 
 # The mapping of each family, by name; others have no released layout.
-PIECES = {"blt": blt_pieces, "byte_lm": byte_lm_pieces}
+PARTS = {"blt": blt_parts, "byte_lm": byte_lm_parts}

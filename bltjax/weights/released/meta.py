@@ -15,13 +15,13 @@ from bltjax.config.model import ModelConfig
 from bltjax.families import family_of
 from bltjax.weights.lazy import read_object
 from bltjax.weights.released.leftovers import without_wrappers
-from bltjax.weights.released.mapping import META, PIECES
+from bltjax.weights.released.mapping import META, PARTS
 from bltjax.weights.released.meta_settings import (
     BYTE_LM,
     blt_config,
     blt_settings,
-    byte_lm_config,
     byte_lm_settings,
+    meta_byte_lm_config,
     read_patching,
 )
 from bltjax.weights.released.settings import model_files, naming
@@ -73,14 +73,14 @@ def read_meta(folder: epath.Path) -> ModelFiles:
     if settings.get(BYTE_LM):
         args, where = settings[BYTE_LM], f"{where}: {BYTE_LM}"
     with naming(where):
-        config = byte_lm_config(args, where, notes)
+        config = meta_byte_lm_config(args, where, notes)
     return model_files(META, config, tensors, origin, notes, str(folder))
 
 
 def write_meta(files: ModelFiles, folder: Path, written) -> None:
     """Writes a model in the container in which it came from Meta, or as consolidated.pth."""
     family = family_of(files.config)
-    if family.name not in PIECES:
+    if family.name not in PARTS:
         raise ValueError(f"Meta's files have no {family.title}; write --to orbax")
     from_meta = files.origin.get("layout") == "meta"
     if from_meta:
@@ -89,9 +89,9 @@ def write_meta(files: ModelFiles, folder: Path, written) -> None:
         json_files = {"params.json": blt_settings(files.config)}
     else:
         json_files = {"params.json": {BYTE_LM: byte_lm_settings(files.config)}}
-    pieces = PIECES[family.name](META, files.config.model)
+    parts = PARTS[family.name](META, files.config.model)
     dtypes = files.origin.get("dtypes", {}) if from_meta else {}
-    tensors = tensors_of(files.leaves, pieces, dtypes)
+    tensors = tensors_of(files.leaves, parts, dtypes)
     if from_meta and files.origin["container"] == "safetensors":
         write_folder(epath.Path(folder), tensors, written)
     else:

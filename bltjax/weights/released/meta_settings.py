@@ -190,7 +190,7 @@ def read_patching(settings: dict, where: str, notes: list[str]) -> Patching:
     return from_dict(Patching, patching)
 
 
-def byte_lm_config(args: dict, where: str, notes: list[str]) -> ModelConfig:
+def meta_byte_lm_config(args: dict, where: str, notes: list[str]) -> ModelConfig:
     found = check_fields(args, TRANSFORMER, REQUIRED, WITHOUT_EFFECT, where, OPTIONAL)
     if found["n_heads"] is None:
         raise ValueError(f"{where} does not give n_heads")

@@ -17,7 +17,7 @@ from bltjax.config.model import ModelConfig
 from bltjax.families import leaf_shapes
 from bltjax.weights.lazy import Tensor
 from bltjax.weights.released.leftovers import rotary_stacks, without_leftovers
-from bltjax.weights.released.mapping import PIECES, Names, TensorPart
+from bltjax.weights.released.mapping import PARTS, Names, TensorPart
 from bltjax.weights.released.tensors import check_stacked, check_tensors, leaves_of, odd_dtypes
 from bltjax.weights.stored import ModelFiles, check_layers
 
@@ -32,14 +32,14 @@ def model_files(
 ) -> ModelFiles:
     """A released model's files, after checking every tensor against its config."""
     check_layers(config, len(tensors), where, stacked=False)
-    pieces: list[TensorPart] = PIECES[config.model.group](names, config.model)
+    parts: list[TensorPart] = PARTS[config.model.group](names, config.model)
     shapes, notes = leaf_shapes(config), list(notes)
-    check_stacked(shapes, pieces)
-    expected = {piece.name for piece in pieces}
+    check_stacked(shapes, parts)
+    expected = {part.name for part in parts}
     tensors = without_leftovers(tensors, expected, rotary_stacks(names, config.model), notes)
-    check_tensors(tensors, pieces, shapes, where)
-    leaves = leaves_of(tensors, pieces, shapes)
-    origin = origin | {"dtypes": odd_dtypes(tensors, leaves, pieces)}
+    check_tensors(tensors, parts, shapes, where)
+    leaves = leaves_of(tensors, parts, shapes)
+    origin = origin | {"dtypes": odd_dtypes(tensors, leaves, parts)}
     if "float16" in origin["dtypes"].values():
         notes.append("float16 tensors are kept as float32, which holds all of them")
     return ModelFiles(config, leaves, origin["layout"], origin, tuple(notes))

@@ -1,4 +1,4 @@
-"""Released tensors into our parameters and back, by the mapping's pieces."""
+"""Released tensors into our parameters and back, by the mapping's parts."""
 
 from collections.abc import Iterable
 
@@ -19,30 +19,30 @@ def two_dimensional(path: str, inner: tuple[int, ...]) -> tuple[int, int]:
 
 
 def tensor_shapes(
-    pieces: list[TensorPart], shapes: dict[str, tuple[int, ...]]
+    parts: list[TensorPart], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     """The required shape of each of their tensors, from those of our leaves."""
     found: dict[str, tuple[int, ...]] = {}
-    for piece in pieces:
-        inner = shapes[piece.path][len(piece.index) :]
-        if piece.kind == "table":
-            rows = max(found.get(piece.name, (0,))[0], piece.first + piece.rows)
-            found[piece.name] = (rows, inner[1])
-        elif piece.kind == "same":
-            found[piece.name] = inner
+    for part in parts:
+        inner = shapes[part.path][len(part.index) :]
+        if part.kind == "table":
+            rows = max(found.get(part.name, (0,))[0], part.first + part.rows)
+            found[part.name] = (rows, inner[1])
+        elif part.kind == "same":
+            found[part.name] = inner
         else:
-            found[piece.name] = two_dimensional(piece.path, inner)[::-1]
+            found[part.name] = two_dimensional(part.path, inner)[::-1]
     return found
 
 
 def check_tensors(
     tensors: dict[str, Tensor],
-    pieces: list[TensorPart],
+    parts: list[TensorPart],
     shapes: dict[str, tuple[int, ...]],
     where: str,
 ) -> None:
-    """Raises ValueError unless `tensors` are exactly those of `pieces`, in shape and dtype."""
-    expected = tensor_shapes(pieces, shapes)
+    """Raises ValueError unless `tensors` are exactly those of `parts`, in shape and dtype."""
+    expected = tensor_shapes(parts, shapes)
     missing = sorted(expected.keys() - tensors.keys())
     if missing:
         raise ValueError(
@@ -68,52 +68,52 @@ def check_tensors(
             )
 
 
-def into_ours(piece: TensorPart, tensor: np.ndarray, inner: tuple[int, ...]) -> np.ndarray:
-    if piece.kind == "same":
+def into_ours(part: TensorPart, tensor: np.ndarray, inner: tuple[int, ...]) -> np.ndarray:
+    if part.kind == "same":
         return tensor
-    if piece.kind == "half_split":
+    if part.kind == "half_split":
         width, heads, channels = inner
         split = tensor.reshape(heads, 2, channels // 2, width)
         return split.transpose(3, 0, 2, 1).reshape(inner)
     return tensor.T.reshape(inner)
 
 
-def into_theirs(piece: TensorPart, array: np.ndarray) -> np.ndarray:
-    if piece.kind == "same":
+def into_theirs(part: TensorPart, array: np.ndarray) -> np.ndarray:
+    if part.kind == "same":
         return array
-    rows, columns = two_dimensional(piece.path, array.shape)
+    rows, columns = two_dimensional(part.path, array.shape)
     return array.reshape(rows, columns).T
 
 
 def leaves_of(
-    tensors: dict[str, Tensor], pieces: list[TensorPart], shapes: dict[str, tuple[int, ...]]
+    tensors: dict[str, Tensor], parts: list[TensorPart], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, Leaf]:
     """Our leaves, read from their tensors; float16 becomes float32, which is exact.
 
     A read raises NotFinite for a tensor that holds NaN or infinity.
     """
-    tensors = {piece.name: checked_finite(tensors[piece.name], piece.name) for piece in pieces}
+    tensors = {part.name: checked_finite(tensors[part.name], part.name) for part in parts}
     by_path: dict[str, dict[tuple[int, ...], TensorPart]] = {}
-    for piece in pieces:
-        by_path.setdefault(piece.path, {})[piece.index] = piece
+    for part in parts:
+        by_path.setdefault(part.path, {})[part.index] = part
     return {path: joined_leaf(tensors, found, shapes[path]) for path, found in by_path.items()}
 
 
 def joined_leaf(
-    tensors: dict[str, Tensor], pieces: dict[tuple[int, ...], TensorPart], shape: tuple[int, ...]
+    tensors: dict[str, Tensor], parts: dict[tuple[int, ...], TensorPart], shape: tuple[int, ...]
 ) -> Leaf:
-    dtypes = {tensors[piece.name].dtype for piece in pieces.values()}
+    dtypes = {tensors[part.name].dtype for part in parts.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
     dtype = dtype if dtype in STORED else DTYPES["float32"]
 
     def read(index: tuple[int, ...], rows: slice) -> np.ndarray:
-        piece = pieces[index]
-        tensor, inner = tensors[piece.name], shape[len(index) :]
+        part = parts[index]
+        tensor, inner = tensors[part.name], shape[len(index) :]
         begin, end, _ = rows.indices(inner[0])
-        if piece.kind != "table":
-            return into_ours(piece, tensor.all(), inner)[begin:end].astype(dtype)
-        held = max(begin, min(end, piece.rows))  # rows beyond are padding, and zero
-        found = tensor.read(piece.first + begin, piece.first + held)
+        if part.kind != "table":
+            return into_ours(part, tensor.all(), inner)[begin:end].astype(dtype)
+        held = max(begin, min(end, part.rows))  # rows beyond are padding, and zero
+        found = tensor.read(part.first + begin, part.first + held)
         padded = np.zeros((end - begin, *inner[1:]), dtype)
         padded[: held - begin] = found
         return padded
@@ -122,14 +122,14 @@ def joined_leaf(
 
 
 def tensors_of(
-    leaves: dict[str, Leaf], pieces: list[TensorPart], dtypes: dict[str, str]
+    leaves: dict[str, Leaf], parts: list[TensorPart], dtypes: dict[str, str]
 ) -> dict[str, Tensor]:
     """Their tensors, read from our leaves, in the leaf's dtype unless `dtypes` names another."""
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    expected = tensor_shapes(pieces, shapes)
+    expected = tensor_shapes(parts, shapes)
     by_name: dict[str, list[TensorPart]] = {}
-    for piece in pieces:
-        by_name.setdefault(piece.name, []).append(piece)
+    for part in parts:
+        by_name.setdefault(part.name, []).append(part)
 
     def tensor_of(name: str, found: list[TensorPart]) -> Tensor:
         leaf = leaves[found[0].path]
@@ -139,13 +139,13 @@ def tensors_of(
             if found[0].kind != "table":
                 array = leaf.read(found[0].index, slice(None))
                 return into_theirs(found[0], array)[begin:end].astype(dtype)
-            parts = []
-            for piece in found:
-                low, high = max(begin, piece.first), min(end, piece.first + piece.rows)
+            arrays = []
+            for part in found:
+                low, high = max(begin, part.first), min(end, part.first + part.rows)
                 if low < high:
-                    rows = slice(low - piece.first, high - piece.first)
-                    parts.append(leaf.read(piece.index, rows))
-            return np.concatenate(parts).astype(dtype)
+                    rows = slice(low - part.first, high - part.first)
+                    arrays.append(leaf.read(part.index, rows))
+            return np.concatenate(arrays).astype(dtype)
 
         return Tensor(expected[name], dtype, read, "")
 
@@ -153,21 +153,21 @@ def tensors_of(
 
 
 def odd_dtypes(
-    tensors: dict[str, Tensor], leaves: dict[str, Leaf], pieces: list[TensorPart]
+    tensors: dict[str, Tensor], leaves: dict[str, Leaf], parts: list[TensorPart]
 ) -> dict:
     """Tensors by name whose dtype differs from the leaf that they are part of, for the way back."""
     return {
-        piece.name: tensors[piece.name].dtype.name
-        for piece in pieces
-        if tensors[piece.name].dtype != leaves[piece.path].dtype
+        part.name: tensors[part.name].dtype.name
+        for part in parts
+        if tensors[part.name].dtype != leaves[part.path].dtype
     }
 
 
-def check_stacked(paths: Iterable[str], pieces: list[TensorPart]) -> None:
-    """Checks that every one of our leaves has its pieces: a bug of ours if not, found before a
+def check_stacked(paths: Iterable[str], parts: list[TensorPart]) -> None:
+    """Checks that every one of our leaves has its parts: a bug of ours if not, found before a
     copy."""
-    covered = {piece.path for piece in pieces}
+    covered = {part.path for part in parts}
     lost = sorted(set(paths) - covered)
-    odd = sorted(piece.path for piece in pieces if stacked(piece.path) != bool(piece.index))
+    odd = sorted(part.path for part in parts if stacked(part.path) != bool(part.index))
     if lost or odd:
         raise RuntimeError(f"parameters without a tensor: {lost}; of another rank: {odd}")
