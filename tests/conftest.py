@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
 import pytest
 from etils import epath
@@ -50,6 +51,9 @@ def pytest_configure(config):
     # Before workers start, so that all of them have the same.
     if config.option.seed == "random":
         config.option.seed = str(random.SystemRandom().randrange(10**6))
+    fixed = config.option.seed == "0"
+    hypothesis.settings.register_profile("bltjax", derandomize=fixed)
+    hypothesis.settings.load_profile("bltjax")
 
 
 def pytest_report_header(config):

@@ -205,7 +205,9 @@ def test_training_batches_are_those_of_a_run(runs, model, tmp_path, monkeypatch)
     config, trained_on = config_of(runs, model), []
     kept = rows.make_global_batch
     monkeypatch.setattr(
-        trainer, "global_batch", lambda batch, *more: trained_on.append(batch) or kept(batch, *more)
+        trainer,
+        "make_global_batch",
+        lambda batch, *more: trained_on.append(batch) or kept(batch, *more),
     )
     trainer.train(config, tmp_path / "run", stop_at=3)
     batches = bltjax.training_batches(config)
