@@ -80,6 +80,24 @@ def our_step(config: RunConfig):
     return run
 
 
+PRODUCT_SIDE = 2048  # of square matrices: large enough for a CPU's best rate
+PRODUCTS = 4  # per step
+PRODUCTS_FLOPS = PRODUCTS * 2 * PRODUCT_SIDE**3
+
+
+def matrix_products():
+    """() -> nothing: large products in fp32, whose rate bounds any step on this machine."""
+    a, b = jax.random.normal(random_key(0), (2, PRODUCT_SIDE, PRODUCT_SIDE))
+    product = jax.jit(jnp.matmul)
+
+    def run() -> dict:
+        for _ in range(PRODUCTS):
+            jax.block_until_ready(product(a, b))
+        return {}
+
+    return run
+
+
 def peer_libraries() -> tuple:
     """torch and transformers, of the extra `parity`."""
     try:

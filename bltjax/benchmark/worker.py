@@ -10,7 +10,7 @@ import sys
 import time
 
 from bltjax.benchmark.generate import cached_side, context_side, port_side, whole_side
-from bltjax.benchmark.train import our_step, run_config, transformers_step
+from bltjax.benchmark.train import matrix_products, our_step, run_config, transformers_step
 from bltjax.system.environment import keep_buffers
 
 # By side: the function that makes its step from the worker's arguments, and the number of steps
@@ -19,6 +19,7 @@ SIDES = {
     "ours": (lambda *size: our_step(run_config(*size)), 4),
     "transformers": (lambda *size: transformers_step(run_config(*size), fused=False), 4),
     "transformers_tuned": (lambda *size: transformers_step(run_config(*size), fused=True), 4),
+    "products": (lambda *size: matrix_products(), 1),
     "cached": (cached_side, 1),
     "whole": (whole_side, 1),
     "port": (port_side, 0),

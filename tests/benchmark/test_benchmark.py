@@ -74,10 +74,13 @@ def test_benchmark_train(capsys):
     result = json.loads(capsys.readouterr().out)
     assert set(result) == {
         "ours_ms", "peer_ms", "ratio", "peer", "all_ms", "step_gflop", "ours_gflop_per_second",
-        "threads",
+        "products_gflop_per_second", "share_of_products", "threads",
     }  # fmt: skip
     assert result["ours_ms"] > 0 and result["peer_ms"] > 0
     assert result["ratio"] == result["peer_ms"] / result["ours_ms"]
+    rate, limit = result["ours_gflop_per_second"], result["products_gflop_per_second"]
+    assert rate == pytest.approx(result["step_gflop"] / result["ours_ms"] * 1000)
+    assert result["share_of_products"] == rate / limit and limit > 1
     assert {side: len(times) for side, times in result["all_ms"].items()} == {
         "ours": 1,
         "transformers": 1,
