@@ -159,13 +159,13 @@ def check_place(workdir: Path) -> None:
 def begin_workdir(workdir: Path, config: RunConfig, mark: Path) -> dict | None:
     """Creates the directory and `mark` in it; returns the config of an existing run, as JSON."""
     check_writable(mark.parent)  # fail now, not at the first checkpoint
-    mark.write_text("", encoding="utf-8")
-    steps = saved_steps(workdir)
-    if not steps:
-        return None
-    run = from_json(config_or_saved_one(workdir), workdir / CONFIG)
-    check_settings(run, config, workdir, steps[-1])
-    return to_dict(run)
+    found = None
+    if steps := saved_steps(workdir):
+        run = from_json(config_or_saved_one(workdir), workdir / CONFIG)
+        check_settings(run, config, workdir, steps[-1])
+        found = to_dict(run)
+    mark.write_text("", encoding="utf-8")  # last: a refused config leaves nothing behind
+    return found
 
 
 def config_or_saved_one(workdir: Path) -> dict:

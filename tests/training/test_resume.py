@@ -20,7 +20,13 @@ from bltjax.distributed.preemption import INTERRUPTED, TERMINATED, Notice
 from bltjax.distributed.sharding import make_mesh
 from bltjax.training.checkpoint import last_good
 from bltjax.training.init import check_copies, check_start, entropy_model, mesh_advice
-from bltjax.training.resume import check_settings, check_sources, refusal, setting_changes
+from bltjax.training.resume import (
+    check_settings,
+    check_sources,
+    check_workdir,
+    refusal,
+    setting_changes,
+)
 from bltjax.training.train import train
 from bltjax.weights.workdir import CONFIG, newest_progress, read_run_config, sealed
 
@@ -267,6 +273,14 @@ def test_content_of_sources(runs):
         assert f"source 'text' ({name}) doesn't hold the documents" in str(raised.value)
         assert ("-> 'elsewhere'" in str(raised.value)) == (config is moved)
         assert "--init_from=w" in str(raised.value)
+
+
+def test_a_refused_config_leaves_nothing_behind(runs, tmp_path):
+    work = copy_of(runs.byte_lm, tmp_path / "run")
+    before = sorted(work.rglob("*"))
+    with pytest.raises(ValueError, match="another config"):
+        check_workdir(work, replaced(read_run_config(work), "optimizer.lr", 3.0))
+    assert sorted(work.rglob("*")) == before
 
 
 def test_data_that_changed_in_its_place_is_refused(runs, tmp_path, capsys):
