@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -72,6 +73,12 @@ def log():
     yield logger
     logger.setLevel(logging.NOTSET)
     logger.propagate, logger.handlers = True, []
+
+
+@pytest.fixture
+def by_tiles(monkeypatch):
+    """Self-attention by tiles for rows of any length, of which short ones are otherwise dense."""
+    monkeypatch.setattr(sys.modules["bltjax.attention.xla"], "SHORT", 0)
 
 
 @pytest.fixture

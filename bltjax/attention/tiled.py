@@ -70,7 +70,7 @@ def tiled(q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ, tiles: Tiles):
 
 def tiled_forward(q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ, tiles: Tiles):
     one_row = functools.partial(row_forward, tiles=tiles)
-    out, log_sum = each_row(one_row, q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ)
+    out, log_sum = each_row(one_row, q_BJIQC, k_BJTC, jnp.swapaxes(v_BJTC, 2, 3), start_BQ, end_BQ)
     out, log_sum = outcome(out, log_sum)
     return out, (q_BJIQC, k_BJTC, v_BJTC, start_BQ, end_BQ, out, log_sum)
 
@@ -80,7 +80,8 @@ def tiled_backward(tiles: Tiles, residuals, grad_BJIQC):
     # sum over keys of p dp, for every query: the softmax subtracts it from each gradient.
     delta = jnp.einsum("...c,...c->...", grad_BJIQC, out, preferred_element_type=jnp.float32)
     one_row = functools.partial(row_backward, tiles=tiles)
-    grads = each_row(one_row, *residuals[:-2], log_sum, delta, grad_BJIQC)
+    k_BJCT = jnp.swapaxes(residuals[1], 2, 3)
+    grads = each_row(one_row, *residuals[:-2], k_BJCT, log_sum, delta, grad_BJIQC)
     return (*(x.astype(residuals[0].dtype) for x in grads), None, None)
 
 
@@ -100,8 +101,10 @@ def steps(start_Q, end_Q, tiles: Tiles):
 def tile_scores(q_JIQC, k_JTC, start_Q, end_Q, low, step, tiles: Tiles):
     """fp32 scores [J, keys, I, queries] of one step, and the index of its first key.
 
-    Keys come first so that the softmax reduces over a major axis, which a CPU vectorises. A last
-    step that would reach past the last key is moved back, and keys of the step before are masked.
+    Keys come first so that the softmax reduces over a major axis, which a CPU vectorises; what they
+    are multiplied with comes transposed, [J, C, keys], since they themselves would have to be. A
+    last step that would reach past the last key is moved back, and keys of the step before are
+    masked.
     """
     wanted = low + step * tiles.keys
     at = jnp.minimum(wanted, k_JTC.shape[1] - tiles.keys)
@@ -116,7 +119,7 @@ def tile_scores(q_JIQC, k_JTC, start_Q, end_Q, low, step, tiles: Tiles):
     return jnp.where(mask_TQ[None, :, None], products, HIDDEN), at
 
 
-def row_forward(q_JIQC, k_JTC, v_JTC, start_Q, end_Q, tiles: Tiles):
+def row_forward(q_JIQC, k_JTC, v_JCT, start_Q, end_Q, tiles: Tiles):
     """Output [J, I, Q, C] and fp32 log of each softmax's denominator [J, I, Q]."""
     shared, group, queries, channels = q_JIQC.shape
 
@@ -134,29 +137,33 @@ def row_forward(q_JIQC, k_JTC, v_JTC, start_Q, end_Q, tiles: Tiles):
             weights = jnp.exp(s - new_top[:, None])
             scale = jnp.exp(top - new_top)
             more = jnp.einsum(
-                "jtiq,jtc->jiqc",
-                weights.astype(v_JTC.dtype),
-                slice_of(v_JTC, at, tiles.keys, 1),
+                "jct,jtiq->jciq",
+                slice_of(v_JCT, at, tiles.keys, 2),
+                weights.astype(v_JCT.dtype),
                 preferred_element_type=jnp.float32,
             )
             total = total * scale + weights.sum(axis=1)
-            return new_top, total, summed * scale[..., None] + more
+            return new_top, total, summed * scale[:, None] + more
 
         flat = (shared, group, tiles.queries)
+        nothing = jnp.zeros((shared, channels, group, tiles.queries))
         top, total, summed = jax.lax.fori_loop(
-            0, count, add, (jnp.full(flat, FLOOR), jnp.zeros(flat), jnp.zeros((*flat, channels)))
+            0, count, add, (jnp.full(flat, FLOOR), jnp.zeros(flat), nothing)
         )
         some = total > 0  # an empty range gives zeros
-        piece = jnp.where(some[..., None], summed / jnp.where(some, total, 1)[..., None], 0)
+        piece = jnp.where(some[:, None], summed / jnp.where(some, total, 1)[:, None], 0)
+        piece = piece.transpose(0, 2, 3, 1).astype(out.dtype)
         logs = jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), 0)
-        out = jax.lax.dynamic_update_slice_in_dim(out, piece.astype(out.dtype), first, 2)
+        out = jax.lax.dynamic_update_slice_in_dim(out, piece, first, 2)
         return out, jax.lax.dynamic_update_slice_in_dim(log_sum, logs, first, 2)
 
-    empty = (jnp.zeros(q_JIQC.shape, v_JTC.dtype), jnp.zeros((shared, group, queries)))
+    empty = (jnp.zeros(q_JIQC.shape, v_JCT.dtype), jnp.zeros((shared, group, queries)))
     return jax.lax.fori_loop(0, queries // tiles.queries, of_tile, empty)
 
 
-def row_backward(q_JIQC, k_JTC, v_JTC, start_Q, end_Q, log_sum, delta, grad_JIQC, tiles: Tiles):
+def row_backward(
+    q_JIQC, k_JTC, v_JTC, start_Q, end_Q, k_JCT, log_sum, delta, grad_JIQC, tiles: Tiles
+):
     """fp32 gradients of q, k and v."""
     shared, group, queries, channels = q_JIQC.shape
     fp32 = {"preferred_element_type": jnp.float32}
@@ -172,11 +179,11 @@ def row_backward(q_JIQC, k_JTC, v_JTC, start_Q, end_Q, log_sum, delta, grad_JIQC
         def add(step, carry):
             dq, dk, dv = carry
             s, at = tile_scores(q, k_JTC, start, end, low, step, tiles)
-            k, v = (slice_of(x, at, tiles.keys, 1) for x in (k_JTC, v_JTC))
+            v = slice_of(v_JTC, at, tiles.keys, 1)
             weights = jnp.exp(s - logs[:, None])
             dweights = jnp.einsum("jtc,jiqc->jtiq", v, grad, **fp32)
             ds = (weights * (dweights - less[:, None])).astype(q.dtype)
-            dq = dq + jnp.einsum("jtiq,jtc->jiqc", ds, k, **fp32)
+            dq = dq + jnp.einsum("jct,jtiq->jciq", slice_of(k_JCT, at, tiles.keys, 2), ds, **fp32)
             more_k = jnp.einsum("jtiq,jiqc->jtc", ds, q, **fp32)
             more_v = jnp.einsum("jtiq,jiqc->jtc", weights.astype(grad.dtype), grad, **fp32)
             dk = jax.lax.dynamic_update_slice_in_dim(
@@ -188,8 +195,9 @@ def row_backward(q_JIQC, k_JTC, v_JTC, start_Q, end_Q, log_sum, delta, grad_JIQC
             return dq, dk, dv
 
         dq, dk, dv = carry
-        zero = jnp.zeros((shared, group, tiles.queries, channels))
+        zero = jnp.zeros((shared, channels, group, tiles.queries))
         piece, dk, dv = jax.lax.fori_loop(0, count, add, (zero, dk, dv))
+        piece = piece.transpose(0, 2, 3, 1)
         return jax.lax.dynamic_update_slice_in_dim(dq, piece, first, 2), dk, dv
 
     empty = tuple(jnp.zeros(x.shape) for x in (q_JIQC, k_JTC, v_JTC))

@@ -1,6 +1,6 @@
 """Range attention in plain XLA operations: time and memory are linear in the keys that are seen.
 
-Sliding   tile by tile, in `tiled.py`.
+Sliding   tile by tile, in `tiled.py`; of short rows all at once, by the definition.
 Pooling   the other way about: each *key* finds its run of queries; the softmax over a patch's
           bytes is a segment maximum and two segment sums with sorted ids.
 Reading   each query gathers its few keys and takes a tiny softmax.
@@ -9,12 +9,16 @@ Reading   each query gathers its few keys and takes a tiny softmax.
 import jax
 import jax.numpy as jnp
 
-from bltjax.attention.dense import masked_softmax
+from bltjax.attention.dense import dense, masked_softmax
 from bltjax.attention.pattern import Pattern, Pooling, Sliding
 from bltjax.attention.tiled import sliding
 
+SHORT = 256  # keys of a row whose scores are stored: no more of them than of a tile
+
 
 def xla(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern):
+    if isinstance(pattern, Sliding) and k_BTJC.shape[1] <= SHORT:
+        return dense(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ)
     if isinstance(pattern, Sliding):
         return sliding(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.span)
     if isinstance(pattern, Pooling):

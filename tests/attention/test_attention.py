@@ -26,6 +26,7 @@ from bltjax.attention.pattern import Pooling, Reading, Sliding
 from bltjax.attention.staircase import Tiles, whole_patches
 from bltjax.config.run import ATTENTION
 
+pytestmark = pytest.mark.usefixtures("by_tiles")
 N = 150
 HERE = fastest(jax.devices()[0])
 TESTED = tuple(
@@ -363,6 +364,19 @@ def test_too_wide_heads():
     x, bound = jnp.ones((1, 512, 1, 4096)), jnp.zeros((1, 512), jnp.int32)
     with pytest.raises(ValueError, match=r"with 4096 channels a head need .* more than 16777216"):
         range_attention(x, x, x, bound, bound, pattern=Sliding(512), implementation="pallas_tpu")
+
+
+def test_short_rows_are_dense(monkeypatch):
+    """Up to 256 keys; then scores are no longer stored."""
+    monkeypatch.undo()
+    for keys, loops in ((256, False), (257, True)):
+        start = np.maximum(np.arange(keys) - 20, 0)[None].astype(np.int32)
+        end = np.arange(1, keys + 1, dtype=np.int32)[None]
+        q, k, v, _ = tensors(start, keys, 2, 1)
+        attend = functools.partial(range_attention, pattern=Sliding(21), implementation="xla")
+        assert ("while" in str(jax.make_jaxpr(attend)(q, k, v, start, end))) == loops
+        found, expected = attend(q, k, v, start, end), dense(q, k, v, start, end)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("tiles", [(4, 6), (8, 30), (5, 3)], ids=str)

@@ -14,7 +14,7 @@ from bltjax.model.byte_lm import ByteLM, ByteLMConfig, entropies_of
 from bltjax.text.alphabet import EOS
 from bltjax.text.ngram_hash import HashConfig, hash_ids
 
-pytestmark = pytest.mark.smoke
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("by_tiles")]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 META = json.loads((GOLDEN / "meta.json").read_text())

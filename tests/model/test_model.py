@@ -225,7 +225,7 @@ def test_byte_lm_sees_its_window_and_no_more():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["pallas_tpu_interpreted", "pallas_gpu_interpreted"])
-def test_kernels_in_the_whole_model(implementation):
+def test_kernels_in_the_whole_model(implementation, by_tiles):
     """Scanned, rematerialised and packed, kernels give the loss and gradients of plain XLA."""
     given = [jnp.asarray(part)[None] for part in row(TEXTS)]
     config = dataclasses.replace(

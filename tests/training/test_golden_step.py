@@ -24,7 +24,7 @@ from bltjax.text.alphabet import BOS, EOS
 from bltjax.text.ngram_hash import HashConfig
 from bltjax.training.step import TrainState, make_train_step, run_optimizer
 
-pytestmark = pytest.mark.smoke
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("by_tiles")]
 
 EXPECTED = {
     "loss": 6.045744,
