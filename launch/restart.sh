@@ -51,7 +51,8 @@ while true; do
         exit 1
     fi
     echo "restart.sh: exit code $code after $((SECONDS - started)) s; again in $pause s" >&2
-    sleep "$pause" & wait $! || true  # a SIGTERM needn't wait for it
+    sleep "$pause" &
+    wait $! || kill $! 2> /dev/null || true  # a signal needn't wait for it
     ! $terminated || exit 75
     ! $stopped || exit 130
 done

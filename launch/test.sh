@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, format check and tests on a fresh machine; sets up what it needs.
-#   bash launch/test.sh          after installation ten minutes of 2 cores, of slow ones twenty
+#   bash launch/test.sh          after installation six minutes of 2 cores, of slow ones fifteen
 #   bash launch/test.sh --smoke  the least, under a minute
 #   bash launch/test.sh --all    the slow tests too: 47 minutes, of slow cores over an hour; then the
 #                                default suite on each other supported Python that PATH has
@@ -31,6 +31,9 @@ case "$tier" in
     default) selection=(-m "not slow") extras=test ;;
     all) selection=(--seed random) extras=test,parity,notebook ;;
 esac
+# Most of the time is compilation. LLVM optimises nothing in the first two, so that only --all runs
+# the code that users run.
+[ "$tier" = all ] || export JAX_DISABLE_MOST_OPTIMIZATIONS=true
 # shellcheck disable=SC1091 # checked by itself
 source launch/environment.sh "$extras" "$python" "$oldest"
 python - << 'PROGRAM'

@@ -3,8 +3,8 @@
 import logging
 import os
 import random
+import shutil
 import sys
-import tempfile
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,16 +21,18 @@ from bltjax.__main__ import main
 from bltjax.config.data import SourceConfig
 from bltjax.families import load_config
 from bltjax.inference.entropies import write_entropies
-from bltjax.system.environment import keep_buffers
+from bltjax.system.compiling import machine
+from bltjax.system.environment import cache_folders, keep_buffers
 from bltjax.training.train import train
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 keep_buffers()  # as every program does
-# Runs of one shape are compiled once, for any number of commands and processes.
-SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+# Programs of one shape are compiled once, for any number of commands, processes and test runs.
+PROGRAMS = cache_folders()[0] / "tests" / machine()
+PROGRAMS_BYTES = 2 << 30  # after which a run begins with none
 CACHE = {
-    "jax_compilation_cache_dir": f"{tempfile.gettempdir()}/bltjax-compiled-{SESSION}",
-    "jax_persistent_cache_min_compile_time_secs": 0.3,
+    "jax_compilation_cache_dir": str(PROGRAMS),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
 }
 for setting, value in CACHE.items():
     jax.config.update(setting, value)
@@ -49,6 +51,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        stored = sum(path.stat().st_size for path in PROGRAMS.glob("*"))
+        if stored > PROGRAMS_BYTES:
+            shutil.rmtree(PROGRAMS)
     # Before workers start, so that all of them have the same.
     if config.option.seed == "random":
         config.option.seed = str(random.SystemRandom().randrange(10**6))

@@ -25,13 +25,18 @@ def params():
     return fresh | {"head_EV": fresh["head_EV"] * 2}
 
 
+@jax.jit
+def whole_row(ids_BN):
+    """One forward pass over a row, unchunked."""
+    model = ByteLM(CONFIG, implementation="dense")
+    return entropies_of(model.apply({"params": params()}, ids_BN, jnp.ones_like(ids_BN))[0])
+
+
 def alone(text):
-    """One forward pass over the whole document, unchunked."""
-    ids_BN = jnp.asarray(encode(text, eos=False))[None]
-    logits_BNV, _ = ByteLM(CONFIG, implementation="dense").apply(
-        {"params": params()}, ids_BN, jnp.ones_like(ids_BN)
-    )
-    return np.asarray(entropies_of(logits_BNV))[0]
+    """Entropies of a document in a row of its own; zeros after it, which it can't see."""
+    ids_N = encode(text, eos=False)
+    row_N = np.pad(ids_N, (0, max(map(len, TEXTS)) + 1 - len(ids_N)))
+    return np.asarray(whole_row(jnp.asarray(row_N)[None]))[0, : len(ids_N)]
 
 
 @functools.cache
