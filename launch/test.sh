@@ -50,8 +50,9 @@ check() {  # check NAME COMMAND...: what failed is said at the end
 check "ruff format" ruff format --check .
 check "ruff" ruff check .
 # Two workers, for much of what the tests wait for is one thread: compilation. Tests of one file share
-# what they make, so they stay together.
-check "tests" python -m pytest -n 2 --dist loadfile ${selection[@]+"${selection[@]}"}
+# what they make, so they stay together; files of few tests take as long as others, and must not come
+# last.
+check "tests" python -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${selection[@]+"${selection[@]}"}
 if [ "$tier" = all ]; then
     for version in 3.11 3.12 3.13; do
         [ "$version" != "$(bltjax_version python)" ] || continue

@@ -202,13 +202,13 @@ def test_all_runs_on_each_python_once(copy, tmp_path):
     lines = [line for line in done.stdout.splitlines() if re.match("==|pytest|python 3", line)]
     assert lines == [
         "python 3.12 -",
-        "pytest -m pytest -n 2 --dist loadfile --seed random",
+        "pytest -m pytest -n 2 --dist loadfile --no-loadscope-reorder --seed random",
         f"== Python 3.11: {tmp_path}/first/python3.11",
         "python 3.11 -",
-        "pytest -m pytest -n 2 --dist loadfile -m not slow",
+        "pytest -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m not slow",
         f"== Python 3.13: {tmp_path}/second/python3.13",
         "python 3.13 -",
-        "pytest -m pytest -n 2 --dist loadfile -m not slow",
+        "pytest -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m not slow",
     ]
     assert {each.name for each in copy.glob(".venv*")} == {".venv", ".venv-3.11", ".venv-3.13"}
 
