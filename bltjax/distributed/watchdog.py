@@ -47,6 +47,7 @@ class Watchdog:
         self.thread.join()
 
     def watch(self) -> None:
+        self.beat()  # at once: a process that stops early is named with its host, too
         while not self.stopped.wait(self.beat_seconds):
             self.beat()
             since, _, _, seconds = self.last

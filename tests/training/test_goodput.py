@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from bltjax.distributed.watchdog import silent_or_behind
+from bltjax.distributed import watchdog
+from bltjax.distributed.watchdog import Watchdog, silent_or_behind
 from bltjax.training.goodput import KINDS, Goodput
 
 
@@ -56,6 +58,22 @@ def test_every_second_is_counted_once(tmp_path, clock):
     clock.now += 1000  # the pause after a requested stop doesn't count
     assert Goodput(tmp_path, started_at=clock.now).seconds["restarts"] == 30.0
     assert json.loads((tmp_path / "goodput.json").read_text())["saved"] == {"10": 20.0}
+
+
+def test_a_process_has_a_heartbeat_from_the_start(monkeypatch):
+    """Or one that stops soon would not be named with its host."""
+    sent, came = {}, threading.Event()
+
+    def put(key, value, overwrite):
+        sent[key] = json.loads(value)
+        came.set()
+
+    monkeypatch.setattr(watchdog, "joined", lambda: True)
+    monkeypatch.setattr(watchdog.coordinator, "put", put)
+    with Watchdog(10_000):
+        assert came.wait(20)
+    ((key, (_, step, doing, beats)),) = sent.items()
+    assert key == "bltjax/heartbeat/0" and (step, doing, beats) == (0, "starts", 1)
 
 
 def test_who_keeps_the_others_waiting():
