@@ -17,9 +17,9 @@ SHORT = 256  # keys of a row whose scores are stored: no more of them than of a 
 
 
 def xla(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern):
-    if isinstance(pattern, Sliding) and k_BTJC.shape[1] <= SHORT:
-        return dense(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ)
     if isinstance(pattern, Sliding):
+        if k_BTJC.shape[1] <= SHORT:
+            return dense(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ)
         return sliding(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.span)
     if isinstance(pattern, Pooling):
         return pooling(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.slots)

@@ -22,22 +22,27 @@ PEERS = ("transformers", "transformers_tuned")
 ROW_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 
 
-def add_train_arguments(parser: argparse.ArgumentParser, peers=PEERS, repeats: int = 5) -> None:
+def add_side_arguments(parser: argparse.ArgumentParser, peers=PEERS, repeats: int = 5) -> None:
+    """The options of all kinds with sides."""
     parser.add_argument("--peer", choices=peers, help="also measure it (extra: parity)")
     runs = f"measured runs of each side, once it is warm (default: {repeats})"
     parser.add_argument("--repeats", type=int, default=repeats, help=runs)
     parser.add_argument("--threads", type=int, default=2, help="CPUs per side (default: 2)")
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    add_side_arguments(parser)
     parser.set_defaults(run=benchmark_train)
 
 
 def add_rows_arguments(parser: argparse.ArgumentParser) -> None:
-    add_train_arguments(parser)
+    add_side_arguments(parser)
     parser.add_argument("--longest", type=int, default=ROW_LENGTHS[-1], help="bytes of a row")
     parser.set_defaults(run=benchmark_rows)
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    add_train_arguments(parser, peers=PEERS[:1], repeats=3)
+    add_side_arguments(parser, peers=PEERS[:1], repeats=3)
     parser.add_argument("--prompt_bytes", type=int, default=512, help="(default: 512)")
     parser.add_argument(
         "--contexts", action="store_true", help="after 1k ... 32k bytes instead, ours alone"

@@ -178,9 +178,8 @@ def check_same(out: Path, lines: Iterable[bytes], prompts: Sequence[Prompt], way
         except ValueError:
             found = None
         # `why` is the key of results that were written before 2026-11-28.
-        reasons = {"finish_reason", "why"}
-        same = isinstance(found, dict) and "text" in found and bool(reasons & found.keys())
-        same = same and prompt is not None
+        ended = isinstance(found, dict) and ("finish_reason" in found or "why" in found)
+        same = ended and "text" in found and prompt is not None
         if not same or found | text_fields("prompt", "prompt_hex", prompt.text) != found:
             wanted = "these prompts" if prompt is None else prompt.name
             raise ValueError(

@@ -32,7 +32,7 @@ FREE = {
 SLICES = ("dynamic-slice", "slice", "gather")
 # Attributes of a convolution's window, `3x1` or `1_1x0_0` by axis, and their defaults.
 WINDOW = {"size": 1, "pad": 0, "stride": 1, "lhs_dilate": 1, "rhs_dilate": 1}
-UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # place of the operand that is written
+UPDATES = {"dynamic-update-slice": 1, "scatter": -1}  # index of the operand that is written
 
 
 @dataclass(frozen=True)

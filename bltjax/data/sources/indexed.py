@@ -15,7 +15,7 @@ class IndexedDocuments:
     bad = empty = 0  # lines that are no documents, and texts that are left out
     paths: Sequence[Path] = ()
     facts: dict  # about the source, JSON-able, whatever its path
-    spans: np.ndarray  # of each document: where it is
+    spans: np.ndarray  # of each document: where it is in its file, or its row
 
     def __len__(self) -> int:
         return len(self.spans)

@@ -32,12 +32,10 @@ def read_port(folder: epath.Path, *, as_port: bool = False) -> ModelFiles:
     Raises:
       ValueError: naming the file, the field or the tensor that is wrong.
     """
-    names, where = ("config.json", "generation_config.json"), str(folder / "config.json")
-    json_files = {
-        name: read_object(folder / name)
-        for name in names
-        if name == "config.json" or (folder / name).exists()
-    }
+    where, generation = str(folder / "config.json"), "generation_config.json"
+    json_files = {"config.json": read_object(folder / "config.json")}
+    if (folder / generation).exists():
+        json_files[generation] = read_object(folder / generation)
     with naming(where):
         config, byte_lm, notes = read_settings(json_files["config.json"], where, as_port)
     tensors = without_wrappers(read_folder(folder, notes), notes)
