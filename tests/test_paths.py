@@ -344,7 +344,7 @@ def test_commands_under_any_name(name, runs, tmp_path):
     runs.run("calibrate", f"--records={place / 'again'}", "--mean=2", f"--out={place / name}")
     assert float((place / name).read_text()) > 0
     with inside(place):
-        pictures = (f"--html={name}.html", f"--png={name}.png")
+        pictures = (f"--html=./{name}.html", f"--png=./{name}.png")
         runs.run("patches", "--workdir=run", "--text=the patch", *pictures)
         assert Path(f"{name}.html").stat().st_size and Path(f"{name}.png").stat().st_size
 
