@@ -12,7 +12,8 @@
 A patch's slots depend on the maximum over all its bytes, so they can't be built up incrementally:
 until the patch closes, its bytes' keys and values for the encoder's cross-attention are buffered.
 That buffer and the latent caches are the only parts that grow with the text; a full one stops the
-loop, and the host doubles it.
+loop, and the host doubles it. Byte stacks see a window: their caches are rings of fixed size, which
+`attention/kv_cache.py` lays out.
 """
 
 from dataclasses import dataclass
