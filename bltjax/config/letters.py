@@ -8,7 +8,7 @@ import re
 
 LETTERS = {
     "B": "rows in the batch",
-    "N": "bytes in a row",
+    "N": "positions in a row: bytes, tokens or characters",
     "P": "patches in a row",
     "K": "slots per patch",
     "S": "slots in a row, flattened (P * K)",
@@ -19,12 +19,18 @@ LETTERS = {
     "G": "query heads, byte stacks and byte LM",
     "J": "key/value heads",
     "C": "channels per head",
-    "V": "alphabet (260)",
+    "V": "alphabet (260), or a vocabulary of tokens",
     "M": "rows of one hash table",
     "R": "hash tables",
     "L": "stacked layers",
-    "Q": "queries (attention only)",
-    "T": "keys (attention only)",
+    "A": "places: bytes of a fixed patch, characters of a molecule, taps of a convolution",
+    "I": "inner channels (MambaByte)",
+    "U": "states per channel (MambaByte)",
+    "Z": "rank of the step (MambaByte)",
+    "Y": "width of a byte in the global stack (MegaByte)",
+    "W": "entries of a small table: buckets of distances, types of characters",
+    "Q": "queries (attention), predicted positions",
+    "T": "keys (attention), positions of an encoder",
 }
 
 

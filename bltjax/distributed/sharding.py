@@ -35,6 +35,7 @@ LETTER_AXES = {
     "F": ("tensor",),
     "G": ("tensor",),
     "H": ("tensor",),
+    "I": ("tensor",),
     "J": ("tensor",),
     "M": ("fsdp", "tensor"),
 }

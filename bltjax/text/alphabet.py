@@ -5,15 +5,38 @@
 
 BOE fills rows and is never text; BOS opens a document and EOS closes it; BPE delimits tokens in
 BPE patching. Text is UTF-8 without normalisation. Invalid UTF-8 is fine: the model reads raw bytes.
+
+Weights that other projects released have alphabets of their own, in `ALPHABETS`.
 """
 
 import codecs
+from typing import NamedTuple
 
 import numpy as np
 
 BOE, BOS, EOS, BPE = 0, 1, 2, 3
 OFFSET = 4  # id of byte 0x00
 VOCABULARY = 256 + OFFSET
+
+
+class Alphabet(NamedTuple):
+    """The ids of a byte model: 256 bytes from `offset` on, and the ids that open and close a
+    document, or None."""
+
+    size: int
+    offset: int
+    bos: int | None
+    eos: int | None
+
+
+BLT_ALPHABET = Alphabet(VOCABULARY, OFFSET, BOS, EOS)
+# By the name that a model's settings have (`alphabet`). 255 is no byte of UTF-8 text.
+ALPHABETS = {
+    "blt": BLT_ALPHABET,
+    "spacebyte": Alphabet(256, 0, 255, None),
+    "mambabyte": Alphabet(256, 0, None, None),
+    "byt5": Alphabet(384, 3, None, 1),
+}
 
 
 def as_bytes(text: str | bytes) -> bytes:

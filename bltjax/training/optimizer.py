@@ -1,6 +1,7 @@
 """AdamW with warm-up and cosine (paper 4.6), and a guard that skips bad batches on the device.
 
-Norms, byte embeddings and hash tables don't decay. Moments are fp32, except, with
+Matrices decay, but not the tables that are looked up (embeddings of bytes and of n-grams), nor
+norms, biases and the rates of a scan. Moments are fp32, except, with
 `optimizer.table_moments`, those of hash tables: a row of them is touched seldom, and its scale is
 what matters (Adafactor, arXiv 1804.04235). A latent transformer initialised from a Llama learns
 more slowly than the rest, and can wait for it (paper 6.2).
@@ -86,12 +87,18 @@ def learning_rate(config: OptimizerConfig):
     return optax.join_schedules([warmup, cosine], [config.warmup_steps])
 
 
+# Matrices that don't decay, by the last word of their names: tables, and the rates of a scan.
+LOOKED_UP = {"bytes", "characters", "distances", "ngrams", "positions", "tokens", "types"}
+RATES = {"rates"}
+
+
 def decays(params):
     """True for the parameters that have weight decay."""
 
     def of_leaf(path, _):
-        noun = path[-1].key.rpartition("_")[0]
-        return noun not in ("bytes", "ngrams") and "norm" not in noun
+        noun, _, letters = path[-1].key.rpartition("_")
+        is_vector = len(letters.replace("L", "")) < 2
+        return not is_vector and noun.rpartition("_")[2] not in LOOKED_UP | RATES
 
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 

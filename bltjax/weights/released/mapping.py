@@ -7,6 +7,9 @@ A `TensorPart` maps one place of one of our leaves to one tensor of theirs (or r
     matrix       theirs is (out, in), ours [in ..., out ...]: a transpose and a reshape
     half_split   matrix, whose rotary channels are paired (i, i + C / 2) there, (2i, 2i + 1) here
     table        rows `first` and following; ours has padding rows after them
+    rows         matrix, of rows `first` and following: q, k and v in one tensor
+    taps         a convolution, theirs (out, in, taps), ours [taps, in, out]; (channels, 1, taps) of
+                 a depthwise one is [taps, channels] here
 
 `Names` holds the differences between Meta's files and the transformers port; shapes are the same.
 """
@@ -23,8 +26,8 @@ class TensorPart(NamedTuple):
     index: tuple[int, ...]
     name: str
     kind: str
-    first: int = 0  # table: the tensor's row that is our row 0
-    rows: int = 0  # table: how many
+    first: int = 0  # table, rows: the tensor's row that is our row 0
+    rows: int = 0  # table, rows: how many
 
 
 class Names(NamedTuple):

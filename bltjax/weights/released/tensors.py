@@ -28,8 +28,13 @@ def tensor_shapes(
         if part.kind == "table":
             rows = max(found.get(part.name, (0,))[0], part.first + part.rows)
             found[part.name] = (rows, inner[1])
+        elif part.kind == "rows":
+            rows = max(found.get(part.name, (0,))[0], part.first + part.rows)
+            found[part.name] = (rows, two_dimensional(part.path, inner)[0])
         elif part.kind == "same":
             found[part.name] = inner
+        elif part.kind == "taps":
+            found[part.name] = (inner[-1], inner[1] if len(inner) == 3 else 1, inner[0])
         else:
             found[part.name] = two_dimensional(part.path, inner)[::-1]
     return found
@@ -71,6 +76,10 @@ def check_tensors(
 def into_ours(part: TensorPart, tensor: np.ndarray, inner: tuple[int, ...]) -> np.ndarray:
     if part.kind == "same":
         return tensor
+    if part.kind == "taps":
+        return tensor.T if len(inner) == 3 else tensor[:, 0].T
+    if part.kind == "rows":
+        tensor = tensor[part.first : part.first + part.rows]
     if part.kind == "half_split":
         width, heads, channels = inner
         split = tensor.reshape(heads, 2, channels // 2, width)
@@ -81,6 +90,12 @@ def into_ours(part: TensorPart, tensor: np.ndarray, inner: tuple[int, ...]) -> n
 def into_theirs(part: TensorPart, array: np.ndarray) -> np.ndarray:
     if part.kind == "same":
         return array
+    if part.kind == "taps":
+        return array.T if array.ndim == 3 else array.T[:, None]
+    if part.kind == "half_split":
+        width, heads, channels = array.shape
+        pairs = array.reshape(width, heads, channels // 2, 2).transpose(1, 3, 2, 0)
+        return pairs.reshape(heads * channels, width)
     rows, columns = two_dimensional(part.path, array.shape)
     return array.reshape(rows, columns).T
 
@@ -136,10 +151,16 @@ def tensors_of(
         dtype = DTYPES[dtypes[name]] if name in dtypes else leaf.dtype
 
         def read(begin: int, end: int) -> np.ndarray:
-            if found[0].kind != "table":
+            if found[0].kind not in ("table", "rows"):
                 array = leaf.read(found[0].index, slice(None))
                 return into_theirs(found[0], array)[begin:end].astype(dtype)
             arrays = []
+            if found[0].kind == "rows":
+                for part in sorted(found, key=lambda part: part.first):
+                    whole = into_theirs(part, leaves[part.path].read(part.index, slice(None)))
+                    low, high = max(begin - part.first, 0), max(end - part.first, 0)
+                    arrays.append(whole[low:high])
+                return np.concatenate(arrays).astype(dtype)
             for part in found:
                 low, high = max(begin, part.first), min(end, part.first + part.rows)
                 if low < high:

@@ -1,0 +1,1 @@
+"""Public weights of the rivals: names, shapes and settings, in and out."""
