@@ -141,7 +141,7 @@ def training_batches(config):
       ValueError: for data that the config cannot use.
     """
     from bltjax.data import pipeline
-    from bltjax.families import model_config
+    from bltjax.families import model_config, rows_of
 
     model, identity = model_config(config), None
     if model.by_entropy and config.entropy_model:
@@ -151,7 +151,7 @@ def training_batches(config):
         scorer = entropy.load_entropy_model(config.entropy_model, newline_reset=newline_reset)
         identity = scorer.identity
     batches = pipeline.training_batches(
-        config.data, model.patching, seed=config.seed, streams=range(config.data.batch_size),
+        config.data, rows_of(model), seed=config.seed, streams=range(config.data.batch_size),
         sources=pipeline.training_sources(config.data, identity),
     )  # fmt: skip
     return iter(batches)

@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from bltjax.attention import fastest
 from bltjax.config.fields import divides, from_dict, renamed, to_dict
 from bltjax.config.load import read_config_file
-from bltjax.config.model import ModelConfig
+from bltjax.config.model import ModelConfig, Patching
+from bltjax.config.rows import Rows
 from bltjax.config.run import RunConfig
 from bltjax.model import byte_cnn, byte_lm, flops
 from bltjax.model.blt.config import BLTConfig
@@ -51,7 +52,7 @@ class Family(NamedTuple):
     name: str  # the group of its settings in a config, and its Config's `group`
     title: str  # for people
     Config: type  # a frozen dataclass
-    rows: str  # the kind of its batches: a key of data/batches.py's BATCHES
+    rows: str  # the kind of its batches: one of config/rows.py's KINDS
     limits: tuple[str, ...]  # of a row, by their names in a ModelConfig; the last counts positions
     module: Callable  # (config, P, dtype, attention) -> module
     init: Callable  # (config, key) -> params
@@ -62,6 +63,10 @@ class Family(NamedTuple):
     decoding: Callable | None = None  # (ModelConfig, scorer's config, dtype, draft, attention)
     empty_carry: Callable | None = None  # (config, lanes) -> the first carry of a long text
     entropy_table: Callable | None = None  # (config, params) -> entropies of all its contexts
+    grid: Callable | None = None  # (config) -> bytes per slot, where a row counts slots
+    forward: Callable | None = None  # (ModelConfig, params, arrays, dtype, attention) -> arrays
+    inputs: tuple[str, ...] = ()  # names of the arrays that `forward` takes
+    own_patching: Patching | None = None  # where a family places its patches by one rule alone
     verbs: Mapping[str, str] = MappingProxyType({})  # reasons for missing abilities
 
     def require(self, ability: str) -> Any:
@@ -92,35 +97,65 @@ def flax_logits(*names: str) -> Callable:
     return logits
 
 
+def flax_forward(module: Callable, *names: str) -> Callable:
+    """(ModelConfig, params, arrays, dtype, attention) -> arrays by name: logits, and the states
+    that a flax module returns beside them. names: of a batch's fields, all required.
+
+    module: (config, P, dtype, attention) -> the module; P is a row's bytes, so no patch is lost.
+    """
+
+    def forward(config, params, arrays, dtype, attention) -> dict:
+        made = module(config.model, arrays[names[0]].shape[1], dtype, attention)
+        logits, states = made.apply({"params": params}, *(arrays[name] for name in names))
+        states = states if isinstance(states, dict) else {}
+        found = {name: x for name, x in states.items() if isinstance(x, jax.Array)}
+        return {"logits": logits} | found
+
+    return forward
+
+
 TWO_BN = np.ones((1, 2), np.int32)
 THREE_BN1 = np.ones((1, 3), bool)
 NO_LATENT = "only a BLT drafts: a byte LM has no latent transformer to spare"
+BYTES, PATCHES = ("bytes_BN", "documents_BN"), ("bytes_BN", "documents_BN", "starts_BN1")
+
+
+def byte_lm_module(config, P, dtype, attention):
+    return byte_lm.ByteLM(config, dtype, attention)
+
+
+def byte_cnn_module(config, P, dtype, attention):
+    return byte_cnn.ByteCNN(config, dtype)
+
+
 FAMILIES = {
     family.name: family
     for family in (
         Family(
             "byte_lm", "byte LM", byte_lm.ByteLMConfig, "bytes", ("max_bytes",),
-            lambda config, P, dtype, attention: byte_lm.ByteLM(config, dtype, attention),
+            byte_lm_module,
             flax_init(byte_lm.ByteLM, TWO_BN, TWO_BN),
-            flax_logits("bytes_BN", "documents_BN"),
+            flax_logits(*BYTES),
             flops.byte_lm_forward, flops.byte_lm_recomputed, flops.byte_lm_paper,
             cached_bytes, empty_carry=byte_lm.empty_carry, verbs={"draft": NO_LATENT},
+            forward=flax_forward(byte_lm_module, *BYTES), inputs=BYTES,
         ),
         Family(
             "byte_cnn", "byte CNN", byte_cnn.ByteCNNConfig, "bytes", ("max_bytes",),
-            lambda config, P, dtype, attention: byte_cnn.ByteCNN(config, dtype),
+            byte_cnn_module,
             flax_init(byte_cnn.ByteCNN, TWO_BN, TWO_BN),
-            flax_logits("bytes_BN", "documents_BN"),
+            flax_logits(*BYTES),
             flops.byte_cnn_forward, flops.byte_cnn_recomputed, flops.byte_cnn_paper,
             cached_bytes, entropy_table=byte_cnn.entropy_table, verbs={"draft": NO_LATENT},
+            forward=flax_forward(byte_cnn_module, *BYTES), inputs=BYTES,
         ),
         Family(
             "blt", "BLT", BLTConfig, "patches", ("max_bytes", "max_patches"),
             BLT,
             flax_init(lambda config: BLT(config, 2), TWO_BN, TWO_BN, THREE_BN1),
-            flax_logits("bytes_BN", "documents_BN", "starts_BN1"),
+            flax_logits(*PATCHES),
             flops.blt_forward, flops.blt_recomputed, flops.blt_paper,
-            cached_blt,
+            cached_blt, forward=flax_forward(BLT, *PATCHES), inputs=PATCHES,
         ),
     )
 }  # fmt: skip
@@ -145,10 +180,18 @@ def parse(kind: type, values, where: str = "config", file=""):
       ValueError: as `from_dict`.
     """
     config = from_dict(kind, renamed(values, file or where), where, groups())
-    if kind is ModelConfig and (config.patching is None) == (family_of(config).rows == "patches"):
+    if kind not in (ModelConfig, RunConfig):
+        return config
+    family = family_of(config)
+    if kind is ModelConfig and (config.patching is None) == (family.rows == "patches"):
         raise ValueError(
-            f"{where}.patching is for families with patches: a {family_of(config).title} has"
+            f"{where}.patching is for families with patches: a {family.title} has"
             f" {'some' if config.patching is None else 'none'}"
+        )
+    if family.own_patching and config.patching not in (Patching(), family.own_patching):
+        raise ValueError(
+            f"{where}.patching.mode is {config.patching.mode!r}, but a {family.title} has patches"
+            f" of its own, {family.own_patching.mode!r}: leave {where}.patching out"
         )
     return config
 
@@ -178,11 +221,24 @@ def from_json(values, path) -> RunConfig:
 
 def model_config(run: RunConfig) -> ModelConfig:
     """The ModelConfig of a RunConfig."""
-    patching = run.patching if family_of(run).rows == "patches" else None
+    family = family_of(run)
+    patching = family.own_patching or run.patching if family.rows == "patches" else None
     return ModelConfig(
         run.model, patching, run.data.seq_len, run.data.max_patches, run.compute_dtype,
         run.attention,
     )  # fmt: skip
+
+
+def rows_of(config: ModelConfig) -> Rows:
+    """The description of a model's rows."""
+    family, alphabet = family_of(config), alphabet_name(config.model)
+    grid = family.grid(config.model) if family.grid else 1
+    return Rows(family.rows, config.patching, grid, alphabet)
+
+
+def alphabet_name(config) -> str:
+    """The name of the alphabet of a family's settings: ours, unless they say otherwise."""
+    return getattr(config, "alphabet", "blt")
 
 
 def run_layout(config: ModelConfig) -> dict:

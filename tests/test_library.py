@@ -21,6 +21,7 @@ from readmes import ROOT
 import bltjax
 from bltjax.__main__ import main
 from bltjax.config.data import SourceConfig
+from bltjax.config.rows import patch_rows
 from bltjax.config.run import RunConfig
 from bltjax.data import pipeline
 from bltjax.distributed import rows
@@ -215,7 +216,7 @@ def test_training_batches_are_those_of_a_run(runs, model, tmp_path, monkeypatch)
     assert all(same(next(batches), batch) for batch in trained_on)
     patching = config.patching if model == "blt" else None
     plain = pipeline.training_batches(
-        config.data, patching, seed=config.seed, streams=range(config.data.batch_size)
+        config.data, patch_rows(patching), seed=config.seed, streams=range(config.data.batch_size)
     )
     skipped = itertools.islice(plain, 3, 5)
     state = batches.get_state()

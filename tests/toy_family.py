@@ -61,6 +61,7 @@ class CachedToy:
     """Whole prompts at once, and byte by byte, as model/byte_decoding.py does it."""
 
     patched: typing.ClassVar[bool] = False
+    grows: typing.ClassVar[bool] = False
 
     model: Toy
 

@@ -124,7 +124,7 @@ def context_side(path: str | None, context_bytes: int):
         for chunk in range(CHUNKS):
             if chunk == 1:
                 before, started_at = int(state.costs.latent_runs.sum()), time.perf_counter()
-            shape = (decoder.model, sampling.steps, CHUNK)
+            shape = (decoder.model, sampling.steps(), CHUNK)
             state, out, full_B2 = run_loop(*shape, decoder.params, asked, state)
             if full_B2.any():
                 raise RuntimeError("there is no room for all patches, or for an open one")

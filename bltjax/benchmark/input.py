@@ -17,6 +17,7 @@ import numpy as np
 from bltjax.benchmark.train import text
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.model import Patching
+from bltjax.config.rows import patch_rows
 from bltjax.data.batches import fills
 from bltjax.data.calibrate import calibrate, sample_documents
 from bltjax.data.pipeline import training_batches
@@ -71,7 +72,9 @@ def made_records(folder: Path, document_bytes: int) -> None:
 def batches_of(patching: Patching | None, *, seq_len: int, **settings) -> Iterator:
     """Batches of all rows, with slots for patches of MEAN_PATCH bytes."""
     data = DataConfig(seq_len=seq_len, max_patches=round(seq_len / MEAN_PATCH), **settings)
-    return iter(training_batches(data, patching, seed=0, streams=range(data.batch_size)))
+    return iter(
+        training_batches(data, patch_rows(patching), seed=0, streams=range(data.batch_size))
+    )
 
 
 def input_rate(folder: Path, *, blt: bool, repeats: int) -> dict[str, float]:

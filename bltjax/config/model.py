@@ -18,6 +18,8 @@ from bltjax.config.fields import (
 #     products  outputs of matrix products and of attention
 #     full      the block's input alone
 REMAT = ("none", "products", "full")
+# Rules for patch starts.
+MODES = ("entropy", "space", "static", "byte", "bpe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Patching:
 
     def __post_init__(self):
         expand(self, "tokenizer")
-        one_of("patching.mode", self.mode, ("entropy", "space", "static", "byte", "bpe"))
+        one_of("patching.mode", self.mode, MODES)
         if (self.mode == "bpe") != bool(self.tokenizer):
             raise ValueError(
                 f"patching.mode is {self.mode!r} and patching.tokenizer {self.tokenizer!r}: bpe"

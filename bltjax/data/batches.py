@@ -7,10 +7,12 @@ batch that is used only for logits can be made without them.
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from bltjax.config.model import Patching
-from bltjax.text.alphabet import OFFSET
+from bltjax.config.letters import suffix_axes
+from bltjax.text.alphabet import BLT_ALPHABET, OFFSET, Alphabet
+from bltjax.text.segments import document_begins, index_like
 
 DTYPES = {
     "bytes": np.int32,  # ids; padding is 0
@@ -47,24 +49,25 @@ BATCHES = {"bytes": ByteBatch, "patches": PatchBatch}
 Batch = ByteBatch | PatchBatch
 
 
-def kind_of_rows(patching: Patching | None) -> type[Batch]:
-    """The kind of batch for rows with or without patches."""
-    return BATCHES["bytes" if patching is None else "patches"]
+def make_batch(kind: str, rows: int, sizes: dict[str, int], make) -> Batch:
+    """A batch of make(shape, dtype) for each array.
 
-
-def make_batch(kind: type[Batch], rows: int, row_bytes: int, make) -> Batch:
-    """A batch of make(shape, dtype) for each array."""
+    kind: a key of BATCHES. sizes: of the axes by letter, without B.
+    """
+    fields, sizes = BATCHES[kind]._fields, sizes | {"B": rows}
     made = {}
-    for name in kind._fields:
-        noun, _, letters = name.rpartition("_")
-        made[name] = make((rows, row_bytes + letters.endswith("1")), DTYPES[noun])
-    return kind(**made)
+    for name in fields:
+        shape = tuple(sizes[letter] + extra for letter, extra in suffix_axes(name))
+        made[name] = make(shape, DTYPES[name.rpartition("_")[0]])
+    return BATCHES[kind](**made)
 
 
-def target_bytes_of(targets, weights):
+def target_bytes_of(targets, weights, alphabet: Alphabet = BLT_ALPHABET):
     """uint8: 1 where a target with a weight is a byte of text; for numpy and for jax arrays of
     ids."""
-    return ((targets >= OFFSET) & (weights > 0)).astype(np.uint8)
+    if alphabet == BLT_ALPHABET:  # its bytes come last, and its BOS is none
+        return ((targets >= OFFSET) & (weights > 0)).astype(np.uint8)
+    return (alphabet.is_byte(targets) & (weights > 0)).astype(np.uint8)
 
 
 def one_row(ids_N: np.ndarray, starts_N1: np.ndarray | None, length: int) -> Batch:
@@ -82,12 +85,26 @@ def one_row(ids_N: np.ndarray, starts_N1: np.ndarray | None, length: int) -> Bat
     return PatchBatch(bytes_BN, documents_BN, starts_BN1)
 
 
-def fills(batch, slots: int):
+def fills(batch, slots: int, grid: int = 1):
     """Used shares of the byte slots and of the patch slots of a batch; for numpy and for jax.
 
-    slots: patches that fit in a row. A byte LM's positions are its patches.
+    slots: patches that fit in a row; without patches, `grid` bytes fill one, from each document's
+    first on.
     """
     real_BN = batch.documents_BN > 0
     starts_BN1 = getattr(batch, "starts_BN1", None)
-    opens_BN = real_BN if starts_BN1 is None else starts_BN1[:, :-1] & real_BN
+    if starts_BN1 is not None:
+        return real_BN.mean(), (starts_BN1[:, :-1] & real_BN).sum(axis=1).mean() / slots
+    if grid == 1:
+        return real_BN.mean(), real_BN.sum(axis=1).mean() / slots
+    opens_BN = real_BN & (since_begin(batch.documents_BN) % grid == 0)
     return real_BN.mean(), opens_BN.sum(axis=1).mean() / slots
+
+
+def since_begin(documents_BN):
+    """Each position's distance from its document's first; for numpy and for jax."""
+    if isinstance(documents_BN, jax.Array):
+        return index_like(documents_BN) - document_begins(documents_BN)
+    index_BN = np.broadcast_to(np.arange(documents_BN.shape[1]), documents_BN.shape)
+    changed_BN = np.diff(documents_BN, axis=1, prepend=documents_BN[:, :1]) != 0
+    return index_BN - np.maximum.accumulate(np.where(changed_BN, index_BN, 0), axis=1)

@@ -14,6 +14,7 @@ import numpy as np
 
 from bltjax.config.arguments import local_path_argument, parse_scheme, path_argument
 from bltjax.config.model import Patching
+from bltjax.config.rows import patch_rows
 from bltjax.data.packing import cut_document
 from bltjax.data.records import Document, RecordDocuments
 from bltjax.system.outputs import check_outputs
@@ -38,7 +39,7 @@ def sample_documents(records: RecordDocuments, sample_bytes: int, seed: int) -> 
 def mean_patch_bytes(documents: Iterable[Document], patching: Patching) -> float:
     positions = patches = 0
     for document in documents:
-        found = cut_document(document, patching)
+        found = cut_document(document, patch_rows(patching))
         positions += len(found.ids_N)
         patches += found.patches
     return positions / patches

@@ -18,33 +18,36 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bltjax.config.model import Patching
-from bltjax.data.batches import Batch, PatchBatch, make_batch, target_bytes_of
+from bltjax.config.rows import Rows
+from bltjax.data.batches import Batch, make_batch, target_bytes_of
 from bltjax.data.records import Document
-from bltjax.text.alphabet import BOE, encode
+from bltjax.text.alphabet import ALPHABETS, Alphabet, encode
 from bltjax.text.patching import document_starts
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class CutDocument:
-    """A document with its patch starts."""
+    """A document as ids, with its patch starts, or with a grid of slots of equal length."""
 
     ids_N: np.ndarray  # int16 [len + 2], since many wait: BOS, bytes, EOS
-    starts_N1: np.ndarray  # [len + 3]
-    patches: int  # that start at one of its ids
+    patches: int  # that start at one of its ids; slots of its grid
+    text_bytes: int
+    starts_N1: np.ndarray | None = None  # [len + 3]
+    grid: int = 1  # ids per slot, from a fragment's first on
 
 
-def cut_document(document: Document, patching: Patching | None) -> CutDocument:
-    """A document with its patch starts; without patching (the byte LM) every byte is a start.
+def cut_document(document: Document, rows: Rows) -> CutDocument:
+    """A document as the ids of its rows, with the starts of its patches if they have patches.
 
     Raises:
       ValueError: as `document_starts`, for example if it isn't scored.
     """
-    ids_N = encode(document.text, dtype=np.int16)
-    if patching is None:
-        return CutDocument(ids_N, np.ones(len(ids_N) + 1, bool), len(ids_N))
-    starts_N1 = document_starts(patching, ids_N, document.entropies)
-    return CutDocument(ids_N, starts_N1, np.count_nonzero(starts_N1[:-1]))
+    text, alphabet = document.text, ALPHABETS[rows.alphabet]
+    ids_N = encode(text, dtype=np.int16, alphabet=alphabet)
+    if rows.patching is None:
+        return CutDocument(ids_N, -(-len(ids_N) // rows.grid), len(text), grid=rows.grid)
+    starts_N1 = document_starts(rows.patching, ids_N, document.entropies)
+    return CutDocument(ids_N, np.count_nonzero(starts_N1[:-1]), len(text), starts_N1)
 
 
 class Fragment(NamedTuple):
@@ -53,7 +56,7 @@ class Fragment(NamedTuple):
     document: CutDocument
     begin: int
     end: int
-    patches: int  # that start in the fragment, including the row's forced starts
+    patches: int  # or slots, that start in the fragment, including the row's forced starts
 
 
 def next_fragment(
@@ -61,6 +64,9 @@ def next_fragment(
 ) -> Fragment:
     """The longest fragment of a document from `begin` that a row with `used` bytes still holds."""
     size = len(document.ids_N)
+    if document.starts_N1 is None:
+        end = min(size, begin + room, begin + patch_room * document.grid)
+        return Fragment(document, begin, end, -(-(end - begin) // document.grid))
     if begin == 0 and size <= room and document.patches <= patch_room:
         # Its first two positions open patches anyway, so a row's start adds none.
         return Fragment(document, 0, size, document.patches)
@@ -84,8 +90,10 @@ def lay_out(
     target_bytes_N,
     documents_N,
     starts_N1=None,
+    *,
+    alphabet: Alphabet,
 ) -> None:
-    """Writes all of one row of a batch, padded with 0, the id BOE."""
+    """Writes all of one row of a batch, padded with 0."""
     position, ends = 0, []
     for number, (document, begin, end, _) in enumerate(fragments, start=1):
         next_position = position + end - begin
@@ -93,7 +101,8 @@ def lay_out(
         if starts_N1 is not None:
             starts_N1[position : next_position + 1] = document.starts_N1[begin : end + 1]
         documents_N[position:next_position] = number
-        ends.append((next_position - 1, document.ids_N[end] if end < len(document.ids_N) else BOE))
+        cut = end < len(document.ids_N)
+        ends.append((next_position - 1, document.ids_N[end] if cut else 0, cut))
         position = next_position
     for array in (bytes_N, targets_N, weights_N, target_bytes_N, documents_N):
         array[position:] = 0
@@ -105,19 +114,21 @@ def lay_out(
         weights_N[:position] = 1
         # A target is the next byte, but not across fragments; a document's end has none.
         targets_N[: position - 1] = bytes_N[1:position]
-        for last, target in ends:
-            targets_N[last], weights_N[last] = target, target != BOE
-        target_bytes_N[:position] = target_bytes_of(targets_N[:position], weights_N[:position])
+        for last, target, weight in ends:
+            targets_N[last], weights_N[last] = target, weight
+        given = targets_N[:position], weights_N[:position]
+        target_bytes_N[:position] = target_bytes_of(*given, alphabet)
 
 
-def batch_of(
-    rows: Sequence[Sequence[Fragment]], row_bytes: int, kind: type[Batch] = PatchBatch
-) -> Batch:
-    """A batch, row by row; rows are written directly into its arrays."""
-    batch = make_batch(kind, len(rows), row_bytes, np.empty)
-    for number, fragments in enumerate(rows):
+def batch_of(laid: Sequence[Sequence[Fragment]], rows: Rows, sizes: dict[str, int]) -> Batch:
+    """A batch of the fragments of each row, which are written directly into its arrays.
+
+    sizes: of the batch's axes by letter, without B.
+    """
+    batch = make_batch(rows.kind, len(laid), sizes, np.empty)
+    for number, fragments in enumerate(laid):
         row = {name.replace("_B", "_"): array[number] for name, array in batch._asdict().items()}
-        lay_out(fragments, **row)
+        lay_out(fragments, **row, alphabet=ALPHABETS[rows.alphabet])
     return batch
 
 
@@ -164,7 +175,9 @@ class Packer:
             self.open = self.candidate(key, self.read(key), position=position)
 
     def candidate(self, key: Any, document: CutDocument, **where: int) -> Candidate:
-        shares = len(document.ids_N) / self.row_bytes, document.patches / self.row_patches
+        # An alphabet without BOS and EOS leaves nothing of an empty text.
+        size, patches = max(1, len(document.ids_N)), max(1, document.patches)
+        shares = size / self.row_bytes, patches / self.row_patches
         return Candidate(key, document, shares, **where)
 
     def pick(self, used: int, patches: int) -> Candidate:
@@ -203,7 +216,7 @@ class Packer:
                 patches += fragment.patches
                 used += fragment.end - fragment.begin
                 fragments.append(fragment)
-            # With EOS alone left there is nothing more to predict: EOS was the last target.
+            # With its last id alone left there is nothing more to predict: it was the last target.
             self.open = None
             if fragment.end < len(chosen.document.ids_N) - 1:
                 self.open = chosen._replace(position=fragment.end)
@@ -223,6 +236,8 @@ def pack_exact(
     cuts, short = 0, []
     for document in documents:
         size = len(document.ids_N)
+        if not size:
+            continue
         fragment = next_fragment(document, 0, 0, row_bytes, row_patches)
         if fragment.end == size:
             short.append(fragment)

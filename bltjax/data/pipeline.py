@@ -5,7 +5,7 @@ its mixture and its packing depend on (seed, b) alone. So any process count that
 same global batches, and a state saved by one set of processes can be regrouped for another.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -13,10 +13,10 @@ import grain
 import numpy as np
 
 from bltjax.config.data import DataConfig
-from bltjax.config.model import Patching
-from bltjax.data.batches import Batch, kind_of_rows
+from bltjax.config.rows import Rows
+from bltjax.data.batches import Batch
 from bltjax.data.packing import CutDocument, Packer, batch_of, cut_document, pack_exact
-from bltjax.data.records import RecordDocuments
+from bltjax.data.records import Document, RecordDocuments
 from bltjax.data.shuffle import Order
 from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.text.bpe import load_tokenizer
@@ -30,14 +30,15 @@ class Stream:
         number: int,
         sources: dict[str, Documents],
         data: DataConfig,
-        patching: Patching | None,
+        rows: Rows,
         seed: int,
         shared: WeakValueDictionary,
     ):
-        self.sources, self.patching, self.shared = sources, patching, shared
+        self.sources, self.rows, self.shared = sources, rows, shared
         self.weights = {name: data.train[name].weight for name in sources}
         self.order: dict[str, Order] = {}
-        self.number, self.rows, self.row_bytes = number, data.batch_size, data.seq_len
+        self.number, self.streams = number, data.batch_size
+        self.sizes = rows.sizes(data.seq_len, data.max_patches)
         # Initial phase of a source. With 0 in all streams, they would all reach a rare source in
         # the same batch.
         self.phase, self.lead = {}, {}
@@ -49,8 +50,8 @@ class Stream:
             self.order[name] = Order(len(documents) if shared_by_all else mine, int(stream_seed))
         self.taken = dict.fromkeys(sources, 0)
         self.bytes = dict.fromkeys(sources, 0)
-        limit = data.seq_len if patching is None else data.max_patches
-        self.packer = Packer(self.supply, self.read, data.seq_len, limit, data.look_ahead)
+        most = rows.most_slots(data.seq_len, data.max_patches)
+        self.packer = Packer(self.supply, self.read, self.sizes["N"], most, data.look_ahead)
 
     def supply(self) -> tuple[list, CutDocument]:
         """[source, record], the next in the mixture, from the source furthest behind its share of
@@ -59,7 +60,7 @@ class Stream:
         key = [name, self.record(name, self.taken[name])]
         document = self.read(key)
         self.taken[name] += 1
-        self.bytes[name] += len(document.ids_N) - 2  # without BOS and EOS
+        self.bytes[name] += document.text_bytes
         return key, document
 
     def record(self, name: str, index: int) -> int:
@@ -69,14 +70,14 @@ class Stream:
         order.
         """
         mine = self.order[name][index]
-        shared_by_all = len(self.sources[name]) < self.rows
-        return mine if shared_by_all else self.number + self.rows * mine
+        shared_by_all = len(self.sources[name]) < self.streams
+        return mine if shared_by_all else self.number + self.streams * mine
 
     def due(self, name: str) -> float:
         """Priority in the mixture: the source with the smallest value comes next."""
         if name not in self.lead:
             first = self.record(name, 0)
-            self.lead[name] = self.phase[name] * (len(self.read([name, first]).ids_N) - 2)
+            self.lead[name] = self.phase[name] * self.read([name, first]).text_bytes
         return (self.bytes[name] + self.lead[name]) / self.weights[name]
 
     def read(self, key: list) -> CutDocument:
@@ -85,7 +86,7 @@ class Stream:
         name, record = key
         document = self.shared.get((name, record))
         if document is None:
-            document = cut_document(self.sources[name][record], self.patching)
+            document = cut_document(self.sources[name][record], self.rows)
             self.shared[name, record] = document
         return document
 
@@ -138,8 +139,8 @@ class BatchIterator(grain.DatasetIterator):
 
     def __next__(self) -> Batch:
         streams = list(self._streams.values())
-        rows = [stream.packer.next_row() for stream in streams]
-        return batch_of(rows, streams[0].row_bytes, kind_of_rows(streams[0].patching))
+        laid = [stream.packer.next_row() for stream in streams]
+        return batch_of(laid, streams[0].rows, streams[0].sizes)
 
     def get_state(self) -> dict:
         return Snapshot((str(number), stream.state()) for number, stream in self._streams.items())
@@ -173,7 +174,7 @@ def training_sources(
 
 def training_batches(
     data: DataConfig,
-    patching: Patching | None,
+    rows: Rows,
     *,
     seed: int,
     streams: Sequence[int],
@@ -181,7 +182,6 @@ def training_batches(
 ) -> grain.IterDataset:
     """Endless batches whose rows are the given streams; iterators save and restore their state.
 
-    patching: None for the byte LM, whose rows are bounded by bytes alone.
     sources: of `training_sources`, if they are already open.
 
     Raises:
@@ -189,6 +189,7 @@ def training_batches(
     """
     if sources is None:
         sources = training_sources(data)
+    patching = rows.patching
     if patching is not None and patching.mode == "bpe":
         load_tokenizer(patching.tokenizer)  # so that its errors are raised now
     records = sum(map(len, sources.values()))
@@ -216,7 +217,7 @@ def training_batches(
 
     def build() -> dict[int, Stream]:
         shared: WeakValueDictionary = WeakValueDictionary()
-        return {n: Stream(n, sources, data, patching, seed, shared) for n in streams}
+        return {n: Stream(n, sources, data, rows, seed, shared) for n in streams}
 
     return grain.experimental.ThreadPrefetchIterDataset(
         Batches(build), prefetch_buffer_size=data.prefetch
@@ -224,13 +225,14 @@ def training_batches(
 
 
 def held_out_batches(
-    documents: Iterable, data: DataConfig, patching: Patching | None
+    documents: Sequence[Document], data: DataConfig, rows: Rows
 ) -> tuple[list[Batch], int]:
     """Batches that hold every document once, and the number of cuts; empty rows fill the last."""
-    limit = data.seq_len if patching is None else data.max_patches
-    cut_documents = (cut_document(documents[i], patching) for i in range(len(documents)))
-    rows, cuts = pack_exact(cut_documents, data.seq_len, limit)
-    rows += [[]] * (-len(rows) % data.batch_size)
-    groups = (rows[i : i + data.batch_size] for i in range(0, len(rows), data.batch_size))
-    kind = kind_of_rows(patching)
-    return [batch_of(group, data.seq_len, kind) for group in groups], cuts
+    sizes = rows.sizes(data.seq_len, data.max_patches)
+    cut_documents = (cut_document(documents[i], rows) for i in range(len(documents)))
+    laid, cuts = pack_exact(
+        cut_documents, sizes["N"], rows.most_slots(data.seq_len, data.max_patches)
+    )
+    laid += [[]] * (-len(laid) % data.batch_size)
+    groups = (laid[i : i + data.batch_size] for i in range(0, len(laid), data.batch_size))
+    return [batch_of(group, rows, sizes) for group in groups], cuts

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.model import ModelConfig
+from bltjax.config.rows import Rows
 from bltjax.config.run import MeshConfig
 from bltjax.data.batches import Batch
 from bltjax.data.pipeline import held_out_batches
@@ -19,13 +20,21 @@ from bltjax.data.records import Document
 from bltjax.distributed.processes import compile_in_lockstep, is_primary
 from bltjax.distributed.rows import to_global
 from bltjax.distributed.sharding import make_mesh, replicated, row_sharding, tree_shardings, under
-from bltjax.families import Model, batch_logits, check_mesh, model_shapes, module_of, resolved
+from bltjax.families import (
+    Model,
+    batch_logits,
+    check_mesh,
+    model_shapes,
+    module_of,
+    resolved,
+    rows_of,
+)
 from bltjax.inference.entropy import PREVIEW, device_of, scored_source, scorer_of
 from bltjax.inference.finite import not_finite
 from bltjax.model.loss import Sums, target_sums
 from bltjax.progress import Progress
 from bltjax.system.compiling import CompileTime
-from bltjax.text.alphabet import decode
+from bltjax.text.alphabet import ALPHABETS, decode
 
 logger = logging.getLogger("bltjax")
 ROW_BYTES = 2**16  # per device and batch
@@ -130,7 +139,7 @@ def evaluate_documents(
     config, params, compiling = model.config, model.params, CompileTime()
     rows = rows_of_a_batch(config.max_bytes, mesh)
     data = DataConfig(batch_size=rows, seq_len=config.max_bytes, max_patches=config.max_patches)
-    batches, cuts = held_out_batches(documents, data, config.patching)
+    batches, cuts = held_out_batches(documents, data, rows_of(config))
     shardings = tree_shardings(model_shapes(config), mesh)
     module = module_of(resolved(config, mesh.devices.flat[0]))
     scores = compile_in_lockstep(jitted_scores(module, shardings, mesh))
@@ -145,7 +154,7 @@ def evaluate_documents(
         sums = sums_of(batch)
         if not np.isfinite(sums.nats):
             raise not_finite(
-                f"{name}: the log-probabilities of {broken_row(batch, sums_of)} are", {"": params}
+                f"{name}: the log-probabilities of {broken_row(batch, sums_of, rows_of(config))} are", {"": params}
             )
         nats += float(sums.text_nats)
         text_bytes += float(sums.text_bytes)
@@ -163,14 +172,15 @@ def rows_of_a_batch(max_bytes: int, mesh: Mesh) -> int:
     return rows * mesh.size
 
 
-def broken_row(batch: Batch, sums_of: Callable[[Batch], Sums]) -> str:
+def broken_row(batch: Batch, sums_of: Callable[[Batch], Sums], rows: Rows) -> str:
     """The first row of a batch whose sums are not finite, by its first bytes of text."""
     for row in range(len(batch.documents_BN)):
         alone = jax.tree.map(np.zeros_like, batch)
         for mine, array in zip(alone, batch, strict=True):
             mine[row] = array[row]
         if not np.isfinite(sums_of(alone).nats):
-            text = decode(batch.bytes_BN[row])[:PREVIEW].decode("utf-8", errors="replace")
+            ids = batch.bytes_BN[row][batch.documents_BN[row] > 0]
+            text = decode(ids, alphabet=ALPHABETS[rows.alphabet])[:PREVIEW].decode("utf-8", errors="replace")
             return f"the text that begins with {text!r}"
     return "some texts together"
 

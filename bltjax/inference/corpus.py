@@ -15,6 +15,7 @@ from etils import epath
 
 from bltjax.config.arguments import path_argument
 from bltjax.config.model import Patching
+from bltjax.config.rows import patch_rows
 from bltjax.data.calibrate import calibrate, sample_documents
 from bltjax.data.packing import cut_document
 from bltjax.data.records import Document, RecordDocuments, read_shard_info
@@ -54,7 +55,9 @@ def usual_threshold(source: Source) -> float:
 def lengths_at(source: Source, threshold: float) -> np.ndarray:
     """Length in bytes of every patch of the sample, BOS' and EOS' included."""
     patching = Patching(threshold=threshold)
-    cuts = (cut_document(document, patching).starts_N1[:-1] for document in source.sample)
+    cuts = (
+        cut_document(document, patch_rows(patching)).starts_N1[:-1] for document in source.sample
+    )
     return np.concatenate([patch_lengths(starts_N) for starts_N in cuts])
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from bltjax.attention import fastest
 from bltjax.config.data import SourceConfig
 from bltjax.data.batches import Batch, one_row
-from bltjax.families import Model, batch_logits, make_model, resolved
+from bltjax.families import Model, batch_logits, family_of, make_model, resolved, rows_of
 from bltjax.inference.attention_maps import CrossWeights, cross_weights
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.placement import load_onto, on_mesh, read_mesh
@@ -24,9 +24,10 @@ from bltjax.inference.decoding.sampling import Sampling
 from bltjax.inference.entropies import write_entropies
 from bltjax.inference.entropy import score_documents
 from bltjax.inference.finite import first_not_finite, not_finite
+from bltjax.model.byte_lm import entropies_of
 from bltjax.system.environment import check_numbers, check_platform
 from bltjax.system.paths import hidden_beside, path_of
-from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY, as_bytes, decode, encode
+from bltjax.text.alphabet import ALPHABETS, as_bytes, decode, encode
 from bltjax.text.patching import force_starts, patch_starts
 from bltjax.text.segments import split_at
 from bltjax.weights.export import open_stored, params_folder
@@ -43,6 +44,8 @@ class LoadedModel:
     def __init__(self, model: Model, mesh: Mesh | None = None, dtype: str | None = None, path=None):
         self.model, self.mesh, self.dtype, self.path = model, mesh, dtype, path
         self.config, self.params = model.config, model.params
+        self.rows, self.family = rows_of(self.config), family_of(self.config)
+        self.alphabet = ALPHABETS[self.rows.alphabet]
         # A byte model has entropies of its own.
         self.scores = model.entropy_model if self.config.patching is not None else model
 
@@ -65,16 +68,22 @@ class LoadedModel:
     def logits(self, text: str | bytes) -> np.ndarray:
         """float32 [len + 1, 260]: row 0 follows BOS, row i the first i bytes.
 
+        Of a model of another alphabet as many columns as that has; without a BOS there is no row 0.
+
         Raises:
           ValueError: for entropy patching without a byte LM.
           FloatingPointError: for logits or entropies that are not finite.
         """
         starts_N1 = self.starts(text) if self.config.patching is not None else None
-        return self.logits_with(encode(text, eos=False), starts_N1)
+        return self.logits_with(self.ids_of(text), starts_N1)
+
+    def ids_of(self, text: str | bytes) -> np.ndarray:
+        """The ids of a text, after BOS if the model has one."""
+        return encode(text, eos=False, alphabet=self.alphabet)
 
     def logits_with(self, ids: np.ndarray, starts_N1: np.ndarray | None) -> np.ndarray:
         """The same for ids that begin with BOS and, of a BLT, given patch starts [len + 1]."""
-        batch, patches = row_of(ids, starts_N1)
+        batch, patches = row_of(ids, starts_N1, self.rows.grid)
         with on_mesh(self.mesh):
             logits_NV = np.asarray(self.all_logits(self.params, batch, patches=patches))[: len(ids)]
         if (position := first_not_finite(logits_NV)) is not None:
@@ -90,9 +99,12 @@ class LoadedModel:
           ValueError, FloatingPointError: as `logits`.
         """
         chances_V = np.asarray(jax.nn.softmax(self.logits(text)[-1]))
-        ids = np.array([EOS, *range(OFFSET, VOCABULARY)])
+        every, eos = np.arange(self.alphabet.size), self.alphabet.eos
+        ids = every[self.alphabet.is_byte(every)]
+        if eos is not None:
+            ids = np.insert(ids, 0, eos)
         likeliest = ids[np.argsort(-chances_V[ids], kind="stable")][:count]
-        return [(decode([id]), float(chances_V[id])) for id in likeliest]
+        return [(decode([id], alphabet=self.alphabet), float(chances_V[id])) for id in likeliest]
 
     def cross_weights(self, text: str | bytes) -> CrossWeights:
         """Cross-attention weights of a text, by layer, slot, head and byte.
@@ -101,7 +113,7 @@ class LoadedModel:
           ValueError: for a byte LM.
         """
         ids = encode(text, eos=False)
-        batch, patches = row_of(ids, self.starts(text))
+        batch, patches = row_of(ids, self.starts(text), 1)
         model = self.model_of(patches)
         with on_mesh(self.mesh):
             return cross_weights(self.config.model, model, self.params, batch, len(ids))
@@ -119,6 +131,9 @@ class LoadedModel:
                 f"this model places patches by {patching.mode}: it has no byte LM, and"
                 " so no entropies"
             )
+        family = family_of(model.config)
+        if family.empty_carry is None and family.entropy_table is None:
+            return np.asarray(entropies_of(jax.numpy.asarray(self.logits(text))))
         texts = [np.frombuffer(as_bytes(text), np.uint8)]
         reset = patching is not None and patching.newline_reset
         scored, _ = score_documents(
@@ -132,6 +147,7 @@ class LoadedModel:
         if patching is None:
             raise ValueError("a byte LM has no patches; load a BLT")
         entropies_N = self.entropies(text) if patching.mode == "entropy" else None
+        # By our own ids, whatever the model's: the rules know no others.
         return force_starts(patch_starts(patching, encode(text, eos=False), entropies_N))
 
     def patches(self, text: str | bytes) -> list[bytes]:
@@ -148,11 +164,11 @@ class LoadedModel:
         Raises:
           ValueError: for an empty text.
         """
-        data = np.frombuffer(as_bytes(text), np.uint8).astype(np.int32)
-        if not len(data):
+        targets = self.ids_of(text)[1:]
+        if not len(targets):
             raise ValueError("an empty text has no bits per byte")
         log_probs = jax.nn.log_softmax(self.logits(text)[:-1], axis=-1)
-        chosen = np.take_along_axis(np.asarray(log_probs), data[:, None] + OFFSET, axis=1)
+        chosen = np.take_along_axis(np.asarray(log_probs), targets[:, None], axis=1)
         return float(-chosen.mean(dtype=np.float64) / np.log(2.0))
 
     def generate(
@@ -214,6 +230,42 @@ class LoadedModel:
         check_step(self.path, self.model)
         write_entropies(SourceConfig(str(source), split_bytes=split_bytes), self.path, path_of(out))
 
+    def forward(self, **arrays) -> dict[str, np.ndarray]:
+        """The model's inner states and logits, by name, of arrays by name: `logits`, and what the
+        family calls its states.
+
+            llama.forward(tokens=ids_BN)["hidden_states"]
+
+        A model with imported weights computes exactly what the public implementation does, quirks
+        included, from that one's inputs: one document per row. A BLT and a byte LM take the fields
+        of their batch (`bytes_BN`, `documents_BN`, `starts_BN1`).
+
+        Raises:
+          ValueError: for a name that the family doesn't take, or a required one that is missing.
+        """
+        family, config = self.family, self.config
+        run = family.require("forward")
+        if unknown := sorted(arrays.keys() - set(family.inputs)):
+            raise ValueError(
+                f"forward of a {family.title} takes {', '.join(family.inputs)}; not {unknown[0]}"
+            )
+        device = self.mesh.devices.flat[0] if self.mesh else jax.devices()[0]
+        dtype = jax.numpy.dtype(resolved(config, device).compute_dtype)
+        chosen = config.attention if config.attention != "auto" else fastest(device)
+
+        def states(params, arrays):
+            with jax.default_matmul_precision("highest"):
+                return run(config, params, arrays, dtype, chosen)
+
+        with on_mesh(self.mesh):
+            try:
+                given = {name: np.asarray(array) for name, array in arrays.items()}
+                return jax.device_get(jax.jit(states)(self.params, given))
+            except KeyError as error:
+                raise ValueError(
+                    f"forward of a {family.title} needs {error}; it takes {', '.join(family.inputs)}"
+                ) from None
+
     def export(self, destination) -> None:
         """Writes the model as an export, which `load` takes: settings, weights, what places its
         patches; nothing of the run that trained it.
@@ -242,10 +294,13 @@ def check_step(path, model: Model) -> None:
         )
 
 
-def row_of(ids: np.ndarray, starts_N1: np.ndarray | None) -> tuple[Batch, int]:
-    """A batch of one row, padded to a power of two, and room for its patches."""
+def row_of(ids: np.ndarray, starts_N1: np.ndarray | None, grid: int) -> tuple[Batch, int]:
+    """A batch of one row, padded to a power of two, and room for its patches, or for slots of
+    `grid` bytes."""
     length = power_of_two(len(ids))
-    patches = 0 if starts_N1 is None else min(length, power_of_two(int(starts_N1[:-1].sum())))
+    if starts_N1 is None:
+        return one_row(ids, None, length), -(-length // grid)
+    patches = min(length, power_of_two(int(starts_N1[:-1].sum())))
     return one_row(ids, starts_N1, length), patches
 
 

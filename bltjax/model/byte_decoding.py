@@ -41,6 +41,7 @@ class CachedBytes:
     """A byte model's two ways to a `ByteMemory`: whole prompts at once, and byte by byte."""
 
     patched: ClassVar[bool] = False
+    grows: ClassVar[bool] = False
 
     config: ByteLMConfig | ByteCNNConfig
     dtype: Any

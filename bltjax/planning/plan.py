@@ -14,10 +14,10 @@ import time
 import jax
 
 from bltjax.config.run import RunConfig
-from bltjax.data.batches import BATCHES, make_batch
+from bltjax.data.batches import make_batch
 from bltjax.distributed.sharding import make_mesh
 from bltjax.distributed.topology import Topology, read_topology
-from bltjax.families import family_of, load_config, model_config, training_flops
+from bltjax.families import family_of, load_config, model_config, rows_of, training_flops
 from bltjax.inference.decoding.request import CONTEXT
 from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.model.params import parameter_count
@@ -77,7 +77,9 @@ def plan(config: RunConfig, topology: Topology) -> Plan:
     moments = shard_bytes(parts.shapes.opt, parts.shardings.opt)
     capacity, compiled = topology.chip.hbm_bytes, None
     rows, row_bytes = config.data.batch_size, config.data.seq_len
-    batch = make_batch(BATCHES[family_of(config).rows], rows, row_bytes, jax.ShapeDtypeStruct)
+    described = rows_of(model_config(config))
+    sizes = described.sizes(row_bytes, config.data.max_patches)
+    batch = make_batch(described.kind, rows, sizes, jax.ShapeDtypeStruct)
     with jax.set_mesh(mesh):
         lowered = parts.step.lower(parts.shapes, batch)
         try:

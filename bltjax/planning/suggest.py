@@ -70,7 +70,7 @@ def estimates(found) -> Iterator[Suggestion]:
         for more in doublings(count, config.data.batch_size // shards):
             total = states + 2 * memory.parameters + rest * count / more - less
             yield Suggestion((*settings, ("optimizer.grad_accum_steps", more)), "", total)
-    if family_of(config).rows == "patches":
+    if family_of(config).rows == "patches" and hasattr(config.model, "latent"):
         lean = tuple(
             (f"{config.model.group}.{field.name}.remat", "full")
             for field in dataclasses.fields(config.model)

@@ -28,6 +28,11 @@ class Alphabet(NamedTuple):
     bos: int | None
     eos: int | None
 
+    def is_byte(self, ids):
+        """Whether each id is a byte; for numpy and for jax arrays."""
+        found = (ids >= self.offset) & (ids < self.offset + 256)
+        return found if self.bos is None else found & (ids != self.bos)
+
 
 BLT_ALPHABET = Alphabet(VOCABULARY, OFFSET, BOS, EOS)
 # By the name that a model's settings have (`alphabet`). 255 is no byte of UTF-8 text.
@@ -45,33 +50,42 @@ def as_bytes(text: str | bytes) -> bytes:
 
 
 def encode(
-    text: str | bytes | np.ndarray, *, bos: bool = True, eos: bool = True, dtype=np.int32
+    text: str | bytes | np.ndarray,
+    *,
+    bos: bool = True,
+    eos: bool = True,
+    dtype=np.int32,
+    alphabet: Alphabet = BLT_ALPHABET,
 ) -> np.ndarray:
-    """Ids of a text, given as a str, bytes or uint8 [len]: integers [bos + len + eos]."""
+    """Ids of a text, given as a str, bytes or uint8 [len]: integers [bos + len + eos].
+
+    An alphabet without an id for BOS or EOS has none.
+    """
+    bos, eos = bos and alphabet.bos is not None, eos and alphabet.eos is not None
     body = text if isinstance(text, np.ndarray) else np.frombuffer(as_bytes(text), np.uint8)
     ids_N = np.empty(bos + len(body) + eos, dtype)
     if bos:
-        ids_N[0] = BOS
+        ids_N[0] = alphabet.bos
     if eos:
-        ids_N[-1] = EOS
+        ids_N[-1] = alphabet.eos
     text_N = ids_N[bos : bos + len(body)]
     text_N[:] = body  # first widened, then added to: in one call numpy goes through a buffer
-    text_N += OFFSET
+    text_N += alphabet.offset
     return ids_N
 
 
-def decode(ids, *, cut_at_eos: bool = False) -> bytes:
+def decode(ids, *, cut_at_eos: bool = False, alphabet: Alphabet = BLT_ALPHABET) -> bytes:
     """Bytes of a sequence of ids; specials are dropped.
 
     Raises:
-      ValueError: for an id of 260 or more, which is no byte.
+      ValueError: for an id that is not below the alphabet's size.
     """
     ids = np.asarray(ids, np.int64)
-    if ids.size and ids.max() >= VOCABULARY:
-        raise ValueError(f"id {ids.max()} is not below the alphabet's size, {VOCABULARY}")
-    if cut_at_eos and (ids == EOS).any():
-        ids = ids[: int(np.argmax(ids == EOS))]
-    return (ids[ids >= OFFSET] - OFFSET).astype(np.uint8).tobytes()
+    if ids.size and ids.max() >= alphabet.size:
+        raise ValueError(f"id {ids.max()} is not below the alphabet's size, {alphabet.size}")
+    if cut_at_eos and alphabet.eos is not None and (ids == alphabet.eos).any():
+        ids = ids[: int(np.argmax(ids == alphabet.eos))]
+    return (ids[alphabet.is_byte(ids)] - alphabet.offset).astype(np.uint8).tobytes()
 
 
 def text_stream():

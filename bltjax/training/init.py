@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.config.fields import MAY_CHANGE, SAME_CONTENT, changes
-from bltjax.config.model import Patching
+from bltjax.config.rows import Rows
 from bltjax.config.run import RunConfig
 from bltjax.distributed.sharding import fitting_meshes, make_mesh, tree_shardings
-from bltjax.families import check_mesh, model_config, model_shapes
+from bltjax.families import check_mesh, model_config, model_shapes, rows_of
 from bltjax.inference.entropy import EntropyModel, load_entropy_model
 from bltjax.system.paths import path_of
 from bltjax.training.step import StepParts, step_parts
@@ -191,12 +191,14 @@ def stacked_on_devices(leaf, sharding):
     return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
-def placed_patches(config: RunConfig, workdir: Path) -> Patching | None:
-    """The patching of a BLT; None for a byte LM.
+def rows_of_run(config: RunConfig, workdir: Path) -> Rows:
+    """The description of a run's rows.
 
     A resumed run uses its own copy of a tokenizer, whatever happened to the original.
     """
-    patching = model_config(config).patching
+    rows = rows_of(model_config(config))
+    patching = rows.patching
     if patching is None or patching.mode != "bpe" or not ckpt.saved_steps(workdir):
-        return patching
-    return dataclasses.replace(patching, tokenizer=str(workdir / TOKENIZER))
+        return rows
+    patching = dataclasses.replace(patching, tokenizer=str(workdir / TOKENIZER))
+    return dataclasses.replace(rows, patching=patching)

@@ -7,7 +7,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from bltjax.config.fields import divides
-from bltjax.config.model import Patching
+from bltjax.config.rows import Rows
 from bltjax.config.run import RunConfig
 from bltjax.data.batches import Batch
 from bltjax.data.pipeline import held_out_batches, training_batches, training_sources
@@ -30,7 +30,7 @@ from bltjax.training.init import (
     check_start,
     entropy_model,
     mesh_and_parts,
-    placed_patches,
+    rows_of_run,
     started,
 )
 from bltjax.training.restore import restore_newest
@@ -48,8 +48,8 @@ class Setup(NamedTuple):
     resumed: RunConfig | None  # the settings of the run that is resumed
     mesh: Mesh
     parts: StepParts
-    rows: NamedSharding  # of a batch
-    patching: Patching | None
+    sharding: NamedSharding  # of a batch
+    rows: Rows
     byte_lm: EntropyModel | None
     streams: list[int]  # of this process
     batches: Any  # grain's iterator
@@ -77,10 +77,10 @@ def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
     mesh, parts = mesh_and_parts(config)
     if config.mesh.tensor == 1:
         divides("the number of processes", process_count(), "data.batch_size", data.batch_size)
-    rows, patching = row_sharding(mesh), placed_patches(config, workdir)
-    streams = local_rows(rows, data.batch_size)
+    sharding, rows = row_sharding(mesh), rows_of_run(config, workdir)
+    streams = local_rows(sharding, data.batch_size)
     sources = training_sources(data, byte_lm.identity if byte_lm else None)
-    dataset = training_batches(data, patching, seed=config.seed, streams=streams, sources=sources)
+    dataset = training_batches(data, rows, seed=config.seed, streams=streams, sources=sources)
     fingerprints = broadcast_from_primary(
         "comparing sources", lambda: {name: found.fingerprint for name, found in sources.items()}
     )
@@ -91,14 +91,14 @@ def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
         notes += check_sources(resumed, config, workdir, saved, fingerprints)
     held_out = []
     for name, source in data.eval.items():
-        documents = scored_source(source, patching, byte_lm, skip_bad=data.skip_bad)
-        found, cuts = held_out_batches(documents, data, patching)
+        documents = scored_source(source, rows.patching, byte_lm, skip_bad=data.skip_bad)
+        found, cuts = held_out_batches(documents, data, rows)
         held_out += found
         if cuts:
             print(f"held-out {name}: {cuts} cuts in documents longer than a row")
     flops = training_flops(config.model, data.batch_size, data.seq_len, data.max_patches)
     return Setup(
-        config, workdir, resumed, mesh, parts, rows, patching, byte_lm, streams, iter(dataset),
+        config, workdir, resumed, mesh, parts, sharding, rows, byte_lm, streams, iter(dataset),
         held_out, fingerprints, flops, notes,
     )  # fmt: skip
 
@@ -118,7 +118,7 @@ def run_summary(setup: Setup) -> str:
 
 def claim(setup: Setup) -> None:
     """Writes the run's config, byte LM and tokenizer to its work directory."""
-    config, workdir, patching = setup.config, setup.workdir, setup.patching
+    config, workdir, patching = setup.config, setup.workdir, setup.rows.patching
     if is_primary():
         ckpt.write_config(workdir, config)
     if is_primary() and setup.resumed is None:

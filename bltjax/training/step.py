@@ -32,6 +32,7 @@ from bltjax.families import (
     module_of,
     positions_of,
     resolved,
+    rows_of,
 )
 from bltjax.model.loss import Sums, target_sums
 from bltjax.model.params import part_of
@@ -95,7 +96,8 @@ def make_train_step(config: RunConfig, model, optimizer):
         zero = (zero, Sums(*(jnp.zeros(()),) * 4))
         return jax.lax.scan(add, zero, micro_batches(batch, count))[0]
 
-    slots = positions_of(model_config(config))
+    model_settings = model_config(config)
+    slots, grid = positions_of(model_settings), rows_of(model_settings).grid
 
     def step(state: TrainState, batch):
         grads, sums = by_slices(gradient_sums)(state.params, batch)
@@ -114,7 +116,7 @@ def make_train_step(config: RunConfig, model, optimizer):
             "gradient_norm": norm,
             "gradient_norms": norms,
             "update_norms": norms_by_part(updates, config.model),
-            "fills": jnp.stack(fills(batch, slots)),
+            "fills": jnp.stack(fills(batch, slots, grid)),
             "guard": guard_metrics(opt),
         }
         return TrainState(state.step + 1, params, opt), report

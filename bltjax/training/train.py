@@ -120,7 +120,9 @@ def train(
         ending = 0  # the signal, if any process has received one
         for step in profile.steps(range(first + 1, last_step + 1)):
             with phase(step, "waits for data", "input"):
-                batch = make_global_batch(next(setup.batches), setup.rows, config.data.batch_size)
+                batch = make_global_batch(
+                    next(setup.batches), setup.sharding, config.data.batch_size
+                )
             if step == first + 1:
                 with phase(step, "compiles", "compile", PATIENCE):
                     state, out = take_step(state, batch)
@@ -145,7 +147,7 @@ def train(
                 pending = None
             if evaluates:
                 with phase(step, "evaluates", "evaluation", PATIENCE), reports.paused():
-                    bits = held_out_bits(scores, state.params, setup.held_out, setup.rows)
+                    bits = held_out_bits(scores, state.params, setup.held_out, setup.sharding)
                 reports.held_out(step, bits)
             if saves:
                 with phase(step, "saves", "checkpoints", PATIENCE):

@@ -17,7 +17,9 @@ def test_names_without_letters_are_refused(name):
 
 def test_sizes_and_disagreement():
     assert check_shapes(bytes_BN=np.ones((2, 8)), starts_BN1=np.ones((2, 9))) == {"B": 2, "N": 8}
-    with pytest.raises(ValueError, match=r"N \(positions in a row: .*\) is 7 in starts_BN1 but 8 in bytes"):
+    with pytest.raises(
+        ValueError, match=r"N \(positions in a row: .*\) is 7 in starts_BN1 but 8 in bytes"
+    ):
         check_shapes(bytes_BN=np.ones((2, 8)), starts_BN1=np.ones((2, 8)))
     with pytest.raises(ValueError, match="bytes_BN has 2 letters but shape"):
         check_shapes(bytes_BN=np.ones(8))

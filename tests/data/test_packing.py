@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.model import Patching
+from bltjax.config.rows import Rows, patch_rows
 from bltjax.data.batches import fills
 from bltjax.data.packing import Packer, batch_of, cut_document, pack_exact
 from bltjax.data.pipeline import training_batches
@@ -23,7 +24,7 @@ ENTROPY = Patching(threshold=3.0)
 
 def written(fragments, row_bytes):
     """A row by itself."""
-    batch = batch_of([fragments], row_bytes)
+    batch = batch_of([fragments], patch_rows(ENTROPY), {"N": row_bytes})
     return type(batch)(*(array[0] for array in batch))
 
 
@@ -69,7 +70,7 @@ def all_targets(documents):
 def test_exact_packing(seed, row_bytes, data):
     row_patches = data.draw(st.integers(2, row_bytes))
     documents = random_documents(np.random.default_rng(seed), 12, 60)
-    cuts_of = [cut_document(document, ENTROPY) for document in documents]
+    cuts_of = [cut_document(document, patch_rows(ENTROPY)) for document in documents]
     rows, cuts = pack_exact(cuts_of, row_bytes, row_patches)
     rows = [written(fragments, row_bytes) for fragments in rows]
     for row in rows:
@@ -89,7 +90,7 @@ def test_packer_gives_every_target_once(seed, row_bytes, look_ahead, data):
     supplied = []
 
     def read(key):
-        return cut_document(documents[key] if key < len(documents) else empty, ENTROPY)
+        return cut_document(documents[key] if key < len(documents) else empty, patch_rows(ENTROPY))
 
     def supply():
         supplied.append(len(supplied))
@@ -113,7 +114,7 @@ def test_state_is_exact():
 
     def packer(counter):
         def read(key):
-            return cut_document(documents[key], ENTROPY)
+            return cut_document(documents[key], patch_rows(ENTROPY))
 
         def supply():
             counter[0] += 1
@@ -133,9 +134,9 @@ def test_state_is_exact():
 
 def test_a_document_that_just_fits_and_one_too_long():
     document = Document(np.arange(6, dtype=np.uint8), np.full(7, 9, np.float32))
-    rows, cuts = pack_exact([cut_document(document, ENTROPY)], 8, 8)
+    rows, cuts = pack_exact([cut_document(document, patch_rows(ENTROPY))], 8, 8)
     assert len(rows) == 1 and cuts == 0
-    rows, cuts = pack_exact([cut_document(document, ENTROPY)], 8, 4)
+    rows, cuts = pack_exact([cut_document(document, patch_rows(ENTROPY))], 8, 4)
     assert len(rows) == 2 and cuts == 1
     rows = [written(fragments, 8) for fragments in rows]
     # The second row begins with the first one's last target; the byte after it stays a target.
@@ -145,7 +146,7 @@ def test_a_document_that_just_fits_and_one_too_long():
 
 def test_bos_as_a_rows_last_byte_reads_its_own_patch():
     first = Document(np.arange(5, dtype=np.uint8), np.zeros(6, np.float32))  # 7 positions
-    document = cut_document(first, ENTROPY)
+    document = cut_document(first, patch_rows(ENTROPY))
     packer = Packer(lambda: (0, document), lambda key: document, 8, 8, 1)
     row, following = (written(packer.next_row(), 8) for _ in range(2))
     assert row.bytes_BN[7] == BOS and row.starts_BN1[8]
@@ -155,15 +156,15 @@ def test_bos_as_a_rows_last_byte_reads_its_own_patch():
 def test_empty_rows_and_byte_lm_documents():
     row = written([], 8)
     assert not any(array.any() for array in row)
-    document = cut_document(Document(np.frombuffer(b"abc", np.uint8)), None)
-    assert document.ids_N.tolist() == [1, 101, 102, 103, 2] and document.starts_N1.all()
+    document = cut_document(Document(np.frombuffer(b"abc", np.uint8)), patch_rows(None))
+    assert document.ids_N.tolist() == [1, 101, 102, 103, 2] and document.patches == 5
 
 
 def test_unscored_documents_are_refused_in_entropy_mode():
     with pytest.raises(ValueError, match="needs scored documents"):
-        cut_document(Document(np.zeros(3, np.uint8)), ENTROPY)
+        cut_document(Document(np.zeros(3, np.uint8)), patch_rows(ENTROPY))
     with pytest.raises(ValueError, match="3 bytes has 1 entropies, not 4"):
-        cut_document(Document(np.zeros(3, np.uint8), np.zeros(1, np.float32)), ENTROPY)
+        cut_document(Document(np.zeros(3, np.uint8), np.zeros(1, np.float32)), patch_rows(ENTROPY))
 
 
 def test_both_fills_over_97_percent_on_a_mixed_corpus(tmp_path):
@@ -182,10 +183,12 @@ def test_both_fills_over_97_percent_on_a_mixed_corpus(tmp_path):
     space = Patching(mode="space")
     ids, patches = 0, 0
     for file in tmp_path.iterdir():
-        document = cut_document(Document(np.frombuffer(file.read_bytes(), np.uint8)), space)
+        document = cut_document(
+            Document(np.frombuffer(file.read_bytes(), np.uint8)), patch_rows(space)
+        )
         ids, patches = ids + len(document.ids_N), patches + document.patches
     data = dataclasses.replace(data, max_patches=round(2048 * patches / ids))
-    batches = iter(training_batches(data, space, seed=0, streams=range(4)))
+    batches = iter(training_batches(data, patch_rows(space), seed=0, streams=range(4)))
     found = np.mean([fills(next(batches), data.max_patches) for _ in range(30)], axis=0)
     batches.close()
     assert (found > 0.97).all(), found
@@ -196,6 +199,58 @@ def test_exact_rows_waste_little(patch_bytes):
     random = np.random.default_rng(3)
     static = Patching(mode="static", patch_bytes=patch_bytes)
     sizes = random.integers(3, 254, 3000)
-    documents = [cut_document(Document(np.zeros(size, np.uint8)), static) for size in sizes]
+    documents = [
+        cut_document(Document(np.zeros(size, np.uint8)), patch_rows(static)) for size in sizes
+    ]
     rows, cuts = pack_exact(documents, 256, round(256 / patch_bytes) + 8)
     assert cuts == 0 and len(rows) < 1.03 * (sizes + 2).sum() / 256
+
+
+@pytest.mark.parametrize("grid", [3, 4])
+def test_a_grid_begins_anew_with_each_fragment_and_fills_a_row(grid):
+    random = np.random.default_rng(grid)
+    rows = Rows(grid=grid)
+    assert rows.slots_bound and rows.most_slots(40, 12) == 12
+    documents = [
+        cut_document(Document(random.integers(0, 256, size).astype(np.uint8)), rows)
+        for size in random.integers(0, 90, 200)
+    ]
+    assert all(document.patches == -(-len(document.ids_N) // grid) for document in documents)
+
+    def slots_of(fragments):
+        return sum(-(-(end - begin) // grid) for _, begin, end, _ in fragments)
+
+    key = iter(range(len(documents)))
+    packer = Packer(lambda: (k := next(key), documents[k]), documents.__getitem__, 40, 12, 4)
+    laid = [packer.next_row() for _ in range(40)]
+    exact, _ = pack_exact(documents, 40, 12)
+    for fragments in (*laid, *exact):
+        assert slots_of(fragments) == sum(fragment.patches for fragment in fragments) <= 12
+    # A row ends with its bytes or with its slots.
+    used = [sum(end - begin for _, begin, end, _ in fragments) for fragments in laid]
+    assert all(size == 40 or slots_of(row) == 12 for size, row in zip(used, laid, strict=True))
+    batch = batch_of(laid, rows, {"N": 40})
+    byte_fill, slot_fill = fills(batch, 12, grid)
+    assert byte_fill == (batch.documents_BN > 0).mean()
+    assert slot_fill == pytest.approx(np.mean([slots_of(fragments) for fragments in laid]) / 12)
+    exact_batch = batch_of(exact, rows, {"N": 40})
+    text_bytes = sum(document.text_bytes for document in documents)
+    assert exact_batch.target_bytes_BN.sum() == text_bytes
+
+
+def test_alphabets_of_released_weights():
+    text = np.frombuffer(b"\0ab", np.uint8)
+    for name, ids, counted in (
+        ("spacebyte", [255, 0, 97, 98], 3),
+        ("mambabyte", [0, 97, 98], 2),  # without BOS the first byte is never predicted
+        ("byt5", [3, 100, 101, 1], 2),
+    ):
+        rows, size = Rows(alphabet=name), len(ids)
+        document, empty = (cut_document(Document(x), rows) for x in (text, text[:0]))
+        assert document.ids_N.tolist() == ids and document.text_bytes == 3
+        laid, cuts = pack_exact([document, empty], 8, 8)
+        batch = batch_of(laid, rows, {"N": 8})
+        assert cuts == 0 and len(laid) == 1
+        assert batch.target_bytes_BN.sum() == counted
+        assert batch.weights_BN[0, : size - 1].all() and not batch.weights_BN[0, size - 1 :].any()
+        assert batch.targets_BN[0, : size - 1].tolist() == ids[1:]

@@ -9,6 +9,7 @@ import pytest
 
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.model import Patching
+from bltjax.config.rows import patch_rows
 from bltjax.data.pipeline import training_batches
 
 SPACE = Patching(mode="space")
@@ -35,7 +36,7 @@ def equal(a, b):
 
 def test_restored_iterator_continues_bit_for_bit(tmp_path, seed):
     print("stop after", stop := seed % 37, "batches")
-    dataset = training_batches(data_of(tmp_path), SPACE, seed=3, streams=range(4))
+    dataset = training_batches(data_of(tmp_path), patch_rows(SPACE), seed=3, streams=range(4))
     straight = iter(dataset)
     for _ in range(stop):
         next(straight)
@@ -51,7 +52,7 @@ def test_restored_iterator_continues_bit_for_bit(tmp_path, seed):
 def test_any_process_count_sees_the_same_batches(tmp_path):
     data = data_of(tmp_path)
     iterators = [
-        iter(training_batches(data, SPACE, seed=3, streams=streams))
+        iter(training_batches(data, patch_rows(SPACE), seed=3, streams=streams))
         for streams in (range(4), (0, 1), (2, 3))
     ]
     for _ in range(10):
@@ -67,14 +68,14 @@ def test_any_process_count_sees_the_same_batches(tmp_path):
 
 
 def _resumed(data, states):
-    iterator = iter(training_batches(data, SPACE, seed=3, streams=range(4)))
+    iterator = iter(training_batches(data, patch_rows(SPACE), seed=3, streams=range(4)))
     iterator.set_state(states)
     yield next(iterator)
     iterator.close()
 
 
 def test_mixture_weights_are_shares_of_bytes(tmp_path):
-    batches = iter(training_batches(data_of(tmp_path), SPACE, seed=3, streams=range(4)))
+    batches = iter(training_batches(data_of(tmp_path), patch_rows(SPACE), seed=3, streams=range(4)))
     for _ in range(100):
         next(batches)
     taken = {"a": 0, "b": 0}
@@ -97,11 +98,15 @@ def test_fewer_records_than_streams_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"has 60 documents in all, but data.batch_size \(61\) streams"
     ):
-        training_batches(data_of(tmp_path, batch_size=61), SPACE, seed=3, streams=range(61))
+        training_batches(
+            data_of(tmp_path, batch_size=61), patch_rows(SPACE), seed=3, streams=range(61)
+        )
 
 
 def _rows(data, seed):
-    iterator = iter(training_batches(data, SPACE, seed=seed, streams=range(data.batch_size)))
+    iterator = iter(
+        training_batches(data, patch_rows(SPACE), seed=seed, streams=range(data.batch_size))
+    )
     yield next(iterator)
     iterator.close()
 
@@ -125,12 +130,12 @@ def test_streams_that_wait_for_the_same_document_share_it(tmp_path):
     }
     data = DataConfig(train=train, batch_size=4, seq_len=64, max_patches=64)
     tracemalloc.start()
-    batches = iter(training_batches(data, None, seed=0, streams=range(4)))
+    batches = iter(training_batches(data, patch_rows(None), seed=0, streams=range(4)))
     for _ in range(3):
         next(batches)
     state = batches.get_state()
     batches.close()
-    again = iter(training_batches(data, None, seed=0, streams=range(4)))
+    again = iter(training_batches(data, patch_rows(None), seed=0, streams=range(4)))
     again.set_state(state)
     next(again)
     again.close()
@@ -141,13 +146,13 @@ def test_streams_that_wait_for_the_same_document_share_it(tmp_path):
 
 def test_raw_text_and_entropy_patching_is_refused_before_the_first_batch(tmp_path):
     with pytest.raises(ValueError, match=r"'a' \(.*a.jsonl\) is raw text, but entropy patching"):
-        training_batches(data_of(tmp_path), Patching(), seed=3, streams=range(4))
+        training_batches(data_of(tmp_path), patch_rows(Patching()), seed=3, streams=range(4))
 
 
 def test_a_state_without_a_stream_is_refused(tmp_path):
     data = data_of(tmp_path)
-    half = iter(training_batches(data, SPACE, seed=3, streams=(0, 1)))
-    whole = iter(training_batches(data, SPACE, seed=3, streams=range(4)))
+    half = iter(training_batches(data, patch_rows(SPACE), seed=3, streams=(0, 1)))
+    whole = iter(training_batches(data, patch_rows(SPACE), seed=3, streams=range(4)))
     with pytest.raises(ValueError, match=r"has streams 0, 1, but not \[2, 3\]"):
         whole.set_state(half.get_state())
     half.close()
@@ -161,7 +166,7 @@ def test_a_rare_source_does_not_come_to_all_streams_at_once(tmp_path):
     weights = {"common": 0.98, "rare": 0.02}
     train = {n: SourceConfig(str(tmp_path / f"{n}.jsonl"), weight=w) for n, w in weights.items()}
     data = DataConfig(train=train, batch_size=16, seq_len=256, max_patches=256, look_ahead=1)
-    batches = iter(training_batches(data, None, seed=3, streams=range(16)))
+    batches = iter(training_batches(data, patch_rows(None), seed=3, streams=range(16)))
     found = [(next(batches).bytes_BN == ord("r") + 4).any(axis=1).sum() for _ in range(100)]
     batches.close()
     assert sum(found) > 100 and max(found) < 8, found

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from bltjax.config.arguments import add_source_arguments, source_from
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.fields import from_dict, to_dict
+from bltjax.config.rows import patch_rows
 from bltjax.data.pipeline import training_batches
 from bltjax.data.records import Manifest, encode_record, shard_info, write_manifest, write_shard
 from bltjax.data.sources.by_path import open_source
@@ -473,10 +474,10 @@ def test_one_endless_line_trains_and_too_little_says_how(tmp_path):
     data = DataConfig(train={"a": source}, batch_size=4, seq_len=64, max_patches=64)
     documents = open_source(source)
     assert len(documents) == 18 and max(len(documents[i].text) for i in range(18)) == 300
-    training_batches(data, None, seed=0, streams=range(4))
+    training_batches(data, patch_rows(None), seed=0, streams=range(4))
     data = DataConfig(train={"a": source}, batch_size=19, seq_len=64, max_patches=64)
     with pytest.raises(ValueError, match=r"has 18 documents in all.*: lower split_bytes"):
-        training_batches(data, None, seed=0, streams=range(19))
+        training_batches(data, patch_rows(None), seed=0, streams=range(19))
 
 
 def test_files_that_change_after_they_were_opened(tmp_path):

@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.model import Patching
+from bltjax.config.rows import patch_rows
 from bltjax.data.pipeline import training_batches
 from bltjax.data.sources.by_path import open_source
 
@@ -194,7 +195,9 @@ def test_mixture_of_all_kinds(tmp_path, data_dir):
     }
     data = DataConfig(train=sources, batch_size=2, seq_len=256, max_patches=128, look_ahead=2)
     batches = iter(
-        training_batches(data, Patching(mode="space"), seed=5, streams=range(data.batch_size))
+        training_batches(
+            data, patch_rows(Patching(mode="space")), seed=5, streams=range(data.batch_size)
+        )
     )
     text = b""
     for _ in range(40):

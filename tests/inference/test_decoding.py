@@ -271,7 +271,7 @@ def test_caches_are_written_in_place(draft):
     if draft:
         lowered = run_rounds.lower(decoder.model, draft + 1, 32, decoder.params, asked, state)
     else:
-        lowered = run_loop.lower(decoder.model, GREEDY.steps, 32, decoder.params, asked, state)
+        lowered = run_loop.lower(decoder.model, GREEDY.steps(), 32, decoder.params, asked, state)
     memory, text = state.memory, lowered.compile().as_text()
     assert "dynamic-update-slice" in text
     for caches in (memory.scorer, memory.encoder, memory.latent, memory.decoder):

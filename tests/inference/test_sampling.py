@@ -28,7 +28,7 @@ def distribution(sampling: Sampling, logits_V=LOGITS, used=()):
     used_BV = np.zeros((1, VOCABULARY), bool)
     used_BV[0, list(used)] = True
     state = (used_BV, jnp.zeros(1, jnp.int32), jnp.full(1, 9))
-    found = candidates(sampling.steps, sampling.numbers, jnp.asarray(logits_V)[None], *state)
+    found = candidates(sampling.steps(), sampling.numbers, jnp.asarray(logits_V)[None], *state)
     return np.asarray(jax.nn.softmax(found[0]))
 
 
@@ -76,12 +76,12 @@ def test_draws_have_their_distribution():
     logits_BV = jnp.broadcast_to(jnp.asarray(LOGITS)[None], (rows, VOCABULARY))
     state = (jnp.zeros((rows, VOCABULARY), bool), jnp.zeros(rows, jnp.int32), jnp.full(rows, 9))
     keys_B = jax.vmap(jax.random.key)(jnp.arange(rows))
-    found_BV = candidates(sampling.steps, sampling.numbers, logits_BV, *state)
-    ids = np.asarray(chosen(sampling.steps, found_BV, keys_B, jnp.full(rows, 7)))
+    found_BV = candidates(sampling.steps(), sampling.numbers, logits_BV, *state)
+    ids = np.asarray(chosen(sampling.steps(), found_BV, keys_B, jnp.full(rows, 7)))
     counts = np.bincount(ids, minlength=VOCABULARY) / rows
     assert abs(counts - expected).max() < 4 * np.sqrt(0.25 / rows)
     # Another byte of the same rows is drawn independently.
-    again = np.asarray(chosen(sampling.steps, found_BV, keys_B, jnp.full(rows, 8)))
+    again = np.asarray(chosen(sampling.steps(), found_BV, keys_B, jnp.full(rows, 8)))
     assert 0.2 < (ids == again).mean() < 0.9
 
 
@@ -149,7 +149,7 @@ def _fails(data: bytes) -> bool:
 
 @functools.cache
 def allowed():
-    return jax.jit(functools.partial(permitted, Sampling(valid_utf8=True).steps))
+    return jax.jit(functools.partial(permitted, Sampling(valid_utf8=True).steps()))
 
 
 @settings(print_blob=True, deadline=None, max_examples=50)

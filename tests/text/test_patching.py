@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bltjax.config.model import Patching
+from bltjax.config.rows import patch_rows
 from bltjax.data.packing import Packer, batch_of, cut_document, pack_exact
 from bltjax.data.records import Document
 from bltjax.text.alphabet import OFFSET, encode
@@ -291,26 +292,24 @@ def test_only_the_first_two_positions_of_a_cut_row_may_lie_inside_a_character(
     text, row_bytes, exact
 ):
     config = Patching(mode="byte", whole_characters=True)
-    document = cut_document(Document(np.frombuffer(text.encode(), np.uint8)), config)
+    document = cut_document(Document(np.frombuffer(text.encode(), np.uint8)), patch_rows(config))
     if exact:
         rows, _ = pack_exact([document], row_bytes, row_bytes)
     else:
         packer = Packer(lambda: (0, document), lambda key: document, row_bytes, row_bytes, 1)
         rows = [packer.next_row() for _ in range(12)]
     assert len(rows) > 1
-    batch = batch_of(rows, row_bytes)
+    batch = batch_of(rows, patch_rows(config), {"N": row_bytes})
     continuation_BN = (batch.bytes_BN >= OFFSET + 0x80) & (batch.bytes_BN <= OFFSET + 0xBF)
     _, inside = np.nonzero(batch.starts_BN1[:, :-1] & continuation_BN)
     assert set(inside) <= {0, 1}
 
 
 def test_a_cut_row_opens_patches_at_its_first_two_positions():
-    document = cut_document(
-        Document(np.frombuffer("你好你好".encode(), np.uint8)),
-        Patching(mode="byte", whole_characters=True),
-    )
+    described = patch_rows(Patching(mode="byte", whole_characters=True))
+    document = cut_document(Document(np.frombuffer("你好你好".encode(), np.uint8)), described)
     rows, _ = pack_exact([document], 5, 5)  # the second row begins with the second byte of 好
-    first_N1, second_N1 = batch_of(rows, 5).starts_BN1[:2]
+    first_N1, second_N1 = batch_of(rows, described, {"N": 5}).starts_BN1[:2]
     assert np.flatnonzero(first_N1).tolist() == [0, 1, 4]
     assert np.flatnonzero(second_N1[:-1]).tolist() == [0, 1, 2]
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.attention import fastest
-from bltjax.families import Model, resolved
+from bltjax.families import Model, alphabet_name, resolved
 from bltjax.inference.decoding.loop import (
     AT_LIMIT,
     FINISH_REASONS,
@@ -46,9 +46,10 @@ from bltjax.inference.decoding.request import CONTEXT, fitting_prompts, prompt_n
 from bltjax.inference.decoding.sampling import GREEDY, Sampling, utf8_state
 from bltjax.inference.decoding.speculation import run_rounds
 from bltjax.inference.finite import not_finite
-from bltjax.text.alphabet import OFFSET, VOCABULARY, as_bytes, encode
+from bltjax.text.alphabet import ALPHABETS, as_bytes, encode
 
 ENDED = -1  # the row index of an empty place in the batch
+AHEAD = 1024  # bytes to write for which buffers have room from the start
 
 
 class Counts(NamedTuple):
@@ -83,7 +84,12 @@ class Decoder:
             without a byte LM, for drafts of a model without patches, and for a mesh that splits
             fsdp or has devices of other processes.
         """
-        self.context, self.draft, self.mesh = context, draft, mesh
+        settings = model.config.model
+        self.alphabet = ALPHABETS[alphabet_name(settings)]
+        # Learned positions bound a text; one of them is BOS.
+        longest = getattr(settings, "longest", None)
+        self.context = context if longest is None else min(context, longest - 1)
+        self.draft, self.mesh = draft, mesh
         self.groups = mesh.shape["data"] if mesh else 1
         self.counts = Counts()
         if mesh and (mesh.shape["fsdp"] > 1 or mesh.is_multi_process):
@@ -159,17 +165,20 @@ class Decoder:
         if self.draft:
             program, shape = run_rounds, (self.draft + 1, max(chunk, 2 * self.draft + 2))
         else:
-            program, shape = run_loop, (sampling.steps, chunk)
-        rest, written = [Rest(stops) for _ in texts], 0
+            program, shape = run_loop, (sampling.steps(self.alphabet), chunk)
+        rest, written = [Rest(stops, self.alphabet) for _ in texts], 0
         rows = np.array([*range(len(texts)), *[ENDED] * (len(state.finish_B) - len(texts))])
         while rows.size:
             with on_mesh(self.mesh):
-                state, out, full_B2 = program(self.model, *shape, self.params, request, state)
-            out, finish_B, full_B2, costs = jax.device_get(
-                (out, state.finish_B, full_B2, state.costs)
+                state, out, full_BG = program(self.model, *shape, self.params, request, state)
+            out, finish_B, full_BG, costs = jax.device_get(
+                (out, state.finish_B, full_BG, state.costs)
             )
             broken = np.flatnonzero((finish_B == NOT_FINITE) & (rows >= 0))
-            written += int((out.ids_BN >= OFFSET).sum())
+            written += sum(
+                int(self.alphabet.is_byte(ids[:count]).sum())
+                for ids, count in zip(out.ids_BN, out.count_B, strict=True)
+            )
             self.counts = Counts(written, *(int(x.sum()) for x in costs))
             for slot, row in enumerate(rows):
                 ids, *values = (x_BN[slot, : out.count_B[slot]] for x_BN in out[1:])
@@ -182,8 +191,8 @@ class Decoder:
             going = int((rows >= 0).sum())
             if going == 0:
                 return
-            if full_B2.any():
-                state = state._replace(memory=self.doubled(state.memory, *full_B2.any(axis=0)))
+            if full_BG.any():
+                state = state._replace(memory=self.doubled(state.memory, full_BG.any(axis=0)))
             size = self.groups * power_of_two(-(-going // self.groups), 1)
             if size < len(rows):
                 # Running rows first, in turn to each group; ended ones fill up a power of two.
@@ -194,8 +203,9 @@ class Decoder:
 
     def start(self, texts, max_bytes, sampling, seed, stops, names=()) -> tuple[State, Request]:
         """The state after the prompts, and the request for the loop."""
-        prompts = [encode(text, eos=False) for text in texts]
-        prompts += [encode(b"", eos=False)] * (-len(texts) % self.groups)
+        prompts = [self.ids_of(text) for text in texts]
+        filler = encode(b" ", bos=False, eos=False, alphabet=self.alphabet)
+        prompts += [filler] * (-len(texts) % self.groups)
         memory = self.memory(prompts, max_bytes, names)
         rows = len(prompts)
         limit_B = np.where(np.arange(rows) < len(texts), max_bytes, 0)
@@ -203,8 +213,10 @@ class Decoder:
         longest = power_of_two(max(map(len, stops), default=0), STOPS[1])
         stops_ZT = np.full((most, longest), -1, np.int32)
         for number, text in enumerate(stops):
-            stops_ZT[number, longest - len(text) :] = encode(text, bos=False, eos=False)
-        used_BV = np.zeros((rows, VOCABULARY), bool)
+            stops_ZT[number, longest - len(text) :] = encode(
+                text, bos=False, eos=False, alphabet=self.alphabet
+            )
+        used_BV = np.zeros((rows, self.alphabet.size), bool)
         for row, ids in enumerate(prompts):
             used_BV[row, ids] = True
         utf8_B = np.zeros(rows, np.int32)
@@ -248,7 +260,12 @@ class Decoder:
         inputs = (self.params, bytes_BN, np.array(lengths, np.int32))
         with on_mesh(self.mesh):
             if not self.model.patched:
-                return prefill_bytes(self.model, *inputs)
+                memory = prefill_bytes(self.model, *inputs)
+                if not self.model.grows:
+                    return memory
+                needed = self.model.needs(max(lengths) + min(room, AHEAD))
+                have = self.model.capacity(memory)
+                return grow(self.model, tuple(map(max, have, map(power_of_two, needed))), memory)
             scored = score_prompts(self.model, *inputs)
         sound_B, closed_B, open_B = jax.device_get((scored.sound_B, scored.closed_B, scored.open_B))
         if (sound_B < lengths).any():
@@ -264,12 +281,20 @@ class Decoder:
         wanted = power_of_two(int(closed_B.max()) + 1 + room // 4)
         with on_mesh(self.mesh):
             memory = prefill(self.model, patches, open_slots, self.params, scored)
-            return grow(self.model, max(patches, wanted), open_slots, memory)
+            return grow(self.model, (max(patches, wanted), open_slots), memory)
 
-    def doubled(self, memory, patches: bool, open_slots: bool):
-        """The memory with twice the room for patches, for the bytes of an open patch, or for
-        both."""
-        latent = memory.latent[0].k_BJTC.shape[2] * (1 + int(patches))
-        open_kv = memory.open_kv[0].k_BJTC.shape[2] if memory.open_kv else 1
+    def doubled(self, memory, full_G):
+        """The memory with twice the room in the buffers that are full."""
+        sizes = zip(self.model.capacity(memory), full_G, strict=True)
         with on_mesh(self.mesh):
-            return grow(self.model, latent, open_kv * (1 + int(open_slots)), memory)
+            return grow(self.model, tuple(size * (1 + int(full)) for size, full in sizes), memory)
+
+    def ids_of(self, text: bytes) -> np.ndarray:
+        """The ids of a prompt.
+
+        Raises:
+          ValueError: for an empty prompt of a model whose alphabet has no BOS.
+        """
+        if not text and self.alphabet.bos is None:
+            raise ValueError("this model has no BOS, so it can't begin a text: give a prompt")
+        return encode(text, eos=False, alphabet=self.alphabet)

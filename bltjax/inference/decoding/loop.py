@@ -26,7 +26,7 @@ from bltjax.inference.decoding.sampling import BYTES, UTF8_NEXT, Numbers, Steps,
 from bltjax.model.blt.decoding import CachedBLT
 from bltjax.model.byte_lm import entropies_of
 from bltjax.system.environment import random_key
-from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY
+from bltjax.text.alphabet import BLT_ALPHABET, Alphabet
 
 RUNNING, AT_EOS, AT_STOP, AT_LIMIT, NOT_FINITE = range(5)
 FINISH_REASONS = ("", "eos", "stop", "max_bytes", "")  # numbers that aren't finite are errors
@@ -127,7 +127,7 @@ def kept_indices(shape, at_BQ, kept_BQ):
     return jnp.where(kept_BQ, row_B1, shape[0]), jnp.where(kept_BQ, at_BQ, shape[1])
 
 
-def endings(request: Request, state: State, ids_BQ):
+def endings(request: Request, state: State, ids_BQ, alphabet: Alphabet = BLT_ALPHABET):
     """int32 [B, Q]: the reason why a row would end with each byte, if it came so far."""
     queries, longest = ids_BQ.shape[1], state.tail_BT.shape[1]
     tail_BT = jnp.concatenate([state.tail_BT, ids_BQ], axis=1)
@@ -138,7 +138,9 @@ def endings(request: Request, state: State, ids_BQ):
     made_BQ = state.made_B[:, None] + 1 + jnp.arange(queries)[None]
     finish_BQ = jnp.where(made_BQ >= state.limit_B[:, None], AT_LIMIT, RUNNING)
     finish_BQ = jnp.where(stopped_BQ, AT_STOP, finish_BQ)
-    return jnp.where(ids_BQ == EOS, AT_EOS, finish_BQ)
+    return (
+        finish_BQ if alphabet.eos is None else jnp.where(ids_BQ == alphabet.eos, AT_EOS, finish_BQ)
+    )
 
 
 def when(condition, change, state):
@@ -193,7 +195,7 @@ def write_bytes(model, steps: Steps, params, request: Request, state: State, out
     new = (go_B, id_B, logits_BV, entropy_B, opens_B)
     out = added(out, *(x_B[:, None] for x_B in new))
 
-    finish_B = endings(request, state, id_B[:, None])[:, 0]
+    finish_B = endings(request, state, id_B[:, None], steps.alphabet)[:, 0]
     finish_B = jnp.where(go_B, finish_B, jnp.where(broken_B, NOT_FINITE, state.finish_B))
     tail_BT = jnp.concatenate([state.tail_BT[:, 1:], id_B[:, None]], axis=1)
     state = state._replace(
@@ -204,11 +206,11 @@ def write_bytes(model, steps: Steps, params, request: Request, state: State, out
         costs=state.costs.plus(0, 0, go_B.sum()),
     )
     if steps.valid_utf8:
-        byte_B = jnp.clip(id_B - OFFSET, 0, BYTES - 1)
+        byte_B = jnp.clip(id_B - steps.alphabet.offset, 0, BYTES - 1)
         next_B = jnp.maximum(jnp.asarray(UTF8_NEXT)[state.utf8_B, byte_B], 0)
         state = state._replace(utf8_B=jnp.where(go_B, next_B, state.utf8_B))
     if steps.penalises:
-        is_id_BV = jax.nn.one_hot(id_B, VOCABULARY, dtype=bool)
+        is_id_BV = jax.nn.one_hot(id_B, steps.alphabet.size, dtype=bool)
         state = state._replace(used_BV=state.used_BV | (is_id_BV & go_B[:, None]))
     # A row that has ended is not advanced: its memory is that of the text before its last id.
     memory = model.advance(params, state.memory, id_B, go_B & (finish_B == RUNNING))
@@ -219,14 +221,14 @@ def fill_chunk(model, ahead: int, chunk: int, write, state: State, *more):
     """Repeats write(state, out, *more) -> (state, out, *more), which writes at most `ahead` ids per
     row, until a row has no room for so many in `chunk`, all have ended, or one needs more memory.
 
-    Returns the state, the output, and bool [B, 2]: whether a row needs room for patches, and
-    for bytes of an open one.
+    Returns the state, the output, and bool [B, ...]: whether a row needs more room, in each buffer
+    that grows with the text.
     """
 
     def full(state: State):
         running_B1 = (state.finish_B == RUNNING)[:, None]
-        if not model.patched:
-            return running_B1 & np.zeros((1, 2), bool)
+        if not model.grows:
+            return running_B1 & np.zeros((1, 1), bool)
         return model.full(state.memory, ahead) & running_B1
 
     def continues(carry):

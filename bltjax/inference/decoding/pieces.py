@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bltjax.inference.decoding.loop import AT_STOP, FINISH_REASONS
-from bltjax.text.alphabet import EOS, OFFSET
+from bltjax.text.alphabet import BLT_ALPHABET, Alphabet
 
 
 class Piece(NamedTuple):
@@ -22,8 +22,8 @@ class Piece(NamedTuple):
 class Rest:
     """Holds back the bytes of a row that might begin a stop string, until they can't."""
 
-    def __init__(self, stops: list[bytes]):
-        self.stops = stops
+    def __init__(self, stops: list[bytes], alphabet: Alphabet = BLT_ALPHABET):
+        self.stops, self.alphabet = stops, alphabet
         self.ids = np.zeros(0, np.int32)
         self.rest = [np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(0, bool)]
 
@@ -31,9 +31,9 @@ class Rest:
         """The output of the row that may be shown now."""
         ids = np.concatenate([self.ids, ids])
         rest = [np.concatenate(pair) for pair in zip(self.rest, rest, strict=True)]
-        if ids.size and ids[-1] == EOS:
+        if ids.size and ids[-1] == self.alphabet.eos:
             ids = ids[:-1]
-        text = (ids - OFFSET).astype(np.uint8).tobytes()
+        text = (ids - self.alphabet.offset).astype(np.uint8).tobytes()
         keep = 0
         if finish_reason == FINISH_REASONS[AT_STOP]:
             keep = max(len(stop) for stop in self.stops if text.endswith(stop))

@@ -46,9 +46,9 @@ def prefill(model, patches, open_slots, params, scored):
     return in_groups(lambda *args: model.prefill(*args, patches, open_slots), params, scored)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def grow(model, patches, open_slots, memory):
-    return constrain_rows(model.grown(memory, patches, open_slots))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def grow(model, sizes: tuple[int, ...], memory):
+    return constrain_rows(model.grown(memory, *sizes))
 
 
 def cached_model(

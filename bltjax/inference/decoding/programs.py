@@ -86,7 +86,7 @@ def decoder_programs(
     @functools.partial(jax.jit, donate_argnums=1)
     def write(weights, rows):
         def of_group(weights, rows):
-            return write_bytes(model, GREEDY.steps, *weights, *rows)
+            return write_bytes(model, GREEDY.steps(), *weights, *rows)
 
         return in_groups(of_group, weights, rows)
 
@@ -126,7 +126,7 @@ def decoder_programs(
     lower = {
         "score": lowering(score_prompts, model, weights, *texts),
         "prefill": lowering(prefill, *shape, weights, scored),
-        "loop": lowering(run_loop, model, GREEDY.steps, CHUNK, weights, request, state),
+        "loop": lowering(run_loop, model, GREEDY.steps(), CHUNK, weights, request, state),
         "byte": lowering(write, (weights, request), (state, out)),
         "patch": lowering(close, weights, state),
     }

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bltjax.text.alphabet import EOS, OFFSET, VOCABULARY
+from bltjax.text.alphabet import BLT_ALPHABET, Alphabet
 
 BYTES = 256
 
@@ -46,8 +46,8 @@ class Sampling:
         if not 0 < self.repetition_penalty < np.inf:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}, not > 0")
 
-    @property
-    def steps(self) -> "Steps":
+    def steps(self, alphabet: Alphabet = BLT_ALPHABET) -> "Steps":
+        """The static part of the settings, for a model of an alphabet."""
         random = self.temperature > 0
         return Steps(
             random,
@@ -56,6 +56,7 @@ class Sampling:
             random and self.min_p > 0,
             self.repetition_penalty != 1,
             self.valid_utf8,
+            alphabet,
         )
 
     @property
@@ -76,6 +77,7 @@ class Steps(NamedTuple):
     min_p: bool
     penalises: bool
     valid_utf8: bool
+    alphabet: Alphabet = BLT_ALPHABET
 
 
 class Numbers(NamedTuple):
@@ -128,19 +130,22 @@ def utf8_state(text: bytes) -> int:
 
 def permitted(steps: Steps, utf8_B, left_B):
     """bool [B, V]: the mask of ids that may be generated, with `left` bytes to go."""
-    special_V = np.arange(VOCABULARY) < OFFSET
-    allowed_V = ~special_V | (np.arange(VOCABULARY) == EOS)
-    allowed_BV = jnp.broadcast_to(jnp.asarray(allowed_V)[None], (utf8_B.shape[0], VOCABULARY))
+    alphabet, ids_V = steps.alphabet, np.arange(steps.alphabet.size)
+    eos, after = alphabet.eos, alphabet.size - alphabet.offset - BYTES
+    allowed_V = alphabet.is_byte(ids_V) | (ids_V == (-1 if eos is None else eos))
+    allowed_BV = jnp.broadcast_to(jnp.asarray(allowed_V)[None], (utf8_B.shape[0], len(ids_V)))
     if not steps.valid_utf8:
         return allowed_BV
+    if eos is None:
+        raise ValueError("valid UTF-8 needs an EOS, to end a text that has no room for a character")
     next_B256 = jnp.asarray(UTF8_NEXT)[utf8_B]
     needs_B256 = 1 + jnp.asarray(UTF8_LACKS)[next_B256]
     fits_B256 = (next_B256 >= 0) & (needs_B256 <= left_B[:, None])
     # A text may end only between characters, unless the bytes left are too few to complete one:
     # then no byte would be permitted, and EOS is.
     ends_B1 = (utf8_B == 0)[:, None] | ~fits_B256.any(axis=1, keepdims=True)
-    ends_BV = jnp.pad(ends_B1, ((0, 0), (EOS, OFFSET - EOS - 1)))
-    return jnp.concatenate([ends_BV, fits_B256], axis=1)
+    ends_BV = jnp.pad(ends_B1, ((0, 0), (eos, alphabet.offset - eos - 1)))
+    return jnp.pad(jnp.concatenate([ends_BV, fits_B256], axis=1), ((0, 0), (0, after)))
 
 
 def penalised(logits_BV, numbers: Numbers, used_BV):

@@ -53,7 +53,7 @@ class Verified(NamedTuple):
 def likeliest(logits_BV):
     """int32 [B]: the greedy choice among the permitted ids."""
     zero_B = jnp.zeros(logits_BV.shape[0], jnp.int32)
-    allowed_BV = permitted(GREEDY.steps, zero_B, zero_B)
+    allowed_BV = permitted(GREEDY.steps(), zero_B, zero_B)
     return jnp.argmax(jnp.where(allowed_BV, logits_BV, -jnp.inf), axis=-1).astype(jnp.int32)
 
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from bltjax.attention import fastest
 from bltjax.data.batches import ByteBatch, one_row
-from bltjax.families import Model, batch_logits, family_of, make_model, resolved
+from bltjax.families import Model, batch_logits, family_of, make_model, resolved, rows_of
 from bltjax.inference.decoding.prefill import power_of_two
 from bltjax.inference.entropy import contexts
 from bltjax.model.byte_cnn import table_entropies
 from bltjax.model.byte_lm import entropies_of
-from bltjax.text.alphabet import EOS, OFFSET, encode
+from bltjax.text.alphabet import ALPHABETS, decode, encode
 from bltjax.text.patching import force_starts, patch_starts
 
 
@@ -26,6 +26,8 @@ class Predictor:
 
     def __init__(self, model: Model):
         self.params, self.patching = model.params, model.config.patching
+        self.rows = rows_of(model.config)
+        self.alphabet = ALPHABETS[self.rows.alphabet]
         self.byte_lm = model.entropy_model if model.config.by_entropy else None
         self.table = None
         if self.byte_lm is not None:
@@ -54,7 +56,8 @@ class Predictor:
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
         """float32 [V]: logits of the byte after `ids`, which start with BOS."""
-        length, patches = power_of_two(len(ids)), 0
+        length = power_of_two(len(ids))
+        patches = -(-length // self.rows.grid)
         starts_N1 = None
         if self.patching is not None:
             entropies_N = self.prefix_entropies(ids, length)
@@ -78,15 +81,17 @@ class Predictor:
 
     def greedy(self, prompt: str | bytes, max_bytes: int) -> tuple[bytes, list[float]]:
         """The greedy continuation of a prompt, and the margin of each byte over the runner-up."""
-        ids, margins = encode(prompt, eos=False), []
+        ids, margins = encode(prompt, eos=False, alphabet=self.alphabet), []
+        every = np.arange(self.alphabet.size)
+        allowed = self.alphabet.is_byte(every) | (every == self.alphabet.eos)
         prompt_size = len(ids)
         for _ in range(max_bytes):
             logits_V = np.array(self(ids))
-            logits_V[[i for i in range(OFFSET) if i != EOS]] = -np.inf
+            logits_V[~allowed] = -np.inf
             second, first = np.sort(logits_V)[-2:]
             margins.append(float(first - second))
             chosen = int(np.argmax(logits_V))
-            if chosen == EOS:
+            if chosen == self.alphabet.eos:
                 break
             ids = np.append(ids, np.int32(chosen))
-        return (ids[prompt_size:] - OFFSET).astype(np.uint8).tobytes(), margins
+        return decode(ids[prompt_size:], alphabet=self.alphabet), margins

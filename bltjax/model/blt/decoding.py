@@ -99,7 +99,8 @@ def changed_rows(memory: Memory, go_B, **changes) -> Memory:
 class CachedBLT:
     """The incremental decoder of a BLT: `prefill` of whole prompts, then one byte per step."""
 
-    patched: ClassVar[bool] = True  # it has a latent step, and memory that grows with the text
+    patched: ClassVar[bool] = True  # it has a latent step
+    grows: ClassVar[bool] = True  # its memory grows with the text
 
     config: BLTConfig
     patching: Patching
@@ -206,6 +207,11 @@ class CachedBLT:
             reads=self.decoder(params).decoder_kv(last_B1D),
             decoder=tuple(ring_of(k, v, length_B, *rings) for k, v in new_kv["decoder"]),
         )
+
+    def capacity(self, memory: Memory) -> tuple[int, int]:
+        """Room for patches, and for the bytes of an open one."""
+        open_slots = memory.open_kv[0].k_BJTC.shape[2] if memory.open_kv else 1
+        return memory.latent[0].k_BJTC.shape[2], open_slots
 
     def grown(self, memory: Memory, patches: int, open_slots: int) -> Memory:
         """The memory, enlarged to `patches` patches and `open_slots` bytes in an open patch."""
