@@ -29,6 +29,7 @@ def checked(values: dict, where: str) -> dict:
         from tokenizers import Tokenizer as Library
     except ImportError:
         raise ValueError("a BPE model needs tokenizers: pip install 'bltjax[bpe]'") from None
+    file = values
     try:
         values = json.loads(Library.from_str(json.dumps(values)).to_str())
     except Exception as error:  # it raises plain Exception
@@ -48,6 +49,13 @@ def checked(values: dict, where: str) -> dict:
             f"{where} can't spell every text: it has neither the pre-tokenizer ByteLevel nor"
             f" byte_fallback (pre-tokenizer {', '.join(names) or 'none'}, byte_fallback False)"
         )
+    read = {token["content"]: token["id"] for token in values["added_tokens"]}
+    for token in file.get("added_tokens") or ():
+        if token["id"] != read[token["content"]]:
+            raise ValueError(
+                f"{where}: token {token['content']!r} has id {token['id']}, but is added as"
+                f" {read[token['content']]}: the ids of added tokens follow those of the vocabulary"
+            )
     return values
 
 

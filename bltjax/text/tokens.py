@@ -79,13 +79,8 @@ class Tokenizer:
         ids: dict[str, int] = dict(values["model"]["vocab"])
         pieces = {number: self.spelled(piece) for piece, number in ids.items()}
         for token in values["added_tokens"]:
-            name, number = token["content"], token["id"]
-            if self.library.token_to_id(name) != number:
-                raise ValueError(
-                    f"{where} gives token {name!r} the id {number}, but the library reads the file"
-                    f" as giving it {self.library.token_to_id(name)}"
-                )
-            ids[name], pieces[number] = number, self.plain(name)
+            ids[token["content"]] = token["id"]
+            pieces[token["id"]] = self.plain(token["content"])
         pieces |= {ids[name]: b"" for name in specials & ids.keys()}
         self.vocabulary = max(pieces) + 1
         self.bytes_V = [pieces.get(number, b"") for number in range(self.vocabulary)]
@@ -102,6 +97,10 @@ class Tokenizer:
         self.eos = next((ids[name] for name in (*closes, *EOS) if name in ids), None)
         if self.decode(self.encode(PROBE)) != PROBE:
             raise ValueError(f"{where} loses text: {PROBE!r} becomes other bytes")
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.library.encode_special_tokens = True  # which the library's own pickle leaves out
 
     def plain(self, text: str) -> bytes:
         return (text.replace(SPACE, " ") if self.spaced else text).encode()
