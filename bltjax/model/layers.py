@@ -81,10 +81,11 @@ class BlockSize(NamedTuple):
     letters: str = "EGG"  # width, query heads, key/value heads
     stacked: str = ""  # "L" when parameters of all layers are stacked along a first axis
     rope_scaling: RopeScalingConfig | None = None
+    head_channels: int = 0  # per head; 0: width / heads
 
     @property
     def channels(self) -> int:
-        return self.width // self.heads
+        return self.head_channels or self.width // self.heads
 
 
 # Casts and all-gathers: the backward pass repeats these for weights.
@@ -169,7 +170,7 @@ class Block(nn.Module):
                 pattern=self.pattern,
                 implementation=self.implementation,
             )
-        o = weight(f"o_{L}{H}C{D}", (heads, C, width), width)
+        o = weight(f"o_{L}{H}C{D}", (heads, C, width), heads * C)
         x_BQD = x_BQD + constrained(project(out, o, axes=2), f"x_BQ{D}")
 
         y = norm("feed_forward_norm", x_BQD)

@@ -1,0 +1,1 @@
+"""Incremental decoding of the rivals: one file per generative family."""
