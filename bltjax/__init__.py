@@ -24,7 +24,7 @@ import typing
 if typing.TYPE_CHECKING:
     from bltjax.attention import range_attention
     from bltjax.config.model import Patching
-    from bltjax.families import Model
+    from bltjax.family import Model
     from bltjax.model import BLT, ByteLM
 
 __version__ = "0.1.0"
@@ -140,9 +140,16 @@ def training_batches(config):
     Raises:
       ValueError: for data that the config cannot use.
     """
-    from bltjax.data import pipeline
-    from bltjax.families import model_config, rows_of
+    import dataclasses
 
+    from bltjax.data import pipeline
+    from bltjax.families import family_of, model_config, rows_of, tokenizer_of
+
+    if family_of(config).rows == "tokens":
+        from bltjax.data.tokenizer import with_positions
+
+        data = with_positions(config.data, tokenizer_of(config))
+        config = dataclasses.replace(config, data=data)
     model, identity = model_config(config), None
     if model.by_entropy and config.entropy_model:
         from bltjax.inference import entropy
@@ -179,7 +186,7 @@ def __getattr__(name: str):
         case "ByteLM":
             from bltjax.model import ByteLM as found
         case "Model":
-            from bltjax.families import Model as found
+            from bltjax.family import Model as found
         case "Patching":
             from bltjax.config.model import Patching as found
         case "range_attention":

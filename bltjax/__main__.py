@@ -14,6 +14,7 @@ VERBS = {
     "train": "train a byte LM or a BLT; the same command resumes it",
     "entropies": "score a corpus with a byte LM and write records to train a BLT on",
     "corpus": "report on folders of records: sizes, patch lengths, rates",
+    "tokenizer": "train a BPE tokenizer, and measure its bytes per token",
     "calibrate": "find the threshold that gives a mean patch length",
     "evaluate": "bits per byte of a run on any text, beside gzip and xz",
     "generate": "continue a text",
@@ -37,6 +38,8 @@ def program_of(verb: str):
             from bltjax.inference import entropies as program
         case "corpus":
             from bltjax.inference import corpus as program
+        case "tokenizer":
+            from bltjax.data import tokenizer as program
         case "calibrate":
             from bltjax.data import calibrate as program
         case "evaluate":

@@ -7,9 +7,7 @@ An ability that a family lacks is None, and `require` gives the reason.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -22,102 +20,31 @@ from bltjax.config.load import read_config_file
 from bltjax.config.model import ModelConfig, Patching
 from bltjax.config.rows import Rows
 from bltjax.config.run import RunConfig
+from bltjax.family import Family, flax_forward, flax_init, flax_logits
 from bltjax.model import byte_cnn, byte_lm, flops
 from bltjax.model.blt.config import BLTConfig
 from bltjax.model.blt.decoding import cached_blt
 from bltjax.model.blt.model import BLT
 from bltjax.model.byte_decoding import cached_bytes
 from bltjax.model.params import flattened
+from bltjax.rivals import llama
+from bltjax.rivals.decoding.llama import cached_llama
 from bltjax.system.environment import random_key
-
-
-class Model(NamedTuple):
-    """A model in memory."""
-
-    config: ModelConfig
-    params: Any
-    entropy_model: "Model | None" = None  # the byte LM that places the patches, or None
-    step: int = 0  # of its training
-
-
-class Family(NamedTuple):
-    """A kind of model: its settings, its computations, and the reasons for abilities that it lacks.
-
-    N and P are a row's bytes and patches; a module is the result of `module`, which has `config`.
-    What `decoding` makes is hashable and has `patched`, `prepared`, `prefill`, `predict` and
-    `advance`, as `CachedBytes` (model/byte_decoding.py); its memory has `count_B`.
-    tests/toy_family.py is the smallest family.
-    """
-
-    name: str  # the group of its settings in a config, and its Config's `group`
-    title: str  # for people
-    Config: type  # a frozen dataclass
-    rows: str  # the kind of its batches: one of config/rows.py's KINDS
-    limits: tuple[str, ...]  # of a row, by their names in a ModelConfig; the last counts positions
-    module: Callable  # (config, P, dtype, attention) -> module
-    init: Callable  # (config, key) -> params
-    logits: Callable  # (module, params, batch) -> float32 [B, N, V]
-    forward_flops: Callable  # (config, N, P) -> FLOPs of one row
-    recomputed_flops: Callable  # (config, N, P) -> of one row, by the backward pass
-    paper_flops: Callable  # (config, N, P) -> FLOPs of one byte, as the paper counts
-    decoding: Callable | None = None  # (ModelConfig, scorer's config, dtype, draft, attention)
-    empty_carry: Callable | None = None  # (config, lanes) -> the first carry of a long text
-    entropy_table: Callable | None = None  # (config, params) -> entropies of all its contexts
-    grid: Callable | None = None  # (config) -> bytes per slot, where a row counts slots
-    forward: Callable | None = None  # (ModelConfig, params, arrays, dtype, attention) -> arrays
-    inputs: tuple[str, ...] = ()  # names of the arrays that `forward` takes
-    own_patching: Patching | None = None  # where a family places its patches by one rule alone
-    verbs: Mapping[str, str] = MappingProxyType({})  # reasons for missing abilities
-
-    def require(self, ability: str) -> Any:
-        """An ability by its field's name.
-
-        Raises:
-          ValueError: with the reason, if the family lacks it.
-        """
-        found = getattr(self, ability, None)
-        if found is None or ability in self.verbs:
-            raise ValueError(self.verbs.get(ability, f"a {self.title} has no {ability}"))
-        return found
-
-
-def flax_init(module: Callable, *inputs) -> Callable:
-    """(config, key) -> params of a flax module; sizes don't depend on the row, so a minimal one is
-    used."""
-    return lambda config, key: module(config).init(key, *map(jnp.asarray, inputs))["params"]
-
-
-def flax_logits(*names: str) -> Callable:
-    """(module, params, batch) -> logits of a flax module whose inputs are those arrays of a
-    batch."""
-
-    def logits(module, params, batch) -> jax.Array:
-        return module.apply({"params": params}, *(getattr(batch, name) for name in names))[0]
-
-    return logits
-
-
-def flax_forward(module: Callable, *names: str) -> Callable:
-    """(ModelConfig, params, arrays, dtype, attention) -> arrays by name: logits, and the states
-    that a flax module returns beside them. names: of a batch's fields, all required.
-
-    module: (config, P, dtype, attention) -> the module; P is a row's bytes, so no patch is lost.
-    """
-
-    def forward(config, params, arrays, dtype, attention) -> dict:
-        made = module(config.model, arrays[names[0]].shape[1], dtype, attention)
-        logits, states = made.apply({"params": params}, *(arrays[name] for name in names))
-        states = states if isinstance(states, dict) else {}
-        found = {name: x for name, x in states.items() if isinstance(x, jax.Array)}
-        return {"logits": logits} | found
-
-    return forward
-
+from bltjax.text.vocabulary import Vocabulary, vocabulary_of
 
 TWO_BN = np.ones((1, 2), np.int32)
 THREE_BN1 = np.ones((1, 3), bool)
-NO_LATENT = "only a BLT drafts: a byte LM has no latent transformer to spare"
+NO_LATENT = "only a BLT drafts: other models have no latent transformer to spare"
 BYTES, PATCHES = ("bytes_BN", "documents_BN"), ("bytes_BN", "documents_BN", "starts_BN1")
+
+
+def of_positions(forward, recomputed, paper):
+    """The FLOPs of a row of P tokens: in all, recomputed, and by the paper per byte of N."""
+    return (
+        lambda config, N, P: forward(config, P, P),
+        lambda config, N, P: recomputed(config, P, P),
+        lambda config, N, P: paper(config, P, P) * P / N,
+    )
 
 
 def byte_lm_module(config, P, dtype, attention):
@@ -156,6 +83,17 @@ FAMILIES = {
             flax_logits(*PATCHES),
             flops.blt_forward, flops.blt_recomputed, flops.blt_paper,
             cached_blt, forward=flax_forward(BLT, *PATCHES), inputs=PATCHES,
+        ),
+        Family(
+            "llama", "Llama", llama.LlamaConfig, "tokens", ("max_bytes", "max_patches"),
+            lambda config, P, dtype, attention: llama.Llama(config, dtype, attention),
+            flax_init(llama.Llama, TWO_BN, TWO_BN),
+            flax_logits("tokens_BN", "documents_BN"),
+            *of_positions(
+                llama.forward_flops, llama.recomputed_flops, llama.paper_flops
+            ),
+            cached_llama, verbs={"draft": NO_LATENT},
+            forward=llama.forward, inputs=llama.FORWARD_INPUTS,
         ),
     )
 }  # fmt: skip
@@ -233,7 +171,41 @@ def rows_of(config: ModelConfig) -> Rows:
     """The description of a model's rows."""
     family, alphabet = family_of(config), alphabet_name(config.model)
     grid = family.grid(config.model) if family.grid else 1
-    return Rows(family.rows, config.patching, grid, alphabet)
+    tokenizer = getattr(config.model, "tokenizer", "")
+    size = config.model.vocabulary if tokenizer else 0
+    return Rows(family.rows, config.patching, grid, alphabet, tokenizer, size)
+
+
+def tokenizer_of(config) -> str:
+    """The path of the tokenizer of a ModelConfig or RunConfig, which travels with a model; "" if it
+    has none."""
+    if family_of(config).rows == "patches":
+        return config.patching.tokenizer
+    return getattr(config.model, "tokenizer", "")
+
+
+def with_tokenizer(config: ModelConfig, path) -> ModelConfig:
+    """The config with another path for its tokenizer, if it has one."""
+    if not tokenizer_of(config):
+        return config
+    part = "patching" if family_of(config).rows == "patches" else "model"
+    changed = dataclasses.replace(getattr(config, part), tokenizer=str(path))
+    return dataclasses.replace(config, **{part: changed})
+
+
+def vocabulary(config: ModelConfig) -> Vocabulary:
+    """The ids of a model's text.
+
+    Raises:
+      ValueError: for a model of tokens without its tokenizer, or with another model's.
+    """
+    rows = rows_of(config)
+    if rows.kind == "tokens" and not rows.tokenizer:
+        family = family_of(config)
+        raise ValueError(
+            f"this {family.title} has no tokenizer: give {family.name}.tokenizer, a tokenizer.json"
+        )
+    return vocabulary_of(rows.alphabet, rows.tokenizer, rows.vocabulary)
 
 
 def alphabet_name(config) -> str:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from bltjax.distributed.sharding import constrained, gathered
-from bltjax.families import Family
+from bltjax.family import Family
 from bltjax.model.byte_lm import entropies_of
 from bltjax.text.alphabet import VOCABULARY
 

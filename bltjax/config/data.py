@@ -53,12 +53,13 @@ class DataConfig:
     )
     batch_size: int = 8  # B, rows over all processes
     seq_len: int = 1024  # N, bytes per row
-    max_patches: int = 228  # P, per row
+    # P, per row: patches, or other slots of a family. 0: tokens, as many as seq_len bytes have.
+    max_patches: int = 228
     look_ahead: int = 32  # documents the packer chooses among
     prefetch: int = setting(4, resume=MAY_CHANGE)  # batches
     # Count broken JSONL lines instead of stopping.
     skip_bad: bool = setting(False, resume=MAY_CHANGE)
 
     def __post_init__(self):
-        positive(self, "batch_size", "seq_len", "max_patches", "look_ahead", "prefetch")
-        check_row(self.seq_len, self.max_patches)
+        positive(self, "batch_size", "seq_len", "look_ahead", "prefetch")
+        check_row(self.seq_len, self.max_patches or self.seq_len)

@@ -29,7 +29,7 @@ class ModelConfig:
     model: typing.Any = setting(choice=True)  # of a family (families.py); its group names it
     patching: "Patching | None" = None  # None exactly for families without patches
     max_bytes: int = 1024  # N, of a row that it was trained on
-    max_patches: int = 228  # P
+    max_patches: int = 228  # P: patches, or other slots of a family
     compute_dtype: str = "auto"  # auto: bfloat16 on TPU and GPU, float32 on CPU
     attention: str = "auto"  # auto: by platform
 

@@ -14,17 +14,20 @@ class Rows:
     bytes and patches  a document is BOS, its bytes, EOS, as far as the alphabet has them. Patches
                        have starts; bytes lie on a grid of slots of equal length, which begins anew
                        with each document (and after a cut)
+    tokens             a document is BOS, its tokens, EOS; a row has `max_patches` positions
     """
 
     kind: str = "bytes"
     patching: Patching | None = None  # of patches
     grid: int = 1  # bytes per slot, of bytes
     alphabet: str = "blt"  # a key of ALPHABETS
+    tokenizer: str = ""  # of tokens: a Hugging Face tokenizers file
+    vocabulary: int = 0  # of tokens: rows of the embedding
 
     @property
     def slots_bound(self) -> bool:
-        """Whether a row is full with `max_patches` slots, besides with `seq_len` bytes."""
-        return self.patching is not None or self.grid > 1
+        """Whether a row is full with `max_patches` slots, whether or not it has `seq_len` bytes."""
+        return self.patching is not None or self.grid > 1 or self.kind == "tokens"
 
     def most_slots(self, seq_len: int, max_patches: int) -> int:
         """The slots of a row: its patches, or its bytes where nothing else is counted."""
@@ -32,7 +35,7 @@ class Rows:
 
     def sizes(self, seq_len: int, max_patches: int) -> dict[str, int]:
         """Sizes of a batch's axes by letter, without B."""
-        return {"N": seq_len}
+        return {"N": max_patches if self.kind == "tokens" else seq_len}
 
 
 BYTE_ROWS = Rows()

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from bltjax.config.model import Patching
-from bltjax.families import Model
+from bltjax.family import Model
 from bltjax.inference.loaded import LoadedModel
 from bltjax.text.alphabet import encode
 from bltjax.text.patching import force_starts, patch_starts

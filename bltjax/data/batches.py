@@ -21,6 +21,7 @@ DTYPES = {
     "targets": np.int32,  # ids
     "weights": np.float32,  # 0: no target
     "target_bytes": np.uint8,
+    "tokens": np.int32,
 }
 
 
@@ -28,6 +29,16 @@ class ByteBatch(NamedTuple):
     """Rows of bytes."""
 
     bytes_BN: Any
+    documents_BN: Any
+    targets_BN: Any = None
+    weights_BN: Any = None
+    target_bytes_BN: Any = None
+
+
+class TokenBatch(NamedTuple):
+    """Rows of tokens."""
+
+    tokens_BN: Any
     documents_BN: Any
     targets_BN: Any = None
     weights_BN: Any = None
@@ -45,8 +56,8 @@ class PatchBatch(NamedTuple):
     target_bytes_BN: Any = None
 
 
-BATCHES = {"bytes": ByteBatch, "patches": PatchBatch}
-Batch = ByteBatch | PatchBatch
+BATCHES = {"bytes": ByteBatch, "patches": PatchBatch, "tokens": TokenBatch}
+Batch = ByteBatch | PatchBatch | TokenBatch
 
 
 def make_batch(kind: str, rows: int, sizes: dict[str, int], make) -> Batch:
@@ -67,19 +78,21 @@ def target_bytes_of(targets, weights, alphabet: Alphabet = BLT_ALPHABET):
     ids."""
     if alphabet == BLT_ALPHABET:  # its bytes come last, and its BOS is none
         return ((targets >= OFFSET) & (weights > 0)).astype(np.uint8)
-    return (alphabet.is_byte(targets) & (weights > 0)).astype(np.uint8)
+    return (alphabet.is_text(targets) & (weights > 0)).astype(np.uint8)
 
 
-def one_row(ids_N: np.ndarray, starts_N1: np.ndarray | None, length: int) -> Batch:
+def one_row(
+    ids_N: np.ndarray, starts_N1: np.ndarray | None, length: int, kind: str = "bytes"
+) -> Batch:
     """A batch of one document without targets, padded to a length.
 
-    starts_N1: None without patches.
+    starts_N1: None without patches. kind: of the rows then, bytes or tokens.
     """
     bytes_BN = np.zeros((1, length), np.int32)
     bytes_BN[0, : len(ids_N)] = ids_N
     documents_BN = (np.arange(length) < len(ids_N)).astype(np.int32)[None]
     if starts_N1 is None:
-        return ByteBatch(bytes_BN, documents_BN)
+        return BATCHES[kind](bytes_BN, documents_BN)
     starts_BN1 = np.zeros((1, length + 1), bool)
     starts_BN1[0, : len(ids_N) + 1] = starts_N1
     return PatchBatch(bytes_BN, documents_BN, starts_BN1)

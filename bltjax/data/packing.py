@@ -21,8 +21,9 @@ import numpy as np
 from bltjax.config.rows import Rows
 from bltjax.data.batches import Batch, make_batch, target_bytes_of
 from bltjax.data.records import Document
-from bltjax.text.alphabet import ALPHABETS, Alphabet, encode
+from bltjax.text.alphabet import ALPHABETS, Alphabet
 from bltjax.text.patching import document_starts
+from bltjax.text.vocabulary import vocabulary_of
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -34,6 +35,7 @@ class CutDocument:
     text_bytes: int
     starts_N1: np.ndarray | None = None  # [len + 3]
     grid: int = 1  # ids per slot, from a fragment's first on
+    lengths_N: np.ndarray | None = None  # uint8, text bytes of each id, where these aren't bytes
 
 
 def cut_document(document: Document, rows: Rows) -> CutDocument:
@@ -42,8 +44,12 @@ def cut_document(document: Document, rows: Rows) -> CutDocument:
     Raises:
       ValueError: as `document_starts`, for example if it isn't scored.
     """
-    text, alphabet = document.text, ALPHABETS[rows.alphabet]
-    ids_N = encode(text, dtype=np.int16, alphabet=alphabet)
+    text = document.text
+    vocabulary = vocabulary_of(rows.alphabet, rows.tokenizer, rows.vocabulary)
+    ids_N = vocabulary.document(text)
+    if rows.kind == "tokens":
+        lengths_N = vocabulary.text_bytes(ids_N)
+        return CutDocument(ids_N, len(ids_N), len(text), lengths_N=lengths_N)
     if rows.patching is None:
         return CutDocument(ids_N, -(-len(ids_N) // rows.grid), len(text), grid=rows.grid)
     starts_N1 = document_starts(rows.patching, ids_N, document.entropies)
@@ -84,7 +90,7 @@ def next_fragment(
 
 def lay_out(
     fragments: Sequence[Fragment],
-    bytes_N,
+    ids_N,
     targets_N,
     weights_N,
     target_bytes_N,
@@ -97,14 +103,14 @@ def lay_out(
     position, ends = 0, []
     for number, (document, begin, end, _) in enumerate(fragments, start=1):
         next_position = position + end - begin
-        bytes_N[position:next_position] = document.ids_N[begin:end]
+        ids_N[position:next_position] = document.ids_N[begin:end]
         if starts_N1 is not None:
             starts_N1[position : next_position + 1] = document.starts_N1[begin : end + 1]
         documents_N[position:next_position] = number
         cut = end < len(document.ids_N)
         ends.append((next_position - 1, document.ids_N[end] if cut else 0, cut))
         position = next_position
-    for array in (bytes_N, targets_N, weights_N, target_bytes_N, documents_N):
+    for array in (ids_N, targets_N, weights_N, target_bytes_N, documents_N):
         array[position:] = 0
     if starts_N1 is not None:
         # The start after the last byte is the document's.
@@ -113,11 +119,19 @@ def lay_out(
     if position:
         weights_N[:position] = 1
         # A target is the next byte, but not across fragments; a document's end has none.
-        targets_N[: position - 1] = bytes_N[1:position]
+        targets_N[: position - 1] = ids_N[1:position]
         for last, target, weight in ends:
             targets_N[last], weights_N[last] = target, weight
-        given = targets_N[:position], weights_N[:position]
-        target_bytes_N[:position] = target_bytes_of(*given, alphabet)
+        if fragments[0].document.lengths_N is None:
+            given = targets_N[:position], weights_N[:position]
+            target_bytes_N[:position] = target_bytes_of(*given, alphabet)
+            return
+        position = 0
+        for document, begin, end, _ in fragments:
+            lengths_N = document.lengths_N[begin + 1 : end + 1]
+            target_bytes_N[position : position + len(lengths_N)] = lengths_N
+            position += end - begin
+            target_bytes_N[position - 1] *= len(lengths_N) == end - begin
 
 
 def batch_of(laid: Sequence[Sequence[Fragment]], rows: Rows, sizes: dict[str, int]) -> Batch:
@@ -127,8 +141,9 @@ def batch_of(laid: Sequence[Sequence[Fragment]], rows: Rows, sizes: dict[str, in
     """
     batch = make_batch(rows.kind, len(laid), sizes, np.empty)
     for number, fragments in enumerate(laid):
-        row = {name.replace("_B", "_"): array[number] for name, array in batch._asdict().items()}
-        lay_out(fragments, **row, alphabet=ALPHABETS[rows.alphabet])
+        (_, ids_BN), *rest = batch._asdict().items()
+        row = {name.replace("_B", "_"): array[number] for name, array in rest}
+        lay_out(fragments, ids_BN[number], **row, alphabet=ALPHABETS[rows.alphabet])
     return batch
 
 

@@ -5,17 +5,19 @@ A row of a token model has as many positions as a row of bytes divided by that m
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Iterator
 
 import numpy as np
 
 from bltjax.config.arguments import add_source_arguments, local_path_argument, source_from
+from bltjax.config.data import DataConfig
 from bltjax.data.sources.by_path import Documents, count_of, open_source
 from bltjax.progress import Progress
 from bltjax.system.outputs import check_outputs
 from bltjax.system.storage import write_text
-from bltjax.text.tokens import Tokenizer, bytes_per_token, positions_per_row
+from bltjax.text.tokens import Tokenizer, bytes_per_token, load_tokens, positions_per_row
 from bltjax.text.train_tokenizer import LEAST, train_tokenizer
 
 MEASURED_BYTES = 16 << 20  # of text, on which bytes per token are measured
@@ -30,7 +32,7 @@ def texts_of(documents: Documents) -> Iterator[bytes]:
         progress.advance(1)
 
 
-def sample_texts(documents: Documents, sample_bytes: int) -> list[bytes]:
+def sample_texts(documents: Documents, sample_bytes: float) -> list[bytes]:
     """Random documents with about `sample_bytes` in total, always the same."""
     sample, held = [], 0
     for index in np.random.default_rng(0).permutation(len(documents)):
@@ -39,6 +41,24 @@ def sample_texts(documents: Documents, sample_bytes: int) -> list[bytes]:
         if held >= sample_bytes:
             break
     return sample
+
+
+def with_positions(data: DataConfig, tokenizer: str) -> DataConfig:
+    """The settings with `max_patches`, if it is 0, set to the tokens of `seq_len` bytes of the
+    training text, rounded up to a multiple of 64.
+
+    Raises:
+      ValueError, OSError: as `open_source` and `load_tokens`.
+    """
+    if data.max_patches:
+        return data
+    total = sum(source.weight for source in data.train.values())
+    texts = []
+    for source in data.train.values():
+        share = MEASURED_BYTES * source.weight / total
+        texts += sample_texts(open_source(source, skip_bad=data.skip_bad), share)
+    mean = bytes_per_token(load_tokens(tokenizer), texts)
+    return dataclasses.replace(data, max_patches=positions_per_row(data.seq_len, mean))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

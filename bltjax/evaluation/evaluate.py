@@ -30,7 +30,7 @@ from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.distributed import processes
 from bltjax.distributed.sharding import tree_shardings
 from bltjax.evaluation.scores import evaluate_documents, evaluation_mesh
-from bltjax.families import check_mesh, family_of, model_shapes
+from bltjax.families import check_mesh, family_of, model_shapes, with_tokenizer
 from bltjax.inference.entropy import as_scorer, scored_source
 from bltjax.model.params import parameter_count
 from bltjax.progress import quantity, speed
@@ -43,8 +43,8 @@ from bltjax.weights.export import (
     load_scorer,
     read_model_config,
     read_run,
-    with_tokenizer,
 )
+from bltjax.weights.workdir import TOKENIZER
 
 logger = logging.getLogger("bltjax")
 XZ = {"format": lzma.FORMAT_XZ, "preset": 9}
@@ -78,7 +78,7 @@ def evaluate(
         documents = RecordDocuments(documents.folder, byte_lm.identity)
     compiling = CompileTime()
     model = load_params(workdir, tree_shardings(model_shapes(config), mesh))
-    model = model._replace(config=with_tokenizer(config, path_of(workdir)))
+    model = model._replace(config=with_tokenizer(config, path_of(workdir) / TOKENIZER))
     patching = model.config.patching
     documents = scored_source(source, patching, byte_lm, skip_bad=skip_bad, documents=documents)
     found = evaluate_documents(model, documents, source.path, mesh)

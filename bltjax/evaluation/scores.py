@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.model import ModelConfig
-from bltjax.config.rows import Rows
 from bltjax.config.run import MeshConfig
 from bltjax.data.batches import Batch
 from bltjax.data.pipeline import held_out_batches
@@ -21,20 +20,21 @@ from bltjax.distributed.processes import compile_in_lockstep, is_primary
 from bltjax.distributed.rows import to_global
 from bltjax.distributed.sharding import make_mesh, replicated, row_sharding, tree_shardings, under
 from bltjax.families import (
-    Model,
     batch_logits,
     check_mesh,
     model_shapes,
     module_of,
     resolved,
     rows_of,
+    vocabulary,
 )
+from bltjax.family import Model
 from bltjax.inference.entropy import PREVIEW, device_of, scored_source, scorer_of
 from bltjax.inference.finite import not_finite
 from bltjax.model.loss import Sums, target_sums
 from bltjax.progress import Progress
 from bltjax.system.compiling import CompileTime
-from bltjax.text.alphabet import ALPHABETS, decode
+from bltjax.text.vocabulary import Vocabulary
 
 logger = logging.getLogger("bltjax")
 ROW_BYTES = 2**16  # per device and batch
@@ -153,9 +153,8 @@ def evaluate_documents(
         before = compiling.seconds
         sums = sums_of(batch)
         if not np.isfinite(sums.nats):
-            raise not_finite(
-                f"{name}: the log-probabilities of {broken_row(batch, sums_of, rows_of(config))} are", {"": params}
-            )
+            broken = broken_row(batch, sums_of, vocabulary(config))
+            raise not_finite(f"{name}: the log-probabilities of {broken} are", {"": params})
         nats += float(sums.text_nats)
         text_bytes += float(sums.text_bytes)
         progress.started_at += compiling.seconds - before  # the rate counts all that ran
@@ -172,15 +171,15 @@ def rows_of_a_batch(max_bytes: int, mesh: Mesh) -> int:
     return rows * mesh.size
 
 
-def broken_row(batch: Batch, sums_of: Callable[[Batch], Sums], rows: Rows) -> str:
+def broken_row(batch: Batch, sums_of: Callable[[Batch], Sums], words: Vocabulary) -> str:
     """The first row of a batch whose sums are not finite, by its first bytes of text."""
     for row in range(len(batch.documents_BN)):
         alone = jax.tree.map(np.zeros_like, batch)
         for mine, array in zip(alone, batch, strict=True):
             mine[row] = array[row]
         if not np.isfinite(sums_of(alone).nats):
-            ids = batch.bytes_BN[row][batch.documents_BN[row] > 0]
-            text = decode(ids, alphabet=ALPHABETS[rows.alphabet])[:PREVIEW].decode("utf-8", errors="replace")
+            ids = batch[0][row][batch.documents_BN[row] > 0]
+            text = words.decode(ids)[:PREVIEW].decode("utf-8", errors="replace")
             return f"the text that begins with {text!r}"
     return "some texts together"
 

@@ -25,7 +25,8 @@ from bltjax.config.model import Patching
 from bltjax.data.records import NEWLINE_RESET, Document, RecordDocuments
 from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.distributed.processes import is_primary
-from bltjax.families import Model, family_of, make_model
+from bltjax.families import family_of, make_model
+from bltjax.family import Model
 from bltjax.inference.finite import first_not_finite, not_finite
 from bltjax.model.byte_cnn import table_entropies
 from bltjax.model.byte_lm import entropies_of

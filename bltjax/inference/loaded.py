@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from bltjax.attention import fastest
 from bltjax.config.data import SourceConfig
 from bltjax.data.batches import Batch, one_row
-from bltjax.families import Model, batch_logits, family_of, make_model, resolved, rows_of
+from bltjax.families import batch_logits, family_of, make_model, resolved, rows_of, vocabulary
+from bltjax.family import Model
 from bltjax.inference.attention_maps import CrossWeights, cross_weights
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.placement import load_onto, on_mesh, read_mesh
@@ -27,9 +28,10 @@ from bltjax.inference.finite import first_not_finite, not_finite
 from bltjax.model.byte_lm import entropies_of
 from bltjax.system.environment import check_numbers, check_platform
 from bltjax.system.paths import hidden_beside, path_of
-from bltjax.text.alphabet import ALPHABETS, as_bytes, decode, encode
+from bltjax.text.alphabet import as_bytes, encode
 from bltjax.text.patching import force_starts, patch_starts
 from bltjax.text.segments import split_at
+from bltjax.text.vocabulary import Vocabulary
 from bltjax.weights.export import open_stored, params_folder
 from bltjax.weights.exporting import write_export
 
@@ -45,7 +47,6 @@ class LoadedModel:
         self.model, self.mesh, self.dtype, self.path = model, mesh, dtype, path
         self.config, self.params = model.config, model.params
         self.rows, self.family = rows_of(self.config), family_of(self.config)
-        self.alphabet = ALPHABETS[self.rows.alphabet]
         # A byte model has entropies of its own.
         self.scores = model.entropy_model if self.config.patching is not None else model
 
@@ -68,22 +69,24 @@ class LoadedModel:
     def logits(self, text: str | bytes) -> np.ndarray:
         """float32 [len + 1, 260]: row 0 follows BOS, row i the first i bytes.
 
-        Of a model of another alphabet as many columns as that has; without a BOS there is no row 0.
+        Of a model of tokens, or of another alphabet, a row per id, with its vocabulary's columns;
+        without a BOS there is no row 0.
 
         Raises:
           ValueError: for entropy patching without a byte LM.
           FloatingPointError: for logits or entropies that are not finite.
         """
         starts_N1 = self.starts(text) if self.config.patching is not None else None
-        return self.logits_with(self.ids_of(text), starts_N1)
+        return self.logits_with(self.vocabulary.prompt(text), starts_N1)
 
-    def ids_of(self, text: str | bytes) -> np.ndarray:
-        """The ids of a text, after BOS if the model has one."""
-        return encode(text, eos=False, alphabet=self.alphabet)
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The model's ids: of bytes, or of tokens."""
+        return vocabulary(self.config)
 
     def logits_with(self, ids: np.ndarray, starts_N1: np.ndarray | None) -> np.ndarray:
         """The same for ids that begin with BOS and, of a BLT, given patch starts [len + 1]."""
-        batch, patches = row_of(ids, starts_N1, self.rows.grid)
+        batch, patches = row_of(ids, starts_N1, self.rows.kind, self.rows.grid)
         with on_mesh(self.mesh):
             logits_NV = np.asarray(self.all_logits(self.params, batch, patches=patches))[: len(ids)]
         if (position := first_not_finite(logits_NV)) is not None:
@@ -99,12 +102,13 @@ class LoadedModel:
           ValueError, FloatingPointError: as `logits`.
         """
         chances_V = np.asarray(jax.nn.softmax(self.logits(text)[-1]))
-        every, eos = np.arange(self.alphabet.size), self.alphabet.eos
-        ids = every[self.alphabet.is_byte(every)]
-        if eos is not None:
-            ids = np.insert(ids, 0, eos)
+        alphabet = self.vocabulary.alphabet
+        every = np.arange(alphabet.size)
+        ids = every[alphabet.is_text(every)]
+        if alphabet.eos is not None:
+            ids = np.insert(ids, 0, alphabet.eos)
         likeliest = ids[np.argsort(-chances_V[ids], kind="stable")][:count]
-        return [(decode([id], alphabet=self.alphabet), float(chances_V[id])) for id in likeliest]
+        return [(self.vocabulary.decode([id]), float(chances_V[id])) for id in likeliest]
 
     def cross_weights(self, text: str | bytes) -> CrossWeights:
         """Cross-attention weights of a text, by layer, slot, head and byte.
@@ -113,7 +117,7 @@ class LoadedModel:
           ValueError: for a byte LM.
         """
         ids = encode(text, eos=False)
-        batch, patches = row_of(ids, self.starts(text), 1)
+        batch, patches = row_of(ids, self.starts(text), "patches", 1)
         model = self.model_of(patches)
         with on_mesh(self.mesh):
             return cross_weights(self.config.model, model, self.params, batch, len(ids))
@@ -164,12 +168,13 @@ class LoadedModel:
         Raises:
           ValueError: for an empty text.
         """
-        targets = self.ids_of(text)[1:]
-        if not len(targets):
+        ids = self.vocabulary.prompt(text)
+        text_bytes = int(self.vocabulary.text_bytes(ids)[1:].sum(dtype=np.int64))
+        if not text_bytes:
             raise ValueError("an empty text has no bits per byte")
         log_probs = jax.nn.log_softmax(self.logits(text)[:-1], axis=-1)
-        chosen = np.take_along_axis(np.asarray(log_probs), targets[:, None], axis=1)
-        return float(-chosen.mean(dtype=np.float64) / np.log(2.0))
+        chosen = np.take_along_axis(np.asarray(log_probs), ids[1:, None], axis=1)
+        return float(-chosen.sum(dtype=np.float64) / np.log(2.0) / text_bytes)
 
     def generate(
         self,
@@ -263,7 +268,8 @@ class LoadedModel:
                 return jax.device_get(jax.jit(states)(self.params, given))
             except KeyError as error:
                 raise ValueError(
-                    f"forward of a {family.title} needs {error}; it takes {', '.join(family.inputs)}"
+                    f"forward of a {family.title} needs {error}: it takes"
+                    f" {', '.join(family.inputs)}"
                 ) from None
 
     def export(self, destination) -> None:
@@ -294,12 +300,14 @@ def check_step(path, model: Model) -> None:
         )
 
 
-def row_of(ids: np.ndarray, starts_N1: np.ndarray | None, grid: int) -> tuple[Batch, int]:
+def row_of(
+    ids: np.ndarray, starts_N1: np.ndarray | None, kind: str, grid: int
+) -> tuple[Batch, int]:
     """A batch of one row, padded to a power of two, and room for its patches, or for slots of
     `grid` bytes."""
     length = power_of_two(len(ids))
     if starts_N1 is None:
-        return one_row(ids, None, length), -(-length // grid)
+        return one_row(ids, None, length, kind), -(-length // grid)
     patches = min(length, power_of_two(int(starts_N1[:-1].sum())))
     return one_row(ids, starts_N1, length), patches
 

@@ -20,7 +20,16 @@ from flax import linen as nn
 from bltjax.attention.kv_cache import CachePositions
 from bltjax.attention.pattern import Sliding
 from bltjax.attention.rope import RopeScalingConfig, scaled_rates
-from bltjax.config.fields import MAY_CHANGE, divides, one_of, positive, setting, within
+from bltjax.config.fields import (
+    MAY_CHANGE,
+    SAME_CONTENT,
+    divides,
+    expand,
+    one_of,
+    positive,
+    setting,
+    within,
+)
 from bltjax.config.model import REMAT, ModelConfig
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.blt.latent_transformer import unscanned
@@ -58,12 +67,14 @@ class LlamaConfig:
     rope_scaling: RopeScalingConfig | None = None
     norm_eps: float = 1e-5
     tied: bool = False  # the head is the embedding, transposed
+    tokenizer: str = setting("", resume=SAME_CONTENT)  # a Hugging Face tokenizers file
     remat: str = setting("none", resume=MAY_CHANGE)  # one of REMAT
 
     def __post_init__(self):
         positive(self, "layers", "width", "heads", "key_value_heads", "hidden", "vocabulary")
         positive(self, "rope_theta", "norm_eps")
         within(self, "[0, inf)", "channels")
+        expand(self, "tokenizer")
         one_of("llama.remat", self.remat, REMAT)
         if not self.channels:
             divides("llama.heads", self.heads, "llama.width", self.width)

@@ -20,18 +20,22 @@ VOCABULARY = 256 + OFFSET
 
 
 class Alphabet(NamedTuple):
-    """The ids of a byte model: 256 bytes from `offset` on, and the ids that open and close a
-    document, or None."""
+    """The ids of a model: `texts` of text from `offset` on, 256 bytes or a vocabulary of tokens; and
+    those that open and close a document, or None."""
 
     size: int
     offset: int
     bos: int | None
     eos: int | None
+    texts: int = 256
 
-    def is_byte(self, ids):
-        """Whether each id is a byte; for numpy and for jax arrays."""
-        found = (ids >= self.offset) & (ids < self.offset + 256)
-        return found if self.bos is None else found & (ids != self.bos)
+    def is_text(self, ids):
+        """Whether each id is of text; for numpy and for jax arrays."""
+        found = (ids >= self.offset) & (ids < self.offset + self.texts)
+        for special in (self.bos, self.eos):
+            if special is not None:
+                found &= ids != special
+        return found
 
 
 BLT_ALPHABET = Alphabet(VOCABULARY, OFFSET, BOS, EOS)
@@ -85,7 +89,7 @@ def decode(ids, *, cut_at_eos: bool = False, alphabet: Alphabet = BLT_ALPHABET) 
         raise ValueError(f"id {ids.max()} is not below the alphabet's size, {alphabet.size}")
     if cut_at_eos and alphabet.eos is not None and (ids == alphabet.eos).any():
         ids = ids[: int(np.argmax(ids == alphabet.eos))]
-    return (ids[alphabet.is_byte(ids)] - alphabet.offset).astype(np.uint8).tobytes()
+    return (ids[alphabet.is_text(ids)] - alphabet.offset).astype(np.uint8).tobytes()
 
 
 def text_stream():

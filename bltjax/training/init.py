@@ -14,10 +14,20 @@ from jax.sharding import Mesh
 from bltjax.config.fields import MAY_CHANGE, SAME_CONTENT, changes
 from bltjax.config.rows import Rows
 from bltjax.config.run import RunConfig
+from bltjax.data.tokenizer import with_positions
 from bltjax.distributed.sharding import fitting_meshes, make_mesh, tree_shardings
-from bltjax.families import check_mesh, model_config, model_shapes, rows_of
+from bltjax.families import (
+    check_mesh,
+    family_of,
+    model_config,
+    model_shapes,
+    rows_of,
+    tokenizer_of,
+    with_tokenizer,
+)
 from bltjax.inference.entropy import EntropyModel, load_entropy_model
 from bltjax.system.paths import path_of
+from bltjax.text.tokens import load_tokens
 from bltjax.training.step import StepParts, step_parts
 from bltjax.weights import workdir as ckpt
 from bltjax.weights.export import load_params, open_stored
@@ -135,7 +145,7 @@ def check_copies(
         path, label = path_of(str(change.new)), f"{change.path}: {change.new}"
         if change.path == "entropy_model" and byte_lm is not None:
             copy, content = byte_lm.identity, identity
-        elif change.path == "patching.tokenizer":
+        elif change.path.endswith(".tokenizer"):
             copy, content = checksum(path_of(workdir) / TOKENIZER), checksum
         else:
             continue
@@ -191,14 +201,35 @@ def stacked_on_devices(leaf, sharding):
     return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
+def with_measured_row(config: RunConfig, workdir: Path) -> RunConfig:
+    """The settings with the positions of a row of tokens: those of the run that is resumed, or as
+    many as the training text needs.
+
+    Raises:
+      ValueError: for a model of tokens without a tokenizer, or with another model's.
+    """
+    if family_of(config).rows != "tokens":
+        return config
+    if not config.data.max_patches and ckpt.saved_steps(workdir):
+        row = ckpt.read_run_config(workdir).data.max_patches
+        data = dataclasses.replace(config.data, max_patches=row)
+        return dataclasses.replace(config, data=data)
+    if not tokenizer_of(config):
+        raise ValueError(
+            f"config.{config.model.group}.tokenizer is empty: give a tokenizer.json; `python -m"
+            " bltjax tokenizer` trains one"
+        )
+    load_tokens(tokenizer_of(config)).check_model(config.model.vocabulary)
+    data = with_positions(config.data, tokenizer_of(config))
+    return dataclasses.replace(config, data=data)
+
+
 def rows_of_run(config: RunConfig, workdir: Path) -> Rows:
     """The description of a run's rows.
 
     A resumed run uses its own copy of a tokenizer, whatever happened to the original.
     """
-    rows = rows_of(model_config(config))
-    patching = rows.patching
-    if patching is None or patching.mode != "bpe" or not ckpt.saved_steps(workdir):
-        return rows
-    patching = dataclasses.replace(patching, tokenizer=str(workdir / TOKENIZER))
-    return dataclasses.replace(rows, patching=patching)
+    model = model_config(config)
+    if ckpt.saved_steps(workdir):
+        model = with_tokenizer(model, workdir / TOKENIZER)
+    return rows_of(model)

@@ -13,7 +13,7 @@ from etils import epath
 
 from bltjax.config.run import RunConfig
 from bltjax.distributed.processes import is_primary
-from bltjax.families import model_config
+from bltjax.families import family_of, model_config, positions_of
 from bltjax.model.flops import utilisation
 from bltjax.model.loss import Sums
 from bltjax.progress import duration, quantity
@@ -145,10 +145,13 @@ class Reports:
         return int(out["notice"])
 
     def mean_patch(self) -> float:
-        """Bytes per patch; a byte LM's positions are its patches."""
-        data = self.config.data
-        slots = data.max_patches if self.patched else data.seq_len
-        return self.values["byte_fill"] * data.seq_len / (self.values["patch_fill"] * slots)
+        """Bytes per patch, slot or token; a byte LM's positions are its patches."""
+        model, data = model_config(self.config), self.config.data
+        used = self.values["patch_fill"] * positions_of(model)
+        if family_of(model).rows == "tokens":
+            per_step = self.values["bytes_per_second"] / self.values["steps_per_second"]
+            return per_step / data.batch_size / used
+        return self.values["byte_fill"] * data.seq_len / used
 
     def pass_or_stop(self, step: int, out: dict) -> None:
         """Logs a skipped batch, or raises."""

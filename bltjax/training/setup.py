@@ -20,7 +20,7 @@ from bltjax.distributed.processes import (
 )
 from bltjax.distributed.rows import local_rows
 from bltjax.distributed.sharding import row_sharding
-from bltjax.families import family_of, training_flops
+from bltjax.families import family_of, tokenizer_of, training_flops
 from bltjax.inference.entropy import EntropyModel, scored_source
 from bltjax.model.params import parameter_count
 from bltjax.progress import quantity
@@ -32,6 +32,7 @@ from bltjax.training.init import (
     mesh_and_parts,
     rows_of_run,
     started,
+    with_measured_row,
 )
 from bltjax.training.restore import restore_newest
 from bltjax.training.resume import check_sources, check_workdir, setting_changes
@@ -66,6 +67,7 @@ def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
       ValueError: for a work directory of another run, a mesh that doesn't fit, or data that the
         config cannot use.
     """
+    config = with_measured_row(config, workdir)
     resumed = check_workdir(workdir, config)
     check_start(config, workdir, resumed is not None)
     byte_lm = entropy_model(config, workdir)
@@ -118,14 +120,14 @@ def run_summary(setup: Setup) -> str:
 
 def claim(setup: Setup) -> None:
     """Writes the run's config, byte LM and tokenizer to its work directory."""
-    config, workdir, patching = setup.config, setup.workdir, setup.rows.patching
+    config, workdir = setup.config, setup.workdir
     if is_primary():
         ckpt.write_config(workdir, config)
     if is_primary() and setup.resumed is None:
         if setup.byte_lm:
             ckpt.save_params(workdir / "byte_lm", setup.byte_lm.model, 0)
-        if patching is not None and patching.mode == "bpe":
-            epath.Path(config.patching.tokenizer).copy(workdir / TOKENIZER, overwrite=True)
+        if tokenizer := tokenizer_of(config):
+            epath.Path(tokenizer).copy(workdir / TOKENIZER, overwrite=True)
     barrier("creating the work directory")
 
 

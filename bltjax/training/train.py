@@ -82,6 +82,7 @@ def train(
     with contextlib.ExitStack() as exits:
         check_lock = locked(exits, workdir, take_over)
         setup = set_up(config, workdir)
+        config = setup.config
         print(run_summary(setup))
         claim(setup)  # the data is there and the settings hold
         goodput = Goodput(workdir, started_at)

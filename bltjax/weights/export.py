@@ -5,14 +5,13 @@
                        held-out bits per byte; written last, so an export without it is incomplete
       params/          the parameters alone: an Orbax checkpoint, one zarr array each
       byte_lm/         BLT by entropy: the byte LM that places its patches, an export of its own
-      tokenizer.json   BLT by bpe
+      tokenizer.json   BLT by bpe, or a model of tokens
 
 It is written in blocks (no array is ever in memory whole) and restored onto any mesh, from any
 number of processes. A training run's work directory is read through the same functions, so every
 program accepts either.
 """
 
-import dataclasses
 import math
 
 import numpy as np
@@ -21,7 +20,8 @@ from etils import epath
 
 from bltjax.config.model import ModelConfig
 from bltjax.config.run import RunConfig
-from bltjax.families import Model, from_json, leaf_shapes, model_config, parse
+from bltjax.families import from_json, leaf_shapes, model_config, parse, with_tokenizer
+from bltjax.family import Model
 from bltjax.model.params import flattened
 from bltjax.system.paths import check_arrays_path, is_remote, path_of
 from bltjax.system.storage import read_json, refuse_pointer
@@ -167,7 +167,9 @@ def load_model(path, shardings=None, dtype=None) -> Model:
     path = path_of(path)
     scorer = load_scorer(path, read_model_config(path))  # fail first if it is missing
     model = load_params(path, shardings, dtype)
-    return model._replace(config=with_tokenizer(model.config, path), entropy_model=scorer)
+    return model._replace(
+        config=with_tokenizer(model.config, path / TOKENIZER), entropy_model=scorer
+    )
 
 
 def load_scorer(path: epath.Path, config: ModelConfig) -> Model | None:
@@ -184,14 +186,6 @@ def load_scorer(path: epath.Path, config: ModelConfig) -> Model | None:
             " --byte_lm"
         )
     return load_params(path / "byte_lm")
-
-
-def with_tokenizer(config: ModelConfig, path: epath.Path) -> ModelConfig:
-    """The config with its tokenizer set to the copy in the model's folder."""
-    if config.patching is None or config.patching.mode != "bpe":
-        return config
-    patching = dataclasses.replace(config.patching, tokenizer=str(path / TOKENIZER))
-    return dataclasses.replace(config, patching=patching)
 
 
 def check_parameter_shapes(config: ModelConfig, stored: dict, folder: epath.Path) -> None:
@@ -268,7 +262,7 @@ def open_stored(path) -> ModelFiles:
         origin = {}
     byte_lm = path / "byte_lm"
     return ModelFiles(
-        with_tokenizer(config, path),
+        with_tokenizer(config, path / TOKENIZER),
         leaves,
         "export" if is_export(path) else "run",
         origin,

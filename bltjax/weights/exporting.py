@@ -9,10 +9,10 @@ import tensorstore
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from bltjax.families import run_layout
+from bltjax.families import run_layout, tokenizer_of, with_tokenizer
 from bltjax.system.storage import refuse_pointer, write_text
 from bltjax.weights import workdir as ckpt
-from bltjax.weights.export import FORMAT, MANIFEST, VERSION, place_of, with_tokenizer
+from bltjax.weights.export import FORMAT, MANIFEST, VERSION, place_of
 from bltjax.weights.lazy import BLOCK_BYTES, Leaf, blocks
 from bltjax.weights.stored import ModelFiles
 from bltjax.weights.workdir import TOKENIZER
@@ -61,11 +61,11 @@ def write_export(files: ModelFiles, folder: epath.Path, written: Callable[[int],
     """Writes a model, with its byte LM if it has one, as an export; the manifest last."""
     folder.mkdir(parents=True, exist_ok=True)
     config = files.config
-    if config.patching is not None and config.patching.mode == "bpe":
-        tokenizer = epath.Path(config.patching.tokenizer)
+    if given := tokenizer_of(config):
+        tokenizer = epath.Path(given)
         refuse_pointer(tokenizer)
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
-        config = with_tokenizer(config, epath.Path())
+        config = with_tokenizer(config, TOKENIZER)
     write_leaves(folder / "params", files.leaves, written)
     if files.byte_lm is not None:
         write_export(files.byte_lm, folder / "byte_lm", written)

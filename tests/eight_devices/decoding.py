@@ -13,7 +13,8 @@ from bltjax.__main__ import main
 from bltjax.config.model import ModelConfig, Patching
 from bltjax.config.run import MeshConfig
 from bltjax.distributed.sharding import make_mesh
-from bltjax.families import Model, initial_params, make_model
+from bltjax.families import initial_params, make_model
+from bltjax.family import Model
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.loop import run_loop
 from bltjax.inference.decoding.placement import decoding_mesh, on_mesh, read_mesh

@@ -18,7 +18,8 @@ from bltjax.config.run import MeshConfig, OptimizerConfig, RunConfig
 from bltjax.distributed.sharding import make_mesh, row_sharding
 from bltjax.evaluation.evaluate import evaluate
 from bltjax.evaluation.scores import evaluation_mesh
-from bltjax.families import Model, initial_params, model_config
+from bltjax.families import initial_params, model_config
+from bltjax.family import Model
 from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
 from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.text.ngram_hash import HashConfig

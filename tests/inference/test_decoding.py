@@ -13,7 +13,8 @@ import pytest
 
 from bltjax.config.model import ModelConfig, Patching
 from bltjax.data.batches import PatchBatch
-from bltjax.families import Model, batch_logits, initial_params, make_model
+from bltjax.families import batch_logits, initial_params, make_model
+from bltjax.family import Model
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.loop import kept_indices, run_loop
 from bltjax.inference.decoding.prefill import grow, padded_length, prefill, score_prompts

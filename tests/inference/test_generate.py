@@ -24,6 +24,7 @@ from bltjax.inference.prompts import (
 )
 from bltjax.inference.terminal import Painter
 from bltjax.text.alphabet import EOS, OFFSET, encode
+from bltjax.text.vocabulary import vocabulary_of
 from bltjax.weights.export import load_model, load_params
 
 
@@ -99,8 +100,11 @@ def test_stops(trained):
     assert nothing.text == b"" and nothing.finish_reason == "max_bytes"
 
 
+BYTES = vocabulary_of("blt")
+
+
 def test_bytes_that_may_begin_a_stop_string_are_held_back():
-    held = Rest([b"\n\n", b"end"])
+    held = Rest([b"\n\n", b"end"], BYTES)
 
     def write(text: bytes, why="", eos=False):
         ids = np.append(encode(text, bos=False, eos=False), [EOS] * eos).astype(np.int32)
@@ -108,9 +112,9 @@ def test_bytes_that_may_begin_a_stop_string_are_held_back():
         return held.piece(0, ids, [numbers, numbers, numbers > 0], why).text
 
     assert write(b"x.\n") == b"x." and write(b"y e") == b"\ny " and write(b"nd", "stop") == b""
-    held = Rest([b"\n\n"])
+    held = Rest([b"\n\n"], BYTES)
     assert write(b"a\n") == b"a" and write(b"", "max_bytes") == b"\n"
-    held = Rest([])
+    held = Rest([], BYTES)
     assert write(b"a", "eos", eos=True) == b"a"
 
 

@@ -16,7 +16,7 @@ from test_decoding import BYTE_LM, TEXT, made, random_params
 
 from bltjax.benchmark.generate import without_specials
 from bltjax.config.model import ModelConfig, Patching
-from bltjax.families import Model
+from bltjax.family import Model
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.serving import ServingConfig, ServingPrograms
 from bltjax.model.params import flattened

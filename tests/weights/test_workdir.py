@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from bltjax.config.run import RunConfig
-from bltjax.families import Model, initial_params, model_config
+from bltjax.families import initial_params, model_config
+from bltjax.family import Model
 from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.training.checkpoint import make_manager, save
 from bltjax.training.resume import check_workdir

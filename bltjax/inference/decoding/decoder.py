@@ -16,9 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.attention import fastest
-from bltjax.families import Model, alphabet_name, resolved
+from bltjax.families import resolved, vocabulary
+from bltjax.family import Model
 from bltjax.inference.decoding.loop import (
     AT_LIMIT,
+    AT_STOP,
     FINISH_REASONS,
     NOT_FINITE,
     RUNNING,
@@ -28,7 +30,7 @@ from bltjax.inference.decoding.loop import (
     initial_state,
     run_loop,
 )
-from bltjax.inference.decoding.pieces import Piece, Rest
+from bltjax.inference.decoding.pieces import Piece, Rest, TokenRest
 from bltjax.inference.decoding.placement import on_mesh, row_shardings, weight_shardings
 from bltjax.inference.decoding.prefill import (
     CHUNK,
@@ -46,7 +48,8 @@ from bltjax.inference.decoding.request import CONTEXT, fitting_prompts, prompt_n
 from bltjax.inference.decoding.sampling import GREEDY, Sampling, utf8_state
 from bltjax.inference.decoding.speculation import run_rounds
 from bltjax.inference.finite import not_finite
-from bltjax.text.alphabet import ALPHABETS, as_bytes, encode
+from bltjax.text.alphabet import as_bytes
+from bltjax.text.vocabulary import TokenVocabulary
 
 ENDED = -1  # the row index of an empty place in the batch
 AHEAD = 1024  # bytes to write for which buffers have room from the start
@@ -85,7 +88,8 @@ class Decoder:
             fsdp or has devices of other processes.
         """
         settings = model.config.model
-        self.alphabet = ALPHABETS[alphabet_name(settings)]
+        self.vocabulary = vocabulary(model.config)
+        self.alphabet = self.vocabulary.alphabet
         # Learned positions bound a text; one of them is BOS.
         longest = getattr(settings, "longest", None)
         self.context = context if longest is None else min(context, longest - 1)
@@ -166,7 +170,7 @@ class Decoder:
             program, shape = run_rounds, (self.draft + 1, max(chunk, 2 * self.draft + 2))
         else:
             program, shape = run_loop, (sampling.steps(self.alphabet), chunk)
-        rest, written = [Rest(stops, self.alphabet) for _ in texts], 0
+        rest, written = [self.rest_of(text, stops, max_bytes) for text in texts], 0
         rows = np.array([*range(len(texts)), *[ENDED] * (len(state.finish_B) - len(texts))])
         while rows.size:
             with on_mesh(self.mesh):
@@ -176,7 +180,7 @@ class Decoder:
             )
             broken = np.flatnonzero((finish_B == NOT_FINITE) & (rows >= 0))
             written += sum(
-                int(self.alphabet.is_byte(ids[:count]).sum())
+                int(self.alphabet.is_text(ids[:count]).sum())
                 for ids, count in zip(out.ids_BN, out.count_B, strict=True)
             )
             self.counts = Counts(written, *(int(x.sum()) for x in costs))
@@ -184,6 +188,11 @@ class Decoder:
                 ids, *values = (x_BN[slot, : out.count_B[slot]] for x_BN in out[1:])
                 if row >= 0 and (ids.size or finish_B[slot]):
                     yield rest[row].piece(int(row), ids, values, FINISH_REASONS[finish_B[slot]])
+            ended_B = np.array([row >= 0 and rest[row].ended for row in rows])
+            if (ended_B & (finish_B == RUNNING)).any():
+                finish_B = np.where(ended_B, AT_STOP, finish_B)
+                placed = self.placed(jnp.asarray(finish_B), row_shardings)
+                state = state._replace(finish_B=placed)
             if broken.size:
                 row = rows[broken[0]]
                 raise self.not_finite(state, int(broken[0]), names[row], len(texts[row]))
@@ -203,9 +212,8 @@ class Decoder:
 
     def start(self, texts, max_bytes, sampling, seed, stops, names=()) -> tuple[State, Request]:
         """The state after the prompts, and the request for the loop."""
-        prompts = [self.ids_of(text) for text in texts]
-        filler = encode(b" ", bos=False, eos=False, alphabet=self.alphabet)
-        prompts += [filler] * (-len(texts) % self.groups)
+        prompts = [self.vocabulary.prompt(text) for text in texts]
+        prompts += [self.vocabulary.prompt(b" ")] * (-len(texts) % self.groups)
         memory = self.memory(prompts, max_bytes, names)
         rows = len(prompts)
         limit_B = np.where(np.arange(rows) < len(texts), max_bytes, 0)
@@ -213,9 +221,8 @@ class Decoder:
         longest = power_of_two(max(map(len, stops), default=0), STOPS[1])
         stops_ZT = np.full((most, longest), -1, np.int32)
         for number, text in enumerate(stops):
-            stops_ZT[number, longest - len(text) :] = encode(
-                text, bos=False, eos=False, alphabet=self.alphabet
-            )
+            if (ids := self.vocabulary.stop_ids(text)) is not None:
+                stops_ZT[number, longest - len(text) :] = ids
         used_BV = np.zeros((rows, self.alphabet.size), bool)
         for row, ids in enumerate(prompts):
             used_BV[row, ids] = True
@@ -231,6 +238,12 @@ class Decoder:
             self.groups,
         )
         return self.placed(state, row_shardings), Request(sampling.numbers, stops_ZT)
+
+    def rest_of(self, prompt: bytes, stops: list[bytes], max_bytes: int) -> Rest:
+        """What a row's ids pass through on their way to text."""
+        if isinstance(self.vocabulary, TokenVocabulary):
+            return TokenRest(stops, self.vocabulary, max_bytes, begins=not prompt)
+        return Rest(stops, self.vocabulary)
 
     @property
     def models(self) -> dict:
@@ -288,13 +301,3 @@ class Decoder:
         sizes = zip(self.model.capacity(memory), full_G, strict=True)
         with on_mesh(self.mesh):
             return grow(self.model, tuple(size * (1 + int(full)) for size, full in sizes), memory)
-
-    def ids_of(self, text: bytes) -> np.ndarray:
-        """The ids of a prompt.
-
-        Raises:
-          ValueError: for an empty prompt of a model whose alphabet has no BOS.
-        """
-        if not text and self.alphabet.bos is None:
-            raise ValueError("this model has no BOS, so it can't begin a text: give a prompt")
-        return encode(text, eos=False, alphabet=self.alphabet)

@@ -18,7 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bltjax.config.arguments import mesh_config
 from bltjax.distributed.sharding import AXES, dividing, make_mesh, set_mesh_or_none, spec_of
-from bltjax.families import Model, model_shapes
+from bltjax.families import model_shapes
+from bltjax.family import Model
 from bltjax.weights.export import load_model, read_model_config
 
 

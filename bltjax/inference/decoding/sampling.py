@@ -132,12 +132,15 @@ def permitted(steps: Steps, utf8_B, left_B):
     """bool [B, V]: the mask of ids that may be generated, with `left` bytes to go."""
     alphabet, ids_V = steps.alphabet, np.arange(steps.alphabet.size)
     eos, after = alphabet.eos, alphabet.size - alphabet.offset - BYTES
-    allowed_V = alphabet.is_byte(ids_V) | (ids_V == (-1 if eos is None else eos))
+    allowed_V = alphabet.is_text(ids_V) | (ids_V == (-1 if eos is None else eos))
     allowed_BV = jnp.broadcast_to(jnp.asarray(allowed_V)[None], (utf8_B.shape[0], len(ids_V)))
     if not steps.valid_utf8:
         return allowed_BV
-    if eos is None:
-        raise ValueError("valid UTF-8 needs an EOS, to end a text that has no room for a character")
+    if eos is None or alphabet.texts != BYTES:
+        raise ValueError(
+            "valid_utf8 is for models of bytes with an EOS, which ends a text that has no room for"
+            " a whole character"
+        )
     next_B256 = jnp.asarray(UTF8_NEXT)[utf8_B]
     needs_B256 = 1 + jnp.asarray(UTF8_LACKS)[next_B256]
     fits_B256 = (next_B256 >= 0) & (needs_B256 <= left_B[:, None])

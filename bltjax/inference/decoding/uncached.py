@@ -12,12 +12,12 @@ import numpy as np
 
 from bltjax.attention import fastest
 from bltjax.data.batches import ByteBatch, one_row
-from bltjax.families import Model, batch_logits, family_of, make_model, resolved, rows_of
+from bltjax.families import batch_logits, family_of, make_model, resolved, rows_of, vocabulary
+from bltjax.family import Model
 from bltjax.inference.decoding.prefill import power_of_two
 from bltjax.inference.entropy import contexts
 from bltjax.model.byte_cnn import table_entropies
 from bltjax.model.byte_lm import entropies_of
-from bltjax.text.alphabet import ALPHABETS, decode, encode
 from bltjax.text.patching import force_starts, patch_starts
 
 
@@ -27,7 +27,7 @@ class Predictor:
     def __init__(self, model: Model):
         self.params, self.patching = model.params, model.config.patching
         self.rows = rows_of(model.config)
-        self.alphabet = ALPHABETS[self.rows.alphabet]
+        self.vocabulary = vocabulary(model.config)
         self.byte_lm = model.entropy_model if model.config.by_entropy else None
         self.table = None
         if self.byte_lm is not None:
@@ -63,7 +63,7 @@ class Predictor:
             entropies_N = self.prefix_entropies(ids, length)
             starts_N1 = force_starts(patch_starts(self.patching, ids, entropies_N))
             patches = min(length, power_of_two(int(starts_N1[:-1].sum())))
-        batch = one_row(ids, starts_N1, length)
+        batch = one_row(ids, starts_N1, length, self.rows.kind)
         return np.asarray(self.last_logits(self.params, batch, len(ids) - 1, patches=patches))
 
     def prefix_entropies(self, ids: np.ndarray, length: int) -> np.ndarray | None:
@@ -81,9 +81,9 @@ class Predictor:
 
     def greedy(self, prompt: str | bytes, max_bytes: int) -> tuple[bytes, list[float]]:
         """The greedy continuation of a prompt, and the margin of each byte over the runner-up."""
-        ids, margins = encode(prompt, eos=False, alphabet=self.alphabet), []
-        every = np.arange(self.alphabet.size)
-        allowed = self.alphabet.is_byte(every) | (every == self.alphabet.eos)
+        ids, margins, alphabet = self.vocabulary.prompt(prompt), [], self.vocabulary.alphabet
+        every = np.arange(alphabet.size)
+        allowed = alphabet.is_text(every) | (every == alphabet.eos)
         prompt_size = len(ids)
         for _ in range(max_bytes):
             logits_V = np.array(self(ids))
@@ -91,7 +91,7 @@ class Predictor:
             second, first = np.sort(logits_V)[-2:]
             margins.append(float(first - second))
             chosen = int(np.argmax(logits_V))
-            if chosen == self.alphabet.eos:
+            if chosen == alphabet.eos:
                 break
             ids = np.append(ids, np.int32(chosen))
-        return decode(ids[prompt_size:], alphabet=self.alphabet), margins
+        return self.vocabulary.decode(ids[prompt_size:]), margins
