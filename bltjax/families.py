@@ -27,7 +27,8 @@ from bltjax.model.blt.decoding import cached_blt
 from bltjax.model.blt.model import BLT
 from bltjax.model.byte_decoding import cached_bytes
 from bltjax.model.params import flattened
-from bltjax.rivals import llama
+from bltjax.rivals import byt5, llama
+from bltjax.rivals.decoding.byt5 import cached_byt5
 from bltjax.rivals.decoding.llama import cached_llama
 from bltjax.system.environment import random_key
 from bltjax.text.vocabulary import Vocabulary, vocabulary_of
@@ -94,6 +95,15 @@ FAMILIES = {
             ),
             cached_llama, verbs={"draft": NO_LATENT},
             forward=llama.forward, inputs=llama.FORWARD_INPUTS,
+        ),
+        Family(
+            "byt5", "ByT5", byt5.ByT5Config, "pairs", ("max_bytes",),
+            lambda config, P, dtype, attention: byt5.ByT5(config, dtype, attention),
+            flax_init(byt5.ByT5, TWO_BN, TWO_BN, TWO_BN, TWO_BN),
+            flax_logits("encoder_bytes_BT", "encoder_documents_BT", "bytes_BN", "documents_BN"),
+            byt5.forward_flops, byt5.recomputed_flops, byt5.paper_flops,
+            cached_byt5, verbs={"draft": NO_LATENT},
+            forward=byt5.forward, inputs=byt5.FORWARD_INPUTS,
         ),
     )
 }  # fmt: skip

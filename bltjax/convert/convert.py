@@ -45,10 +45,13 @@ from bltjax.weights.lazy import DTYPES, cast, read_object
 from bltjax.weights.released.hf import read_port, write_port
 from bltjax.weights.released.hub import not_there, of_hub_cache
 from bltjax.weights.released.meta import read_meta, write_meta
+from bltjax.weights.rivals.folder import PUBLIC, public_layout, read_public, write_public
 from bltjax.weights.stored import LAYOUTS, ModelFiles, patching_words
 
 
-def open_model(path: epath.Path, *, as_port: bool = False) -> ModelFiles:
+def open_model(
+    path: epath.Path, *, as_port: bool = False, window_keys: int | None = None
+) -> ModelFiles:
     """The model stored in a folder, in any layout, with none of its parameters read yet.
 
     Raises:
@@ -58,7 +61,7 @@ def open_model(path: epath.Path, *, as_port: bool = False) -> ModelFiles:
         raise ValueError(not_there(path))
     path, note = of_hub_cache(path)
     if note:
-        files = open_model(path, as_port=as_port)
+        files = open_model(path, as_port=as_port, window_keys=window_keys)
         return files._replace(notes=(note, *files.notes))
     if is_export(path) or (path / "checkpoints").exists():
         return open_stored(path)
@@ -68,17 +71,14 @@ def open_model(path: epath.Path, *, as_port: bool = False) -> ModelFiles:
         return read_port(path, as_port=as_port)
     if "args" in settings or (path / "params.json").exists():
         return read_meta(path)
-    if settings.get("model_type") == "llama":
-        raise ValueError(
-            f"{path} holds a Llama, not a BLT: start a latent transformer from it with"
-            f" `train --init_latent_from {path}`"
-        )
+    if public_layout(settings):
+        return read_public(path, window_keys)
     names = path.iterdir() if path.is_dir() else [epath.Path("a file")]
     there = sorted(child.name for child in names if not child.name.startswith("."))[:6]
     raise ValueError(
         f"{path} holds no known model (it has {', '.join(there) or 'nothing'}): looked for"
-        " export.json; checkpoints/; config.json of model_type 'blt'; params.json with"
-        " consolidated.pth; config.json with 'args'"
+        " export.json; checkpoints/; config.json with a model_type or 'args'; params.json with"
+        " consolidated.pth"
     )
 
 
@@ -104,6 +104,7 @@ def convert(
     dtype: str | None = None,
     byte_lm: epath.Path | None = None,
     as_port: bool = False,
+    window_keys: int | None = None,
     serving: ServingConfig | None = None,
     take_over: bool = False,
 ) -> tuple[ModelFiles, ModelFiles]:
@@ -124,7 +125,7 @@ def convert(
         raise ValueError(f"{destination}: torch writes to disks only; convert to a folder first")
     if to == "orbax":
         check_arrays_path(destination)
-    opened = open_model(source, as_port=as_port)
+    opened = open_model(source, as_port=as_port, window_keys=window_keys)
     if as_port and opened.layout != "transformers":
         raise ValueError(
             f"--as_port is for the transformers port; {source} is {LAYOUTS[opened.layout]}"
@@ -169,6 +170,10 @@ def write_whole(
     partial.mkdir(parents=True)
     try:
         write = {"orbax": write_export, "transformers": write_port, "meta": write_meta}[to]
+        if files.config.model.group in PUBLIC:
+            if to == "meta":
+                raise ValueError("--to meta is for a BLT or a byte LM; write --to transformers")
+            write = write_public if to == "transformers" else write
         write(files, partial, progress.advance)
         if programs:
             write_serving(programs, partial)
@@ -226,6 +231,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="from transformers: keep its deviations from the released models",
     )
+    parser.add_argument(
+        "--window_keys",
+        type=int,
+        help="of SpaceByte: keys that a query sees (default: one more than the window, as on a"
+        " CPU; weights trained on CUDA saw as many as the window)",
+    )
     add_serving_arguments(parser)
     parser.add_argument(
         "--take_over",
@@ -241,7 +252,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     started_at, serving = time.monotonic(), serving_from(args)
     source, files = convert(
         args.source, args.destination, args.to,
-        dtype=args.dtype, byte_lm=args.byte_lm, as_port=args.as_port, serving=serving,
+        dtype=args.dtype, byte_lm=args.byte_lm, as_port=args.as_port,
+        window_keys=args.window_keys, serving=serving,
         take_over=args.take_over,
     )  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -20,8 +20,8 @@ VOCABULARY = 256 + OFFSET
 
 
 class Alphabet(NamedTuple):
-    """The ids of a model: `texts` of text from `offset` on, 256 bytes or a vocabulary of tokens; and
-    those that open and close a document, or None."""
+    """The ids of a model: `texts` of them are text, from `offset` on (256 bytes, or a vocabulary of
+    tokens); besides those that open and close a document, or None."""
 
     size: int
     offset: int

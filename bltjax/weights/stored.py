@@ -11,6 +11,7 @@ LAYOUTS = {
     "run": "a training run",
     "meta": "Meta's files",
     "transformers": "the transformers port",
+    "public": "public weights",
 }
 
 
@@ -29,7 +30,7 @@ def patching_words(patching) -> str:
 class ModelFiles(NamedTuple):
     config: ModelConfig
     leaves: dict[str, Leaf]  # by path: "encoder/block_0/q_EGC"
-    layout: str  # export, run, meta or transformers
+    layout: str  # a key of LAYOUTS
     origin: dict  # the release's own settings, verbatim, for the way back: JSON
     notes: tuple[str, ...] = ()  # assumptions, for people
     byte_lm: "ModelFiles | None" = None

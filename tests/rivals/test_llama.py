@@ -63,7 +63,7 @@ def test_golden(name, implementation, by_tiles):
     file = golden.read(name)
     config, left, notes = read_settings(file.settings, tensors_named(file.weights), name)
     assert left.keys() == file.weights.keys() and not notes
-    params = golden.params_of(file.weights, parts(config), shapes_of(config.model))
+    params = golden.params_of(file.weights, parts(config.model), shapes_of(config.model))
     arrays = {key: jnp.asarray(value) for key, value in file.inputs.items()}
     assert set(arrays) == set(llama.FORWARD_INPUTS)
 
@@ -81,7 +81,7 @@ def test_golden(name, implementation, by_tiles):
         np.testing.assert_allclose(
             value, file.expected[key], atol=golden.ABSOLUTE, rtol=0, err_msg=key
         )
-    golden.check_gradient_norms(grads, parts(config), file.gradient_norms)
+    golden.check_gradient_norms(grads, parts(config.model), file.gradient_norms)
 
 
 def packed(documents: list, offset: int, length: int):
@@ -249,7 +249,7 @@ def test_public_sizes(total, settings):
 
 def their_tensors(config: LlamaConfig) -> dict[str, np.ndarray]:
     leaves = {path: leaf_of(np.asarray(x)) for path, x in flattened(params_of(config)).items()}
-    tensors = tensors_of(leaves, parts(ModelConfig(config)), {})
+    tensors = tensors_of(leaves, parts(config), {})
     return {name: tensor.all() for name, tensor in tensors.items()}
 
 
@@ -260,10 +260,10 @@ def test_weights_and_settings_there_and_back(config):
     read, left, notes = read_settings(written, tensors_named(weights), "config.json")
     assert read == ModelConfig(config, **limits) and not notes
     ours = golden.params_of(
-        {name: left[name].all() for name in left}, parts(read), shapes_of(config)
+        {name: left[name].all() for name in left}, parts(read.model), shapes_of(config)
     )
     jax.tree.map(np.testing.assert_array_equal, ours, dict(params_of(config)))
-    for name, array in golden.public(ours, parts(read)).items():
+    for name, array in golden.public(ours, parts(read.model)).items():
         np.testing.assert_array_equal(array, weights[name])
 
 

@@ -1,4 +1,5 @@
-"""Meta's `consolidated.pth`: {"model": {name: tensor}}, by torch's own reader and writer.
+"""Meta's `consolidated.pth`: {"model": {name: tensor}}, by torch's own reader and writer; and plain
+state dicts.
 
 Reading is memory-mapped and `weights_only`: a pickle that asks for anything but tensors and plain
 containers is refused, never run. Writing goes through raw files that torch maps, so that the
@@ -21,7 +22,7 @@ def import_torch():
         import torch
     except ImportError:
         raise ValueError(
-            "consolidated.pth is read and written by torch: pip install 'bltjax[parity]'"
+            "files of torch are read and written by torch: pip install 'bltjax[parity]'"
         ) from None
     return torch
 
@@ -34,8 +35,9 @@ def numpy_of(tensor) -> np.ndarray:
     return tensor.contiguous().numpy()
 
 
-def read_pth(path: epath.Path) -> dict[str, Tensor]:
-    """The tensors of {"model": {...}}, mapped, none of them read yet.
+def read_pth(path: epath.Path, under: str = "model") -> dict[str, Tensor]:
+    """The tensors of {"model": {...}}, mapped, none of them read yet; with an empty `under`, of a
+    plain state dict.
 
     Raises:
       ValueError: for a file that torch can't read, or that holds anything but plain tensors.
@@ -52,10 +54,11 @@ def read_pth(path: epath.Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is not a plain state dict (nothing in it was executed): {reason[0][:200]}"
         ) from None
-    weights = state.get("model") if isinstance(state, dict) else None
+    weights = state.get(under) if under and isinstance(state, dict) else state
     if not isinstance(weights, dict):
         found = sorted(map(str, state))[:5] if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{path} has no state dict under 'model'; it has {found}")
+        where = f" under {under!r}" if under else ""
+        raise ValueError(f"{path} has no state dict{where}; it has {found}")
     tensors = {}
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):

@@ -69,7 +69,7 @@ def read_settings(
             " untied, as transformers 5 does"
         )
     rotary = Rotary(llama.head_channels, llama.rope_theta, llama.rope_scaling)
-    expected = {part.name for part in parts(config)}
+    expected = {part.name for part in parts(config.model)}
     tensors = without_leftovers(tensors, expected, {LLAMA.latent: rotary}, notes)
     return config, tensors, notes
 
@@ -98,9 +98,8 @@ def is_untied(llama: LlamaConfig, tensors: dict[str, Tensor], where: str) -> boo
     return llama.tied and head is not None and not equal(embedding, head)
 
 
-def parts(config: ModelConfig) -> list[TensorPart]:
+def parts(llama: LlamaConfig) -> list[TensorPart]:
     """Every tensor of a Llama."""
-    llama = config.model
     found = [
         TensorPart("tokens_VD", (), EMBEDDING, "same"),
         TensorPart("norm_D", (), "model.norm.weight", "same"),
