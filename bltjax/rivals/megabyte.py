@@ -26,8 +26,8 @@ from flax import linen as nn
 
 from bltjax.attention.kv_cache import CachePositions
 from bltjax.attention.pattern import Sliding
-from bltjax.config.fields import MAY_CHANGE, divides, one_of, positive, setting
-from bltjax.config.model import REMAT, ModelConfig
+from bltjax.config.fields import MAY_CHANGE, divides, positive, setting
+from bltjax.config.model import ModelConfig
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.flops import visible_keys
 from bltjax.model.layers import embedded, project
@@ -35,7 +35,7 @@ from bltjax.rivals.norms import layer_norm
 from bltjax.rivals.relu_block import (
     HIDDEN,
     ReluStack,
-    check_stacks,
+    check_settings,
     moved,
     normal,
     published_flops,
@@ -66,17 +66,15 @@ class MegaByteConfig:
     local_heads: int = 8  # G
     rope_theta: float = 1e4
     norm_eps: float = 1e-5
-    alphabet: str = "blt"  # one of ALPHABETS
+    alphabet: str = "blt"  # or spacebyte, of imported weights
     remat: str = setting("none", resume=MAY_CHANGE)  # one of REMAT, for both stacks
 
     def __post_init__(self):
-        positive(self, "patch_bytes", "context", "rope_theta", "norm_eps")
-        check_stacks(self)
+        positive(self, "patch_bytes")
+        check_settings(self)
         for name in ("context", "global_width"):
             size = getattr(self, name)
             divides("megabyte.patch_bytes", self.patch_bytes, f"megabyte.{name}", size)
-        one_of("megabyte.alphabet", self.alphabet, tuple(ALPHABETS))
-        one_of("megabyte.remat", self.remat, REMAT)
 
     @property
     def longest(self) -> int:

@@ -18,7 +18,8 @@ from bltjax.attention import OUTCOME, range_attention
 from bltjax.attention.kv_cache import Cache, CachePositions, cached_attention, stored
 from bltjax.attention.pattern import Pattern
 from bltjax.attention.rope import rotary_angles, rotate
-from bltjax.config.fields import divides, positive
+from bltjax.config.fields import divides, one_of, positive
+from bltjax.config.model import REMAT
 from bltjax.distributed.sharding import constrained, gathered, gathers
 from bltjax.model.flops import visible_keys
 from bltjax.model.layers import BlockSize, all_but_weights, project, through
@@ -31,14 +32,17 @@ HIDDEN = 4  # times the width
 STACKS = {"global": "DHH", "local": "EGG"}  # by their names in settings; letters, as of BlockSize
 
 
-def check_stacks(config) -> None:
-    """Raises ValueError for impossible sizes of the two stacks of a model's settings."""
+def check_settings(config) -> None:
+    """Raises ValueError for impossible settings of those that both models have."""
+    positive(config, "context", "rope_theta", "norm_eps")
     for stack in STACKS:
         layers, width, heads = (f"{stack}_{name}" for name in ("layers", "width", "heads"))
         positive(config, layers, width, heads)
         size, count = getattr(config, width), getattr(config, heads)
         divides(f"{config.group}.{heads}", count, f"{config.group}.{width}", size)
         divides("2", 2, f"{config.group}'s {stack} channels per head", size // count)
+    one_of(f"{config.group}.alphabet", config.alphabet, ("blt", "spacebyte"))
+    one_of(f"{config.group}.remat", config.remat, REMAT)
 
 
 def relu_size(config, stack: str) -> BlockSize:
