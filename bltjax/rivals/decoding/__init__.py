@@ -1,1 +1,1 @@
-"""Incremental decoding of the rivals: one file per generative family."""
+"""Incremental decoding of the rivals: whole prompts at once, then byte by byte."""
