@@ -6,6 +6,7 @@ local self-attention       byte n          bytes    [max(n - W + 1, document sta
 encoder cross-attention    slot of patch   bytes    the patch's bytes
 latent self-attention      patch p         patches  [document's first patch, p + 1)
 decoder cross-attention    byte n          slots    the slots of the patch that n reads
+encoders' self-attention   position n      both     n's document, or n's block in it
 
 Each implementation runs on the platform that it was written for: Pallas kernels for TPU and for
 GPU. With the suffix `_interpreted` the kernels run anywhere, slowly, for tests.
@@ -19,7 +20,7 @@ import jax
 from bltjax.attention.dense import dense
 from bltjax.attention.pallas_gpu import pallas_gpu
 from bltjax.attention.pallas_tpu import pallas_tpu
-from bltjax.attention.pattern import Pattern, Pooling, Reading, Sliding
+from bltjax.attention.pattern import Blocks, Pattern, Pooling, Reading, Sliding, Whole
 from bltjax.attention.shards import by_rows_and_heads
 from bltjax.attention.tiled import OUTCOME
 from bltjax.attention.xla import xla
@@ -28,10 +29,12 @@ from bltjax.config.letters import check_shapes
 __all__ = [
     "IMPLEMENTATIONS",
     "OUTCOME",
+    "Blocks",
     "Pattern",
     "Pooling",
     "Reading",
     "Sliding",
+    "Whole",
     "fastest",
     "range_attention",
 ]

@@ -45,8 +45,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from bltjax.attention.pattern import Pattern, Pooling, Reading, Sliding
-from bltjax.attention.staircase import Tiles, WorkList, rows_and_columns, whole_patches
+from bltjax.attention.pattern import Pattern, Pooling, Reading
+from bltjax.attention.staircase import Tiles, WorkList, reach, rows_and_columns, whole_patches
 from bltjax.attention.tiled import outcome
 from bltjax.attention.tpu_kernels import (
     FP32,
@@ -117,7 +117,8 @@ def kernel_plan(pattern: Pattern, queries: int, keys: int, shared: int, group: i
     Raises:
       ValueError: if not even one head fits, with both numbers.
     """
-    long = isinstance(pattern, Sliding) and pattern.span > LONG
+    crosses = isinstance(pattern, Pooling | Reading)
+    long = not crosses and max(reach(pattern, queries, keys)) > LONG
     side = 512 if long else 256
     query_slots = pattern.slots if isinstance(pattern, Pooling) else 1
     key_slots = pattern.slots if isinstance(pattern, Reading) else 1

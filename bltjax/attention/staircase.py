@@ -8,9 +8,9 @@
 
 For both cross-attentions there are at most nQ + nT - 1 pairs, whatever the patches' lengths: two
 neighbouring rows share at most one column, if no tile's edge splits the slots of a patch. A row
-without any key counts as one pair, because its zeros must be written. For a window there are as
-many as the window's span reaches. So a list's length is known at trace time; unused steps at its
-end are idle.
+without any key counts as one pair, because its zeros must be written. For a window, or blocks,
+there are as many as its span reaches; for whole documents all pairs, which a row of one document
+needs. So a list's length is known at trace time; unused steps at its end are idle.
 
 In this file a tile is called by its number; `tiles` are the sizes.
 """
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bltjax.attention.pattern import Pattern, Pooling, Reading, Sliding
+from bltjax.attention.pattern import Blocks, Pattern, Pooling, Reading, Sliding
 
 # Flags of a step of a work list: any sum of these; 0 is an idle step.
 OPENS, SEES, CLOSES = 1, 2, 4
@@ -58,27 +58,37 @@ def whole_patches(tile: int, unit: int, slots: int) -> int:
     return -(-tile // both) * both
 
 
+def reach(pattern: Pattern, queries: int, keys: int) -> tuple[int, int]:
+    """(back, ahead): query i sees keys in (i + lead - back, i + lead + ahead), lead = T - Q."""
+    if isinstance(pattern, Sliding):
+        return pattern.span, 1
+    if isinstance(pattern, Blocks):
+        return pattern.size, pattern.size
+    return keys, queries
+
+
 def row_steps(pattern: Pattern, queries: int, keys: int, tiles: Tiles) -> int:
     """The most steps of a work list that goes through the query tiles."""
     rows, columns = tiles.count(queries, keys)
-    if not isinstance(pattern, Sliding):
+    if isinstance(pattern, Pooling | Reading):
         return corner_steps(pattern, queries, keys, tiles)
-    # Query i sees keys in (i + lead - span, i + lead].
+    back, ahead = reach(pattern, queries, keys)
     lead, first = keys - queries, np.arange(rows) * tiles.queries
-    low = np.maximum(first + lead - pattern.span + 1, 0) // tiles.keys
-    high = -(-np.minimum(first + tiles.queries + lead, keys) // tiles.keys)
+    low = np.maximum(first + lead - back + 1, 0) // tiles.keys
+    high = -(-np.minimum(first + tiles.queries - 1 + lead + ahead, keys) // tiles.keys)
     return int(np.clip(high - low, 1, columns).sum())
 
 
 def column_steps(pattern: Pattern, queries: int, keys: int, tiles: Tiles) -> int:
     """The most steps of a work list that goes through the key tiles."""
     rows, columns = tiles.count(queries, keys)
-    if not isinstance(pattern, Sliding):
+    if isinstance(pattern, Pooling | Reading):
         return corner_steps(pattern, queries, keys, tiles)
-    # Key t is seen by queries in [t - lead, t - lead + span).
+    # Key t is seen by queries in (t - lead - ahead, t - lead + back).
+    back, ahead = reach(pattern, queries, keys)
     lead, first = keys - queries, np.arange(columns) * tiles.keys
-    low = np.maximum(first - lead, 0) // tiles.queries
-    high = -(-np.minimum(first + tiles.keys - 1 - lead + pattern.span, queries) // tiles.queries)
+    low = np.maximum(first - lead - ahead + 1, 0) // tiles.queries
+    high = -(-np.minimum(first + tiles.keys - 1 - lead + back, queries) // tiles.queries)
     return int(np.clip(high - low, 1, rows).sum())
 
 

@@ -1,4 +1,4 @@
-"""Sliding attention tile by tile: linear in the visible keys, and scores are never stored.
+"""Self-attention tile by tile: linear in the visible keys, and scores are never stored.
 
     keys      0 . . . . . . . . . . . . . . . . . . T
     queries  [tile 0]  |lo ==== hi|                     a tile of queries sees keys lo ... hi, from

@@ -1,29 +1,34 @@
 """Range attention in plain XLA operations: time and memory are linear in the keys that are seen.
 
-Sliding   tile by tile, in `tiled.py`; of short rows all at once, by the definition.
 Pooling   the other way about: each *key* finds its run of queries; the softmax over a patch's
           bytes is a segment maximum and two segment sums with sorted ids.
 Reading   each query gathers its few keys and takes a tiny softmax.
+others    tile by tile, in `tiled.py`; of short rows all at once, by the definition.
 """
 
 import jax
 import jax.numpy as jnp
 
 from bltjax.attention.dense import dense, masked_softmax
-from bltjax.attention.pattern import Pattern, Pooling, Sliding
+from bltjax.attention.pattern import Blocks, Pattern, Pooling, Reading, Sliding
 from bltjax.attention.tiled import sliding
 
 SHORT = 256  # keys of a row whose scores are stored: no more of them than of a tile
 
 
 def xla(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern: Pattern):
-    if isinstance(pattern, Sliding):
-        if k_BTJC.shape[1] <= SHORT:
-            return dense(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ)
-        return sliding(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.span)
     if isinstance(pattern, Pooling):
         return pooling(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.slots)
-    return read_slots(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.slots)
+    if isinstance(pattern, Reading):
+        return read_slots(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, pattern.slots)
+    keys = k_BTJC.shape[1]
+    if keys <= SHORT:
+        return dense(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ)
+    if isinstance(pattern, Sliding):
+        span = pattern.span
+    else:
+        span = pattern.size if isinstance(pattern, Blocks) else keys
+    return sliding(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, span)
 
 
 def pooling(q_BQHC, k_BTJC, v_BTJC, start_BQ, end_BQ, slots: int):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bltjax.attention.pattern import Pattern, Pooling, Reading, Sliding
+from bltjax.attention.pattern import Blocks, Pattern, Pooling, Reading, Sliding, Whole
 from bltjax.attention.staircase import Tiles, row_steps, visible_tiles
 from bltjax.planning.hlo import Array, Computation, HloProgram, Instruction
 
@@ -29,6 +29,7 @@ FREE = {
     "call", "after-all", "opt-barrier", "partition-id", "replica-id", "async-start",
     "async-update", "add-dependency", "domain",
 }  # fmt: skip
+PATTERNS = {kind.__name__: kind for kind in (Sliding, Pooling, Reading, Whole, Blocks)}
 SLICES = ("dynamic-slice", "slice", "gather")
 # Attributes of a convolution's window, `3x1` or `1_1x0_0` by axis, and their defaults.
 WINDOW = {"size": 1, "pad": 0, "stride": 1, "lhs_dilate": 1, "rhs_dilate": 1}
@@ -116,8 +117,8 @@ def kernel_flops(computation: Computation, instruction: Instruction) -> tuple[fl
     notes = json.loads(text.replace('\\"', '"')) if len(text) > 2 else {}
     if "pattern" not in notes:
         return float(flops), 1.0
-    kind, size = notes["pattern"].split()
-    pattern = {"Sliding": Sliding, "Pooling": Pooling, "Reading": Reading}[kind](int(size))
+    kind, *size = notes["pattern"].split()
+    pattern = PATTERNS[kind](*map(int, size))
     tiles = Tiles(*map(int, notes["tiles"].split("x")))
     q, k = (computation.instructions[x].arrays[0].sizes[-1] for x in instruction.operands[5:7])
     return float(flops), visited_share(pattern, q, k, tiles)
@@ -127,11 +128,16 @@ def kernel_flops(computation: Computation, instruction: Instruction) -> tuple[fl
 def visited_share(pattern: Pattern, queries: int, keys: int, tiles: Tiles) -> float:
     """Share of the steps of a work list that see, in a full row that is one document.
 
-    A window's list has no others. Between bytes and slots it depends on the patches: here their
-    lengths are random, the same every time.
+    A window's list, and a whole document's, has no others. Between bytes and slots it depends on
+    the patches: here their lengths are random, the same every time.
     """
-    if isinstance(pattern, Sliding):
+    if isinstance(pattern, Sliding | Whole):
         return 1.0
+    if isinstance(pattern, Blocks):
+        begin = np.arange(queries) // pattern.size * pattern.size
+        end = np.minimum(begin + pattern.size, keys)
+        first, last = visible_tiles(begin[None], end[None], tiles)
+        return int((last - first).sum()) / row_steps(pattern, queries, keys, tiles)
     slots, pools = pattern.slots, isinstance(pattern, Pooling)
     patches, byte_count = (queries, keys) if pools else (keys, queries)
     patches //= slots

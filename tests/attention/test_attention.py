@@ -22,7 +22,7 @@ import bltjax.attention.tiled as tiled
 from bltjax.attention import IMPLEMENTATIONS, KERNELS, fastest, range_attention
 from bltjax.attention.dense import dense
 from bltjax.attention.pallas_tpu import TpuPlan
-from bltjax.attention.pattern import Pooling, Reading, Sliding
+from bltjax.attention.pattern import Blocks, Pooling, Reading, Sliding, Whole
 from bltjax.attention.staircase import Tiles, whole_patches
 from bltjax.config.run import ATTENTION
 
@@ -74,12 +74,23 @@ def cases():
     for slots in (1, 3):
         yield f"pooling K={slots}", Pooling(slots), N, *patch_ranges(KINDS, N, slots, random), 2, 2
     index = np.tile(np.arange(N), (len(KINDS), 1))
-    document = np.array([np.repeat(b := cuts(k, random), np.diff(np.append(b, N))) for k in KINDS])
+    begins = [cuts(kind, random) for kind in KINDS]
+    document = np.array([np.repeat(b, np.diff(np.append(b, N))) for b in begins])
     for window, shared in ((16, 4), (50, 2), (200, 1)):
         start = np.maximum(index - window + 1, document)
         end = index + 1
         start[0, 140:], end[0, 140:] = 140, 140  # padding sees nothing
         yield f"window {window} J={shared}", Sliding(window), N, start, end, 4, shared
+    after = np.array([np.repeat(np.append(b[1:], N), np.diff(np.append(b, N))) for b in begins])
+    block = document + (index - document) // 16 * 16
+    for pattern, start, end in (
+        (Whole(), document.copy(), after.copy()),
+        (Blocks(16), block, np.minimum(block + 16, after)),
+    ):
+        start[0, 140:], end[0, 140:] = 140, 140
+        yield f"{type(pattern).__name__.lower()} of documents", pattern, N, start, end, 4, 2
+    start = np.sort(random.integers(0, 60, (len(KINDS), N)), axis=1)
+    yield "whole, few keys", Whole(), 60, start, np.minimum(start + 20, 60), 2, 1
     carried = 24  # keys before the first query
     start = np.maximum(index + carried - 24, 0)
     yield "window 25 carried", Sliding(25), N + carried, start, index + carried + 1, 2, 2
@@ -158,7 +169,8 @@ def small_tiles(monkeypatch):
         query_slots = pattern.slots if isinstance(pattern, Pooling) else 1
         key_slots = pattern.slots if isinstance(pattern, Reading) else 1
         tiles = Tiles(whole_patches(24, 8, query_slots), whole_patches(16, 8, key_slots))
-        held = queries + -queries % tiles.queries if isinstance(pattern, Sliding) else 0
+        crosses = isinstance(pattern, Pooling | Reading)
+        held = 0 if crosses else queries + -queries % tiles.queries
         return TpuPlan(pattern, tiles, group, shared, held)
 
     # The package's names of these modules are taken by the functions in them.
@@ -172,7 +184,7 @@ def random_case(random):
     """A pattern, its ranges with gaps and empty ranges anywhere, and the other sizes."""
     rows, slots = random.integers(1, 4), int(random.integers(1, 5))
     shared, group = random.integers(1, 3), random.integers(1, 4)
-    kind = random.choice(["pooling", "reading", "sliding"])
+    kind = random.choice(["pooling", "reading", "sliding", "whole", "blocks"])
     keys = int(random.integers(1, 120))
     queries = int(random.integers(1, 120))
     if kind == "pooling":
@@ -186,6 +198,15 @@ def random_case(random):
         start = np.sort(random.integers(0, groups, (rows, queries)), axis=1) * slots
         end = start + slots
         pattern = Reading(slots)
+    elif kind == "whole":
+        edges = np.sort(random.integers(0, keys + 1, (2, rows, queries)), axis=2)
+        start, end = np.minimum(*edges), np.maximum(*edges)
+        pattern = Whole()
+    elif kind == "blocks":
+        keys, size = queries, int(random.integers(1, 40))
+        start = np.tile(np.arange(queries) // size * size, (rows, 1))
+        end = np.minimum(start + size, keys)
+        pattern = Blocks(size)
     else:
         lead = random.integers(0, 30)
         keys, span = queries + lead, random.integers(1, 60)
@@ -200,7 +221,7 @@ def random_case(random):
     return pattern, keys, start, np.where(hidden, start, end), int(shared * group), int(shared)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "window" in name])
+@pytest.mark.parametrize("name", [name for name in CASES if "window" in name or "of doc" in name])
 def test_long_contexts_match_dense(name, monkeypatch):
     """With the kernel that holds dq of a row, which a window of 512 doesn't take."""
     monkeypatch.setattr(sys.modules["bltjax.attention.pallas_tpu"], "LONG", 0)
@@ -231,13 +252,16 @@ def test_bfloat16(implementation):
     assert_close(found, outcome("dense", pattern, start, end, *wide), start, end, scale=3e3)
 
 
-@pytest.mark.parametrize("pattern", [Sliding(20), Pooling(2), Reading(2)], ids=str)
+@pytest.mark.parametrize("pattern", [Sliding(20), Pooling(2), Reading(2), Whole()], ids=str)
 def test_no_races(pattern, small_tiles, capfd):
     """Two simulated cores, memory that starts as NaN, transfers that end as late as they may."""
     place = np.tile(np.arange(30), (2, 1))
     if isinstance(pattern, Sliding):
         start = np.maximum(place - 19, 0)
         end = np.where(place < 26, place + 1, start)
+    elif isinstance(pattern, Whole):
+        start = np.where(place < 17, 0, np.where(place < 26, 17, 26))
+        end = np.where(place < 17, 17, 26)
     else:
         start = place // 2 * 2
         end = np.where(place < 26, start + 2, start)

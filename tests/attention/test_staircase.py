@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bltjax.attention.pallas_tpu import kernel_plan
-from bltjax.attention.pattern import Pooling, Reading, Sliding
+from bltjax.attention.pattern import Blocks, Pooling, Reading, Sliding, Whole
 from bltjax.attention.staircase import (
     CLOSES,
     OPENS,
@@ -117,6 +117,27 @@ def test_windows_stay_within_their_bound(span, tile, documents):
     if documents == "one":  # the bound is met exactly: no idle step
         assert row_steps(pattern, N, N, tiles) == len(expected)
         assert column_steps(pattern, N, N, tiles) == len(expected)
+
+
+@pytest.mark.parametrize("pattern", [Whole(), Blocks(128), Blocks(1000)], ids=str)
+@pytest.mark.parametrize("documents", ["one", "many", "padded"])
+def test_ranges_past_the_query_stay_within_their_bound(pattern, documents):
+    tiles, count, size = Tiles(256, 128), N // 4, getattr(pattern, "size", N)
+    place = np.arange(count)
+    begin = place // 900 * 900 if documents == "many" else 0 * place
+    after = np.minimum(begin + 900, count) if documents == "many" else 0 * place + count
+    start = begin + (place - begin) // size * size
+    end = np.minimum(start + size, after)
+    if documents == "padded":
+        start, end = (np.where(place < 3000, np.minimum(x, 3000), 3000) for x in (start, end))
+    bounds = (jnp.asarray(x, jnp.int32)[None] for x in (start, end))
+    by_rows, by_columns = both_lists(pattern, *bounds, count, tiles)
+    expected = sorted(meeting(start, end, count, tiles))
+    assert pairs(by_rows, 0) == expected
+    assert sorted((row, column) for column, row in pairs(by_columns, 0)) == expected
+    if documents == "one" and pattern == Whole():
+        assert row_steps(pattern, count, count, tiles) == len(expected)
+        assert column_steps(pattern, count, count, tiles) == len(expected)
 
 
 def test_gaps_and_empty_tiles(seed):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.attention.pattern import Pooling, Reading, Sliding
+from bltjax.attention.pattern import Blocks, Pooling, Reading, Sliding, Whole
 from bltjax.attention.staircase import Tiles
 from bltjax.planning.hlo import Array, read_program
 from bltjax.planning.hlo_collectives import read_collectives, read_group
@@ -149,6 +149,9 @@ def test_windows_meet_inputs_only():
 def test_visited_tiles():
     tiles = Tiles(256, 256)
     assert visited_share(Sliding(512), 4096, 4096, tiles) == 1
+    assert visited_share(Whole(), 4096, 4096, tiles) == 1
+    # Of three tiles in a row that a block may reach, the block of 128 lies in one.
+    assert visited_share(Blocks(128), 4096, 4096, tiles) == 16 / (3 * 16 - 2)
     for pattern, queries, keys in (
         (Pooling(4), 4096, 4096),
         (Reading(4), 4096, 4096),
