@@ -18,9 +18,9 @@ from bltjax.config.letters import check_shapes
 from bltjax.distributed.sharding import LETTER_AXES, dividing, on_devices, set_mesh_or_none
 from bltjax.scan.dense import dense
 from bltjax.scan.pallas_tpu import pallas_tpu
-from bltjax.scan.xla import xla
+from bltjax.scan.xla import OUTCOME, xla
 
-__all__ = ["IMPLEMENTATIONS", "fastest", "selective_scan"]
+__all__ = ["IMPLEMENTATIONS", "OUTCOME", "fastest", "selective_scan"]
 IMPLEMENTATIONS = ("dense", "xla", "pallas_tpu")
 WAYS = {
     "xla": xla,

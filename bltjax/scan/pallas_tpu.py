@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from bltjax.scan.tpu_kernels import FP32, GROUP, LANES, backward_kernel, forward_kernel
+from bltjax.scan.xla import outcome
 
 WIDEST = 512  # channels of a tile
 VMEM_BYTES = 32 * 2**20
@@ -60,7 +61,7 @@ def scanned_forward(rates, v, step, into, out, state, interpret):
         states=jax.ShapeDtypeStruct((rows, positions // CHUNK, *rates.shape), FP32),
         last=jax.ShapeDtypeStruct(state.shape, FP32),
     )
-    y, states, last = call(forward_kernel, inputs, outputs, interpret)
+    y, states, last = outcome(*call(forward_kernel, inputs, outputs, interpret))
     return (y, last), (rates, v, step, into, out, states)
 
 

@@ -13,7 +13,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+OUTCOME = "scan"  # the name of the scan's output, and of states kept, for rematerialisation
 CHUNK = 64  # positions; an associative scan holds some arrays [64, B, U, I]
 
 
@@ -68,6 +70,10 @@ def all_at_once(rates_UI, state_BUI, arrays):
     return states[-1], (states * out[..., None]).sum(axis=2)
 
 
+def outcome(*arrays):
+    return tuple(checkpoint_name(array, OUTCOME) for array in arrays)
+
+
 def by_platform(function, *arrays):
     """function(way, *arrays); the way is chosen when the program is lowered: one traced here may be
     compiled for another platform."""
@@ -93,6 +99,7 @@ def forward(rates_UI, state_BUI, arrays):
         return jax.lax.scan(of_chunk, state_BUI, arrays)
 
     last_BUI, (y, states) = by_platform(through, rates_UI, state_BUI, arrays)
+    y, last_BUI, states = outcome(y, last_BUI, states)
     return (y, last_BUI), (rates_UI, states, arrays)
 
 
