@@ -27,9 +27,12 @@ from bltjax.model.blt.decoding import cached_blt
 from bltjax.model.blt.model import BLT
 from bltjax.model.byte_decoding import cached_bytes
 from bltjax.model.params import flattened
-from bltjax.rivals import byt5, llama
+from bltjax.rivals import byt5, canine, llama, mambabyte, megabyte, spacebyte
 from bltjax.rivals.decoding.byt5 import cached_byt5
 from bltjax.rivals.decoding.llama import cached_llama
+from bltjax.rivals.decoding.mambabyte import cached_mambabyte
+from bltjax.rivals.decoding.megabyte import cached_megabyte
+from bltjax.rivals.decoding.spacebyte import cached_spacebyte
 from bltjax.system.environment import random_key
 from bltjax.text.vocabulary import Vocabulary, vocabulary_of
 
@@ -95,6 +98,43 @@ FAMILIES = {
             ),
             cached_llama, verbs={"draft": NO_LATENT},
             forward=llama.forward, inputs=llama.FORWARD_INPUTS,
+        ),
+        Family(
+            "megabyte", "MegaByte", megabyte.MegaByteConfig, "bytes", ("max_bytes", "max_patches"),
+            megabyte.MegaByte,
+            flax_init(lambda config: megabyte.MegaByte(config, 2), TWO_BN, TWO_BN),
+            flax_logits(*BYTES),
+            megabyte.forward_flops, megabyte.recomputed_flops, megabyte.paper_flops,
+            cached_megabyte, verbs={"draft": NO_LATENT}, grid=lambda config: config.patch_bytes,
+            forward=megabyte.forward, inputs=megabyte.FORWARD_INPUTS,
+        ),
+        Family(
+            "spacebyte", "SpaceByte", spacebyte.SpaceByteConfig, "patches",
+            ("max_bytes", "max_patches"),
+            spacebyte.SpaceByte,
+            flax_init(lambda config: spacebyte.SpaceByte(config, 2), TWO_BN, TWO_BN, THREE_BN1),
+            flax_logits(*PATCHES),
+            spacebyte.forward_flops, spacebyte.recomputed_flops, spacebyte.paper_flops,
+            cached_spacebyte, verbs={"draft": NO_LATENT}, own_patching=Patching("space"),
+            forward=spacebyte.forward, inputs=spacebyte.FORWARD_INPUTS,
+        ),
+        Family(
+            "mambabyte", "MambaByte", mambabyte.MambaByteConfig, "bytes", ("max_bytes",),
+            lambda config, P, dtype, attention: mambabyte.MambaByte(config, dtype, attention),
+            flax_init(mambabyte.MambaByte, TWO_BN, TWO_BN),
+            flax_logits(*BYTES),
+            mambabyte.forward_flops, mambabyte.recomputed_flops, mambabyte.paper_flops,
+            cached_mambabyte, verbs={"draft": NO_LATENT},
+            forward=mambabyte.forward, inputs=mambabyte.FORWARD_INPUTS,
+        ),
+        Family(
+            "canine", "CANINE", canine.CanineConfig, "characters", ("max_bytes", "max_patches"),
+            canine.Canine,
+            flax_init(lambda config: canine.Canine(config, 2), TWO_BN, TWO_BN),
+            flax_logits("characters_BN", "documents_BN"),
+            canine.forward_flops, canine.recomputed_flops, canine.paper_flops,
+            verbs={"draft": NO_LATENT, "decoding": "a CANINE is an encoder: it writes no text"},
+            forward=canine.forward, inputs=canine.FORWARD_INPUTS,
         ),
         Family(
             "byt5", "ByT5", byt5.ByT5Config, "pairs", ("max_bytes",),

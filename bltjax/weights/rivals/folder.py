@@ -21,19 +21,22 @@ from bltjax.weights.released.tensors import (
     tensors_of,
 )
 from bltjax.weights.released.torch_file import read_pth
-from bltjax.weights.rivals import byt5, llama
+from bltjax.weights.rivals import byt5, canine, llama, mambabyte, megabyte, spacebyte
 from bltjax.weights.safetensors import read_folder, write_folder
 from bltjax.weights.stored import ModelFiles
 from bltjax.weights.workdir import TOKENIZER
 
 # The file of each family's public layout, by the family's name.
 PUBLIC: dict[str, ModuleType] = {
-    "byt5": byt5, "llama": llama,
+    "byt5": byt5, "canine": canine, "llama": llama, "mambabyte": mambabyte, "megabyte": megabyte,
+    "spacebyte": spacebyte,
 }  # fmt: skip
 
 
 def public_layout(settings: dict) -> ModuleType | None:
     """The layout of a config.json, or None."""
+    if set(mambabyte.FIELDS) <= settings.keys():  # mamba_ssm's own, which names no model_type
+        return mambabyte
     kind = settings.get("model_type")
     return next((layout for layout in PUBLIC.values() if kind in layout.MODEL_TYPES), None)
 
