@@ -27,8 +27,6 @@ from bltjax.rivals.norms import layer_norm
 from bltjax.text.segments import Ranges
 
 HIDDEN = 4  # times the width
-
-
 STACKS = {"global": "DHH", "local": "EGG"}  # by their names in settings; letters, as of BlockSize
 
 
@@ -78,8 +76,8 @@ class ReluBlock(nn.Module):
 
         def weight(name, shape, fan_in):
             # Inside the scan a layer's parameters have lost their L.
-            stored = self.param(name, normal(fan_in), shape)
-            return gathered(stored, name.replace("_L", "_"), self.dtype)
+            parameter = self.param(name, normal(fan_in), shape)
+            return gathered(parameter, name.replace("_L", "_"), self.dtype)
 
         def norm(name, letter, x):
             scale = self.param(f"{name}_{L}{letter}", nn.initializers.ones, x.shape[-1:])
@@ -192,21 +190,17 @@ def listed_positions(index_B, slots: int, size: BlockSize) -> CachePositions:
 def listed(new_kv, position_BT, size: BlockSize, slots: int) -> tuple[Cache, ...]:
     """Caches of `slots` slots from the keys and values of whole rows, position i in slot i."""
     angles = rotary_angles(position_BT, size.channels, size.rope_theta)
-
-    def widened(x_BTJC):
-        x_BJTC = x_BTJC.swapaxes(1, 2)
-        return jnp.pad(x_BJTC, ((0, 0), (0, 0), (0, slots - x_BJTC.shape[2]), (0, 0)))
-
-    return tuple(Cache(widened(rotate(k, angles)), widened(v)) for k, v in new_kv)
+    caches = [Cache(rotate(k, angles).swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in new_kv]
+    return longer(caches, slots)
 
 
 def longer(caches, slots: int) -> tuple[Cache, ...]:
-    """The caches, padded to `slots` slots."""
+    """The caches, padded to `slots` slots if they have fewer."""
 
     def padded(x_BJTC):
-        return jnp.pad(x_BJTC, ((0, 0), (0, 0), (0, slots - x_BJTC.shape[2]), (0, 0)))
+        return jnp.pad(x_BJTC, ((0, 0), (0, 0), (0, max(0, slots - x_BJTC.shape[2])), (0, 0)))
 
-    return jax.tree.map(padded, caches)
+    return jax.tree.map(padded, tuple(caches))
 
 
 @jax.custom_vjp
@@ -248,6 +242,5 @@ def row_again(remat: str, positions: int, span: int, width: int) -> int:
 
 def published_flops(width: int, layers: int, keys: float, vocabulary: int = 0) -> float:
     """FLOPs of one position, forward, as the SpaceByte paper counts: attention is not halved."""
-    return layers * (4 * width * keys + 8 * width**2 + 4 * HIDDEN * width**2) + (
-        2 * width * vocabulary
-    )
+    block = 4 * width * keys + (8 + 4 * HIDDEN) * width**2
+    return layers * block + 2 * width * vocabulary
