@@ -96,12 +96,12 @@ def all_but_weights(primitive, *_, **__) -> bool:
     return primitive.name not in FREE
 
 
-def rematerialised(remat: str, *, scanned: bool = False):
-    """Block, rematerialised by the policy of `config.REMAT`."""
-    policies = jax.checkpoint_policies
+def rematerialised(remat: str, *, scanned: bool = False, block: type[nn.Module] | None = None):
+    """A kind of block, by default Block, rematerialised by the policy of `config.REMAT`."""
+    policies, block = jax.checkpoint_policies, block or Block
     if remat == "none":
         if not gathers():
-            return Block
+            return block
         policy = all_but_weights
     elif remat == "products":
         policy = policies.save_from_both_policies(
@@ -109,7 +109,7 @@ def rematerialised(remat: str, *, scanned: bool = False):
         )
     else:
         policy = policies.nothing_saveable
-    return nn.remat(Block, prevent_cse=not scanned, policy=policy)
+    return nn.remat(block, prevent_cse=not scanned, policy=policy)
 
 
 class Block(nn.Module):

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention import OUTCOME, range_attention
+from bltjax.attention import range_attention
 from bltjax.attention.kv_cache import Cache, CachePositions, cached_attention, stored
 from bltjax.attention.pattern import Pattern
 from bltjax.attention.rope import rotary_angles, rotate
 from bltjax.config.fields import divides, one_of, positive
 from bltjax.config.model import REMAT
-from bltjax.distributed.sharding import constrained, gathered, gathers
+from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.flops import visible_keys
-from bltjax.model.layers import BlockSize, all_but_weights, project, through
+from bltjax.model.layers import BlockSize, project, rematerialised, through
 from bltjax.rivals.norms import layer_norm
 from bltjax.text.segments import Ranges
 
@@ -118,22 +118,6 @@ class ReluBlock(nn.Module):
         return x_BQD + constrained(project(y, down), f"x_BQ{D}"), new_kv
 
 
-def rematerialised(remat: str, *, scanned: bool):
-    """ReluBlock, rematerialised by the policy of `config.REMAT` as a `Block` of layers.py is."""
-    policies = jax.checkpoint_policies
-    if remat == "none":
-        if not gathers():
-            return ReluBlock
-        policy = all_but_weights
-    elif remat == "products":
-        policy = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(OUTCOME)
-        )
-    else:
-        policy = policies.nothing_saveable
-    return nn.remat(ReluBlock, prevent_cse=not scanned, policy=policy)
-
-
 class ReluStack(nn.Module):
     """Some blocks of a stack: scanned, or a plain loop over parameters that are apart."""
 
@@ -147,7 +131,7 @@ class ReluStack(nn.Module):
 
     def setup(self):
         size = relu_size(self.config, self.stack)
-        block = rematerialised(self.config.remat, scanned=self.scanned)
+        block = rematerialised(self.config.remat, scanned=self.scanned, block=ReluBlock)
         parts = (self.pattern, self.dtype, self.implementation)
         if self.scanned:
             self.blocks = nn.scan(
