@@ -318,8 +318,9 @@ def paper_flops(config: MambaByteConfig, N: int, P: int) -> float:
 def forward(config: ModelConfig, params, arrays: dict, dtype, implementation: str | None) -> dict:
     """What the public implementation computes from `tokens` [B, N], one document per row.
 
-    Returns logits, hidden_states [B, L + 1, N, D] (after each layer, and the last one normed), each layer's newest inputs of the convolution, conv_state [B, L, I, A], and states,
-    ssm_state [B, L, I, U]; with `next_token` [B], next_logits of one cached step.
+    Returns logits, hidden_states [B, L + 1, N, D] (after each layer, and the last one normed), and
+    each layer's newest inputs of the convolution, conv_state [B, L, I, A], and states, ssm_state
+    [B, L, I, U]; with `next_token` [B], next_logits of one cached step.
     """
     tokens = arrays["tokens"]
     model = MambaByte(config.model, dtype, implementation, scanned=False)
