@@ -27,7 +27,8 @@ from bltjax.model.blt.decoding import cached_blt
 from bltjax.model.blt.model import BLT
 from bltjax.model.byte_decoding import cached_bytes
 from bltjax.model.params import flattened
-from bltjax.rivals import byt5, canine, llama, mambabyte, megabyte, spacebyte
+from bltjax.rivals import byt5, llama, mambabyte, megabyte, spacebyte
+from bltjax.rivals.canine import model as canine
 from bltjax.rivals.decoding.byt5 import cached_byt5
 from bltjax.rivals.decoding.llama import cached_llama
 from bltjax.rivals.decoding.mambabyte import cached_mambabyte

@@ -29,7 +29,7 @@ from bltjax.config.model import REMAT, ModelConfig
 from bltjax.distributed.sharding import constrained
 from bltjax.model.flops import visible_keys
 from bltjax.model.layers import embedded, project, rematerialised
-from bltjax.rivals.bert_block import (
+from bltjax.rivals.canine.bert_block import (
     BertBlock,
     BertSize,
     block_again,
@@ -39,8 +39,8 @@ from bltjax.rivals.bert_block import (
     normed,
     weight,
 )
-from bltjax.rivals.masked_characters import MaskedCharacters, head_flops
-from bltjax.rivals.molecules import Layout, layout, padded_layout, rows_at, shifted
+from bltjax.rivals.canine.masked_characters import MaskedCharacters, head_flops
+from bltjax.rivals.canine.molecules import Layout, layout, padded_layout, rows_at, shifted
 
 # One per hash function.
 PRIMES = (31, 43, 59, 61, 73, 97, 103, 113, 137, 149, 157, 173, 181, 193, 211, 223)
