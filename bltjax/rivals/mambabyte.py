@@ -173,7 +173,7 @@ def paper_flops(config: MambaByteConfig, N: int, P: int) -> float:
 
 
 def forward(config: ModelConfig, params, arrays: dict, dtype, implementation: str | None) -> dict:
-    """What the public implementation computes from `tokens` [B, N], one document per row.
+    """The public implementation's outputs for `tokens` [B, N], one document per row.
 
     Returns logits, hidden_states [B, L + 1, N, D] (after each layer, and the last one normed), and
     each layer's newest inputs of the convolution, conv_state [B, L, I, A], and states, ssm_state

@@ -110,7 +110,9 @@ def of_transformers(values: dict, where: str) -> dict:
     return dict(
         layers=found["num_hidden_layers"], width=found["hidden_size"], expand=found["expand"],
         states=found["state_size"], taps=found["conv_kernel"],
-        step_rank=rank_of(found["time_step_rank"], found["hidden_size"], f"{where}: time_step_rank"),
+        step_rank=rank_of(
+            found["time_step_rank"], found["hidden_size"], f"{where}: time_step_rank"
+        ),
         norm="rms", norm_eps=float(found["layer_norm_epsilon"]),
         tied=found["tie_word_embeddings"], alphabet=found["vocab_size"],
     )  # fmt: skip
