@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.distributed.sharding import constrained, gathered, gathers
+from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.byte_decoding import slice_rows
-from bltjax.model.layers import all_but_weights, project, rms_norm
+from bltjax.model.layers import project, rms_norm
 from bltjax.rivals.norms import layer_norm
-from bltjax.scan import OUTCOME, selective_scan
+from bltjax.scan import selective_scan
 from bltjax.text.segments import document_begins, index_like
 
 
@@ -163,19 +163,3 @@ class MambaBlock(nn.Module):
         x_BND = x_BND + constrained(project(y, down), "x_BND").astype(fp32)
         length_B = places.real_BN.sum(axis=1, dtype=jnp.int32)
         return x_BND, (x_BND, Past(slice_rows(value, length_B - 1, A), state))
-
-
-def rematerialised(remat: str, *, scanned: bool):
-    """MambaBlock, rematerialised by the policy of `config.REMAT`."""
-    policies = jax.checkpoint_policies
-    if remat == "none":
-        if not gathers():
-            return MambaBlock
-        policy = all_but_weights
-    elif remat == "products":
-        policy = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(OUTCOME)
-        )
-    else:
-        policy = policies.nothing_saveable
-    return nn.remat(MambaBlock, prevent_cse=not scanned, policy=policy)

@@ -16,8 +16,9 @@ from bltjax.config.fields import MAY_CHANGE, one_of, positive, setting, within
 from bltjax.config.model import REMAT, ModelConfig
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.blt.latent_transformer import unscanned
-from bltjax.model.layers import embedded, project
-from bltjax.rivals.mamba_block import Places, normed, places_of, rematerialised, uniform
+from bltjax.model.layers import embedded, project, rematerialised
+from bltjax.rivals.mamba_block import MambaBlock, Places, normed, places_of, uniform
+from bltjax.scan import OUTCOME
 from bltjax.text.alphabet import ALPHABETS
 from bltjax.text.segments import index_like
 
@@ -94,7 +95,7 @@ class MambaByte(nn.Module):
     def stack(self, bytes_BN, places: Places, past=None):
         config = self.config
         V, D = config.vocabulary, config.width
-        block = rematerialised(config.remat, scanned=self.scanned)
+        block = rematerialised(config.remat, scanned=self.scanned, block=MambaBlock, kept=OUTCOME)
         parts = (config, self.dtype, scan_implementation(self.implementation))
         stored = self.param("bytes_VD", nn.initializers.normal(0.02), (V, D))
         bytes_VD = gathered(stored, "bytes_VD", self.dtype)
