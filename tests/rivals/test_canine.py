@@ -14,7 +14,7 @@ import pytest
 from bltjax.attention.pattern import Whole
 from bltjax.config.letters import suffix_axes
 from bltjax.config.model import ModelConfig
-from bltjax.data.masks import MASK, document_characters, masked
+from bltjax.data.masks import masked
 from bltjax.model.params import flattened
 from bltjax.rivals.bert_block import BertBlock
 from bltjax.rivals.canine import (
@@ -26,6 +26,7 @@ from bltjax.rivals.canine import (
     recomputed_flops,
 )
 from bltjax.rivals.molecules import layout
+from bltjax.text.characters import MASK, document_characters
 from bltjax.weights.lazy import leaf_of
 from bltjax.weights.released.tensors import check_tensors, leaves_of, tensors_of
 from bltjax.weights.rivals.canine import parts, read_settings, written_settings
