@@ -224,6 +224,34 @@ class Canine(nn.Module):
         return normed(self, total_BND, "upsample_norm", "D", config.norm_eps)
 
 
+def masked_logits(module: Canine, params, batch) -> jax.Array:
+    """Logits, float32 [B, Q, V], of a batch's masked characters (data/batches.py)."""
+
+    def run(module: Canine):
+        hidden_BND, _ = module(batch.characters_BN, batch.documents_BN)
+        given = (batch.masked_BQ, batch.targets_BQ, batch.documents_BN)
+        return module.predictions(hidden_BND, *given)
+
+    return nn.apply(run, module)({"params": params})
+
+
+def embedded_documents(module: Canine, params, batch):
+    """float32: hidden states [B, N, D], and the pooled state [B, D] of each row's first document."""
+    given = (batch.characters_BN, batch.documents_BN)
+    hidden_BND, out = module.apply({"params": params}, *given)
+    return hidden_BND, out["pooled_BPD"][:, 0].astype(jnp.float32)
+
+
+def unscored(config: CanineConfig) -> str:
+    """The reason why a model predicts nothing; empty if it does."""
+    if config.predicts:
+        return ""
+    return (
+        "this CANINE has no head for masked characters (canine.predicts is False), as released"
+        " weights have none: it has no loss to be trained or evaluated by"
+    )
+
+
 def stacks(config: CanineConfig, N: int, P: int) -> tuple[tuple[int, int, int], ...]:
     """(layers, positions, pairs of query and key) of each stack, in a row that is one document."""
     blocks, rest = divmod(N, config.block)
