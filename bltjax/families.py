@@ -41,6 +41,9 @@ from bltjax.text.vocabulary import CHARACTERS, Vocabulary, vocabulary_of
 TWO_BN = np.ones((1, 2), np.int32)
 THREE_BN1 = np.ones((1, 3), bool)
 NO_LATENT = "only a BLT drafts: other models have no latent transformer to spare"
+NO_SCORER = "only the entropies of a byte LM or a byte CNN place patches"
+NO_PROGRAMS = "programs for a server are written of a BLT, a byte LM or a byte CNN"
+RIVAL = {"draft": NO_LATENT, "empty_carry": NO_SCORER, "serving": NO_PROGRAMS}
 ENCODES = (
     "a CANINE is an encoder that sees both sides of a character: it has no next byte. `embed` gives"
     " its states, `evaluate` how well it predicts masked characters"
@@ -128,7 +131,7 @@ FAMILIES = {
             *of_positions(
                 llama.forward_flops, llama.recomputed_flops, llama.paper_flops
             ),
-            cached_llama, verbs={"draft": NO_LATENT},
+            cached_llama, verbs=RIVAL,
             forward=llama.forward, inputs=llama.FORWARD_INPUTS,
         ),
         Family(
@@ -137,7 +140,7 @@ FAMILIES = {
             flax_init(lambda config: megabyte.MegaByte(config, 2), TWO_BN, TWO_BN),
             flax_logits(*BYTES),
             megabyte.forward_flops, megabyte.recomputed_flops, megabyte.paper_flops,
-            cached_megabyte, verbs={"draft": NO_LATENT},
+            cached_megabyte, verbs=RIVAL,
             row_settings=lambda config: {"grid": config.model.patch_bytes},
             forward=megabyte.forward, inputs=megabyte.FORWARD_INPUTS,
         ),
@@ -148,7 +151,7 @@ FAMILIES = {
             flax_init(lambda config: spacebyte.SpaceByte(config, 2), TWO_BN, TWO_BN, THREE_BN1),
             flax_logits(*PATCHES),
             spacebyte.forward_flops, spacebyte.recomputed_flops, spacebyte.paper_flops,
-            cached_spacebyte, verbs={"draft": NO_LATENT}, own_patching=Patching("space"),
+            cached_spacebyte, verbs=RIVAL, own_patching=Patching("space"),
             forward=spacebyte.forward, inputs=spacebyte.FORWARD_INPUTS,
         ),
         Family(
@@ -157,7 +160,7 @@ FAMILIES = {
             flax_init(mambabyte.MambaByte, TWO_BN, TWO_BN),
             flax_logits(*BYTES),
             mambabyte.forward_flops, mambabyte.recomputed_flops, mambabyte.paper_flops,
-            cached_mambabyte, verbs={"draft": NO_LATENT},
+            cached_mambabyte, verbs=RIVAL,
             forward=mambabyte.forward, inputs=mambabyte.FORWARD_INPUTS,
         ),
         Family(
@@ -166,8 +169,8 @@ FAMILIES = {
             flax_init(lambda config: canine.Canine(config, 2), TWO_BN, TWO_BN),
             canine.masked_logits,
             canine.forward_flops, canine.recomputed_flops, canine.paper_flops,
-            verbs={
-                "draft": NO_LATENT, "decoding": "a CANINE is an encoder: it writes no text",
+            verbs=RIVAL | {
+                "decoding": "a CANINE is an encoder: it writes no text",
                 "causal": ENCODES,
             },
             row_settings=character_rows, causal=False, embed=canine.embedded_documents,
@@ -181,7 +184,7 @@ FAMILIES = {
             flax_init(byt5.ByT5, TWO_BN, TWO_BN, TWO_BN, TWO_BN),
             flax_logits("encoder_bytes_BT", "encoder_documents_BT", "bytes_BN", "documents_BN"),
             byt5.forward_flops, byt5.recomputed_flops, byt5.paper_flops,
-            cached_byt5, verbs={"draft": NO_LATENT, "causal": READS_FIRST},
+            cached_byt5, verbs=RIVAL | {"causal": READS_FIRST},
             row_settings=pair_rows, causal=False, measure=pair_measure,
             forward=byt5.forward, inputs=byt5.FORWARD_INPUTS,
         ),

@@ -71,10 +71,14 @@ def load_entropy_model(path, *, newline_reset: bool) -> EntropyModel:
     """
     model = load_params(path)
     family = family_of(model.config)
-    if family.rows != "bytes":
+    if family.rows != "bytes" or not (family.empty_carry or family.entropy_table):
         raise ValueError(
             f"{path} is a {family.title}, not a byte LM; entropies come from a byte LM"
-            f" (that of this {family.title} is {path}/byte_lm)"
+            + (
+                f" (that of this {family.title} is {path}/byte_lm)"
+                if model.config.by_entropy
+                else ""
+            )
         )
     return as_scorer(model, newline_reset)
 
