@@ -28,7 +28,8 @@ from bltjax.model.blt.model import BLT
 from bltjax.model.byte_decoding import cached_bytes
 from bltjax.model.loss import BITS_PER_BYTE, Measure
 from bltjax.model.params import flattened
-from bltjax.rivals import byt5, canine, llama, mambabyte, megabyte, spacebyte
+from bltjax.rivals import byt5, llama, mambabyte, megabyte, spacebyte
+from bltjax.rivals.canine import model as canine
 from bltjax.rivals.decoding.byt5 import cached_byt5
 from bltjax.rivals.decoding.llama import cached_llama
 from bltjax.rivals.decoding.mambabyte import cached_mambabyte
@@ -219,11 +220,6 @@ def parse(kind: type, values, where: str = "config", file=""):
             f"{where}.patching is for families with patches: a {family.title} has"
             f" {'some' if config.patching is None else 'none'}"
         )
-    if family.own_patching and config.patching not in (Patching(), family.own_patching):
-        raise ValueError(
-            f"{where}.patching.mode is {config.patching.mode!r}, but a {family.title} has patches"
-            f" of its own, {family.own_patching.mode!r}: leave {where}.patching out"
-        )
     return config
 
 
@@ -253,6 +249,11 @@ def from_json(values, path) -> RunConfig:
 def model_config(run: RunConfig) -> ModelConfig:
     """The ModelConfig of a RunConfig."""
     family = family_of(run)
+    if family.own_patching and run.patching not in (Patching(), family.own_patching):
+        raise ValueError(
+            f"patching.mode is {run.patching.mode!r}, but a {family.title} has patches of its own,"
+            f" {family.own_patching.mode!r}: leave patching out"
+        )
     patching = family.own_patching or run.patching if family.rows == "patches" else None
     return ModelConfig(
         run.model, patching, run.data.seq_len, run.data.max_patches, run.compute_dtype,

@@ -118,7 +118,9 @@ def divides(small_name: str, small: int, large_name: str, large: int) -> None:
 
 def setting_name(config, name: str) -> str:
     """`optimizer.lr` for the field `lr` of an OptimizerConfig."""
-    group = re.sub("(?<=[a-z])(?=[A-Z])", "_", type(config).__name__.removesuffix("Config")).lower()
+    name_of_class = type(config).__name__.removesuffix("Config")
+    words = re.sub("(?<=[a-z])(?=[A-Z])", "_", name_of_class).lower()
+    group = getattr(config, "group", words)  # a family's, which a config names it by
     return name if group == "run" else f"{group}.{name}"
 
 

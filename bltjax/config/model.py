@@ -35,6 +35,12 @@ class ModelConfig:
 
     def __post_init__(self):
         check_row(self.max_bytes, self.max_patches)
+        longest = getattr(self.model, "longest", None)
+        if longest is not None and self.max_bytes > longest:
+            raise ValueError(
+                f"a row of {self.max_bytes} bytes (data.seq_len) is longer than"
+                f" {self.model.group}.context, {longest} positions"
+            )
 
     @property
     def by_entropy(self) -> bool:

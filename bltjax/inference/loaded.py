@@ -48,8 +48,9 @@ class LoadedModel:
         self.model, self.mesh, self.dtype, self.path = model, mesh, dtype, path
         self.config, self.params = model.config, model.params
         self.rows, self.family = rows_of(self.config), family_of(self.config)
-        # A byte model has entropies of its own.
-        self.scores = model.entropy_model if self.config.patching is not None else model
+        # Where no other model places patches, a model has entropies of its own.
+        placed = self.config.patching is not None and not self.family.own_patching
+        self.scores = model.entropy_model if placed else model
 
         device = mesh.devices.flat[0] if mesh else jax.devices()[0]
         computed = jax.numpy.dtype(resolved(self.config, device).compute_dtype)

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention import OUTCOME
-from bltjax.attention.biased import biased_attention, cached_biased_attention, distance_buckets
+from bltjax.attention.biased import biased_attention, cached_biased_attention
+from bltjax.attention.distances import distance_buckets
 from bltjax.attention.kv_cache import Cache, stored
-from bltjax.distributed.sharding import constrained, gathered, gathers
-from bltjax.model.layers import all_but_weights, project, rms_norm
+from bltjax.distributed.sharding import constrained, gathered
+from bltjax.model.layers import project, rematerialised, rms_norm
 from bltjax.text.segments import Ranges, document_begins
 
 
@@ -133,22 +133,6 @@ class Block(nn.Module):
         return self.layer(x_BQD, attend, lambda q: cached_biased_attention(q, crossed, read_BQT))
 
 
-def rematerialised(remat: str):
-    """`Block`, rematerialised in a scan by the policy of `config.REMAT`, as in layers.py."""
-    policies = jax.checkpoint_policies
-    if remat == "none":
-        if not gathers():
-            return Block
-        policy = all_but_weights
-    elif remat == "products":
-        policy = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(OUTCOME)
-        )
-    else:
-        policy = policies.nothing_saveable
-    return nn.remat(Block, prevent_cse=False, policy=policy)
-
-
 class Stack(nn.Module):
     """An encoder or a decoder: blocks, and a norm after them."""
 
@@ -165,7 +149,7 @@ class Stack(nn.Module):
         self.norm_D = self.param("norm_D", nn.initializers.ones, (size.width,))
         if self.scanned:
             self.blocks = nn.scan(
-                rematerialised(self.remat),
+                rematerialised(self.remat, scanned=True, block=Block),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,

@@ -14,21 +14,19 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention import OUTCOME, range_attention
+from bltjax.attention import range_attention
 from bltjax.attention.kv_cache import Cache, CachePositions, cached_attention, stored
 from bltjax.attention.pattern import Pattern
 from bltjax.attention.rope import rotary_angles, rotate
 from bltjax.config.fields import divides, one_of, positive
 from bltjax.config.model import REMAT
-from bltjax.distributed.sharding import constrained, gathered, gathers
+from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.flops import visible_keys
-from bltjax.model.layers import BlockSize, all_but_weights, project, through
+from bltjax.model.layers import BlockSize, project, rematerialised, through
 from bltjax.rivals.norms import layer_norm
 from bltjax.text.segments import Ranges
 
 HIDDEN = 4  # times the width
-
-
 STACKS = {"global": "DHH", "local": "EGG"}  # by their names in settings; letters, as of BlockSize
 
 
@@ -78,8 +76,8 @@ class ReluBlock(nn.Module):
 
         def weight(name, shape, fan_in):
             # Inside the scan a layer's parameters have lost their L.
-            stored = self.param(name, normal(fan_in), shape)
-            return gathered(stored, name.replace("_L", "_"), self.dtype)
+            parameter = self.param(name, normal(fan_in), shape)
+            return gathered(parameter, name.replace("_L", "_"), self.dtype)
 
         def norm(name, letter, x):
             scale = self.param(f"{name}_{L}{letter}", nn.initializers.ones, x.shape[-1:])
@@ -120,22 +118,6 @@ class ReluBlock(nn.Module):
         return x_BQD + constrained(project(y, down), f"x_BQ{D}"), new_kv
 
 
-def rematerialised(remat: str, *, scanned: bool):
-    """ReluBlock, rematerialised by the policy of `config.REMAT` as a `Block` of layers.py is."""
-    policies = jax.checkpoint_policies
-    if remat == "none":
-        if not gathers():
-            return ReluBlock
-        policy = all_but_weights
-    elif remat == "products":
-        policy = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(OUTCOME)
-        )
-    else:
-        policy = policies.nothing_saveable
-    return nn.remat(ReluBlock, prevent_cse=not scanned, policy=policy)
-
-
 class ReluStack(nn.Module):
     """Some blocks of a stack: scanned, or a plain loop over parameters that are apart."""
 
@@ -149,7 +131,7 @@ class ReluStack(nn.Module):
 
     def setup(self):
         size = relu_size(self.config, self.stack)
-        block = rematerialised(self.config.remat, scanned=self.scanned)
+        block = rematerialised(self.config.remat, scanned=self.scanned, block=ReluBlock)
         parts = (self.pattern, self.dtype, self.implementation)
         if self.scanned:
             self.blocks = nn.scan(
@@ -192,21 +174,17 @@ def listed_positions(index_B, slots: int, size: BlockSize) -> CachePositions:
 def listed(new_kv, position_BT, size: BlockSize, slots: int) -> tuple[Cache, ...]:
     """Caches of `slots` slots from the keys and values of whole rows, position i in slot i."""
     angles = rotary_angles(position_BT, size.channels, size.rope_theta)
-
-    def widened(x_BTJC):
-        x_BJTC = x_BTJC.swapaxes(1, 2)
-        return jnp.pad(x_BJTC, ((0, 0), (0, 0), (0, slots - x_BJTC.shape[2]), (0, 0)))
-
-    return tuple(Cache(widened(rotate(k, angles)), widened(v)) for k, v in new_kv)
+    caches = [Cache(rotate(k, angles).swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in new_kv]
+    return longer(caches, slots)
 
 
 def longer(caches, slots: int) -> tuple[Cache, ...]:
-    """The caches, padded to `slots` slots."""
+    """The caches, padded to `slots` slots if they have fewer."""
 
     def padded(x_BJTC):
-        return jnp.pad(x_BJTC, ((0, 0), (0, 0), (0, slots - x_BJTC.shape[2]), (0, 0)))
+        return jnp.pad(x_BJTC, ((0, 0), (0, 0), (0, max(0, slots - x_BJTC.shape[2])), (0, 0)))
 
-    return jax.tree.map(padded, caches)
+    return jax.tree.map(padded, tuple(caches))
 
 
 @jax.custom_vjp
@@ -248,6 +226,5 @@ def row_again(remat: str, positions: int, span: int, width: int) -> int:
 
 def published_flops(width: int, layers: int, keys: float, vocabulary: int = 0) -> float:
     """FLOPs of one position, forward, as the SpaceByte paper counts: attention is not halved."""
-    return layers * (4 * width * keys + 8 * width**2 + 4 * HIDDEN * width**2) + (
-        2 * width * vocabulary
-    )
+    block = 4 * width * keys + (8 + 4 * HIDDEN) * width**2
+    return layers * block + 2 * width * vocabulary

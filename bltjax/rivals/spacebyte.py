@@ -42,7 +42,7 @@ from bltjax.text.segments import row_patches
 
 FORWARD_INPUTS = ("tokens", "targets")
 STATES = ("initial_out", "global_in", "global_out", "final_in")  # of `forward`, besides logits
-NEVER = 1e4  # minus this is the logit of what the public implementation rules out
+CERTAIN = 1e4  # the logit of an id that the public implementation forces; minus it, of others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,7 @@ class SpaceByte(nn.Module):
         return constrained(y_BPD + self.at_positions("global_positions_PD", number_BP), "x_BPD")
 
     def narrowed(self, y_BPD):
-        """What slots add to the states of their bytes: the last E channels."""
+        """The share of slots in the states of their bytes: the last E channels."""
         return y_BPD[..., self.config.global_width - self.config.local_width :]
 
     def head(self, x_BNE):
@@ -214,7 +214,7 @@ class SpaceByte(nn.Module):
         return self.initial_stack.step(x_B1E, positions, caches)
 
     def visit(self, x_B1E, number_B, positions: CachePositions, caches):
-        """What the next slot of each row adds to its byte's state, and the updated caches."""
+        """The share of each row's next slot in its byte's state, and the updated caches."""
         y_B1D = self.global_inputs(x_B1E, number_B[:, None])
         y_B1D, caches = self.global_stack.step(y_B1D, positions, caches)
         return self.narrowed(y_B1D), caches
@@ -269,6 +269,6 @@ def forward(config: ModelConfig, params, arrays: dict, dtype, implementation) ->
     logits_BNV, out = model.apply({"params": params}, *arrays_BN)
     if "targets" not in arrays:
         lost_BN1 = (jnp.cumsum(opens_BN, axis=1) > own.global_context)[..., None]
-        only_V = jnp.where(jnp.arange(own.vocabulary) == alphabet.bos, NEVER, -NEVER)
+        only_V = jnp.where(jnp.arange(own.vocabulary) == alphabet.bos, CERTAIN, -CERTAIN)
         logits_BNV = jnp.where(lost_BN1, only_V[None, None], logits_BNV)
     return {"logits": logits_BNV} | {name: out[name] for name in STATES}

@@ -2,7 +2,8 @@
 
 Without that plugin (`pip install '.[gpu]'`; no GPU needed) they are lowered to Triton's language.
 
-Sizes are those of the 8B: rows of 16,384 bytes, 4,096 patches, 4 slots per patch.
+Sizes are those of the 8B: rows of 16,384 bytes, 4,096 patches, 4 slots per patch; and of CANINE:
+rows of 2,048 characters.
 """
 
 import importlib.util
@@ -19,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from test_serving import files_of
 
 from bltjax.attention import range_attention
-from bltjax.attention.pattern import Pooling, Reading, Sliding
+from bltjax.attention.pattern import Blocks, Pooling, Reading, Sliding, Whole
 from bltjax.distributed.topology import read_topology
 from bltjax.inference.serving import ServingConfig, ServingPrograms
 from bltjax.planning import aot
@@ -35,9 +36,12 @@ CASES = {
     "no multiples": (Sliding(100), 1000, 1040, 6, 3, 40),
     "many slots": (Pooling(31), 31 * 256, 1024, 4, 4, 64),
     "one shared head": (Sliding(1024), 1024, 1024, 16, 1, 128),
+    "whole documents": (Whole(), 2048, 2048, 12, 12, 64),
+    "blocks": (Blocks(128), 2048, 2048, 12, 12, 64),
 }
 KERNELS = ("forward_kernel", "queries_kernel", "keys_kernel")
-LONG = ("latent", "latent J=8", "one shared head")  # one kernel of all gradients, on TPUs
+# One kernel of all gradients, on TPUs.
+LONG = ("latent", "latent J=8", "one shared head", "whole documents")
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
 

@@ -82,10 +82,8 @@ class CachedMegaByte:
             return slice_rows(x_SAGC.reshape(rows, -1, *x_SAGC.shape[1:]), last_B, 1)[:, 0]
 
         pieces_BPAE = out["pieces_BPAE"]
-        number_BP, place_BA = (
-            index_like(pieces_BPAE[..., 0, 0]),
-            index_like(pieces_BPAE[:, 0, :, 0]),
-        )
+        number_BP = index_like(pieces_BPAE[:, :, 0, 0])
+        place_BA = index_like(pieces_BPAE[:, 0, :, 0])
         places = jax.tree.map(of_last, out["local_kv"])
         return Memory(
             newest(bytes_BN, length_B, A),

@@ -53,13 +53,13 @@ def read_public(folder: epath.Path, window_keys: int | None = None) -> ModelFile
     settings = read_object(folder / "config.json")
     layout = public_layout(settings)
     tensors = read_tensors(folder, notes)
-    config, tensors, more = layout.read_settings(settings, tensors, where)
-    if window_keys is not None:
-        if config.model.group != "spacebyte":
-            title = family_of(config).title
-            raise ValueError(f"--window_keys is for a SpaceByte; {folder} holds a {title}")
-        model = dataclasses.replace(config.model, window=window_keys)
-        config = dataclasses.replace(config, model=model)
+    if window_keys is not None and layout is not spacebyte:
+        raise ValueError(
+            f"--window_keys is for a SpaceByte; {where} is of model_type"
+            f" {settings.get('model_type')!r}"
+        )
+    more_settings = {} if window_keys is None else {"window_keys": window_keys}
+    config, tensors, more = layout.read_settings(settings, tensors, where, **more_settings)
     if family_of(config).rows == "tokens" and (folder / TOKENIZER).exists():
         model = dataclasses.replace(config.model, tokenizer=str(folder / TOKENIZER))
         config = dataclasses.replace(config, model=model)

@@ -28,19 +28,19 @@ from bltjax.config.fields import MAY_CHANGE, divides, one_of, positive, setting
 from bltjax.config.model import REMAT, ModelConfig
 from bltjax.distributed.sharding import constrained
 from bltjax.model.flops import visible_keys
-from bltjax.model.layers import embedded, project
-from bltjax.rivals.bert_block import (
+from bltjax.model.layers import embedded, project, rematerialised
+from bltjax.rivals.canine.bert_block import (
+    BertBlock,
     BertSize,
     block_again,
     block_flops,
     dense,
     gelu,
     normed,
-    rematerialised_bert,
     weight,
 )
-from bltjax.rivals.masked_characters import MaskedCharacters, head_flops
-from bltjax.rivals.molecules import Layout, layout, padded_layout, rows_at, shifted
+from bltjax.rivals.canine.masked_characters import MaskedCharacters, head_flops
+from bltjax.rivals.canine.molecules import Layout, layout, padded_layout, rows_at, shifted
 
 # One per hash function.
 PRIMES = (31, 43, 59, 61, 73, 97, 103, 113, 137, 149, 157, 173, 181, 193, 211, 223)
@@ -147,7 +147,7 @@ class Canine(nn.Module):
         if config.context < N:
             raise ValueError(f"a row of {N} characters is longer than {config.context} positions")
         size, more = config.size, (self.dtype, self.implementation)
-        block = rematerialised_bert(config.remat)
+        block = rematerialised(config.remat, block=BertBlock)
         found = jax.tree.map(jax.lax.stop_gradient, found)
 
         x_BND = constrained(self.embeddings(characters_BN, found.place_BN, types_BN), "x_BND")
@@ -160,7 +160,7 @@ class Canine(nn.Module):
         out |= {"initial_BND": x_BND, "molecules_in_BPD": molecules_BPD}
 
         deep = nn.scan(
-            rematerialised_bert(config.remat, scanned=True),
+            rematerialised(config.remat, scanned=True, block=BertBlock),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,

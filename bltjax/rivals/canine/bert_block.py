@@ -11,15 +11,13 @@ bias of q, k or v is stored in one axis, all heads one after another.
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from bltjax.attention import range_attention
 from bltjax.attention.pattern import Pattern
-from bltjax.attention.tiled import OUTCOME
-from bltjax.distributed.sharding import constrained, gathered, gathers
-from bltjax.model.layers import all_but_weights, project
+from bltjax.distributed.sharding import constrained, gathered
+from bltjax.model.layers import project
 from bltjax.rivals.norms import layer_norm
 from bltjax.text.segments import Ranges
 
@@ -102,22 +100,6 @@ class BertBlock(nn.Module):
         y_BQD = dense(self, hidden_BQF, f"down_{L}FD", f"down_bias_{L}D", (F, D))
         x_BQD = constrained(x_BQD + y_BQD, "x_BQD")
         return normed(self, x_BQD, "feed_forward_norm", f"{L}D", size.norm_eps), None
-
-
-def rematerialised_bert(remat: str, *, scanned: bool = False):
-    """BertBlock, rematerialised by the policy of `config.REMAT`."""
-    policies = jax.checkpoint_policies
-    if remat == "none":
-        if not gathers():
-            return BertBlock
-        policy = all_but_weights
-    elif remat == "products":
-        policy = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(OUTCOME)
-        )
-    else:
-        policy = policies.nothing_saveable
-    return nn.remat(BertBlock, prevent_cse=not scanned, policy=policy)
 
 
 def block_flops(positions: int, pairs: int, width: int, hidden: int) -> int:
