@@ -155,7 +155,7 @@ def lay_out(
     *,
     alphabet: Alphabet,
 ) -> None:
-    """Writes all of one row of a batch, padded with 0: the fragments of packing.py, one after another."""
+    """Writes all of one row of a batch: fragments (packing.py) one after another, then zeros."""
     position, ends = 0, []
     for number, (document, begin, end, _) in enumerate(fragments, start=1):
         next_position = position + end - begin

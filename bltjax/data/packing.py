@@ -9,8 +9,8 @@ starts with the last target of the row before: every byte is a target exactly on
 limit early wastes the other, so at every document boundary the packer chooses, among the waiting
 documents, the one after which bytes and patches are most evenly used.
 
-Examples (examples.py) have two sizes, too, but are never cut: the packer chooses, among those that
-fit, the one that uses most of both limits, and closes the row where none fits.
+Examples (objectives/examples.py) have two sizes, too, but are never cut: of those that fit in a row
+the packer chooses the one that uses most of both limits, and closes the row where none fits.
 """
 
 import bisect
@@ -23,7 +23,7 @@ import numpy as np
 
 from bltjax.config.rows import Rows
 from bltjax.data.batches import Batch, lay_out, make_batch
-from bltjax.data.examples import Example, lay_out_examples
+from bltjax.data.objectives.examples import Example, lay_out_examples
 from bltjax.data.records import Document
 from bltjax.text.alphabet import ALPHABETS
 from bltjax.text.patching import document_starts

@@ -15,7 +15,7 @@ import grain
 from bltjax.config.data import DataConfig
 from bltjax.config.rows import Rows
 from bltjax.data.batches import Batch
-from bltjax.data.examples import held_out_examples
+from bltjax.data.objectives.examples import held_out_examples
 from bltjax.data.packing import batch_of, cut_document, pack_exact
 from bltjax.data.records import Document, RecordDocuments
 from bltjax.data.sources.by_path import Documents, open_source

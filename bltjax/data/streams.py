@@ -10,7 +10,13 @@ import numpy as np
 
 from bltjax.config.data import DataConfig
 from bltjax.config.rows import Rows
-from bltjax.data.examples import Example, Windows, example_of, nothing_to_predict, windows_of
+from bltjax.data.objectives.examples import (
+    Example,
+    Windows,
+    example_of,
+    nothing_to_predict,
+    windows_of,
+)
 from bltjax.data.packing import CutDocument, Packer, cut_document
 from bltjax.data.shuffle import Order
 from bltjax.data.sources.by_path import Documents

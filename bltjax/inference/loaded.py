@@ -17,15 +17,14 @@ from bltjax.config.data import SourceConfig
 from bltjax.data.batches import Batch, one_row
 from bltjax.families import batch_logits, family_of, make_model, resolved, rows_of, vocabulary
 from bltjax.family import Model
-from bltjax.inference.attention_maps import CrossWeights, cross_weights
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.placement import load_onto, on_mesh, read_mesh
 from bltjax.inference.decoding.prefill import power_of_two
 from bltjax.inference.decoding.sampling import Sampling
-from bltjax.inference.embedding import Embedding, embedding
 from bltjax.inference.entropies import write_entropies
 from bltjax.inference.entropy import score_documents
 from bltjax.inference.finite import first_not_finite, not_finite
+from bltjax.inference.states import CrossWeights, Embedding, cross_weights, embedding
 from bltjax.model.byte_lm import entropies_of
 from bltjax.system.environment import check_numbers, check_platform
 from bltjax.system.paths import hidden_beside, path_of

@@ -6,9 +6,9 @@
     decoder   0  S0 p a t c h S1 g i n s       causal
     logits    S0 p  a t c h S1 g i n s E
 
-An example is one window of a document (data/spans.py); it has the same number in the encoder's row
-and in the decoder's. Nothing crosses documents, and of positions only differences count, so a
-document scores the same alone and packed.
+An example is one window of a document (data/objectives/spans.py); it has the same number in the
+encoder's row and in the decoder's. Nothing crosses documents, and of positions only differences
+count, so a document scores the same alone and packed.
 
 Attention is `dense` or `xla` (attention/biased.py). Kernels have no place for its bias, so a run
 whose `attention` names one, or auto, computes by `xla` here.

@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from bltjax.config.rows import Rows
-from bltjax.data import masks, spans
+from bltjax.data.objectives import masks, spans
 from bltjax.data.records import Document
 from bltjax.text.alphabet import ALPHABETS, encode
 from bltjax.text.characters import character_bytes, code_points, enclosed
