@@ -52,6 +52,10 @@ READS_FIRST = (
     "a ByT5 writes a text after it has read one: `evaluate` gives its bits, `generate` continues"
     " a prompt"
 )
+NO_HEAD = (
+    "this CANINE has no head for masked characters (canine.predicts is False, as of released"
+    " weights): it has no loss to be trained or evaluated by"
+)
 BYTES, PATCHES = ("bytes_BN", "documents_BN"), ("bytes_BN", "documents_BN", "starts_BN1")
 
 
@@ -175,7 +179,7 @@ FAMILIES = {
             },
             row_settings=character_rows, causal=False, embed=canine.embedded_documents,
             measure=lambda config: Measure("bits per masked character", True, "masked accuracy"),
-            unscored=canine.unscored,
+            unscored=lambda config: "" if config.predicts else NO_HEAD,
             forward=canine.forward, inputs=canine.FORWARD_INPUTS,
         ),
         Family(

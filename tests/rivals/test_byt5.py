@@ -11,7 +11,7 @@ import pytest
 
 from bltjax.config.letters import suffix_axes
 from bltjax.config.model import REMAT, ModelConfig
-from bltjax.data.spans import corrupted, prefix
+from bltjax.data.objectives.spans import corrupted, prefix
 from bltjax.model.params import flattened
 from bltjax.rivals.byt5 import (
     FORWARD_INPUTS,
