@@ -17,7 +17,7 @@ from bltjax.benchmark.generate import BYTES, WHOLE_BYTES, context_words, speed_w
 from bltjax.benchmark.rivals import MODELS, rival_config
 from bltjax.benchmark.train import MODEL, PRODUCTS_FLOPS, run_config
 from bltjax.benchmark.worker import Worker, medians
-from bltjax.families import training_flops
+from bltjax.configured import training_flops
 
 PEERS = ("transformers", "transformers_tuned")
 ROW_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)

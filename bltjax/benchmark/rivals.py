@@ -4,10 +4,10 @@ import numpy as np
 
 from bltjax.config.data import DataConfig
 from bltjax.config.run import OptimizerConfig, RunConfig
+from bltjax.configured import model_config, rows_of
 from bltjax.data.batches import Batch, TokenBatch, make_batch
 from bltjax.data.pipeline import held_out_batches
 from bltjax.data.records import Document
-from bltjax.families import model_config, rows_of
 from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.rivals.byt5 import ByT5Config
 from bltjax.rivals.canine.model import CanineConfig

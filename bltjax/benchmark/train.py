@@ -13,8 +13,8 @@ import numpy as np
 
 from bltjax.config.data import DataConfig
 from bltjax.config.run import OptimizerConfig, RunConfig
+from bltjax.configured import initial_params, model_config, module_of, resolved
 from bltjax.data.batches import PatchBatch, target_bytes_of
-from bltjax.families import initial_params, model_config, module_of, resolved
 from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import BOS, OFFSET

@@ -23,10 +23,11 @@ import time
 from etils import epath
 
 from bltjax.config.arguments import path_argument
+from bltjax.configured import model_shapes, tokenizer_of
 from bltjax.convert.verify import verify
 from bltjax.convert.verify_rivals import verify_rival
 from bltjax.distributed.processes import exit_now
-from bltjax.families import family_of, model_shapes, tokenizer_of
+from bltjax.families import family_of
 from bltjax.inference.serving import (
     FOLDER,
     ServingConfig,

@@ -22,10 +22,11 @@ import numpy as np
 from bltjax.attention import fastest
 from bltjax.config.data import SourceConfig
 from bltjax.config.model import Patching
+from bltjax.configured import make_model
 from bltjax.data.records import NEWLINE_RESET, Document, RecordDocuments
 from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.distributed.processes import is_primary
-from bltjax.families import family_of, make_model
+from bltjax.families import family_of
 from bltjax.family import Model
 from bltjax.inference.finite import first_not_finite, not_finite
 from bltjax.model.byte_cnn import table_entropies

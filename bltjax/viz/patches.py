@@ -10,7 +10,7 @@ import numpy as np
 
 from bltjax.config.arguments import add_workdir_argument, local_path_argument, parse_scheme
 from bltjax.config.model import Patching
-from bltjax.families import with_tokenizer
+from bltjax.configured import with_tokenizer
 from bltjax.family import Model
 from bltjax.inference.entropy import score_documents
 from bltjax.inference.terminal import whole_characters_up_to
