@@ -66,9 +66,9 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()):
     Raises:
       ValueError: naming the file or the setting, and the nearest name.
     """
-    from bltjax import families
+    from bltjax import configured
 
-    return families.load_config(path, overrides)
+    return configured.load_config(path, overrides)
 
 
 def train(config, workdir, *, resume: bool = True):
@@ -142,14 +142,9 @@ def training_batches(config):
     """
     import dataclasses
 
+    from bltjax.configured import check_predicts, model_config, rows_of, tokenizer_of
     from bltjax.data import pipeline
-    from bltjax.families import (
-        check_predicts,
-        family_of,
-        model_config,
-        rows_of,
-        tokenizer_of,
-    )
+    from bltjax.families import family_of
 
     check_predicts(config)
     if family_of(config).rows == "tokens":

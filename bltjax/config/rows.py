@@ -95,7 +95,7 @@ class Rows:
 
     @property
     def limit_names(self) -> tuple[str, str]:
-        """What the two limits count, for people."""
+        """The names of the two limits, for people."""
         others = {"pairs": ("encoder", "decoder"), "characters": ("characters", "molecules")}
         return others.get(self.kind, ("bytes", "patches"))
 

@@ -25,7 +25,7 @@ from bltjax.config.rows import Rows
 from bltjax.data.batches import Batch, lay_out, make_batch
 from bltjax.data.objectives.examples import Example, lay_out_examples
 from bltjax.data.records import Document
-from bltjax.text.alphabet import ALPHABETS
+from bltjax.text.alphabet import ALPHABETS, encode
 from bltjax.text.patching import document_starts
 from bltjax.text.vocabulary import vocabulary_of
 
@@ -65,7 +65,8 @@ def cut_document(document: Document, rows: Rows) -> CutDocument:
         return CutDocument(ids_N, len(ids_N), len(text), lengths_N=lengths_N)
     if rows.patching is None:
         return CutDocument(ids_N, -(-len(ids_N) // rows.grid), len(text), grid=rows.grid)
-    starts_N1 = document_starts(rows.patching, ids_N, document.entropies)
+    ours_N = ids_N if rows.alphabet == "blt" else encode(text)  # the rules know our own ids
+    starts_N1 = document_starts(rows.patching, ours_N, document.entropies)[: len(ids_N) + 1]
     return CutDocument(ids_N, np.count_nonzero(starts_N1[:-1]), len(text), starts_N1)
 
 

@@ -81,7 +81,7 @@ class Stream:
         return (self.bytes[name] + self.lead[name]) / self.weights[name]
 
     def first(self, name: str) -> CutDocument | Example:
-        """What comes first of a source."""
+        """A source's first document."""
         return self.read([name, self.record(name, 0)])
 
     def read(self, key: list) -> CutDocument:

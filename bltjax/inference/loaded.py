@@ -14,17 +14,23 @@ from jax.sharding import Mesh
 
 from bltjax.attention import fastest
 from bltjax.config.data import SourceConfig
-from bltjax.data.batches import Batch, one_row
-from bltjax.families import batch_logits, family_of, make_model, resolved, rows_of, vocabulary
+from bltjax.configured import batch_logits, make_model, resolved, rows_of, vocabulary
+from bltjax.families import family_of
 from bltjax.family import Model
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.placement import load_onto, on_mesh, read_mesh
-from bltjax.inference.decoding.prefill import power_of_two
+from bltjax.inference.decoding.prefill import row_of
 from bltjax.inference.decoding.sampling import Sampling
 from bltjax.inference.entropies import write_entropies
 from bltjax.inference.entropy import score_documents
 from bltjax.inference.finite import first_not_finite, not_finite
-from bltjax.inference.states import CrossWeights, Embedding, cross_weights, embedding
+from bltjax.inference.states import (
+    CrossWeights,
+    Embedding,
+    cross_weights,
+    embedding,
+    forward_states,
+)
 from bltjax.model.byte_lm import entropies_of
 from bltjax.system.environment import check_numbers, check_platform
 from bltjax.system.paths import hidden_beside, path_of
@@ -32,7 +38,7 @@ from bltjax.text.alphabet import as_bytes, encode
 from bltjax.text.patching import force_starts, patch_starts
 from bltjax.text.segments import split_at
 from bltjax.text.vocabulary import Vocabulary
-from bltjax.weights.export import open_stored, params_folder
+from bltjax.weights.export import check_step, open_stored
 from bltjax.weights.exporting import write_export
 
 
@@ -269,29 +275,9 @@ class LoadedModel:
         Raises:
           ValueError: for a name that the family doesn't take, or a required one that is missing.
         """
-        family, config = self.family, self.config
-        run = family.require("forward")
-        if unknown := sorted(arrays.keys() - set(family.inputs)):
-            raise ValueError(
-                f"forward of a {family.title} takes {', '.join(family.inputs)}; not {unknown[0]}"
-            )
         device = self.mesh.devices.flat[0] if self.mesh else jax.devices()[0]
-        dtype = jax.numpy.dtype(resolved(config, device).compute_dtype)
-        chosen = config.attention if config.attention != "auto" else fastest(device)
-
-        def states(params, arrays):
-            with jax.default_matmul_precision("highest"):
-                return run(config, params, arrays, dtype, chosen)
-
         with on_mesh(self.mesh):
-            try:
-                given = {name: np.asarray(array) for name, array in arrays.items()}
-                return jax.device_get(jax.jit(states)(self.params, given))
-            except KeyError as error:
-                raise ValueError(
-                    f"forward of a {family.title} needs {error}: it takes"
-                    f" {', '.join(family.inputs)}"
-                ) from None
+            return forward_states(self.model, arrays, device)
 
     def export(self, destination) -> None:
         """Writes the model as an export, which `load` takes: settings, weights, what places its
@@ -310,27 +296,6 @@ class LoadedModel:
         partial.rmtree(missing_ok=True)
         write_export(open_stored(self.path), partial, lambda written: None)
         partial.rename(destination)
-
-
-def check_step(path, model: Model) -> None:
-    """Raises ValueError if a folder has another checkpoint now than the one in memory."""
-    _, step = params_folder(path)
-    if step != model.step:
-        raise ValueError(
-            f"{path} was loaded at step {model.step} and is at step {step} now: load it again"
-        )
-
-
-def row_of(
-    ids: np.ndarray, starts_N1: np.ndarray | None, kind: str, grid: int
-) -> tuple[Batch, int]:
-    """A batch of one row, padded to a power of two, and room for its patches, or for slots of
-    `grid` bytes."""
-    length = power_of_two(len(ids))
-    if starts_N1 is None:
-        return one_row(ids, None, length, kind), -(-length // grid)
-    patches = min(length, power_of_two(int(starts_N1[:-1].sum())))
-    return one_row(ids, starts_N1, length), patches
 
 
 def load(path, *, mesh: str | None = None, dtype: str | None = None) -> LoadedModel:

@@ -1,5 +1,5 @@
-"""Inner states of a text: weights of the cross-attentions between bytes and slots, for drawing, and
-embeddings by an encoder of characters.
+"""Inner states: weights of the cross-attentions between bytes and slots, for drawing; embeddings by
+an encoder of characters; and whatever a family's public forward pass shows.
 
 An implementation of attention never stores weights, so they are recomputed from the queries and
 keys of the model's forward pass.
@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from bltjax.configured import make_model, resolved
 from bltjax.data.batches import one_row
-from bltjax.families import make_model
+from bltjax.families import family_of
 from bltjax.family import Model
 from bltjax.inference.decoding.prefill import power_of_two
 from bltjax.inference.finite import first_not_finite, not_finite
@@ -111,3 +112,24 @@ def embedding(states, model: Model, text: str | bytes, dtype, attention: str) ->
     if first_not_finite(found.characters) is not None or not np.isfinite(found.pooled).all():
         raise not_finite("the states of the text are", {"": model.params})
     return found
+
+
+def forward_states(model: Model, arrays: dict, device) -> dict[str, np.ndarray]:
+    """As `LoadedModel.forward`, on a device's platform."""
+    config, family = model.config, family_of(model.config)
+    run, known = family.require("forward"), ", ".join(family.inputs)
+    if unknown := sorted(arrays.keys() - set(family.inputs)):
+        raise ValueError(f"forward of a {family.title} takes {known}; not {unknown[0]}")
+    settings = resolved(config, device)
+
+    @jax.jit
+    def states(params, arrays):
+        with jax.default_matmul_precision("highest"):
+            dtype = jax.numpy.dtype(settings.compute_dtype)
+            return run(config, params, arrays, dtype, settings.attention)
+
+    try:
+        given = {name: np.asarray(array) for name, array in arrays.items()}
+        return jax.device_get(states(model.params, given))
+    except KeyError as error:
+        raise ValueError(f"forward of a {family.title} needs {error}: it takes {known}") from None

@@ -12,8 +12,9 @@ import numpy as np
 from etils import epath
 
 from bltjax.config.run import RunConfig
+from bltjax.configured import measure_of, model_config, positions_of, rows_of
 from bltjax.distributed.processes import is_primary
-from bltjax.families import family_of, measure_of, model_config, positions_of, rows_of
+from bltjax.families import family_of
 from bltjax.model.flops import utilisation
 from bltjax.model.loss import BITS_PER_BYTE, Measure, Sums, key_of
 from bltjax.progress import duration, quantity

@@ -7,9 +7,9 @@ import pytest
 from tiny_rivals import MODELS, get_config
 
 from bltjax.config.run import MeshConfig, RunConfig
+from bltjax.configured import model_config, parse, rows_of
 from bltjax.data.batches import make_batch, target_bytes_of
 from bltjax.distributed.sharding import make_mesh, row_sharding
-from bltjax.families import model_config, parse, rows_of
 from bltjax.training.step import step_parts
 
 MESHES = [(2, 2, 2), pytest.param((1, 4, 2), marks=pytest.mark.slow)]
