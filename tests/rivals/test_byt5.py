@@ -195,7 +195,7 @@ def test_initial_values():
     params = flattened(params_of(dataclasses.replace(SMALL, width=64, hidden=80), seed=1))
     for path, sigma in (
         ("bytes_VD", 1),
-        ("head_DV", 1),
+        ("head_DV", 64**-0.5),  # published: 1
         ("encoder/blocks/attention/q_LDHC", (64 * 4) ** -0.5),
         ("decoder/blocks/cross/k_LDHC", 64**-0.5),
         ("decoder/blocks/cross/o_LHCD", 12**-0.5),
