@@ -288,7 +288,7 @@ def test_flops():
     config = ByT5Config(
         1, 1, width=2, heads=1, channels=3, hidden=5, objective=ObjectiveConfig("prefix")
     )
-    encoder, decoder = 11, 12  # positions, for windows of 10 bytes
+    encoder, decoder = 14, 14  # positions, for windows of 10 bytes
     assert row_sizes(config, 10) == (encoder, decoder)
     attention, forward_ = 2 * 3, 2 * 2 * 3 * 5
     a_layer = encoder * (4 * 2 * attention + forward_) + 2 * encoder**2 * attention
