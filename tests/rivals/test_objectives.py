@@ -12,10 +12,10 @@ import pytest
 import bltjax
 from bltjax.__main__ import main
 from bltjax.config.data import DataConfig
+from bltjax.configured import batch_logits, make_model, measure_of, rows_of
 from bltjax.data.batches import PairBatch
 from bltjax.data.pipeline import held_out_batches
 from bltjax.data.records import Document
-from bltjax.families import batch_logits, make_model, measure_of, rows_of
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.model.loss import target_sums
 from bltjax.model.params import flattened
