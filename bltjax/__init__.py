@@ -102,10 +102,12 @@ def evaluate(model, source):
 
         bltjax.evaluate(blt, "held_out/*.txt").bits_per_byte
 
-    source: a path or pattern of text, JSON lines, Parquet or records, or a `SourceConfig`.
+    source: a path or pattern of text, JSON lines, Parquet or records, or a `SourceConfig`. A ByT5
+    or CANINE, which is no causal model, has no bits per byte (None) but others: `bits`, of what
+    `measure` names, and, of masked characters, `accuracy`.
 
     Raises:
-      ValueError: for a source that can't be read.
+      ValueError: for a source that can't be read, or a model without a head to predict with.
       FloatingPointError: for a figure that is not finite, naming the parameter or the text.
     """
     from bltjax.evaluation import scores

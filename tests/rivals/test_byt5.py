@@ -288,7 +288,7 @@ def test_flops():
     config = ByT5Config(
         1, 1, width=2, heads=1, channels=3, hidden=5, objective=ObjectiveConfig("prefix")
     )
-    encoder, decoder = 14, 14  # positions, for windows of 10 bytes
+    encoder = decoder = 14  # positions, for two windows of 10 bytes, split in places that sum to 10
     assert row_sizes(config, 10) == (encoder, decoder)
     attention, forward_ = 2 * 3, 2 * 2 * 3 * 5
     a_layer = encoder * (4 * 2 * attention + forward_) + 2 * encoder**2 * attention
@@ -298,6 +298,7 @@ def test_flops():
     expected += 2 * attention * seen + decoder * 2 * 2 * 260
     assert queries == decoder * (6 * 2 * attention + forward_)
     assert forward_flops(config, 10, 0) == expected
+    assert paper_flops(config, 10, 0) == expected / 20
     scores = (encoder**2 + seen) * attention
     assert recomputed_flops(config, 10, 0) == scores
     full = dataclasses.replace(config, remat="full")

@@ -97,6 +97,11 @@ class CanineConfig:
         return {"canine.heads": self.heads, "canine.hidden": self.hidden}
 
     @property
+    def longest(self) -> int:
+        """The most characters of a row."""
+        return self.context
+
+    @property
     def size(self) -> BertSize:
         return BertSize(self.width, self.heads, self.hidden, self.norm_eps)
 
