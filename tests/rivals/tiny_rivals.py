@@ -25,7 +25,7 @@ MODELS = {
         farthest=16, objective=dict(mean_span=4.0),
     ),
     "canine": dict(
-        layers=1, width=32, heads=2, hidden=48, hashes=2, buckets=97, block=16, types=2,
+        layers=1, width=32, heads=2, hidden=48, hashes=2, buckets=96, block=16, types=2,
         context=96, classes=256,
     ),
 }  # fmt: skip
