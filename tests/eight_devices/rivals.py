@@ -60,8 +60,11 @@ def test_eight_devices_equal_one(name, mesh):
     one = stepped(run_config(name, (1, 1, 1)), jax.devices()[:1])
     many = stepped(run_config(name, mesh), jax.devices())
 
+    # Gradients of some biases (of keys) are zero but for rounding.
+    floor = 1e-3 * max(np.abs(x).max() for x in jax.tree.leaves(one[0]))
+
     def close(path, a, b):
-        scale = max(np.abs(a).max(), 1e-9)
+        scale = max(np.abs(a).max(), floor)
         np.testing.assert_allclose(b / scale, a / scale, atol=1e-5, err_msg=str(path))
 
     jax.tree_util.tree_map_with_path(close, one, many)
