@@ -143,8 +143,15 @@ def training_batches(config):
     import dataclasses
 
     from bltjax.data import pipeline
-    from bltjax.families import family_of, model_config, rows_of, tokenizer_of
+    from bltjax.families import (
+        check_predicts,
+        family_of,
+        model_config,
+        rows_of,
+        tokenizer_of,
+    )
 
+    check_predicts(config)
     if family_of(config).rows == "tokens":
         from bltjax.data.tokenizer import with_positions
 

@@ -18,7 +18,7 @@ from bltjax.attention import fastest
 from bltjax.config.fields import divides, from_dict, renamed, to_dict
 from bltjax.config.load import read_config_file
 from bltjax.config.model import ModelConfig, Patching
-from bltjax.config.rows import Rows
+from bltjax.config.rows import CharacterRows, PairRows, Rows
 from bltjax.config.run import RunConfig
 from bltjax.family import Family, flax_forward, flax_init, flax_logits
 from bltjax.model import byte_cnn, byte_lm, flops
@@ -26,19 +26,29 @@ from bltjax.model.blt.config import BLTConfig
 from bltjax.model.blt.decoding import cached_blt
 from bltjax.model.blt.model import BLT
 from bltjax.model.byte_decoding import cached_bytes
+from bltjax.model.loss import BITS_PER_BYTE, Measure
 from bltjax.model.params import flattened
-from bltjax.rivals import byt5, canine, llama, mambabyte, megabyte, spacebyte
+from bltjax.rivals import byt5, llama, mambabyte, megabyte, spacebyte
+from bltjax.rivals.canine import model as canine
 from bltjax.rivals.decoding.byt5 import cached_byt5
 from bltjax.rivals.decoding.llama import cached_llama
 from bltjax.rivals.decoding.mambabyte import cached_mambabyte
 from bltjax.rivals.decoding.megabyte import cached_megabyte
 from bltjax.rivals.decoding.spacebyte import cached_spacebyte
 from bltjax.system.environment import random_key
-from bltjax.text.vocabulary import Vocabulary, vocabulary_of
+from bltjax.text.vocabulary import CHARACTERS, Vocabulary, vocabulary_of
 
 TWO_BN = np.ones((1, 2), np.int32)
 THREE_BN1 = np.ones((1, 3), bool)
 NO_LATENT = "only a BLT drafts: other models have no latent transformer to spare"
+ENCODES = (
+    "a CANINE is an encoder that sees both sides of a character: it has no next byte. `embed` gives"
+    " its states, `evaluate` how well it predicts masked characters"
+)
+READS_FIRST = (
+    "a ByT5 writes a text after it has read one: `evaluate` gives its bits, `generate` continues"
+    " a prompt"
+)
 BYTES, PATCHES = ("bytes_BN", "documents_BN"), ("bytes_BN", "documents_BN", "starts_BN1")
 
 
@@ -57,6 +67,28 @@ def byte_lm_module(config, P, dtype, attention):
 
 def byte_cnn_module(config, P, dtype, attention):
     return byte_cnn.ByteCNN(config, dtype)
+
+
+def pair_rows(config: ModelConfig) -> dict:
+    """The rows of a ByT5: windows of a row's bytes."""
+    encoder, decoder = byt5.row_sizes(config.model, config.max_bytes)
+    made = config.model.objective
+    return {
+        "pairs": PairRows(config.max_bytes, encoder, decoder, made.kind, made.noise, made.mean_span)
+    }
+
+
+def pair_measure(config: byt5.ByT5Config) -> Measure:
+    """Bits of bytes in spans whose both sides are known, or of a text's end after its beginning."""
+    spans = config.objective.kind == "spans"
+    return Measure("masked-span bits per byte" if spans else "conditional bits per byte")
+
+
+def character_rows(config: ModelConfig) -> dict:
+    """The rows of a CANINE."""
+    predicted = config.model.predicted(config.max_bytes)
+    sizes = (config.max_bytes, config.max_patches, predicted)
+    return {"characters": CharacterRows(*sizes, config.model.rate, config.model.classes)}
 
 
 FAMILIES = {
@@ -105,7 +137,8 @@ FAMILIES = {
             flax_init(lambda config: megabyte.MegaByte(config, 2), TWO_BN, TWO_BN),
             flax_logits(*BYTES),
             megabyte.forward_flops, megabyte.recomputed_flops, megabyte.paper_flops,
-            cached_megabyte, verbs={"draft": NO_LATENT}, grid=lambda config: config.patch_bytes,
+            cached_megabyte, verbs={"draft": NO_LATENT},
+            row_settings=lambda config: {"grid": config.model.patch_bytes},
             forward=megabyte.forward, inputs=megabyte.FORWARD_INPUTS,
         ),
         Family(
@@ -131,9 +164,15 @@ FAMILIES = {
             "canine", "CANINE", canine.CanineConfig, "characters", ("max_bytes", "max_patches"),
             canine.Canine,
             flax_init(lambda config: canine.Canine(config, 2), TWO_BN, TWO_BN),
-            flax_logits("characters_BN", "documents_BN"),
+            canine.masked_logits,
             canine.forward_flops, canine.recomputed_flops, canine.paper_flops,
-            verbs={"draft": NO_LATENT, "decoding": "a CANINE is an encoder: it writes no text"},
+            verbs={
+                "draft": NO_LATENT, "decoding": "a CANINE is an encoder: it writes no text",
+                "causal": ENCODES,
+            },
+            row_settings=character_rows, causal=False, embed=canine.embedded_documents,
+            measure=lambda config: Measure("bits per masked character", True, "masked accuracy"),
+            unscored=canine.unscored,
             forward=canine.forward, inputs=canine.FORWARD_INPUTS,
         ),
         Family(
@@ -142,7 +181,8 @@ FAMILIES = {
             flax_init(byt5.ByT5, TWO_BN, TWO_BN, TWO_BN, TWO_BN),
             flax_logits("encoder_bytes_BT", "encoder_documents_BT", "bytes_BN", "documents_BN"),
             byt5.forward_flops, byt5.recomputed_flops, byt5.paper_flops,
-            cached_byt5, verbs={"draft": NO_LATENT},
+            cached_byt5, verbs={"draft": NO_LATENT, "causal": READS_FIRST},
+            row_settings=pair_rows, causal=False, measure=pair_measure,
             forward=byt5.forward, inputs=byt5.FORWARD_INPUTS,
         ),
     )
@@ -176,11 +216,6 @@ def parse(kind: type, values, where: str = "config", file=""):
             f"{where}.patching is for families with patches: a {family.title} has"
             f" {'some' if config.patching is None else 'none'}"
         )
-    if family.own_patching and config.patching not in (Patching(), family.own_patching):
-        raise ValueError(
-            f"{where}.patching.mode is {config.patching.mode!r}, but a {family.title} has patches"
-            f" of its own, {family.own_patching.mode!r}: leave {where}.patching out"
-        )
     return config
 
 
@@ -210,6 +245,11 @@ def from_json(values, path) -> RunConfig:
 def model_config(run: RunConfig) -> ModelConfig:
     """The ModelConfig of a RunConfig."""
     family = family_of(run)
+    if family.own_patching and run.patching not in (Patching(), family.own_patching):
+        raise ValueError(
+            f"patching.mode is {run.patching.mode!r}, but a {family.title} has patches of its own,"
+            f" {family.own_patching.mode!r}: leave patching out"
+        )
     patching = family.own_patching or run.patching if family.rows == "patches" else None
     return ModelConfig(
         run.model, patching, run.data.seq_len, run.data.max_patches, run.compute_dtype,
@@ -219,11 +259,34 @@ def model_config(run: RunConfig) -> ModelConfig:
 
 def rows_of(config: ModelConfig) -> Rows:
     """The description of a model's rows."""
-    family, alphabet = family_of(config), alphabet_name(config.model)
-    grid = family.grid(config.model) if family.grid else 1
+    family = family_of(config)
     tokenizer = getattr(config.model, "tokenizer", "")
-    size = config.model.vocabulary if tokenizer else 0
-    return Rows(family.rows, config.patching, grid, alphabet, tokenizer, size)
+    more = family.row_settings(config) if family.row_settings else {}
+    return Rows(
+        family.rows,
+        config.patching,
+        alphabet=alphabet_name(config.model),
+        tokenizer=tokenizer,
+        vocabulary=config.model.vocabulary if tokenizer else 0,
+        **more,
+    )
+
+
+def measure_of(config) -> Measure:
+    """What the bits are of that a ModelConfig's, a RunConfig's, or a family's own loss stands
+    for."""
+    family = family_of(config)
+    if family.measure is None:
+        return BITS_PER_BYTE
+    return family.measure(getattr(config, "model", config))
+
+
+def check_predicts(config) -> None:
+    """Raises ValueError with the reason, if a ModelConfig's or RunConfig's model has nothing to be
+    trained or scored by."""
+    family = family_of(config)
+    if family.unscored and (reason := family.unscored(config.model)):
+        raise ValueError(reason)
 
 
 def tokenizer_of(config) -> str:
@@ -250,6 +313,8 @@ def vocabulary(config: ModelConfig) -> Vocabulary:
       ValueError: for a model of tokens without its tokenizer, or with another model's.
     """
     rows = rows_of(config)
+    if rows.kind == "characters":
+        return CHARACTERS
     if rows.kind == "tokens" and not rows.tokenizer:
         family = family_of(config)
         raise ValueError(

@@ -42,7 +42,11 @@ class Family(NamedTuple):
     decoding: Callable | None = None  # (ModelConfig, scorer's config, dtype, draft, attention)
     empty_carry: Callable | None = None  # (config, lanes) -> the first carry of a long text
     entropy_table: Callable | None = None  # (config, params) -> entropies of all its contexts
-    grid: Callable | None = None  # (config) -> bytes per slot, where a row counts slots
+    row_settings: Callable | None = None  # (ModelConfig) -> fields of its Rows (config/rows.py)
+    measure: Callable | None = None  # (config) -> its Measure (model/loss.py); None: bits per byte
+    causal: bool = True  # whether logits of a text are those of each next byte, from those before
+    unscored: Callable | None = None  # (config) -> why a model predicts nothing; "" if it does
+    embed: Callable | None = None  # (module, params, batch) -> hidden [B, N, D], pooled [B, D]
     forward: Callable | None = None  # (ModelConfig, params, arrays, dtype, attention) -> arrays
     inputs: tuple[str, ...] = ()  # names of the arrays that `forward` takes
     own_patching: Patching | None = None  # where a family places its patches by one rule alone
@@ -55,7 +59,7 @@ class Family(NamedTuple):
           ValueError: with the reason, if the family lacks it.
         """
         found = getattr(self, ability, None)
-        if found is None or ability in self.verbs:
+        if found is None or found is False or ability in self.verbs:
             raise ValueError(self.verbs.get(ability, f"a {self.title} has no {ability}"))
         return found
 

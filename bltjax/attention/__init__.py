@@ -18,8 +18,8 @@ import logging
 import jax
 
 from bltjax.attention.dense import dense
-from bltjax.attention.pallas_gpu import pallas_gpu
-from bltjax.attention.pallas_tpu import pallas_tpu
+from bltjax.attention.pallas.gpu import pallas_gpu
+from bltjax.attention.pallas.tpu import pallas_tpu
 from bltjax.attention.pattern import Blocks, Pattern, Pooling, Reading, Sliding, Whole
 from bltjax.attention.shards import by_rows_and_heads
 from bltjax.attention.tiled import OUTCOME

@@ -182,8 +182,11 @@ def lines_of(path: epath.Path, found: dict) -> Iterator[str]:
     if bits is not None:
         yield f"  held out {bits:.4f} bits per byte; {found['dtype']}"
     for checkpoint in found.get("checkpoints", ()):
-        bits = checkpoint["held_out_bits_per_byte"]
-        held_out = f", held out {bits:.4f} bits per byte" if bits is not None else ""
+        held_out = "".join(
+            f", held out {value:.4f} {name.removeprefix('held_out_').replace('_', ' ')}"
+            for name, value in checkpoint.items()
+            if name.startswith("held_out_") and value is not None
+        )
         state = "whole" if checkpoint["whole"] else "DAMAGED"
         alone = "" if checkpoint["resumable"] else ", parameters alone"
         yield (

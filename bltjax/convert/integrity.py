@@ -169,5 +169,5 @@ def check_checkpoint(folder: epath.Path, expected: dict[str, tuple], quick: bool
         "numbers": numbers,
         "bytes": folder_bytes(folder),
         "resumable": {"opt", "progress"} <= set(items),
-        "held_out_bits_per_byte": progress.get("held_out_bits_per_byte"),
-    }
+        "held_out_bits_per_byte": None,
+    } | {name: value for name, value in progress.items() if name.startswith("held_out_")}

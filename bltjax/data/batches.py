@@ -1,17 +1,22 @@
 """Batches of rows, one NamedTuple per kind of rows: pytrees of numpy or jax arrays.
 
 All kinds have `targets`, `weights`, `documents` and `target_bytes`, the number of text bytes that
-a target stands for (0 or 1 for bytes): loss and bits per byte are computed from these alone. A
-batch that is used only for logits can be made without them.
+a target stands for (0 or 1 for bytes): loss and bits per byte are computed from these alone,
+whatever their letters. A batch that is used only for logits can be made without them. The first two
+fields are the ids that a model reads, and their documents.
 """
 
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bltjax.config.letters import suffix_axes
+from bltjax.config.rows import BYTE_ROWS, Rows
 from bltjax.text.alphabet import BLT_ALPHABET, OFFSET, Alphabet
+from bltjax.text.characters import MASK, character_bytes, is_special
 from bltjax.text.segments import document_begins, index_like
 
 DTYPES = {
@@ -22,6 +27,10 @@ DTYPES = {
     "weights": np.float32,  # 0: no target
     "target_bytes": np.uint8,
     "tokens": np.int32,
+    "encoder_bytes": np.int32,
+    "encoder_documents": np.int32,  # the number of each is its number in the decoder
+    "characters": np.int32,  # code points; padding is 0
+    "masked": np.int32,  # indices of the predicted characters in their row; none is N
 }
 
 
@@ -34,6 +43,11 @@ class ByteBatch(NamedTuple):
     weights_BN: Any = None
     target_bytes_BN: Any = None
 
+    documents = property(attrgetter("documents_BN"))
+    targets = property(attrgetter("targets_BN"))
+    weights = property(attrgetter("weights_BN"))
+    target_bytes = property(attrgetter("target_bytes_BN"))
+
 
 class TokenBatch(NamedTuple):
     """Rows of tokens."""
@@ -43,6 +57,11 @@ class TokenBatch(NamedTuple):
     targets_BN: Any = None
     weights_BN: Any = None
     target_bytes_BN: Any = None
+
+    documents = property(attrgetter("documents_BN"))
+    targets = property(attrgetter("targets_BN"))
+    weights = property(attrgetter("weights_BN"))
+    target_bytes = property(attrgetter("target_bytes_BN"))
 
 
 class PatchBatch(NamedTuple):
@@ -55,9 +74,53 @@ class PatchBatch(NamedTuple):
     weights_BN: Any = None
     target_bytes_BN: Any = None
 
+    documents = property(attrgetter("documents_BN"))
+    targets = property(attrgetter("targets_BN"))
+    weights = property(attrgetter("weights_BN"))
+    target_bytes = property(attrgetter("target_bytes_BN"))
 
-BATCHES = {"bytes": ByteBatch, "patches": PatchBatch, "tokens": TokenBatch}
-Batch = ByteBatch | PatchBatch | TokenBatch
+
+class PairBatch(NamedTuple):
+    """Rows of an encoder, and of the decoder that reads them."""
+
+    encoder_bytes_BT: Any
+    encoder_documents_BT: Any
+    bytes_BN: Any
+    documents_BN: Any
+    targets_BN: Any = None
+    weights_BN: Any = None
+    target_bytes_BN: Any = None
+
+    documents = property(attrgetter("documents_BN"))
+    targets = property(attrgetter("targets_BN"))
+    weights = property(attrgetter("weights_BN"))
+    target_bytes = property(attrgetter("target_bytes_BN"))
+
+
+class CharacterBatch(NamedTuple):
+    """Rows of characters, some masked, and the classes of those that are to be predicted."""
+
+    characters_BN: Any
+    documents_BN: Any
+    masked_BQ: Any = None
+    targets_BQ: Any = None
+    weights_BQ: Any = None
+    target_bytes_BQ: Any = None
+
+    documents = property(attrgetter("documents_BN"))
+    targets = property(attrgetter("targets_BQ"))
+    weights = property(attrgetter("weights_BQ"))
+    target_bytes = property(attrgetter("target_bytes_BQ"))
+
+
+BATCHES = {
+    "bytes": ByteBatch,
+    "patches": PatchBatch,
+    "tokens": TokenBatch,
+    "pairs": PairBatch,
+    "characters": CharacterBatch,
+}
+Batch = ByteBatch | PatchBatch | TokenBatch | PairBatch | CharacterBatch
 
 
 def make_batch(kind: str, rows: int, sizes: dict[str, int], make) -> Batch:
@@ -98,20 +161,48 @@ def one_row(
     return PatchBatch(bytes_BN, documents_BN, starts_BN1)
 
 
-def fills(batch, slots: int, grid: int = 1):
-    """Used shares of the byte slots and of the patch slots of a batch; for numpy and for jax.
+def fills(batch, slots: int, rows: Rows = BYTE_ROWS):
+    """Used shares of the two limits of a batch's rows (`Rows.limits`); for numpy and for jax.
 
-    slots: patches that fit in a row; without patches, `grid` bytes fill one, from each document's
-    first on.
+    slots: patches, or other slots, that fit in a row.
     """
     real_BN = batch.documents_BN > 0
     starts_BN1 = getattr(batch, "starts_BN1", None)
     if starts_BN1 is not None:
         return real_BN.mean(), (starts_BN1[:, :-1] & real_BN).sum(axis=1).mean() / slots
-    if grid == 1:
-        return real_BN.mean(), real_BN.sum(axis=1).mean() / slots
-    opens_BN = real_BN & (since_begin(batch.documents_BN) % grid == 0)
+    if rows.kind == "pairs":
+        return (batch.encoder_documents_BT > 0).mean(), real_BN.mean()
+    if rows.kind == "characters":
+        place_BN, rate = since_begin(batch.documents_BN), rows.characters.rate
+        # A document has a slot for each whole molecule, and one if it has none.
+        ends_BN = (place_BN % rate == rate - 1) & (place_BN >= rate)
+        opens_BN = real_BN & ((place_BN == 0) | ends_BN)
+    elif rows.grid == 1:
+        opens_BN = real_BN
+    else:
+        opens_BN = real_BN & (since_begin(batch.documents_BN) % rows.grid == 0)
     return real_BN.mean(), opens_BN.sum(axis=1).mean() / slots
+
+
+def text_bytes(batch, rows: Rows):
+    """The bytes of text in a batch, whether a model predicts them or only reads them; for jax.
+
+    Of other kinds than pairs and characters it predicts all.
+    """
+    predicted = batch.target_bytes.sum(dtype=jnp.float32)
+    if rows.kind == "pairs":
+        # Besides text the encoder has as many sentinels and EOS as the decoder's targets.
+        others = batch.weights.sum() - predicted
+        return (batch.encoder_documents_BT > 0).sum(dtype=jnp.float32) - others + predicted
+    if rows.kind == "characters":
+        # What is masked has lost its size, which its target knows; what is kept counts once.
+        codes_BN = batch.characters_BN
+        at_BQ = jnp.minimum(batch.masked_BQ, codes_BN.shape[1] - 1)
+        masked_BQ = jnp.take_along_axis(codes_BN, at_BQ, axis=1) == MASK
+        hidden = jnp.where(masked_BQ, batch.target_bytes, 0).sum(dtype=jnp.float32)
+        read_BN = (batch.documents_BN > 0) & ~is_special(codes_BN)
+        return hidden + jnp.where(read_BN, character_bytes(codes_BN), 0).sum(dtype=jnp.float32)
+    return predicted
 
 
 def since_begin(documents_BN):

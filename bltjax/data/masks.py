@@ -8,27 +8,17 @@ order     6 9 5 7 8                               indices of the masked characte
 
 import numpy as np
 
-# Code points for private use that stand for no character, as in the public tokenizer.
-CLS, SEP, MASK = 0xE000, 0xE001, 0xE003
-WHITESPACE = np.array([code for code in range(0x3001) if chr(code).isspace()], np.int32)
+from bltjax.text.characters import CLS, MASK, SEP, WHITESPACE
 
 
-def code_points(text: bytes) -> np.ndarray:
-    """int32: the characters of UTF-8 text; a byte that is not UTF-8 becomes 0xDC00 + the byte."""
-    characters = text.decode("utf-8", errors="surrogateescape")
-    encoded = characters.encode("utf-32-le", errors="surrogatepass")
-    return np.frombuffer(encoded, "<u4").astype(np.int32)
-
-
-def document_characters(text: bytes) -> np.ndarray:
-    """int32 [characters + 2]: a document as CANINE reads it, between CLS and SEP."""
-    return np.concatenate([[CLS], code_points(text), [SEP]]).astype(np.int32)
+def in_spans(characters_N: np.ndarray) -> np.ndarray:
+    """bool [N]: whether a character may be masked, as all but whitespace, CLS and SEP."""
+    return ~(np.isin(characters_N, WHITESPACE) | np.isin(characters_N, (CLS, SEP)))
 
 
 def spans(characters_N: np.ndarray) -> np.ndarray:
     """int [spans, 2]: beginning and end of each run without whitespace, CLS and SEP."""
-    outside = np.isin(characters_N, WHITESPACE) | np.isin(characters_N, (CLS, SEP))
-    edges = np.flatnonzero(np.diff(~outside, prepend=False, append=False))
+    edges = np.flatnonzero(np.diff(in_spans(characters_N), prepend=False, append=False))
     return edges.reshape(-1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Packs documents into rows of at most N bytes and at most P patches.
+"""Packs documents into rows of at most N bytes and at most P patches, or examples by other limits.
 
     row 1   [BOS a a a a a EOS][BOS b b b b b b b        targets are the next byte: of EOS and of
                                              |           padding there is none
@@ -8,18 +8,22 @@ A row closes at whichever limit comes first. A document that is cut continues in
 starts with the last target of the row before: every byte is a target exactly once. Reaching one
 limit early wastes the other, so at every document boundary the packer chooses, among the waiting
 documents, the one after which bytes and patches are most evenly used.
+
+Examples (examples.py) have two sizes, too, but are never cut: the packer chooses the largest that
+fits in what is left of a row, and closes the row where none does.
 """
 
 import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from bltjax.config.rows import Rows
 from bltjax.data.batches import Batch, make_batch, target_bytes_of
+from bltjax.data.examples import Example, lay_out_examples
 from bltjax.data.records import Document
 from bltjax.text.alphabet import ALPHABETS, Alphabet
 from bltjax.text.patching import document_starts
@@ -36,6 +40,12 @@ class CutDocument:
     starts_N1: np.ndarray | None = None  # [len + 3]
     grid: int = 1  # ids per slot, from a fragment's first on
     lengths_N: np.ndarray | None = None  # uint8, text bytes of each id, where these aren't bytes
+
+    whole: ClassVar[bool] = False  # a row may hold a part of it
+
+    @property
+    def size(self) -> int:
+        return len(self.ids_N)
 
 
 def cut_document(document: Document, rows: Rows) -> CutDocument:
@@ -59,17 +69,30 @@ def cut_document(document: Document, rows: Rows) -> CutDocument:
 class Fragment(NamedTuple):
     """Positions [begin, end) of a document, placed in a row."""
 
-    document: CutDocument
+    document: CutDocument | Example
     begin: int
     end: int
     patches: int  # or slots, that start in the fragment, including the row's forced starts
 
 
 def next_fragment(
-    document: CutDocument, begin: int, used: int, room: int, patch_room: int
+    document: CutDocument | Example, begin: int, used: int, room: int, patch_room: int
 ) -> Fragment:
-    """The longest fragment of a document from `begin` that a row with `used` bytes still holds."""
-    size = len(document.ids_N)
+    """The longest fragment of a document from `begin` that a row with `used` bytes still holds; of
+    an example all or nothing.
+
+    Raises:
+      ValueError: for an example that is larger than a row.
+    """
+    size = document.size
+    if document.whole:
+        fits = size <= room and document.patches <= patch_room
+        if not fits and not used:
+            raise ValueError(
+                f"an example takes {size} and {document.patches} of a row, which has room for"
+                f" {room} and {patch_room}"
+            )
+        return Fragment(document, 0, size * fits, document.patches * fits)
     if document.starts_N1 is None:
         end = min(size, begin + room, begin + patch_room * document.grid)
         return Fragment(document, begin, end, -(-(end - begin) // document.grid))
@@ -141,9 +164,12 @@ def batch_of(laid: Sequence[Sequence[Fragment]], rows: Rows, sizes: dict[str, in
     """
     batch = make_batch(rows.kind, len(laid), sizes, np.empty)
     for number, fragments in enumerate(laid):
-        (_, ids_BN), *rest = batch._asdict().items()
-        row = {name.replace("_B", "_"): array[number] for name, array in rest}
-        lay_out(fragments, ids_BN[number], **row, alphabet=ALPHABETS[rows.alphabet])
+        row = {name.replace("_B", "_"): array[number] for name, array in batch._asdict().items()}
+        if rows.of_windows:
+            lay_out_examples([fragment.document for fragment in fragments], row)
+        else:
+            ids_N = row.pop(batch._fields[0].replace("_B", "_"))
+            lay_out(fragments, ids_N, **row, alphabet=ALPHABETS[rows.alphabet])
     return batch
 
 
@@ -151,7 +177,7 @@ class Candidate(NamedTuple):
     """A document that waits for a row, or is being laid out from `position` on."""
 
     key: Any
-    document: CutDocument
+    document: CutDocument | Example
     shares: tuple[float, float]  # of a row's bytes and patches
     since: int = 0  # the pick since which it waits
     position: int = 0
@@ -164,8 +190,8 @@ class Packer:
     A key is JSON-able.
     """
 
-    supply: Callable[[], tuple[Any, CutDocument]]  # () -> (key, document), the next one
-    read: Callable[[Any], CutDocument]  # key -> document
+    supply: Callable[[], tuple[Any, CutDocument | Example]]  # () -> (key, document), the next one
+    read: Callable[[Any], CutDocument | Example]  # key -> document
     row_bytes: int
     row_patches: int
     look_ahead: int
@@ -189,20 +215,23 @@ class Packer:
             key, position = state["open"]
             self.open = self.candidate(key, self.read(key), position=position)
 
-    def candidate(self, key: Any, document: CutDocument, **where: int) -> Candidate:
+    def candidate(self, key: Any, document: CutDocument | Example, **where: int) -> Candidate:
         # An alphabet without BOS and EOS leaves nothing of an empty text.
-        size, patches = max(1, len(document.ids_N)), max(1, document.patches)
+        size, patches = max(1, document.size), max(1, document.patches)
         shares = size / self.row_bytes, patches / self.row_patches
         return Candidate(key, document, shares, **where)
 
     def pick(self, used: int, patches: int) -> Candidate:
-        """Removes the waiting document that leaves bytes and patches most evenly used."""
+        """Removes the waiting document that leaves bytes and patches most evenly used; of examples
+        the largest that fits, or the largest."""
         while len(self.waiting) < self.look_ahead:
             self.waiting.append(self.candidate(*self.supply(), since=self.picks))
         self.picks += 1
         # No document may wait for ever.
         if self.picks - self.waiting[0].since > 4 * self.look_ahead:
             return self.waiting.pop(0)
+        if self.waiting[0].document.whole:
+            return self.waiting.pop(self.largest(self.row_bytes - used, self.row_patches - patches))
         byte_share, patch_share = used / self.row_bytes, patches / self.row_patches
         least, chosen = math.inf, 0
         for index, candidate in enumerate(self.waiting):
@@ -219,6 +248,17 @@ class Packer:
                 least, chosen = uneven, index
         return self.waiting.pop(chosen)
 
+    def largest(self, room: int, patch_room: int) -> int:
+        """The index of the largest example that fits; where none does, of the largest, which then
+        begins the next row."""
+
+        def rank(index: int) -> tuple[bool, float]:
+            example = self.waiting[index].document
+            fits = example.size <= room and example.patches <= patch_room
+            return fits, max(self.waiting[index].shares)
+
+        return max(range(len(self.waiting)), key=rank)
+
     def next_row(self) -> list[Fragment]:
         """The fragments of the next row; `batch_of` writes it out."""
         fragments: list[Fragment] = []
@@ -233,14 +273,14 @@ class Packer:
                 fragments.append(fragment)
             # With its last id alone left there is nothing more to predict: it was the last target.
             self.open = None
-            if fragment.end < len(chosen.document.ids_N) - 1:
+            if fragment.end < chosen.document.size - 1:
                 self.open = chosen._replace(position=fragment.end)
                 break
         return fragments
 
 
 def pack_exact(
-    documents: Iterable[CutDocument], row_bytes: int, row_patches: int
+    documents: Iterable[CutDocument | Example], row_bytes: int, row_patches: int
 ) -> tuple[list[list[Fragment]], int]:
     """Rows for evaluation, and the number of cuts.
 
@@ -250,7 +290,7 @@ def pack_exact(
     rows: list[tuple[list[Fragment], int, int]] = []  # fragments, bytes, patches
     cuts, short = 0, []
     for document in documents:
-        size = len(document.ids_N)
+        size = document.size
         if not size:
             continue
         fragment = next_fragment(document, 0, 0, row_bytes, row_patches)

@@ -5,6 +5,8 @@ its mixture and its packing depend on (seed, b) alone. So any process count that
 same global batches, and a state saved by one set of processes can be regrouped for another.
 """
 
+import itertools
+import zlib
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakValueDictionary
@@ -15,6 +17,7 @@ import numpy as np
 from bltjax.config.data import DataConfig
 from bltjax.config.rows import Rows
 from bltjax.data.batches import Batch
+from bltjax.data.examples import Example, Windows, example_of, needed, windows_of
 from bltjax.data.packing import CutDocument, Packer, batch_of, cut_document, pack_exact
 from bltjax.data.records import Document, RecordDocuments
 from bltjax.data.shuffle import Order
@@ -41,17 +44,18 @@ class Stream:
         self.sizes = rows.sizes(data.seq_len, data.max_patches)
         # Initial phase of a source. With 0 in all streams, they would all reach a rare source in
         # the same batch.
-        self.phase, self.lead = {}, {}
+        self.phase, self.lead, self.seeds = {}, {}, {}
         for rank, (name, documents) in enumerate(sources.items()):
             stream_seed, phase = np.random.SeedSequence([seed, number, rank]).generate_state(2)
             self.phase[name] = int(phase) / 2**32
+            self.seeds[name] = (seed, number, rank)
             mine = len(range(number, len(documents), data.batch_size))
             shared_by_all = len(documents) < data.batch_size
             self.order[name] = Order(len(documents) if shared_by_all else mine, int(stream_seed))
         self.taken = dict.fromkeys(sources, 0)
         self.bytes = dict.fromkeys(sources, 0)
-        most = rows.most_slots(data.seq_len, data.max_patches)
-        self.packer = Packer(self.supply, self.read, self.sizes["N"], most, data.look_ahead)
+        limits = rows.limits(data.seq_len, data.max_patches)
+        self.packer = Packer(self.supply, self.read, *limits, data.look_ahead)
 
     def supply(self) -> tuple[list, CutDocument]:
         """[source, record], the next in the mixture, from the source furthest behind its share of
@@ -76,9 +80,12 @@ class Stream:
     def due(self, name: str) -> float:
         """Priority in the mixture: the source with the smallest value comes next."""
         if name not in self.lead:
-            first = self.record(name, 0)
-            self.lead[name] = self.phase[name] * self.read([name, first]).text_bytes
+            self.lead[name] = self.phase[name] * self.first(name).text_bytes
         return (self.bytes[name] + self.lead[name]) / self.weights[name]
+
+    def first(self, name: str) -> CutDocument | Example:
+        """What comes first of a source."""
+        return self.read([name, self.record(name, 0)])
 
     def read(self, key: list) -> CutDocument:
         # A large file may wait in every stream, many times over. All of them share the same
@@ -108,6 +115,75 @@ class Stream:
                 )
         self.taken, self.bytes = dict(state["taken"]), dict(state["bytes"])
         self.packer.restore(state["packer"])
+
+
+class WindowStream(Stream):
+    """A stream of examples, of one window after another.
+
+    The generator of an example depends on (seed, stream, source, the document's place in the
+    endless order, window) alone: an epoch has other masks than the one before, and a resumed stream
+    the same as an uninterrupted one.
+
+    Raises:
+      ValueError: for a source that has no window with anything to predict for this stream.
+    """
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.windows = dict.fromkeys(self.sources, 0)  # of the document at `taken`, so many
+        # Its other windows come next: a large file is not read again for each.
+        self.kept: dict[str, Windows] = {}
+        self.begin = {name: self.first_place(name) for name in self.sources}
+
+    def first_place(self, name: str) -> int:
+        """The place of the first document that has a window."""
+        most, length = 0, self.order[name].length
+        for place in range(length):
+            document = self.document(name, self.record(name, place))
+            if document.cuts:
+                return place
+            most = max(most, document.most)
+        least, units = needed(self.rows)
+        raise ValueError(
+            f"data source {name!r} has nothing to predict for row {self.number} of a batch: of its"
+            f" {length} documents none has a window of {least} {units} or more, the most is {most}"
+        )
+
+    def document(self, name: str, record: int) -> Windows:
+        document = self.shared.get((name, record))
+        if document is None:
+            document = windows_of(self.sources[name][record], self.rows)
+            self.shared[name, record] = document
+        self.kept[name] = document
+        return document
+
+    def first(self, name: str) -> Example:
+        place = self.begin[name]
+        return self.read([name, self.record(name, place), place, 0])
+
+    def supply(self) -> tuple[list, Example]:
+        """[source, record, place, window], the next in the mixture; and the example."""
+        name = min(self.sources, key=self.due)
+        place, window = self.taken[name], self.windows[name]
+        while window == len(self.document(name, self.record(name, place)).cuts):
+            place, window = place + 1, 0
+        key = [name, self.record(name, place), place, window]
+        example = self.read(key)
+        self.taken[name], self.windows[name] = place, window + 1
+        self.bytes[name] += example.text_bytes
+        return key, example
+
+    def read(self, key: list) -> Example:
+        name, record, place, window = key
+        rng = np.random.default_rng((*self.seeds[name], place, window))
+        return example_of(self.document(name, record), window, self.rows, rng)
+
+    def state(self) -> dict:
+        return super().state() | {"windows": dict(self.windows)}
+
+    def restore(self, state: dict) -> None:
+        self.windows = dict(state["windows"])
+        super().restore(state)
 
 
 class Snapshot(dict):
@@ -217,7 +293,8 @@ def training_batches(
 
     def build() -> dict[int, Stream]:
         shared: WeakValueDictionary = WeakValueDictionary()
-        return {n: Stream(n, sources, data, rows, seed, shared) for n in streams}
+        stream = WindowStream if rows.of_windows else Stream
+        return {n: stream(n, sources, data, rows, seed, shared) for n in streams}
 
     return grain.experimental.ThreadPrefetchIterDataset(
         Batches(build), prefetch_buffer_size=data.prefetch
@@ -227,12 +304,30 @@ def training_batches(
 def held_out_batches(
     documents: Sequence[Document], data: DataConfig, rows: Rows
 ) -> tuple[list[Batch], int]:
-    """Batches that hold every document once, and the number of cuts; empty rows fill the last."""
+    """Batches that hold every document once, and the number of cuts; empty rows fill the last.
+
+    The cuts of a document in windows count, too.
+    """
     sizes = rows.sizes(data.seq_len, data.max_patches)
-    cut_documents = (cut_document(documents[i], rows) for i in range(len(documents)))
-    laid, cuts = pack_exact(
-        cut_documents, sizes["N"], rows.most_slots(data.seq_len, data.max_patches)
-    )
+    every = (documents[i] for i in range(len(documents)))
+    limits = rows.limits(data.seq_len, data.max_patches)
+    if rows.of_windows:
+        cut = [held_out_examples(document, rows) for document in every]
+        laid, _ = pack_exact(itertools.chain(*cut), *limits)
+        cuts = sum(max(0, len(examples) - 1) for examples in cut)
+    else:
+        laid, cuts = pack_exact((cut_document(document, rows) for document in every), *limits)
     laid += [[]] * (-len(laid) % data.batch_size)
     groups = (laid[i : i + data.batch_size] for i in range(0, len(laid), data.batch_size))
     return [batch_of(group, rows, sizes) for group in groups], cuts
+
+
+def held_out_examples(document: Document, rows: Rows) -> list[Example]:
+    """The examples of a document for evaluation: always the same, wherever it is in a source."""
+    found = windows_of(document, rows)
+    seed = zlib.crc32(document.text)
+
+    def example(window: int) -> Example:
+        return example_of(found, window, rows, np.random.default_rng((seed, window)))
+
+    return [example(window) for window in range(len(found.cuts))]

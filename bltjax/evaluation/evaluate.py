@@ -4,6 +4,10 @@ Only text bytes count: the sum of -log2 p over them, divided by their number, so
 different patches, and compressors, compare. A document that fits in a row is never split; the
 number of cuts in longer ones is reported. The result does not depend on batch size, document order,
 devices or processes: the parameters and the rows are divided among all devices of all processes.
+
+A model that sees both sides of what it predicts has another measure, which the result names: bits
+per byte of masked spans, or of text after a prefix (ByT5); bits and accuracy of masked characters
+(CANINE). Their masks are always the same for a document.
 """
 
 import argparse
@@ -30,8 +34,16 @@ from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.distributed import processes
 from bltjax.distributed.sharding import tree_shardings
 from bltjax.evaluation.scores import evaluate_documents, evaluation_mesh
-from bltjax.families import check_mesh, family_of, model_shapes, with_tokenizer
+from bltjax.families import (
+    check_mesh,
+    check_predicts,
+    family_of,
+    measure_of,
+    model_shapes,
+    with_tokenizer,
+)
 from bltjax.inference.entropy import as_scorer, scored_source
+from bltjax.model.loss import BITS_PER_BYTE, key_of
 from bltjax.model.params import parameter_count
 from bltjax.progress import quantity, speed
 from bltjax.system.compiling import CompileTime
@@ -68,6 +80,7 @@ def evaluate(
       FloatingPointError: for a result that is not finite, naming the parameter or the text.
     """
     config = read_model_config(workdir)
+    check_predicts(config)
     if documents is None:  # errors of a source come before a model is loaded
         documents = open_source(source, skip_bad=skip_bad)
     mesh = mesh or evaluation_mesh(config)
@@ -85,7 +98,7 @@ def evaluate(
     result = {
         "model": family_of(config).name,
         "step": model.step,
-        **found._asdict(),
+        **found.report(measure_of(config)),
         "parameters": parameter_count(model.params, config.model),
         "compile_seconds": compiling.seconds,
     }
@@ -138,7 +151,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     opened = [open_source(source, skip_bad=args.skip_bad) for source in sources]
     of_the_run = run.data.train.values() if args.compressors and run else ()
     training = [open_source(source, skip_bad=args.skip_bad) for source in of_the_run]
-    mesh = evaluation_mesh(config, args.mesh)
+    check_predicts(config)
+    mesh, measure = evaluation_mesh(config, args.mesh), measure_of(config)
     results = []
     for source, documents in zip(sources, opened, strict=True):
         started_at = time.monotonic()
@@ -153,13 +167,17 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             )
         results.append(result)
         print(
-            f"{source.path}: {quantity(result['text_bytes'])}B in {result['documents']} documents"
+            f"{source.path}: {quantity(result['text_bytes'])}B"
+            f"{'' if measure == BITS_PER_BYTE else ' predicted'} in {result['documents']} documents"
             f" ({result['cuts']} cuts)"
         )
         print(
             f"  {result['model'] + ' at step ' + str(result['step']):28s}"
-            f"{result['bits_per_byte']:8.4f} bits per byte"
+            f"{result[measure.key]:8.4f} {measure.name}"
         )
+        if measure.accuracy:
+            share, targets = result[key_of(measure.accuracy)], result["targets"]
+            print(f"  {measure.accuracy:28s}{share:8.4f} of {targets:,}; it has no bits per byte")
         for name, bits in result.get("compressors", {}).items():
             print(f"  {name.replace('_', ' '):28s}{bits:8.4f} bits per byte")
         seconds, compiled = result["seconds"], result["compile_seconds"]

@@ -1,4 +1,5 @@
-"""Bits per byte of a model in memory: on documents, on batches, on a source."""
+"""Bits per byte of a model in memory, or its family's own measure: on documents, on batches, on a
+source."""
 
 import dataclasses
 import logging
@@ -22,6 +23,8 @@ from bltjax.distributed.sharding import make_mesh, replicated, row_sharding, tre
 from bltjax.families import (
     batch_logits,
     check_mesh,
+    check_predicts,
+    measure_of,
     model_shapes,
     module_of,
     resolved,
@@ -31,13 +34,14 @@ from bltjax.families import (
 from bltjax.family import Model
 from bltjax.inference.entropy import PREVIEW, device_of, scored_source, scorer_of
 from bltjax.inference.finite import not_finite
-from bltjax.model.loss import Sums, target_sums
+from bltjax.model.loss import BITS_PER_BYTE, Measure, Sums, key_of, target_sums
 from bltjax.progress import Progress
 from bltjax.system.compiling import CompileTime
 from bltjax.text.vocabulary import Vocabulary
 
 logger = logging.getLogger("bltjax")
 ROW_BYTES = 2**16  # per device and batch
+NO_SUMS = Sums(0.0, 0.0, 0.0, 0.0)
 
 
 def mesh_words(config: MeshConfig) -> str:
@@ -97,8 +101,10 @@ def jitted_scores(model, shardings, mesh: Mesh):
     shardings: of the parameters.
     """
 
+    accuracy = bool(measure_of(model.config).accuracy)
+
     def scores(params, batch) -> Sums:
-        return target_sums(batch_logits(model, params, batch), batch)
+        return target_sums(batch_logits(model, params, batch), batch, accuracy)
 
     return jax.jit(
         under(mesh, scores),
@@ -107,28 +113,49 @@ def jitted_scores(model, shardings, mesh: Mesh):
     )
 
 
-def held_out_bits(scores, params, batches, sharding) -> float:
-    total = [0.0, 0.0]
+def held_out_sums(scores, params, batches, sharding) -> Sums:
+    """The sums over all batches, as numbers of Python."""
+    total = NO_SUMS
     for batch in batches:
-        sums = jax.device_get(scores(params, to_global(batch, sharding)))
-        total[0] += float(sums.text_nats)
-        total[1] += float(sums.text_bytes)
-    return total[0] / np.log(2.0) / max(total[1], 1.0)
+        total = added(total, jax.device_get(scores(params, to_global(batch, sharding))))
+    return total
+
+
+def added(total: Sums, sums: Sums) -> Sums:
+    """A total of numbers, and a batch's sums."""
+    return Sums(
+        *(a if b is None else (a or 0.0) + float(b) for a, b in zip(total, sums, strict=True))
+    )
 
 
 class Evaluation(NamedTuple):
     """Scores of a model on a text."""
 
-    bits_per_byte: float
-    text_bytes: int
+    bits_per_byte: float | None  # None where `measure` is something else
+    text_bytes: int  # that were predicted
     documents: int
     cuts: int  # cuts in documents longer than a row
+    measure: str = BITS_PER_BYTE.name  # what `bits` are of
+    bits: float | None = None
+    accuracy: float | None = None  # of the targets, by models whose measure is of these
+    targets: int | None = None
+
+    def report(self, measure: Measure) -> dict:
+        """The scores as JSON, under the name of their measure."""
+        common = {"text_bytes": self.text_bytes, "documents": self.documents, "cuts": self.cuts}
+        if measure == BITS_PER_BYTE:
+            return {"bits_per_byte": self.bits_per_byte} | common
+        found = {"measure": measure.name, measure.key: self.bits}
+        if self.accuracy is not None:
+            found |= {key_of(measure.accuracy): self.accuracy, "targets": self.targets}
+        return found | common
 
 
 def evaluate_documents(
     model: Model, documents: Sequence[Document], name: str, mesh: Mesh
 ) -> Evaluation:
-    """Bits per byte of documents, which have entropies if the model's patches need them.
+    """Bits per byte of documents, which have entropies if the model's patches need them; or the
+    measure of the model's family.
 
     model: its parameters lie on the mesh, according to `tree_shardings`. name: the text's name in
     errors.
@@ -147,7 +174,7 @@ def evaluate_documents(
     def sums_of(batch: Batch) -> Sums:
         return jax.device_get(scores(params, to_global(batch, row_sharding(mesh))))
 
-    nats = text_bytes = 0.0
+    total, measure = NO_SUMS, measure_of(config)
     progress = Progress("evaluating", len(batches), " batches", quiet=not is_primary())
     for batch in batches:
         before = compiling.seconds
@@ -155,12 +182,16 @@ def evaluate_documents(
         if not np.isfinite(sums.nats):
             broken = broken_row(batch, sums_of, vocabulary(config))
             raise not_finite(f"{name}: the log-probabilities of {broken} are", {"": params})
-        nats += float(sums.text_nats)
-        text_bytes += float(sums.text_bytes)
+        total = added(total, sums)
         progress.started_at += compiling.seconds - before  # the rate counts all that ran
         progress.advance(1)
-    bits = float(nats / np.log(2.0) / max(text_bytes, 1.0))
-    return Evaluation(bits, int(text_bytes), len(documents), cuts)
+    bits, counts = float(measure.bits(total)), (int(total.text_bytes), len(documents), cuts)
+    if measure == BITS_PER_BYTE:
+        return Evaluation(bits, *counts, bits=bits)
+    accuracy, targets = None, None
+    if measure.accuracy:
+        accuracy, targets = total.correct / max(total.weight, 1.0), int(total.weight)
+    return Evaluation(None, *counts, measure.name, bits, accuracy, targets)
 
 
 def rows_of_a_batch(max_bytes: int, mesh: Mesh) -> int:
@@ -178,7 +209,7 @@ def broken_row(batch: Batch, sums_of: Callable[[Batch], Sums], words: Vocabulary
         for mine, array in zip(alone, batch, strict=True):
             mine[row] = array[row]
         if not np.isfinite(sums_of(alone).nats):
-            ids = batch[0][row][batch.documents_BN[row] > 0]
+            ids = batch[0][row][batch[1][row] > 0]
             text = words.decode(ids)[:PREVIEW].decode("utf-8", errors="replace")
             return f"the text that begins with {text!r}"
     return "some texts together"
@@ -195,6 +226,7 @@ def evaluate_model(
       ValueError: for a source that can't be read, or entropy patching without a byte LM.
       FloatingPointError: for a result that is not finite, naming the parameter or the text.
     """
+    check_predicts(model.config)
     source = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
     documents = scored_source(source, model.config.patching, scorer_of(model))
     devices = [device_of(model.params)] if devices is None else list(devices)

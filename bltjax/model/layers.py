@@ -96,8 +96,13 @@ def all_but_weights(primitive, *_, **__) -> bool:
     return primitive.name not in FREE
 
 
-def rematerialised(remat: str, *, scanned: bool = False, block: type[nn.Module] | None = None):
-    """A kind of block, by default Block, rematerialised by the policy of `config.REMAT`."""
+def rematerialised(
+    remat: str, *, scanned: bool = False, block: type[nn.Module] | None = None, kept: str = OUTCOME
+):
+    """A kind of block, by default Block, rematerialised by the policy of `config.REMAT`.
+
+    kept: the name of the outputs that `products` keeps besides those of products.
+    """
     policies, block = jax.checkpoint_policies, block or Block
     if remat == "none":
         if not gathers():
@@ -105,7 +110,7 @@ def rematerialised(remat: str, *, scanned: bool = False, block: type[nn.Module] 
         policy = all_but_weights
     elif remat == "products":
         policy = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(OUTCOME)
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(kept)
         )
     else:
         policy = policies.nothing_saveable

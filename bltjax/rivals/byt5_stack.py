@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention.biased import biased_attention, cached_biased_attention, distance_buckets
+from bltjax.attention.biased import biased_attention, cached_biased_attention
+from bltjax.attention.distances import distance_buckets
 from bltjax.attention.kv_cache import Cache, stored
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.layers import project, rematerialised, rms_norm

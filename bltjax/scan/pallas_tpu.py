@@ -1,12 +1,26 @@
 """The selective scan for TPUs (Mosaic): the state stays in VMEM; one kernel forward, one backward.
 
-    grid       (rows, tiles of channels, chunks of positions), the last one in order
+    grid       (rows, chunks of positions, tiles of channels), the last two in order
     v, step    [positions, channels]   as the model has them
     in, out    [states, positions]     a position's states are a column
-    state      [states, channels]      16 x 512: eight registers, along the channels of v's row
+    state      [states, channels]      of a whole row; a tile of 16 x 512 is eight registers
 
-y sums over states, which lie along sublanes. Backward, the gradients of in and out sum over
-channels, in each tile at the end of its own sum; partial sums of the tiles are added outside.
+y sums over states, which lie along sublanes; the gradients of in and out sum over channels. Columns
+are spread over lanes once per chunk, for all tiles of channels, and sums over lanes are taken once
+per chunk as well: in the loops over positions nothing waits for the unit that crosses lanes.
+
+The vector unit is the limit. Cycles are those of libtpu's static schedules, for 128 positions of
+512 channels of 16 states, with I = 2048; the loops take 80 to 97 % of the vector slots:
+
+                forward   backward
+    v5e           3300       8500
+    v5p           3400       8700    each of its two cores
+    v6e           3000       8400
+
+So on a v5e (1.5 GHz, 197 TFLOP/s, 819 GB/s) a row of 8192 bytes through a layer of MambaByte-353M
+takes 0.56 ms forward and 1.44 ms backward, where its products take 0.56 and 1.12 ms at peak, and
+the kernels' traffic (178 and 283 MB) 0.22 and 0.35 ms: without recomputation, at most 46 % of the
+peak can be reached. None of this has been measured.
 """
 
 import functools
@@ -21,7 +35,7 @@ from bltjax.scan.tpu_kernels import FP32, GROUP, LANES, backward_kernel, forward
 from bltjax.scan.xla import outcome
 
 WIDEST = 512  # channels of a tile
-VMEM_BYTES = 32 * 2**20
+VMEM_BYTES = 32 * 2**20  # v5p has 64 MiB, v5e and v6e 128
 CHUNK = 128  # positions: the columns of in and out that make a tile
 
 

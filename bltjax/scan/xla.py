@@ -109,7 +109,10 @@ def backward(residuals, grads):
             drates_UI, dstate_BUI = carry
             state_BUI, (*arrays, resets), dy = chunk
             _, pull = jax.vjp(
-                lambda *x: way(*x[:2], (*x[2:], resets)), rates_UI, state_BUI, *arrays
+                lambda rates_UI, state_BUI, *arrays: way(rates_UI, state_BUI, (*arrays, resets)),
+                rates_UI,
+                state_BUI,
+                *arrays,
             )
             more_UI, dstate_BUI, *darrays = pull((dstate_BUI, dy))
             return (drates_UI + more_UI, dstate_BUI), tuple(darrays)

@@ -1,4 +1,5 @@
-"""A model's ids: of bytes in an alphabet, or of tokens. Text becomes ids, and ids text, here."""
+"""A model's ids: of bytes in an alphabet, of tokens, or of characters. Text becomes ids, and ids
+text, here."""
 
 import functools
 from collections.abc import Sequence
@@ -6,6 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from bltjax.text.alphabet import ALPHABETS, Alphabet, as_bytes, decode, encode
+from bltjax.text.characters import (
+    CLS,
+    SEP,
+    character_bytes,
+    document_characters,
+    is_special,
+    text_of,
+)
 from bltjax.text.tokens import load_tokens
 
 
@@ -75,6 +84,31 @@ class TokenVocabulary(Vocabulary):
 
     def stop_ids(self, text: bytes) -> None:
         return None
+
+
+class CharacterVocabulary(Vocabulary):
+    """Code points, between CLS and SEP."""
+
+    def __init__(self):
+        super().__init__(Alphabet(0x110000, 1, CLS, SEP, 0x110000 - 1))
+
+    def document(self, text: np.ndarray) -> np.ndarray:
+        return document_characters(text.tobytes())
+
+    def prompt(self, text: str | bytes) -> np.ndarray:
+        return document_characters(as_bytes(text))[:-1]
+
+    def decode(self, ids) -> bytes:
+        return text_of(ids)
+
+    def text_bytes(self, ids_N: np.ndarray) -> np.ndarray:
+        return np.where(is_special(ids_N), 0, character_bytes(ids_N)).astype(np.uint8)
+
+    def stop_ids(self, text: bytes) -> None:
+        return None
+
+
+CHARACTERS = CharacterVocabulary()
 
 
 @functools.lru_cache(maxsize=16)

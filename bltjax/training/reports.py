@@ -13,9 +13,9 @@ from etils import epath
 
 from bltjax.config.run import RunConfig
 from bltjax.distributed.processes import is_primary
-from bltjax.families import family_of, model_config, positions_of
+from bltjax.families import family_of, measure_of, model_config, positions_of, rows_of
 from bltjax.model.flops import utilisation
-from bltjax.model.loss import Sums
+from bltjax.model.loss import BITS_PER_BYTE, Measure, Sums, key_of
 from bltjax.progress import duration, quantity
 from bltjax.system.paths import is_remote
 from bltjax.system.storage import scratch, write_text
@@ -102,8 +102,9 @@ class Reports:
         self.flops, self.last_step, self.last_good = flops, last_step, last_good
         self.watch = watch or self.print
         self.patched = model_config(config).patching is not None
+        self.rows, self.measure = rows_of(model_config(config)), measure_of(config)
         self.rate_of = learning_rate(config.optimizer)
-        self.window = Window()
+        self.window = Window(self.measure)
         self.values: dict[str, float] = {}
         self.warned = False
 
@@ -120,14 +121,15 @@ class Reports:
         if guard["in_a_row"]:
             self.pass_or_stop(step, out)
         else:
-            self.window.add(out["sums"], out["fills"])
+            self.window.add(out["sums"], out["fills"], out["text_bytes"])
         due = step % self.config.log_every == 0 or step == self.last_step
         if due and self.window.steps:
             with jax.transfer_guard("allow"):
                 rate = float(self.rate_of(step - 1))
             self.values = self.window.flush()
+            if not self.rows.of_windows:
+                self.values["mean_patch_bytes"] = self.mean_patch()
             self.values |= {
-                "mean_patch_bytes": self.mean_patch(),
                 "bytes_per_second_per_chip": self.values["bytes_per_second"] / jax.device_count(),
                 "gradient_norm": float(out["gradient_norm"]),
                 "learning_rate": rate,
@@ -183,15 +185,17 @@ class Reports:
 
     def print(self, step: int, values: dict[str, float]) -> None:
         steps = self.config.optimizer.steps
+        measure, names = self.measure, self.rows.limit_names
         if "loss" not in values:
-            bits = values["held_out_bits_per_byte"]
-            print(f"step {step}/{steps}  held out {bits:.4f} bits/byte", flush=True)
+            print(f"step {step}/{steps}  held out {held_out_words(measure, values)}", flush=True)
             return
         left = (steps - step) / max(values["steps_per_second"], 1e-9)
         print(
             f"step {step}/{steps}  loss {values['loss']:.4f}"
-            f"  {values['bits_per_byte']:.3f} bits/byte  {quantity(values['bytes_per_second'])}B/s"
-            f"  fill {values['byte_fill']:.1%} of bytes {values['patch_fill']:.1%} of patches"
+            f"  {values[measure.key]:.3f} {measure.unit}"
+            f"  {quantity(values['bytes_per_second'])}B/s"
+            f"  fill {values['byte_fill']:.1%} of {names[0]}"
+            f" {values['patch_fill']:.1%} of {names[1]}"
             + (f"  mfu {values['mfu']:.1%}" if "mfu" in values else "")
             + f"  {duration(left)} left",
             flush=True,
@@ -204,27 +208,38 @@ class Reports:
         yield
         self.window.since += time.monotonic() - started_at
 
-    def held_out(self, step: int, bits: float) -> None:
-        """Records held-out bits per byte."""
-        self.reporter.write(step, {"held_out_bits_per_byte": bits})
-        self.values["held_out_bits_per_byte"] = bits
-        self.watch(step, {"held_out_bits_per_byte": bits})
+    def held_out(self, step: int, sums: Sums) -> None:
+        """Records held-out bits per byte, or what the family measures."""
+        values = {f"held_out_{name}": x for name, x in self.measure.values(sums).items()}
+        self.reporter.write(step, values)
+        self.values |= values
+        self.watch(step, values)
+
+
+def held_out_words(measure: Measure, values: dict[str, float], digits: int = 4) -> str:
+    """A held-out report in words."""
+    words = f"{values[f'held_out_{measure.key}']:.{digits}f} {measure.unit}"
+    if measure.accuracy:
+        words += f", {measure.accuracy} {values[f'held_out_{key_of(measure.accuracy)}']:.1%}"
+    return words
 
 
 class Window:
     """Sums since the last report, and their time."""
 
-    def __init__(self):
+    def __init__(self, measure: Measure = BITS_PER_BYTE):
+        self.measure = measure
         self.started_at = time.monotonic()
         self.clear()
 
     def clear(self) -> None:
         self.since = time.monotonic()
-        self.sums, self.filled, self.steps = np.zeros(4), np.zeros(2), 0
+        self.sums, self.filled, self.text_bytes, self.steps = np.zeros(4), np.zeros(2), 0.0, 0
 
-    def add(self, sums: Sums, filled: tuple[float, float]) -> None:
-        self.sums += np.array([float(x) for x in sums])
+    def add(self, sums: Sums, filled: tuple[float, float], text_bytes: float) -> None:
+        self.sums += np.array([float(x) for x in sums[:4]])
         self.filled += np.array(filled)
+        self.text_bytes += float(text_bytes)
         self.steps += 1
 
     def flush(self) -> dict[str, float]:
@@ -233,8 +248,8 @@ class Window:
         byte_fill, patch_fill = self.filled / self.steps
         values = {
             "loss": sums.nats / max(sums.weight, 1.0),
-            "bits_per_byte": sums.text_nats / np.log(2.0) / max(sums.text_bytes, 1.0),
-            "bytes_per_second": sums.text_bytes / elapsed,
+            self.measure.key: self.measure.bits(sums),
+            "bytes_per_second": self.text_bytes / elapsed,
             "steps_per_second": self.steps / elapsed,
             "byte_fill": byte_fill,
             "patch_fill": patch_fill,

@@ -9,13 +9,15 @@ from tqdm.auto import tqdm
 from bltjax.config.run import RunConfig
 from bltjax.distributed.coordinator import process_count
 from bltjax.distributed.processes import is_primary
+from bltjax.families import measure_of
 from bltjax.inference.loaded import LoadedModel, load
 from bltjax.system.compiling import keep_programs
 from bltjax.system.environment import keep_buffers
 from bltjax.system.paths import path_of
+from bltjax.training.reports import held_out_words
 from bltjax.training.train import train
 from bltjax.viz.page import write_page
-from bltjax.weights.workdir import METRICS, read_reports, saved_steps
+from bltjax.weights.workdir import METRICS, read_reports, read_run_config, saved_steps
 
 LOGGER = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ class Run:
     """A run's work directory, trained or still in training.
 
     losses: [(step, nats per weighted target)] of its reports. evaluations: [(step, held-out bits
-    per byte)]. model: the newest checkpoint, as a LoadedModel.
+    per byte)], or what the family measures instead. model: the newest checkpoint, as a LoadedModel.
     """
 
     def __init__(self, workdir):
@@ -41,7 +43,8 @@ class Run:
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
-        return self.values("held_out_bits_per_byte")
+        measure = measure_of(read_run_config(self.workdir))
+        return self.values(f"held_out_{measure.key}")
 
     @functools.cached_property
     def model(self) -> LoadedModel:
@@ -67,14 +70,14 @@ def train_run(config: RunConfig, workdir, *, resume: bool = True) -> Run:
     if process_count() == 1 and (reason := keep_programs()):
         LOGGER.warning("compiled programs are not cached: %s", reason)
     total = config.optimizer.steps
-    initial = steps[-1] if steps else 0
+    initial, measure = steps[-1] if steps else 0, measure_of(config)
     with tqdm(total=total, unit="step", initial=initial, disable=not is_primary()) as bar:
 
         def watch(step: int, values: dict) -> None:
-            if "held_out_bits_per_byte" in values:
-                shown = f"held out {values['held_out_bits_per_byte']:.3f} bits/byte"
+            if f"held_out_{measure.key}" in values:
+                shown = f"held out {held_out_words(measure, values, digits=3)}"
             else:
-                shown = f"{values['bits_per_byte']:.3f} bits/byte"
+                shown = f"{values[measure.key]:.3f} {measure.unit}"
             bar.set_postfix_str(shown, refresh=False)  # with the step that it is of
             bar.update(step - bar.n)
 

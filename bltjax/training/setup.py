@@ -20,7 +20,7 @@ from bltjax.distributed.processes import (
 )
 from bltjax.distributed.rows import local_rows
 from bltjax.distributed.sharding import row_sharding
-from bltjax.families import family_of, tokenizer_of, training_flops
+from bltjax.families import check_predicts, family_of, tokenizer_of, training_flops
 from bltjax.inference.entropy import EntropyModel, scored_source
 from bltjax.model.params import parameter_count
 from bltjax.progress import quantity
@@ -67,6 +67,7 @@ def set_up(config: RunConfig, workdir: epath.Path) -> Setup:
       ValueError: for a work directory of another run, a mesh that doesn't fit, or data that the
         config cannot use.
     """
+    check_predicts(config)
     config = with_measured_row(config, workdir)
     resumed = check_workdir(workdir, config)
     check_start(config, workdir, resumed is not None)

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from bltjax.config.run import RunConfig
-from bltjax.data.batches import fills
+from bltjax.data.batches import fills, text_bytes
 from bltjax.distributed.sharding import (
     constrained_tree,
     free_axes,
@@ -97,7 +97,7 @@ def make_train_step(config: RunConfig, model, optimizer):
         return jax.lax.scan(add, zero, micro_batches(batch, count))[0]
 
     model_settings = model_config(config)
-    slots, grid = positions_of(model_settings), rows_of(model_settings).grid
+    slots, rows = positions_of(model_settings), rows_of(model_settings)
 
     def step(state: TrainState, batch):
         grads, sums = by_slices(gradient_sums)(state.params, batch)
@@ -116,7 +116,8 @@ def make_train_step(config: RunConfig, model, optimizer):
             "gradient_norm": norm,
             "gradient_norms": norms,
             "update_norms": norms_by_part(updates, config.model),
-            "fills": jnp.stack(fills(batch, slots, grid)),
+            "fills": jnp.stack(fills(batch, slots, rows)),
+            "text_bytes": text_bytes(batch, rows),
             "guard": guard_metrics(opt),
         }
         return TrainState(state.step + 1, params, opt), report

@@ -36,7 +36,7 @@ from bltjax.distributed.processes import (
 from bltjax.distributed.processes import add_arguments as add_process_arguments
 from bltjax.distributed.rows import make_global_batch
 from bltjax.distributed.watchdog import Watchdog
-from bltjax.evaluation.scores import held_out_bits
+from bltjax.evaluation.scores import held_out_sums
 from bltjax.families import load_config
 from bltjax.system.environment import check_numbers
 from bltjax.system.lock import held
@@ -148,8 +148,8 @@ def train(
                 pending = None
             if evaluates:
                 with phase(step, "evaluates", "evaluation", PATIENCE), reports.paused():
-                    bits = held_out_bits(scores, state.params, setup.held_out, setup.sharding)
-                reports.held_out(step, bits)
+                    sums = held_out_sums(scores, state.params, setup.held_out, setup.sharding)
+                reports.held_out(step, sums)
             if saves:
                 with phase(step, "saves", "checkpoints", PATIENCE):
                     check_lock()
@@ -192,11 +192,12 @@ def locked(exits: contextlib.ExitStack, workdir: epath.Path, take_over: bool) ->
 
 def progress_of(setup: Setup, step: int, reports: Reports) -> dict:
     """A checkpoint's progress: all about the run but its arrays."""
+    held_out = f"held_out_{reports.measure.key}"
     return {
         "step": step,
         "config": to_dict(setup.config),
         "sources": setup.fingerprints,
-        "held_out_bits_per_byte": reports.values.get("held_out_bits_per_byte"),
+        held_out: reports.values.get(held_out),
     }
 
 

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from etils import epath
 
 from bltjax.config.fields import from_dict, to_dict, within
+from bltjax.config.rows import BYTE_ROWS
 from bltjax.config.run import RunConfig
-from bltjax.families import family_of, model_shapes
+from bltjax.families import family_of, measure_of, model_config, model_shapes, rows_of
+from bltjax.model.loss import BITS_PER_BYTE, Measure, key_of
 from bltjax.model.params import flattened, parameter_count
 from bltjax.progress import duration, quantity
 from bltjax.system.paths import path_of
@@ -23,6 +25,7 @@ from bltjax.viz.html import render
 from bltjax.weights import workdir as ckpt
 from bltjax.weights.workdir import read_reports
 
+LIMITS = BYTE_ROWS.limit_names
 PAGE, SAMPLES = "page.html", "samples.json"
 
 
@@ -56,8 +59,10 @@ class Samples:
     patches: tuple[SamplePatch, ...] = ()
 
 
-def curves(reports: Sequence[dict]) -> str:
-    """A chart for every curve that has reports."""
+def curves(
+    reports: Sequence[dict], measure: Measure = BITS_PER_BYTE, limits: Sequence[str] = LIMITS
+) -> str:
+    """A chart for every curve that has reports. limits: what those of a row count."""
 
     def by_part(group: str) -> list[Line]:
         names = dict.fromkeys(key for report in reports for key in report)
@@ -68,19 +73,26 @@ def curves(reports: Sequence[dict]) -> str:
     def one(key: str, name: str = "") -> Line:
         return Line(name or key.replace("_", " "), series(reports, key))
 
-    held_out = Line("held out", series(reports, "held_out_bits_per_byte"), marked=True)
+    held_out = Line("held out", series(reports, f"held_out_{measure.key}"), marked=True)
     gradients = by_part("gradient_norms") or [one("gradient_norm")]
     figures = [
-        chart("Bits per byte", [one("bits_per_byte", "training"), held_out]),
+        chart(title_of(measure.name), [one(measure.key, "training"), held_out]),
+        chart(title_of(measure.accuracy), [one(f"held_out_{key_of(measure.accuracy)}")])
+        if measure.accuracy
+        else "",
         chart("Learning rate", [one("learning_rate")], from_zero=True),
         chart("Gradient norm", gradients, from_zero=True),
         chart("Update norm", by_part("update_norms"), from_zero=True),
         chart("Bytes per second", [one("bytes_per_second")], from_zero=True),
         chart("Share of flops (MFU)", [one("mfu", "MFU")], from_zero=True),
-        chart("Row fill", [one("byte_fill", "bytes"), one("patch_fill", "patches")]),
+        chart("Row fill", [one("byte_fill", limits[0]), one("patch_fill", limits[1])]),
         chart("Mean patch, bytes", [one("mean_patch_bytes")]),
     ]
     return "".join(figures)
+
+
+def title_of(name: str) -> str:
+    return name[0].upper() + name[1:]
 
 
 def cards(config: RunConfig, reports: Sequence[dict]) -> dict[str, str]:
@@ -88,11 +100,12 @@ def cards(config: RunConfig, reports: Sequence[dict]) -> dict[str, str]:
     values = parameter_count(model_shapes(config), config.model)
     for report in reports:
         values |= report
-    for _, value in series(reports, "held_out_bits_per_byte"):
+    measure = measure_of(config)
+    for _, value in series(reports, f"held_out_{measure.key}"):
         values["held_out"] = value
     forms = {
-        "held out, bits per byte": ("held_out", "{:.4f}".format),
-        "training, bits per byte": ("bits_per_byte", "{:.4f}".format),
+        f"held out, {measure.name}": ("held_out", "{:.4f}".format),
+        f"training, {measure.name}": (measure.key, "{:.4f}".format),
         "parameters": ("total", quantity),
         "in hash tables": ("hash_tables", quantity),
         "step": ("step", lambda step: f"{step:,} of {config.optimizer.steps:,}"),
@@ -144,7 +157,6 @@ def run_page(workdir: epath.Path) -> str:
     """
     config = ckpt.read_run_config(workdir)
     reports = read_reports(workdir / "metrics.jsonl")
-    kind = family_of(config).title
     samples = ""
     if (workdir / SAMPLES).exists():
         try:
@@ -153,11 +165,11 @@ def run_page(workdir: epath.Path) -> str:
             print(f"{error}: the page has no samples; `page` writes others")
     return render(
         "run.html",
-        kind=kind[0].upper() + kind[1:],
+        kind=title_of(family_of(config).title),
         workdir=workdir,
         sources=", ".join(source.path for source in config.data.train.values()),
         cards=cards(config, reports),
-        curves=curves(reports),
+        curves=curves(reports, measure_of(config), rows_of(model_config(config)).limit_names),
         samples=samples,
         settings=settings(config),
     )

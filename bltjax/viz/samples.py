@@ -72,10 +72,11 @@ def write_samples(
     config = read_run_config(workdir)
     texts = list(held_out_texts(config, count))[:: 4 if count > 1 else 1][:count] or [b""]
     model = load(workdir)
-    incremental = model.config.patching is None or model.config.patching.incremental
+    patching = model.config.patching
+    writes = model.family.decoding is not None and (patching is None or patching.incremental)
     found = {"step": newest_checkpoint(workdir)[1], "temperature": temperature, "texts": []}
     started_at, compiling, size = time.monotonic(), CompileTime(), 0
-    for number, text in enumerate(texts if incremental else ()):
+    for number, text in enumerate(texts if writes else ()):
         prompt = whole_characters_up_to(text, PROMPT_BYTES).decode("utf-8", errors="replace")
         written = model.generate(
             prompt, max_bytes=max_bytes, temperature=temperature, seed=seed + number

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 import bltjax.attention.tiled as tiled
 from bltjax.attention import IMPLEMENTATIONS, KERNELS, fastest, range_attention
 from bltjax.attention.dense import dense
-from bltjax.attention.pallas_tpu import TpuPlan
+from bltjax.attention.pallas.tpu import TpuPlan
 from bltjax.attention.pattern import Blocks, Pooling, Reading, Sliding, Whole
 from bltjax.attention.staircase import Tiles, whole_patches
 from bltjax.config.run import ATTENTION
@@ -224,7 +224,7 @@ def random_case(random):
 @pytest.mark.parametrize("name", [name for name in CASES if "window" in name or "of doc" in name])
 def test_long_contexts_match_dense(name, monkeypatch):
     """With the kernel that holds dq of a row, which a window of 512 doesn't take."""
-    monkeypatch.setattr(sys.modules["bltjax.attention.pallas_tpu"], "LONG", 0)
+    monkeypatch.setattr(sys.modules["bltjax.attention.pallas.tpu"], "LONG", 0)
     given, expected = case(name)
     assert_close(outcome("pallas_tpu_interpreted", *given), expected, *given[1:3])
 

@@ -14,7 +14,8 @@ import pytest
 
 import bltjax.attention.biased as biased
 from bltjax.attention import range_attention
-from bltjax.attention.biased import biased_attention, cached_biased_attention, distance_buckets
+from bltjax.attention.biased import biased_attention, cached_biased_attention
+from bltjax.attention.distances import distance_buckets
 from bltjax.attention.kv_cache import Cache
 from bltjax.attention.pattern import Sliding
 from bltjax.attention.staircase import Tiles

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.attention.pallas_tpu import kernel_plan
+from bltjax.attention.pallas.tpu import kernel_plan
 from bltjax.attention.pattern import Blocks, Pooling, Reading, Sliding, Whole
 from bltjax.attention.staircase import (
     CLOSES,

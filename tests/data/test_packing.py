@@ -230,7 +230,7 @@ def test_a_grid_begins_anew_with_each_fragment_and_fills_a_row(grid):
     used = [sum(end - begin for _, begin, end, _ in fragments) for fragments in laid]
     assert all(size == 40 or slots_of(row) == 12 for size, row in zip(used, laid, strict=True))
     batch = batch_of(laid, rows, {"N": 40})
-    byte_fill, slot_fill = fills(batch, 12, grid)
+    byte_fill, slot_fill = fills(batch, 12, rows)
     assert byte_fill == (batch.documents_BN > 0).mean()
     assert slot_fill == pytest.approx(np.mean([slots_of(fragments) for fragments in laid]) / 12)
     exact_batch = batch_of(exact, rows, {"N": 40})

@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parents[1] / "eight_devices"
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("decoding", marks=pytest.mark.slow), "hash_tables", "meshes"]
+    "name", [pytest.param("decoding", marks=pytest.mark.slow), "hash_tables", "meshes", "rivals"]
 )
 def test_on_eight_devices(name, request):
     """The quick tests of a file, or all of them if the slow ones of this suite are requested."""

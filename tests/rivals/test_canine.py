@@ -13,10 +13,10 @@ import pytest
 from bltjax.attention.pattern import Whole
 from bltjax.config.letters import suffix_axes
 from bltjax.config.model import ModelConfig
-from bltjax.data.masks import document_characters, masked
+from bltjax.data.masks import masked
 from bltjax.model.params import flattened
-from bltjax.rivals.bert_block import BertBlock
-from bltjax.rivals.canine import (
+from bltjax.rivals.canine.bert_block import BertBlock
+from bltjax.rivals.canine.model import (
     Canine,
     CanineConfig,
     forward,
@@ -24,7 +24,8 @@ from bltjax.rivals.canine import (
     paper_flops,
     recomputed_flops,
 )
-from bltjax.rivals.molecules import layout
+from bltjax.rivals.canine.molecules import layout
+from bltjax.text.characters import document_characters
 from bltjax.weights.released.tensors import check_tensors, leaves_of, tensors_of
 from bltjax.weights.rivals.canine import parts, read_settings, written_settings
 

@@ -240,7 +240,7 @@ class Decoder:
         return self.placed(state, row_shardings), Request(sampling.numbers, stops_ZT)
 
     def rest_of(self, prompt: bytes, stops: list[bytes], max_bytes: int) -> Rest:
-        """What a row's ids pass through on their way to text."""
+        """The way of a row's ids to text."""
         if isinstance(self.vocabulary, TokenVocabulary):
             return TokenRest(stops, self.vocabulary, max_bytes, begins=not prompt)
         return Rest(stops, self.vocabulary)

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from bltjax.config.model import ModelConfig
+from bltjax.distributed.sharding import constrained_tree
 from bltjax.model.blt.latent_transformer import unscanned
 from bltjax.model.byte_decoding import slice_rows
-from bltjax.rivals.mambabyte import MambaByte, MambaByteConfig, Past
+from bltjax.rivals.mamba_block import Past
+from bltjax.rivals.mambabyte import MambaByte, MambaByteConfig
 
 # Weights of products, in the model's dtype; the scan's own, the taps and norms are fp32.
 PRODUCTS = {
@@ -42,7 +44,8 @@ class CachedMambaByte:
         def cast(path, x):
             return x.astype(self.dtype) if path[-1].key in PRODUCTS else x
 
-        return {"model": jax.tree_util.tree_map_with_path(cast, unscanned(params))}
+        model = jax.tree_util.tree_map_with_path(cast, unscanned(params))
+        return {"model": constrained_tree(model)}
 
     def model(self, implementation: str | None) -> MambaByte:
         return MambaByte(self.config, self.dtype, implementation, scanned=False)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from bltjax.config.model import ModelConfig
-from bltjax.rivals.canine import CanineConfig
+from bltjax.rivals.canine.model import CanineConfig
 from bltjax.weights.lazy import Tensor
 from bltjax.weights.released.hf_settings import WITHOUT_EFFECT
 from bltjax.weights.released.leftovers import and_more

@@ -9,8 +9,11 @@ leave open: a norm with a bias is a layer norm, and a head that differs from the
 of its own. transformers has RMS norms only.
 """
 
+import math
+
 import numpy as np
 
+from bltjax.config.fields import divides
 from bltjax.config.model import ModelConfig
 from bltjax.rivals.mambabyte import MambaByteConfig
 from bltjax.text.alphabet import ALPHABETS, BOE
@@ -71,7 +74,7 @@ def read_settings(
       ValueError: with the file, the field and both values.
     """
     tensors, notes = renamed(tensors, where), []
-    found = of_transformers(values, where) if "hidden_size" in values else of_mamba(values, where)
+    found = of_mamba(values, where) if "d_model" in values else of_transformers(values, where)
     size = found.pop("alphabet")
     check_values({"vocab_size": size}, {"vocab_size": tuple(ALPHABET_OF_SIZE)}, where)
     is_layer = any(name.endswith((".norm.bias", "norm_f.bias")) for name in tensors)
@@ -107,7 +110,9 @@ def of_transformers(values: dict, where: str) -> dict:
     return dict(
         layers=found["num_hidden_layers"], width=found["hidden_size"], expand=found["expand"],
         states=found["state_size"], taps=found["conv_kernel"],
-        step_rank=rank_of(found["time_step_rank"], f"{where}: time_step_rank"),
+        step_rank=rank_of(
+            found["time_step_rank"], found["hidden_size"], f"{where}: time_step_rank"
+        ),
         norm="rms", norm_eps=float(found["layer_norm_epsilon"]),
         tied=found["tie_word_embeddings"], alphabet=found["vocab_size"],
     )  # fmt: skip
@@ -122,28 +127,24 @@ def of_mamba(values: dict, where: str) -> dict:
     ssm = check_fields(
         found["ssm_cfg"], SSM, SSM_REQUIRED, SSM_IGNORED, inside, {"dt_rank": (int, str)}
     )
-    padded = -(-found["vocab_size"] // found["pad_vocab_size_multiple"])
-    if padded * found["pad_vocab_size_multiple"] != found["vocab_size"]:
-        raise ValueError(
-            f"{where}: pad_vocab_size_multiple ({found['pad_vocab_size_multiple']}) must divide"
-            f" vocab_size ({found['vocab_size']}): rows of padding are not supported"
-        )
+    multiple = found["pad_vocab_size_multiple"]  # rows of padding are not supported
+    divides(f"{where}: pad_vocab_size_multiple", multiple, "vocab_size", found["vocab_size"])
     return dict(
         layers=found["n_layer"], width=found["d_model"], expand=ssm["expand"],
         states=ssm["d_state"], taps=ssm["d_conv"],
-        step_rank=rank_of(ssm["dt_rank"], f"{inside}: dt_rank"),
+        step_rank=rank_of(ssm["dt_rank"], found["d_model"], f"{inside}: dt_rank"),
         norm="rms" if found["rms_norm"] else "layer", tied=found["tie_embeddings"],
         alphabet=found["vocab_size"],
     )  # fmt: skip
 
 
-def rank_of(value: int | str, what: str) -> int:
-    """The rank of the step, 0 for `auto`."""
+def rank_of(value: int | str, width: int, what: str) -> int:
+    """The rank of the step as our setting has it: 0 for that which follows from the width."""
     if isinstance(value, str):
-        check_values({what: value}, {what: ("auto",)}, what.partition(":")[0])
+        check_values({"rank": value}, {"rank": ("auto",)}, what)
         return 0
     check_kind(value, int, what)
-    return value
+    return 0 if value == math.ceil(width / 16) else value
 
 
 def renamed(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """One step of the TPU's attention kernels: a tile of queries and a tile of keys.
 
-`pallas_tpu.py` gives the layouts and walks the steps. `tile`, `meets` and `does` are the work list:
+`tpu.py` gives the layouts and walks the steps. `tile`, `meets` and `does` are the work list:
 a tile of the list's own axis, the tile that it meets, and whether this step opens, sees and closes
 the tile. All other arguments are references to tiles, [heads, rows, positions].
 """

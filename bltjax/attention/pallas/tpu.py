@@ -45,16 +45,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from bltjax.attention.pattern import Pattern, Pooling, Reading
-from bltjax.attention.staircase import Tiles, WorkList, reach, rows_and_columns, whole_patches
-from bltjax.attention.tiled import outcome
-from bltjax.attention.tpu_kernels import (
+from bltjax.attention.pallas.tpu_kernels import (
     FP32,
     forward_kernel,
     gradients_kernel,
     keys_kernel,
     queries_kernel,
 )
+from bltjax.attention.pattern import Pattern, Pooling, Reading
+from bltjax.attention.staircase import Tiles, WorkList, reach, rows_and_columns, whole_patches
+from bltjax.attention.tiled import outcome
 
 LANES = 128
 # The VMEM that a program may use by default: the same on v5e, v5p and v6e.

@@ -18,8 +18,8 @@ from bltjax.attention.pattern import Sliding
 from bltjax.distributed.sharding import constrained
 from bltjax.model.flops import visible_keys
 from bltjax.model.layers import embedded, project
-from bltjax.rivals.bert_block import BertBlock, BertSize, block_flops, dense, gelu, weight
-from bltjax.rivals.molecules import rows_at, shifted
+from bltjax.rivals.canine.bert_block import BertBlock, BertSize, block_flops, dense, gelu, weight
+from bltjax.rivals.canine.molecules import rows_at, shifted
 from bltjax.text.segments import document_begins, index_like, window_ranges
 
 

@@ -29,7 +29,7 @@ from bltjax.config.model import REMAT, ModelConfig
 from bltjax.distributed.sharding import constrained
 from bltjax.model.flops import visible_keys
 from bltjax.model.layers import embedded, project, rematerialised
-from bltjax.rivals.bert_block import (
+from bltjax.rivals.canine.bert_block import (
     BertBlock,
     BertSize,
     block_again,
@@ -39,8 +39,8 @@ from bltjax.rivals.bert_block import (
     normed,
     weight,
 )
-from bltjax.rivals.masked_characters import MaskedCharacters, head_flops
-from bltjax.rivals.molecules import Layout, layout, padded_layout, rows_at, shifted
+from bltjax.rivals.canine.masked_characters import MaskedCharacters, head_flops
+from bltjax.rivals.canine.molecules import Layout, layout, padded_layout, rows_at, shifted
 
 # One per hash function.
 PRIMES = (31, 43, 59, 61, 73, 97, 103, 113, 137, 149, 157, 173, 181, 193, 211, 223)
@@ -222,6 +222,34 @@ class Canine(nn.Module):
             total_BND = total_BND + jnp.where(same_BN[..., None], moved_BND, 0)
         total_BND = constrained(gelu(total_BND), "x_BND")
         return normed(self, total_BND, "upsample_norm", "D", config.norm_eps)
+
+
+def masked_logits(module: Canine, params, batch) -> jax.Array:
+    """Logits, float32 [B, Q, V], of a batch's masked characters (data/batches.py)."""
+
+    def run(module: Canine):
+        hidden_BND, _ = module(batch.characters_BN, batch.documents_BN)
+        given = (batch.masked_BQ, batch.targets_BQ, batch.documents_BN)
+        return module.predictions(hidden_BND, *given)
+
+    return nn.apply(run, module)({"params": params})
+
+
+def embedded_documents(module: Canine, params, batch):
+    """float32: hidden states [B, N, D], and the pooled state [B, D] of each row's first document."""
+    given = (batch.characters_BN, batch.documents_BN)
+    hidden_BND, out = module.apply({"params": params}, *given)
+    return hidden_BND, out["pooled_BPD"][:, 0].astype(jnp.float32)
+
+
+def unscored(config: CanineConfig) -> str:
+    """The reason why a model predicts nothing; empty if it does."""
+    if config.predicts:
+        return ""
+    return (
+        "this CANINE has no head for masked characters (canine.predicts is False), as released"
+        " weights have none: it has no loss to be trained or evaluated by"
+    )
 
 
 def stacks(config: CanineConfig, N: int, P: int) -> tuple[tuple[int, int, int], ...]:

@@ -1,0 +1,1 @@
+"""Kernels of range attention, in Pallas: for TPUs and for GPUs."""

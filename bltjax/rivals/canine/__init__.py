@@ -1,0 +1,1 @@
+"""CANINE: an encoder of characters by molecules, and a head for masked ones."""
