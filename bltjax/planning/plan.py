@@ -54,8 +54,14 @@ def needed_flops(config: RunConfig) -> Flops:
 
 
 def check(config: RunConfig, topology: Topology) -> None:
-    """Raises ValueError where slices don't divide the mesh, before anything is built."""
+    """Raises ValueError where slices don't divide the mesh, or a row has no size, before anything
+    is built."""
     data, slices = config.mesh.data, topology.slices
+    if not config.data.max_patches:
+        raise ValueError(
+            "data.max_patches is 0, to be measured on the text, which a plan doesn't read: give it,"
+            " such as --config.data.max_patches=512"
+        )
     if slices > 1 and data % slices:
         raise ValueError(
             f"the number of slices ({slices}) must divide mesh.data ({data}), because slices only"

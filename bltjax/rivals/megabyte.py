@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from bltjax.attention import fastest
 from bltjax.attention.kv_cache import CachePositions
-from bltjax.attention.pattern import Sliding
+from bltjax.attention.pattern import Blocks, Sliding
 from bltjax.config.fields import MAY_CHANGE, divides, positive, setting
 from bltjax.config.model import ModelConfig
 from bltjax.distributed.sharding import constrained, gathered
@@ -128,6 +129,15 @@ def slots_of(documents_BN, patch_bytes: int, slots: int) -> Slots:
     return Slots(begin_BP, byte_BPA, place_BN, patches.latent_ranges)
 
 
+def by_kernel(implementation: str | None) -> bool:
+    """Whether kernels compute the local attention, of all slots of a row at once.
+
+    Their tiles hold many slots. Without kernels a slot is a row of its own, so no score is computed
+    in vain; but a TPU pads p scores to 128, in memory too.
+    """
+    return (implementation or fastest(jax.devices()[0])).startswith("pallas")
+
+
 def uniform(bound: float):
     return lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
@@ -155,10 +165,10 @@ class MegaByte(nn.Module):
         self.local_bytes_VE = self.param("local_bytes_VE", one, (V, E))
         self.local_positions_AE = self.param("local_positions_AE", one, (A, E))
         self.local_pad_E = self.param("local_pad_E", one, (E,))
-        # A slot's places are a row of their own, too short for any kernel.
         self.local_stack = ReluStack(
-            config, "local", config.local_layers, Sliding(A), self.dtype, "dense", name="local"
-        )
+            config, "local", config.local_layers, Blocks(A), self.dtype,
+            self.implementation if by_kernel(self.implementation) else "dense", name="local",
+        )  # fmt: skip
         self.norm_E = self.param("norm_E", nn.initializers.ones, (E,))
         self.head_EV = self.param("head_EV", normal(E), (E, V))
 
@@ -212,11 +222,17 @@ class MegaByte(nn.Module):
         place_BS = jnp.broadcast_to(jnp.arange(P * A)[None] % A, (rows, P * A))
         # Places without a byte come last in their slot, so that no other place sees them.
         local_BSE = self.local_inputs(ids(0), place_BS, pieces_BPAE.reshape(rows, P * A, E))
-        place_QA = place_BS.reshape(-1, A)
-        ranges = Ranges(jnp.zeros_like(place_QA), place_QA + 1, place_QA)
-        y_QAE, local_kv = self.local_stack(local_BSE.reshape(-1, A, E), ranges)
+        if by_kernel(self.implementation):
+            index_BS = index_like(place_BS)
+            local_in, place = local_BSE, place_BS
+            ranges = Ranges(index_BS - place_BS, index_BS + 1, place_BS)
+        else:
+            local_in, place = local_BSE.reshape(-1, A, E), place_BS.reshape(-1, A)
+            ranges = Ranges(jnp.zeros_like(place), place + 1, place)
+        y, local_kv = self.local_stack(local_in, ranges)
+        local_kv = jax.tree.map(lambda x: x.reshape(-1, A, *x.shape[2:]), local_kv)
         byte_BS = slots.byte_BPA.reshape(rows, -1)
-        y_BNE = moved(y_QAE.reshape(local_BSE.shape), slots.place_BN, byte_BS)
+        y_BNE = moved(y.reshape(local_BSE.shape), slots.place_BN, byte_BS)
         out = {
             "global_in": global_BPD,
             "global_out": global_out_BPD,

@@ -48,9 +48,15 @@ CONFIGS = sorted(p for p in Path("configs").glob("*.py") if "ALIAS" not in p.rea
 SIZES = ("400m", "1b", "2b", "4b", "8b", "8b_patch_6", "8b_patch_8", "8b_space", "8b_static")
 
 
+QUICK = ("llama", "megabyte", "spacebyte", "mambabyte", "byt5", "canine")
+RIVALS = (
+    "megabyte", "spacebyte", "spacebyte_1b", "mambabyte_353m", "mambabyte_972m", "byt5_small",
+    "byt5_base", "byt5_large", "canine", "llama_1b", "llama_3_8b",
+)  # fmt: skip
 ARGUMENTS = {
-    "quickstart": (":byte_lm", ":byte_cnn", ":blt"),
+    "quickstart": tuple(f":{model}" for model in ("byte_lm", "byte_cnn", "blt", *QUICK)),
     "blt": tuple(f":{size}" for size in SIZES),
+    "rivals": tuple(f":{model}" for model in RIVALS),
 }
 SPECS = [f"{path}{argument}" for path in CONFIGS for argument in ARGUMENTS.get(path.stem, ("",))]
 
@@ -61,14 +67,23 @@ def test_every_config_loads_and_survives_json(spec):
     assert parse(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
-def test_quickstart_spends_equal_flops():
-    spent = []
-    for model in ("byte_lm", "blt"):
-        config = load_config(f"configs/quickstart.py:{model}")
-        data = config.data
-        step = training_flops(config.model, data.batch_size, data.seq_len, data.max_patches)
-        spent.append(step * config.optimizer.steps)
-    assert spent[0] == pytest.approx(spent[1], rel=0.01)
+def quick_flops(model: str) -> tuple[RunConfig, int]:
+    """A config of the quickstart, and the FLOPs of its step."""
+    config = load_config(f"configs/quickstart.py:{model}")
+    data = config.data
+    # A Llama's row has the tokens of 2,048 bytes at 4.24 bytes each, rounded up to 64.
+    slots = data.max_patches or 512
+    return config, training_flops(config.model, data.batch_size, data.seq_len, slots)
+
+
+@pytest.mark.parametrize("model", ["byte_lm", *QUICK])
+def test_quickstart_spends_equal_flops(model):
+    (blt, of_blt), (config, step) = quick_flops("blt"), quick_flops(model)
+    assert step * config.optimizer.steps == pytest.approx(of_blt * blt.optimizer.steps, rel=0.01)
+    data = config.data
+    assert data.batch_size * data.seq_len == blt.data.batch_size * blt.data.seq_len
+    if model in QUICK:
+        assert 3.3e6 < step / (3 * data.batch_size * data.seq_len) < 4.5e6  # BLT: 3.5
 
 
 def test_overrides():
@@ -144,7 +159,7 @@ def test_settings_that_the_file_does_not_mention_can_be_overridden():
 
 
 def test_arguments_of_a_config():
-    with pytest.raises(ValueError, match="write :byte_lm, :byte_cnn or :blt"):
+    with pytest.raises(ValueError, match="write one of :byte_lm, :byte_cnn, :blt, :llama, .*, :canine"):
         load_config("configs/quickstart.py")
     with pytest.raises(ValueError, match="takes no argument; drop ':big'"):
         load_config("configs/byte_lm_100m.py:big")
@@ -306,6 +321,12 @@ def test_old_names_of_settings_are_read(tmp_path, caplog):
         parse(RunConfig, values)
 
 
+def row_of(path: Path, name: str) -> list[str]:
+    """The words of the row of a model in a config's table, without its name."""
+    (row,) = re.findall(rf"^    {name} +(\d[\d,]+ .*)$", docstring(path), re.MULTILINE)
+    return row.split()
+
+
 def docstring(path: Path) -> str:
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")), clean=False)
 
@@ -332,12 +353,14 @@ def test_the_commands_in_docstrings_are_valid(path):
         config = load_config(args.config, overrides)
         documented.add(args.config)
         # Only entropy patching needs a byte LM, its threshold and its records.
-        by_entropy = model_config(config).by_entropy
+        # A row of tokens that are measured has no size yet.
+        data = dataclasses.replace(config.data, max_patches=config.data.max_patches or 512)
+        by_entropy = model_config(dataclasses.replace(config, data=data)).by_entropy
         named = {override.partition("=")[0] for override in overrides}
         assert by_entropy == ({"entropy_model", "patching.threshold"} <= named)
     mine = {spec for spec in SPECS if spec.partition(":")[0] == str(path)}
     # Sizes differ by the word alone.
-    assert documented <= mine and (documented == mine or path.stem == "blt")
+    assert documented <= mine and (documented == mine or path.stem in ("blt", "rivals"))
 
 
 def test_the_arithmetic_of_the_quickstart():
@@ -347,12 +370,67 @@ def test_the_arithmetic_of_the_quickstart():
         ("blt", r"GFLOP for the byte LM and ([\d.]+) for BLT"),
         ("byte_cnn", r"A step is ([\d.]+) GFLOP; state"),
     ):
-        config = load_config(f"configs/quickstart.py:{model}")
-        data = config.data
-        flops = training_flops(config.model, data.batch_size, data.seq_len, data.max_patches)
+        _, flops = quick_flops(model)
         assert float(re.search(pattern, documented).group(1)) == pytest.approx(
             flops / 1e9, abs=0.06
         )
+
+
+@pytest.mark.parametrize("model", QUICK)
+def test_the_table_of_quick_rivals(model):
+    """Parameters, FLOPs, steps and rates in the docstring of configs/quickstart.py."""
+    row = row_of(Path("configs/quickstart.py"), model)
+    config, step = quick_flops(model)
+    total = parameter_count(model_shapes(config), config.model)["total"]
+    data = config.data
+    assert int(row[0].replace(",", "")) == total
+    assert float(row[1]) == pytest.approx(step / 1e9, abs=0.06)
+    per_byte = step / (3 * data.batch_size * data.seq_len)
+    assert float(row[2]) == pytest.approx(per_byte / 1e6, abs=0.006)
+    assert (int(row[3]), float(row[4])) == (config.optimizer.steps, config.optimizer.lr)
+
+
+# Parameters as published, and what differs here: ids of the alphabet and heads.
+PUBLISHED = {
+    "mambabyte_353m": (353_628_160, (260 - 256) * 1024),
+    "mambabyte_972m": (973_387_520, (260 - 256) * 1792),
+    "byt5_small": (299_637_760, (260 - 384) * 2 * 1472),
+    "byt5_base": (581_653_248, (260 - 384) * 2 * 1536),
+    "byt5_large": (1_228_183_552, (260 - 384) * 2 * 1536),
+    "llama_3_8b": (8_030_261_248, 0),
+}
+WITH_THEIR_ALPHABET = {"mambabyte": "mambabyte.alphabet=mambabyte", "byt5": "byt5.alphabet=byt5"}
+
+
+@pytest.mark.parametrize("model", RIVALS)
+def test_the_table_of_rivals(model):
+    """Parameters, hardware and times in the docstring of configs/rivals.py."""
+    numbers = row_of(Path("configs/rivals.py"), model)
+    spec = f"configs/rivals.py:{model}"
+    config = load_config(spec)
+    data, chips = config.data, math.prod(map(int, numbers[1].split("x")))
+    total = parameter_count(model_shapes(config), config.model)["total"]
+    assert int(numbers[0].replace(",", "")) == total and chips == config.mesh.fsdp
+    state, per_chip, peta, seconds, days = map(float, numbers[2:7])
+    assert state == pytest.approx(16 * total / 1e9, abs=0.06)
+    assert per_chip == pytest.approx(16 * total / 1e9 / chips, abs=0.006)
+    flops = training_flops(config.model, data.batch_size, data.seq_len, data.max_patches)
+    step = flops / (0.4 * 197e12 * chips)
+    assert peta == pytest.approx(flops / 1e15, abs=0.006)
+    assert seconds == pytest.approx(step, abs=0.006)
+    assert days == pytest.approx(step * config.optimizer.steps / 86400, abs=0.06)
+    mesh = AbstractMesh((1, chips, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    check_mesh(config.model, data.batch_size // config.optimizer.grad_accum_steps, mesh)
+    tree_shardings(model_shapes(config), mesh)
+    if model in PUBLISHED:
+        published, difference = PUBLISHED[model]
+        assert total == published + difference
+        if difference:
+            theirs = load_config(spec, [WITH_THEIR_ALPHABET[config.model.group]])
+            assert parameter_count(model_shapes(theirs), theirs.model)["total"] == published
+    if model == "canine":  # published without its head
+        bare = load_config(spec, ["canine.predicts=False"])
+        assert parameter_count(model_shapes(bare), bare.model)["total"] == 132_082_944
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -389,7 +467,7 @@ def test_old_names_of_configs_are_aliases(size, caplog):
 
 
 @pytest.mark.parametrize(
-    "spec", [spec for spec in SPECS if not re.search("quickstart|blt.py", spec)]
+    "spec", [spec for spec in SPECS if not re.search("quickstart|blt.py|rivals", spec)]
 )
 def test_meshes_fit_their_pods(spec):
     """The mesh has as many chips as the docstring names, and divides every size that it splits."""
@@ -405,7 +483,7 @@ def test_meshes_fit_their_pods(spec):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in CONFIGS if path.stem not in ("quickstart", "blt")], ids=str
+    "path", [path for path in CONFIGS if path.stem not in ARGUMENTS], ids=str
 )
 def test_the_arithmetic_in_docstrings(path):
     documented, config = docstring(path).replace("\n", " "), load_config(str(path))

@@ -135,6 +135,7 @@ def test_a_plan_in_words(planned):
             r"slices \(2\) must divide mesh.data \(1\), .* --config.mesh.data=2",
         ),
         (["--topology=v5e:2x2", "--slices=0"], "the number of slices is 0"),
+        (["--topology=v5e:2x2", "--config.data.max_patches=0"], "measured on the text, which a p"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, message, capsys):

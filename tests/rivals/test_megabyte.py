@@ -205,6 +205,27 @@ def test_scan_equals_loop_and_remat_equals_none():
     jax.tree.map(close, plain | {"global": unscanned(plain["global"])}, loop)
 
 
+@pytest.mark.slow
+def test_kernels_see_the_slots_of_a_row_at_once():
+    """Logits, gradients, and the local keys and values of prompts are those of slots apart."""
+    ids, numbers, _ = row([document(size, seed) for seed, size in enumerate(SIZES)])
+
+    def outcome(name):
+        def loss(params):
+            model = MegaByte(CONFIG, P, implementation=name)
+            logits, out = model.apply({"params": params}, ids[None], numbers[None])
+            return (logits[:, : sum(SIZES)] ** 2).mean(), (logits, out["local_kv"])
+
+        both = jax.value_and_grad(loss, has_aux=True)
+        return jax.jit(both, compiler_options=UNOPTIMISED)(params())
+
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-4),
+        outcome("pallas_tpu_interpreted"),
+        outcome("xla"),
+    )
+
+
 def test_names_give_ranks_and_sizes_of_weights():
     leaves = flattened(jax.eval_shape(lambda: initial(CONFIG)))
     for path, leaf in leaves.items():
@@ -221,7 +242,7 @@ def test_names_give_ranks_and_sizes_of_weights():
 
 def test_cached_logits_equal_the_full_pass():
     """Rows of different lengths, some of which pause, past two doublings of the global caches."""
-    model = cached_megabyte(ModelConfig(CONFIG), None, jnp.float32)
+    model = cached_megabyte(ModelConfig(CONFIG, None, N, P), None, jnp.float32)
     texts = np.stack([document(N, seed) for seed in range(4)]).astype(np.int32)
     full = np.asarray(program()(texts, np.ones_like(texts)))
     lengths = np.array([1, 3, 4, 8], np.int32)

@@ -62,7 +62,7 @@ VMEM_BYTES = 16 * 2**20
 # With a flag: v5p has 64 MiB, v5e and v6e 128. A v4 has 16, and rows of up to 4096 patches need no
 # more.
 MOST_VMEM_BYTES = 48 * 2**20
-LONG = 512  # a window beyond this is a long context
+LONG = 768  # a window beyond this is a long context
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ def kernel_plan(pattern: Pattern, queries: int, keys: int, shared: int, group: i
     shorter, so all chips have the same plan. A step costs 200 cycles by itself (v6e 280, v5p 360).
     A long context fills tiles of 512 x 512: 1205 cycles forward. A cross-attention needs few scores
     of a tile, so its tiles are 256 x 256: 433 cycles, or 389 per head when a step takes four heads,
-    whose instructions interleave, at a quarter of the step's own cost. A window of 512 or less uses
-    256 x 256 too: 512 queries compute three quarters as many scores, in 6 % fewer cycles.
+    whose instructions interleave, at a quarter of the step's own cost. A window of 768 or less uses
+    256 x 256 too: with one of 512, 512 queries compute three quarters as many scores, in 6 % fewer
+    cycles; with one of 768, two thirds as many.
 
     head: channels and bytes per channel, which decide how many heads fit in a step.
 
