@@ -78,9 +78,13 @@ def write_samples(
     started_at, compiling, size = time.monotonic(), CompileTime(), 0
     for number, text in enumerate(texts if writes else ()):
         prompt = whole_characters_up_to(text, PROMPT_BYTES).decode("utf-8", errors="replace")
+        # A table of positions bounds a text, BOS included.
+        longest = getattr(model.config.model, "longest", CONTEXT) - 1
+        room = max(0, longest - len(prompt.encode()))
         written = model.generate(
-            prompt, max_bytes=max_bytes, temperature=temperature, seed=seed + number
-        )
+            prompt, max_bytes=min(max_bytes, room), temperature=temperature, seed=seed + number,
+            truncate=True,
+        )  # fmt: skip
         found["texts"].append({"prompt": prompt, "written": "".join(written)})
         size += model.decoder.counts.bytes
     if found["texts"]:

@@ -174,3 +174,10 @@ def test_refusals(config_of, tmp_path, trained):
         trained("llama").model.forward(text0=np.ones(4, np.int32))
     with pytest.raises(ValueError, match="only a BLT drafts"):
         Decoder(trained("megabyte").model.model, draft=2)
+
+
+def test_samples_of_a_page_end_where_a_table_of_positions_ends(trained):
+    run = trained("megabyte")
+    assert main(["page", str(run.workdir), "--samples=1", "--max_bytes=300"]) == 0
+    texts = json.loads((run.workdir / "samples.json").read_text(encoding="utf-8"))["texts"]
+    assert 0 < len(texts[0]["written"].encode()) <= 127
