@@ -160,7 +160,7 @@ def test_settings_that_the_file_does_not_mention_can_be_overridden():
 
 def test_arguments_of_a_config():
     with pytest.raises(
-        ValueError, match="write one of :byte_lm, :byte_cnn, :blt, :llama, .*, :canine"
+        ValueError, match=r"write one of :byte_lm, :byte_cnn, :blt, :llama, .*, :canine"
     ):
         load_config("configs/quickstart.py")
     with pytest.raises(ValueError, match="takes no argument; drop ':big'"):
