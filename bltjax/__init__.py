@@ -66,9 +66,9 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()):
     Raises:
       ValueError: naming the file or the setting, and the nearest name.
     """
-    from bltjax import families
+    from bltjax import configured
 
-    return families.load_config(path, overrides)
+    return configured.load_config(path, overrides)
 
 
 def train(config, workdir, *, resume: bool = True):
@@ -102,10 +102,12 @@ def evaluate(model, source):
 
         bltjax.evaluate(blt, "held_out/*.txt").bits_per_byte
 
-    source: a path or pattern of text, JSON lines, Parquet or records, or a `SourceConfig`.
+    source: a path or pattern of text, JSON lines, Parquet or records, or a `SourceConfig`. A ByT5
+    or CANINE, which is no causal model, has no bits per byte (None) but others: `bits`, of what
+    `measure` names, and, of masked characters, `accuracy`.
 
     Raises:
-      ValueError: for a source that can't be read.
+      ValueError: for a source that can't be read, or a model without a head to predict with.
       FloatingPointError: for a figure that is not finite, naming the parameter or the text.
     """
     from bltjax.evaluation import scores
@@ -142,14 +144,9 @@ def training_batches(config):
     """
     import dataclasses
 
+    from bltjax.configured import check_predicts, model_config, rows_of, tokenizer_of
     from bltjax.data import pipeline
-    from bltjax.families import (
-        check_predicts,
-        family_of,
-        model_config,
-        rows_of,
-        tokenizer_of,
-    )
+    from bltjax.families import family_of
 
     check_predicts(config)
     if family_of(config).rows == "tokens":

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bltjax.__main__ import main
 from bltjax.config.data import SourceConfig
-from bltjax.families import load_config
+from bltjax.configured import load_config
 from bltjax.inference.entropies import write_entropies
 from bltjax.system.compiling import machine
 from bltjax.system.environment import cache_folders, keep_buffers

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from bltjax.families import leaf_shapes
+from bltjax.configured import leaf_shapes
 from bltjax.text.alphabet import encode
 from bltjax.weights.lazy import Tensor
 from bltjax.weights.released.hf_settings import read_settings

@@ -11,10 +11,10 @@ from readmes import READMES, ROOT, shown_commands
 from bltjax.__main__ import VERBS, main, program_of
 from bltjax.config.data import SourceConfig
 from bltjax.config.model import Patching
+from bltjax.configured import load_config
 from bltjax.data.calibrate import calibrate, mean_patch_bytes
 from bltjax.data.records import Document, RecordDocuments
 from bltjax.evaluation.evaluate import compressor_bits, evaluate
-from bltjax.families import load_config
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -6,7 +6,7 @@ from conftest import TINY
 from toy_family import FAMILY
 
 import bltjax
-from bltjax import families
+from bltjax import configured, families
 from bltjax.__main__ import main
 from bltjax.config.fields import to_dict
 from bltjax.inference.decoding.uncached import Predictor
@@ -60,7 +60,7 @@ def test_its_settings_are_a_group_of_a_config(trained):
     config = trained.model.config
     assert config.model == FAMILY.Config(scale=0.3) and config.patching is None
     assert to_dict(config)["toy"] == {"scale": 0.3}
-    assert families.parse(type(config), to_dict(config)) == config
+    assert configured.parse(type(config), to_dict(config)) == config
 
 
 def test_it_learns(trained):

@@ -22,8 +22,8 @@ from bltjax.config.data import SourceConfig
 from bltjax.config.fields import to_dict
 from bltjax.config.model import Patching
 from bltjax.config.run import RunConfig
+from bltjax.configured import load_config, parse
 from bltjax.data.sources.by_path import open_source
-from bltjax.families import load_config, parse
 from bltjax.system.paths import (
     NAME_BYTES,
     check_arrays_path,

@@ -20,35 +20,6 @@ def get_config(model: str):
         )
     elif model == "byte_cnn":
         config.byte_cnn = ConfigDict(dict(context=2, width=16, layers=1, hidden=32))
-    elif model == "byt5":
-        config.byt5 = ConfigDict(
-            dict(
-                encoder_layers=2,
-                decoder_layers=1,
-                width=16,
-                heads=2,
-                channels=8,
-                hidden=32,
-                buckets=8,
-                farthest=16,
-                objective=dict(kind="spans", mean_span=4.0),
-            )
-        )
-    elif model == "canine":
-        config.canine = ConfigDict(
-            dict(
-                layers=1,
-                width=16,
-                heads=2,
-                hidden=32,
-                hashes=2,
-                buckets=97,
-                block=16,
-                types=2,
-                context=64,
-                classes=256,
-            )
-        )
     else:
         config.byte_lm = ConfigDict(dict(layers=2, width=16, heads=2, hidden=32, window=8))
     config.entropy_model = ""
@@ -60,7 +31,7 @@ def get_config(model: str):
             eval=dict(text=source),
             batch_size=4,
             seq_len=64,
-            max_patches={"blt": 32, "canine": 16}.get(model, 64),
+            max_patches=32 if model == "blt" else 64,
             look_ahead=4,
             prefetch=2,
             skip_bad=False,

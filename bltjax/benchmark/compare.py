@@ -14,9 +14,10 @@ import statistics
 import sys
 
 from bltjax.benchmark.generate import BYTES, WHOLE_BYTES, context_words, speed_words
+from bltjax.benchmark.rivals import MODELS, rival_config
 from bltjax.benchmark.train import MODEL, PRODUCTS_FLOPS, run_config
 from bltjax.benchmark.worker import Worker, medians
-from bltjax.families import training_flops
+from bltjax.configured import training_flops
 
 PEERS = ("transformers", "transformers_tuned")
 ROW_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -32,6 +33,7 @@ def add_side_arguments(parser: argparse.ArgumentParser, peers=PEERS, repeats: in
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add_side_arguments(parser)
+    parser.add_argument("--model", choices=MODELS, help="also a rival's step, by its family")
     parser.set_defaults(run=benchmark_train)
 
 
@@ -68,9 +70,11 @@ def lengths_up_to(longest: int) -> list[int]:
 
 
 def benchmark_train(args: argparse.Namespace) -> tuple[dict, str]:
-    sides, rows, row_bytes = training_sides(args), 4, 1024
-    found = medians([*sides, "products"], args.repeats, args.threads, rows, row_bytes)
-    ours_ms, data = found["ours"]["ms"], run_config(rows, row_bytes).data
+    sides, size = training_sides(args), (4, 1024)
+    every = [*sides, "products"] + (["rival"] if args.model else [])
+    given = {"rival": (*size, args.model)}
+    found = medians(every, args.repeats, args.threads, *size, by_side=given)
+    ours_ms, data = found["ours"]["ms"], run_config(*size).data
     flops = training_flops(MODEL, data.batch_size, data.seq_len, data.max_patches)
     speed, limit = flops / 1e6 / ours_ms, PRODUCTS_FLOPS / 1e6 / found["products"]["ms"]
     result = {"ours_ms": ours_ms, "all_ms": {side: found[side]["all_ms"] for side in sides}}
@@ -83,6 +87,17 @@ def benchmark_train(args: argparse.Namespace) -> tuple[dict, str]:
         ratio = peer_ms / ours_ms
         result |= {"peer": args.peer, "peer_ms": peer_ms, "ratio": ratio}
         lines.append(f"{args.peer} {peer_ms:.0f} ms, {ratio:.2f} times as long")
+    if args.model:
+        config, ms = rival_config(args.model, *size), found["rival"]["ms"]
+        data = config.data
+        rival_flops = training_flops(config.model, *size, data.max_patches)
+        rate = rival_flops / 1e6 / ms
+        result |= {"model": args.model, "model_ms": ms, "model_gflop_per_second": rate}
+        result |= {"model_gflop": rival_flops / 1e9, "rate_ratio": rate / speed}
+        lines.append(
+            f"{args.model} {ms:.0f} ms per step, {rate:.0f} GFLOP/s: {rate / speed:.2f} of the"
+            f" BLT's rate, {rate / limit:.0%} of large matrix products'"
+        )
     result |= {"step_gflop": flops / 1e9, "ours_gflop_per_second": speed}
     result |= {"products_gflop_per_second": limit, "share_of_products": speed / limit}
     result["threads"] = args.threads

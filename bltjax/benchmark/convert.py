@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from bltjax.config.arguments import local_path_argument
-from bltjax.families import leaf_shapes, load_config, model_config
+from bltjax.configured import leaf_shapes, load_config, model_config
 from bltjax.progress import duration, quantity
 from bltjax.weights.lazy import DTYPES, Tensor
 from bltjax.weights.released.hf import port_settings

@@ -21,7 +21,7 @@ import numpy as np
 
 from bltjax.benchmark.train import MEAN_PATCH, MODEL, peer_libraries, text
 from bltjax.config.model import ModelConfig, Patching
-from bltjax.families import initial_params, load_config, model_config, resolved
+from bltjax.configured import initial_params, load_config, model_config, resolved
 from bltjax.family import Model
 from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.model.params import cast_weights, flattened

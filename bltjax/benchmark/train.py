@@ -13,8 +13,8 @@ import numpy as np
 
 from bltjax.config.data import DataConfig
 from bltjax.config.run import OptimizerConfig, RunConfig
+from bltjax.configured import initial_params, model_config, module_of, resolved
 from bltjax.data.batches import PatchBatch, target_bytes_of
-from bltjax.families import initial_params, model_config, module_of, resolved
 from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import BOS, OFFSET
@@ -60,8 +60,11 @@ def sample_batch(data: DataConfig) -> PatchBatch:
     )  # fmt: skip
 
 
-def our_step(config: RunConfig):
-    """() -> its loss: one optimizer step of the real trainer, on the device and back."""
+def our_step(config: RunConfig, batch=None):
+    """() -> its loss: one optimizer step of the real trainer, on the device and back.
+
+    batch: None for `sample_batch`'s.
+    """
     from bltjax.training.step import TrainState, make_train_step, run_optimizer
 
     config = resolved(config, jax.devices()[0])
@@ -69,7 +72,7 @@ def our_step(config: RunConfig):
     params = jax.jit(lambda key: initial_params(config.model, key))(random_key(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     step = jax.jit(make_train_step(config, model, optimizer), donate_argnums=0)
-    batch = jax.device_put(sample_batch(config.data))
+    batch = jax.device_put(sample_batch(config.data) if batch is None else batch)
 
     def run() -> dict:
         nonlocal state

@@ -10,8 +10,22 @@ import sys
 import time
 
 from bltjax.benchmark.generate import cached_side, context_side, port_side, whole_side
-from bltjax.benchmark.train import matrix_products, our_step, run_config, transformers_step
+from bltjax.benchmark.rivals import rival_batch, rival_config
+from bltjax.benchmark.train import (
+    matrix_products,
+    our_step,
+    run_config,
+    text,
+    transformers_step,
+)
 from bltjax.system.environment import keep_buffers
+
+
+def rival_step(rows: int, row_bytes: int, name: str):
+    """As `our_step`, of a rival's model."""
+    config = rival_config(name, rows, row_bytes)
+    return our_step(config, rival_batch(config, text()))
+
 
 # By side: the function that makes its step from the worker's arguments, and the number of steps
 # before it is measured. The heap of training grows for a few steps.
@@ -19,6 +33,7 @@ SIDES = {
     "ours": (lambda *size: our_step(run_config(*size)), 4),
     "transformers": (lambda *size: transformers_step(run_config(*size), fused=False), 4),
     "transformers_tuned": (lambda *size: transformers_step(run_config(*size), fused=True), 4),
+    "rival": (rival_step, 4),
     "products": (lambda *size: matrix_products(), 1),
     "cached": (cached_side, 1),
     "whole": (whole_side, 1),
@@ -89,12 +104,19 @@ def serve(side: str, threads: int, *given: int | str) -> None:
         print(json.dumps({"ms": ms, "peak_mib": peak, "figures": figures}), flush=True)
 
 
-def medians(sides: list[str], repeats: int, threads: int, *numbers: int) -> dict:
-    """By side, the median ms, every time, and the peak memory of steps taken in turn."""
+def medians(
+    sides: list[str], repeats: int, threads: int, *numbers: int, by_side: dict | None = None
+) -> dict:
+    """By side, the median ms, every time, and the peak memory of steps taken in turn.
+
+    by_side: the arguments of sides that take others than `numbers`.
+    """
+    by_side = by_side or {}
     with contextlib.ExitStack() as stack:
         workers = []
         for side in sides:
-            workers.append(stack.enter_context(contextlib.closing(Worker(side, threads, *numbers))))
+            worker = Worker(side, threads, *by_side.get(side, numbers))
+            workers.append(stack.enter_context(contextlib.closing(worker)))
         answers = [[worker.step() for worker in workers] for _ in range(repeats)]
     return {
         side: {

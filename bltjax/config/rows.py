@@ -11,7 +11,8 @@ KINDS = ("bytes", "patches", "tokens", "pairs", "characters")
 class PairRows:
     """Rows of pairs: the part of a window that a decoder writes, and room for it.
 
-    objective: spans, masked ones; or prefix, the window's end, split anywhere (data/spans.py).
+    objective: spans, masked ones; or prefix, the window's end, split anywhere
+    (data/objectives/spans.py).
     """
 
     window: int  # the longest, in text bytes
@@ -24,7 +25,7 @@ class PairRows:
 
 @dataclasses.dataclass(frozen=True)
 class CharacterRows:
-    """Rows of characters, some of which are masked, and room for them (data/masks.py)."""
+    """Rows of characters, some masked, and room for them (data/objectives/masks.py)."""
 
     characters: int  # N
     molecules: int
@@ -94,7 +95,7 @@ class Rows:
 
     @property
     def limit_names(self) -> tuple[str, str]:
-        """What the two limits count, for people."""
+        """The names of the two limits, for people."""
         others = {"pairs": ("encoder", "decoder"), "characters": ("characters", "molecules")}
         return others.get(self.kind, ("bytes", "patches"))
 

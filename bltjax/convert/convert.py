@@ -23,9 +23,11 @@ import time
 from etils import epath
 
 from bltjax.config.arguments import path_argument
+from bltjax.configured import model_shapes, tokenizer_of
 from bltjax.convert.verify import verify
+from bltjax.convert.verify_rivals import verify_rival
 from bltjax.distributed.processes import exit_now
-from bltjax.families import family_of, model_shapes
+from bltjax.families import family_of
 from bltjax.inference.serving import (
     FOLDER,
     ServingConfig,
@@ -263,14 +265,38 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     )
     if args.verify:
         logging.getLogger("bltjax").setLevel(logging.WARNING)
-        verdict = verify(source, open_model(args.destination, as_port=args.as_port))
-        print(
-            f"verified, source by {verdict.by[0]}, destination by {verdict.by[1]}: largest"
-            f" difference {verdict.entropies:.2g} nats in entropies, {verdict.logits:.2g} in"
-            f" logits; {verdict.boundaries} patch boundaries, {verdict.differing} differ"
-            f" ({verdict.near_ties} more are near-ties)"
-        )
+        print(verified(args, source))
     if serving:
         print(f"{args.destination / FOLDER}: {len(serving.prompts) + 2} programs for a server")
     if args.to == "orbax":
-        print(f"next: python -m bltjax generate --workdir={args.destination} --prompt='A BLT has'")
+        print(f"next: {next_command(files, args.destination)}")
+
+
+def verified(args: argparse.Namespace, source: ModelFiles) -> str:
+    """A line on what --verify found."""
+    written = open_model(args.destination, as_port=args.as_port, window_keys=args.window_keys)
+    if source.config.model.group in PUBLIC:
+        folder, _ = of_hub_cache(args.source)
+        found = verify_rival(source, folder, written, args.destination)
+        return (
+            f"verified, source by {found.by[0]}, destination by {found.by[1]}: largest difference"
+            f" {found.difference:.2g} in {found.output}"
+        )
+    verdict = verify(source, written)
+    return (
+        f"verified, source by {verdict.by[0]}, destination by {verdict.by[1]}: largest"
+        f" difference {verdict.entropies:.2g} nats in entropies, {verdict.logits:.2g} in"
+        f" logits; {verdict.boundaries} patch boundaries, {verdict.differing} differ"
+        f" ({verdict.near_ties} more are near-ties)"
+    )
+
+
+def next_command(files: ModelFiles, destination: epath.Path) -> str:
+    """A command that shows what the model does."""
+    family = family_of(files.config)
+    can_write = family.decoding is not None and (
+        family.rows != "tokens" or tokenizer_of(files.config)
+    )
+    if can_write:
+        return f"python -m bltjax generate --workdir={destination} --prompt='A BLT has'"
+    return f"python -m bltjax inspect {destination}"

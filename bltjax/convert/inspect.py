@@ -18,10 +18,11 @@ from etils import epath
 from bltjax.config.arguments import path_argument
 from bltjax.config.fields import to_dict
 from bltjax.config.model import ModelConfig
+from bltjax.configured import leaf_shapes, model_config, model_shapes, run_layout
 from bltjax.convert.convert import open_model
 from bltjax.convert.integrity import check_arrays, check_checkpoint, read_through
 from bltjax.data.records import MANIFEST, read_records_manifest
-from bltjax.families import family_of, leaf_shapes, model_config, model_shapes, run_layout
+from bltjax.families import family_of
 from bltjax.model.params import parameter_count
 from bltjax.progress import Progress, duration, quantity
 from bltjax.system.paths import size_of

@@ -144,6 +144,52 @@ def target_bytes_of(targets, weights, alphabet: Alphabet = BLT_ALPHABET):
     return (alphabet.is_text(targets) & (weights > 0)).astype(np.uint8)
 
 
+def lay_out(
+    fragments,
+    ids_N,
+    targets_N,
+    weights_N,
+    target_bytes_N,
+    documents_N,
+    starts_N1=None,
+    *,
+    alphabet: Alphabet,
+) -> None:
+    """Writes all of one row of a batch: fragments (packing.py) one after another, then zeros."""
+    position, ends = 0, []
+    for number, (document, begin, end, _) in enumerate(fragments, start=1):
+        next_position = position + end - begin
+        ids_N[position:next_position] = document.ids_N[begin:end]
+        if starts_N1 is not None:
+            starts_N1[position : next_position + 1] = document.starts_N1[begin : end + 1]
+        documents_N[position:next_position] = number
+        cut = end < len(document.ids_N)
+        ends.append((next_position - 1, document.ids_N[end] if cut else 0, cut))
+        position = next_position
+    for array in (ids_N, targets_N, weights_N, target_bytes_N, documents_N):
+        array[position:] = 0
+    if starts_N1 is not None:
+        # The start after the last byte is the document's.
+        starts_N1[position + bool(position) :] = False
+        starts_N1[: 2 * bool(position)] = True
+    if position:
+        weights_N[:position] = 1
+        # A target is the next byte, but not across fragments; a document's end has none.
+        targets_N[: position - 1] = ids_N[1:position]
+        for last, target, weight in ends:
+            targets_N[last], weights_N[last] = target, weight
+        if fragments[0].document.lengths_N is None:
+            given = targets_N[:position], weights_N[:position]
+            target_bytes_N[:position] = target_bytes_of(*given, alphabet)
+            return
+        position = 0
+        for document, begin, end, _ in fragments:
+            lengths_N = document.lengths_N[begin + 1 : end + 1]
+            target_bytes_N[position : position + len(lengths_N)] = lengths_N
+            position += end - begin
+            target_bytes_N[position - 1] *= len(lengths_N) == end - begin
+
+
 def one_row(
     ids_N: np.ndarray, starts_N1: np.ndarray | None, length: int, kind: str = "bytes"
 ) -> Batch:

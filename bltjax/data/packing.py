@@ -9,8 +9,8 @@ starts with the last target of the row before: every byte is a target exactly on
 limit early wastes the other, so at every document boundary the packer chooses, among the waiting
 documents, the one after which bytes and patches are most evenly used.
 
-Examples (examples.py) have two sizes, too, but are never cut: the packer chooses the largest that
-fits in what is left of a row, and closes the row where none does.
+Examples (objectives/examples.py) have two sizes, too, but are never cut: of those that fit in a row
+the packer chooses the one that uses most of both limits, and closes the row where none fits.
 """
 
 import bisect
@@ -22,10 +22,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from bltjax.config.rows import Rows
-from bltjax.data.batches import Batch, make_batch, target_bytes_of
-from bltjax.data.examples import Example, lay_out_examples
+from bltjax.data.batches import Batch, lay_out, make_batch
+from bltjax.data.objectives.examples import Example, lay_out_examples
 from bltjax.data.records import Document
-from bltjax.text.alphabet import ALPHABETS, Alphabet
+from bltjax.text.alphabet import ALPHABETS, encode
 from bltjax.text.patching import document_starts
 from bltjax.text.vocabulary import vocabulary_of
 
@@ -48,6 +48,9 @@ class CutDocument:
         return len(self.ids_N)
 
 
+Item = CutDocument | Example
+
+
 def cut_document(document: Document, rows: Rows) -> CutDocument:
     """A document as the ids of its rows, with the starts of its patches if they have patches.
 
@@ -62,22 +65,21 @@ def cut_document(document: Document, rows: Rows) -> CutDocument:
         return CutDocument(ids_N, len(ids_N), len(text), lengths_N=lengths_N)
     if rows.patching is None:
         return CutDocument(ids_N, -(-len(ids_N) // rows.grid), len(text), grid=rows.grid)
-    starts_N1 = document_starts(rows.patching, ids_N, document.entropies)
+    ours_N = ids_N if rows.alphabet == "blt" else encode(text)  # the rules know our own ids
+    starts_N1 = document_starts(rows.patching, ours_N, document.entropies)[: len(ids_N) + 1]
     return CutDocument(ids_N, np.count_nonzero(starts_N1[:-1]), len(text), starts_N1)
 
 
 class Fragment(NamedTuple):
     """Positions [begin, end) of a document, placed in a row."""
 
-    document: CutDocument | Example
+    document: Item
     begin: int
     end: int
     patches: int  # or slots, that start in the fragment, including the row's forced starts
 
 
-def next_fragment(
-    document: CutDocument | Example, begin: int, used: int, room: int, patch_room: int
-) -> Fragment:
+def next_fragment(document: Item, begin: int, used: int, room: int, patch_room: int) -> Fragment:
     """The longest fragment of a document from `begin` that a row with `used` bytes still holds; of
     an example all or nothing.
 
@@ -111,52 +113,6 @@ def next_fragment(
     return Fragment(document, begin, end, patches)
 
 
-def lay_out(
-    fragments: Sequence[Fragment],
-    ids_N,
-    targets_N,
-    weights_N,
-    target_bytes_N,
-    documents_N,
-    starts_N1=None,
-    *,
-    alphabet: Alphabet,
-) -> None:
-    """Writes all of one row of a batch, padded with 0."""
-    position, ends = 0, []
-    for number, (document, begin, end, _) in enumerate(fragments, start=1):
-        next_position = position + end - begin
-        ids_N[position:next_position] = document.ids_N[begin:end]
-        if starts_N1 is not None:
-            starts_N1[position : next_position + 1] = document.starts_N1[begin : end + 1]
-        documents_N[position:next_position] = number
-        cut = end < len(document.ids_N)
-        ends.append((next_position - 1, document.ids_N[end] if cut else 0, cut))
-        position = next_position
-    for array in (ids_N, targets_N, weights_N, target_bytes_N, documents_N):
-        array[position:] = 0
-    if starts_N1 is not None:
-        # The start after the last byte is the document's.
-        starts_N1[position + bool(position) :] = False
-        starts_N1[: 2 * bool(position)] = True
-    if position:
-        weights_N[:position] = 1
-        # A target is the next byte, but not across fragments; a document's end has none.
-        targets_N[: position - 1] = ids_N[1:position]
-        for last, target, weight in ends:
-            targets_N[last], weights_N[last] = target, weight
-        if fragments[0].document.lengths_N is None:
-            given = targets_N[:position], weights_N[:position]
-            target_bytes_N[:position] = target_bytes_of(*given, alphabet)
-            return
-        position = 0
-        for document, begin, end, _ in fragments:
-            lengths_N = document.lengths_N[begin + 1 : end + 1]
-            target_bytes_N[position : position + len(lengths_N)] = lengths_N
-            position += end - begin
-            target_bytes_N[position - 1] *= len(lengths_N) == end - begin
-
-
 def batch_of(laid: Sequence[Sequence[Fragment]], rows: Rows, sizes: dict[str, int]) -> Batch:
     """A batch of the fragments of each row, which are written directly into its arrays.
 
@@ -177,7 +133,7 @@ class Candidate(NamedTuple):
     """A document that waits for a row, or is being laid out from `position` on."""
 
     key: Any
-    document: CutDocument | Example
+    document: Item
     shares: tuple[float, float]  # of a row's bytes and patches
     since: int = 0  # the pick since which it waits
     position: int = 0
@@ -190,8 +146,8 @@ class Packer:
     A key is JSON-able.
     """
 
-    supply: Callable[[], tuple[Any, CutDocument | Example]]  # () -> (key, document), the next one
-    read: Callable[[Any], CutDocument | Example]  # key -> document
+    supply: Callable[[], tuple[Any, Item]]  # () -> (key, document), the next one
+    read: Callable[[Any], Item]  # key -> document
     row_bytes: int
     row_patches: int
     look_ahead: int
@@ -215,15 +171,14 @@ class Packer:
             key, position = state["open"]
             self.open = self.candidate(key, self.read(key), position=position)
 
-    def candidate(self, key: Any, document: CutDocument | Example, **where: int) -> Candidate:
+    def candidate(self, key: Any, document: Item, **where: int) -> Candidate:
         # An alphabet without BOS and EOS leaves nothing of an empty text.
         size, patches = max(1, document.size), max(1, document.patches)
         shares = size / self.row_bytes, patches / self.row_patches
         return Candidate(key, document, shares, **where)
 
     def pick(self, used: int, patches: int) -> Candidate:
-        """Removes the waiting document that leaves bytes and patches most evenly used; of examples
-        the largest that fits, or the largest."""
+        """Removes the waiting document that leaves bytes and patches most evenly used."""
         while len(self.waiting) < self.look_ahead:
             self.waiting.append(self.candidate(*self.supply(), since=self.picks))
         self.picks += 1
@@ -231,7 +186,7 @@ class Packer:
         if self.picks - self.waiting[0].since > 4 * self.look_ahead:
             return self.waiting.pop(0)
         if self.waiting[0].document.whole:
-            return self.waiting.pop(self.largest(self.row_bytes - used, self.row_patches - patches))
+            return self.waiting.pop(self.fullest(used, patches))
         byte_share, patch_share = used / self.row_bytes, patches / self.row_patches
         least, chosen = math.inf, 0
         for index, candidate in enumerate(self.waiting):
@@ -248,16 +203,16 @@ class Packer:
                 least, chosen = uneven, index
         return self.waiting.pop(chosen)
 
-    def largest(self, room: int, patch_room: int) -> int:
-        """The index of the largest example that fits; where none does, of the largest, which then
-        begins the next row."""
-
-        def rank(index: int) -> tuple[bool, float]:
-            example = self.waiting[index].document
-            fits = example.size <= room and example.patches <= patch_room
-            return fits, max(self.waiting[index].shares)
-
-        return max(range(len(self.waiting)), key=rank)
+    def fullest(self, used: int, patches: int) -> int:
+        """The index of the waiting example that fits and leaves the less used limit most used; 0,
+        the oldest, in an empty row, and where none fits: it begins the next one."""
+        found, most = 0, 0.0
+        for index, candidate in enumerate(self.waiting if used else ()):
+            size, more = used + candidate.document.size, patches + candidate.document.patches
+            share = min(size / self.row_bytes, more / self.row_patches)
+            if size <= self.row_bytes and more <= self.row_patches and share > most:
+                found, most = index, share
+        return found
 
     def next_row(self) -> list[Fragment]:
         """The fragments of the next row; `batch_of` writes it out."""
@@ -280,7 +235,7 @@ class Packer:
 
 
 def pack_exact(
-    documents: Iterable[CutDocument | Example], row_bytes: int, row_patches: int
+    documents: Iterable[Item], row_bytes: int, row_patches: int
 ) -> tuple[list[list[Fragment]], int]:
     """Rows for evaluation, and the number of cuts.
 

@@ -28,20 +28,14 @@ from bltjax.config.arguments import (
     source_from,
 )
 from bltjax.config.data import SourceConfig
+from bltjax.configured import check_mesh, check_predicts, measure_of, model_shapes, with_tokenizer
 from bltjax.data.calibrate import mean_patch_bytes
 from bltjax.data.records import RecordDocuments
 from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.distributed import processes
 from bltjax.distributed.sharding import tree_shardings
 from bltjax.evaluation.scores import evaluate_documents, evaluation_mesh
-from bltjax.families import (
-    check_mesh,
-    check_predicts,
-    family_of,
-    measure_of,
-    model_shapes,
-    with_tokenizer,
-)
+from bltjax.families import family_of
 from bltjax.inference.entropy import as_scorer, scored_source
 from bltjax.model.loss import BITS_PER_BYTE, key_of
 from bltjax.model.params import parameter_count

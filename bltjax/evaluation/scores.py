@@ -14,13 +14,7 @@ from jax.sharding import Mesh
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.model import ModelConfig
 from bltjax.config.run import MeshConfig
-from bltjax.data.batches import Batch
-from bltjax.data.pipeline import held_out_batches
-from bltjax.data.records import Document
-from bltjax.distributed.processes import compile_in_lockstep, is_primary
-from bltjax.distributed.rows import to_global
-from bltjax.distributed.sharding import make_mesh, replicated, row_sharding, tree_shardings, under
-from bltjax.families import (
+from bltjax.configured import (
     batch_logits,
     check_mesh,
     check_predicts,
@@ -31,6 +25,12 @@ from bltjax.families import (
     rows_of,
     vocabulary,
 )
+from bltjax.data.batches import Batch
+from bltjax.data.pipeline import held_out_batches
+from bltjax.data.records import Document
+from bltjax.distributed.processes import compile_in_lockstep, is_primary
+from bltjax.distributed.rows import to_global
+from bltjax.distributed.sharding import make_mesh, replicated, row_sharding, tree_shardings, under
 from bltjax.family import Model
 from bltjax.inference.entropy import PREVIEW, device_of, scored_source, scorer_of
 from bltjax.inference.finite import not_finite

@@ -22,10 +22,11 @@ import numpy as np
 from bltjax.attention import fastest
 from bltjax.config.data import SourceConfig
 from bltjax.config.model import Patching
+from bltjax.configured import make_model
 from bltjax.data.records import NEWLINE_RESET, Document, RecordDocuments
 from bltjax.data.sources.by_path import Documents, open_source
 from bltjax.distributed.processes import is_primary
-from bltjax.families import family_of, make_model
+from bltjax.families import family_of
 from bltjax.family import Model
 from bltjax.inference.finite import first_not_finite, not_finite
 from bltjax.model.byte_cnn import table_entropies
@@ -71,10 +72,14 @@ def load_entropy_model(path, *, newline_reset: bool) -> EntropyModel:
     """
     model = load_params(path)
     family = family_of(model.config)
-    if family.rows != "bytes":
+    if family.rows != "bytes" or not (family.empty_carry or family.entropy_table):
         raise ValueError(
             f"{path} is a {family.title}, not a byte LM; entropies come from a byte LM"
-            f" (that of this {family.title} is {path}/byte_lm)"
+            + (
+                f" (that of this {family.title} is {path}/byte_lm)"
+                if model.config.by_entropy
+                else ""
+            )
         )
     return as_scorer(model, newline_reset)
 

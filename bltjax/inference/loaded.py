@@ -14,17 +14,23 @@ from jax.sharding import Mesh
 
 from bltjax.attention import fastest
 from bltjax.config.data import SourceConfig
-from bltjax.data.batches import Batch, one_row
-from bltjax.families import batch_logits, family_of, make_model, resolved, rows_of, vocabulary
+from bltjax.configured import batch_logits, make_model, resolved, rows_of, vocabulary
+from bltjax.families import family_of
 from bltjax.family import Model
-from bltjax.inference.attention_maps import CrossWeights, cross_weights
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.placement import load_onto, on_mesh, read_mesh
-from bltjax.inference.decoding.prefill import power_of_two
+from bltjax.inference.decoding.prefill import row_of
 from bltjax.inference.decoding.sampling import Sampling
 from bltjax.inference.entropies import write_entropies
 from bltjax.inference.entropy import score_documents
 from bltjax.inference.finite import first_not_finite, not_finite
+from bltjax.inference.states import (
+    CrossWeights,
+    Embedding,
+    cross_weights,
+    embedding,
+    forward_states,
+)
 from bltjax.model.byte_lm import entropies_of
 from bltjax.system.environment import check_numbers, check_platform
 from bltjax.system.paths import hidden_beside, path_of
@@ -32,7 +38,7 @@ from bltjax.text.alphabet import as_bytes, encode
 from bltjax.text.patching import force_starts, patch_starts
 from bltjax.text.segments import split_at
 from bltjax.text.vocabulary import Vocabulary
-from bltjax.weights.export import open_stored, params_folder
+from bltjax.weights.export import check_step, open_stored
 from bltjax.weights.exporting import write_export
 
 
@@ -54,8 +60,10 @@ class LoadedModel:
         device = mesh.devices.flat[0] if mesh else jax.devices()[0]
         computed = jax.numpy.dtype(resolved(self.config, device).compute_dtype)
 
+        self.computed, self.attention = computed, fastest(device)
+
         def model_of(patches: int):
-            return make_model(self.config.model, patches, computed, fastest(device))
+            return make_model(self.config.model, patches, computed, self.attention)
 
         @functools.partial(jax.jit, static_argnames="patches")
         def all_logits(params, batch, patches):
@@ -74,9 +82,10 @@ class LoadedModel:
         without a BOS there is no row 0.
 
         Raises:
-          ValueError: for entropy patching without a byte LM.
+          ValueError: for entropy patching without a byte LM, or a model that isn't causal.
           FloatingPointError: for logits or entropies that are not finite.
         """
+        self.family.require("causal")
         starts_N1 = self.starts(text) if self.config.patching is not None else None
         return self.logits_with(self.vocabulary.prompt(text), starts_N1)
 
@@ -87,6 +96,7 @@ class LoadedModel:
 
     def logits_with(self, ids: np.ndarray, starts_N1: np.ndarray | None) -> np.ndarray:
         """The same for ids that begin with BOS and, of a BLT, given patch starts [len + 1]."""
+        self.family.require("causal")
         batch, patches = row_of(ids, starts_N1, self.rows.kind, self.rows.grid)
         with on_mesh(self.mesh):
             logits_NV = np.asarray(self.all_logits(self.params, batch, patches=patches))[: len(ids)]
@@ -130,6 +140,7 @@ class LoadedModel:
           ValueError: if there is no byte LM.
           FloatingPointError: for an entropy that is not finite.
         """
+        self.family.require("causal")
         model, patching = self.scores, self.config.patching
         if model is None:
             raise ValueError(
@@ -150,7 +161,7 @@ class LoadedModel:
         """bool [len + 2]: whether a patch begins at BOS, at each byte, and at the byte to come."""
         patching = self.config.patching
         if patching is None:
-            raise ValueError("a byte LM has no patches; load a BLT")
+            raise ValueError(f"a {self.family.title} has no patches; load a BLT")
         entropies_N = self.entropies(text) if patching.mode == "entropy" else None
         # By our own ids, whatever the model's: the rules know no others.
         return force_starts(patch_starts(patching, encode(text, eos=False), entropies_N))
@@ -167,8 +178,9 @@ class LoadedModel:
         """Mean of -log2 p over the bytes of a text.
 
         Raises:
-          ValueError: for an empty text.
+          ValueError: for an empty text, or a model that isn't causal.
         """
+        self.family.require("causal")
         ids = self.vocabulary.prompt(text)
         text_bytes = int(self.vocabulary.text_bytes(ids)[1:].sum(dtype=np.int64))
         if not text_bytes:
@@ -176,6 +188,20 @@ class LoadedModel:
         log_probs = jax.nn.log_softmax(self.logits(text)[:-1], axis=-1)
         chosen = np.take_along_axis(np.asarray(log_probs), ids[1:, None], axis=1)
         return float(-chosen.sum(dtype=np.float64) / np.log(2.0) / text_bytes)
+
+    def embed(self, text: str | bytes | Sequence[str | bytes]) -> Embedding | list[Embedding]:
+        """The states of a text's characters, and one for all of it; a list of them for a list.
+
+        Raises:
+          ValueError: for a model that is no encoder of characters, or a text longer than its table
+            of positions, with both numbers.
+          FloatingPointError: for states that are not finite.
+        """
+        if not isinstance(text, str | bytes):
+            return [self.embed(one) for one in text]
+        states = self.family.require("embed")
+        with on_mesh(self.mesh):
+            return embedding(states, self.model, text, self.computed, self.attention)
 
     def generate(
         self,
@@ -249,29 +275,9 @@ class LoadedModel:
         Raises:
           ValueError: for a name that the family doesn't take, or a required one that is missing.
         """
-        family, config = self.family, self.config
-        run = family.require("forward")
-        if unknown := sorted(arrays.keys() - set(family.inputs)):
-            raise ValueError(
-                f"forward of a {family.title} takes {', '.join(family.inputs)}; not {unknown[0]}"
-            )
         device = self.mesh.devices.flat[0] if self.mesh else jax.devices()[0]
-        dtype = jax.numpy.dtype(resolved(config, device).compute_dtype)
-        chosen = config.attention if config.attention != "auto" else fastest(device)
-
-        def states(params, arrays):
-            with jax.default_matmul_precision("highest"):
-                return run(config, params, arrays, dtype, chosen)
-
         with on_mesh(self.mesh):
-            try:
-                given = {name: np.asarray(array) for name, array in arrays.items()}
-                return jax.device_get(jax.jit(states)(self.params, given))
-            except KeyError as error:
-                raise ValueError(
-                    f"forward of a {family.title} needs {error}: it takes"
-                    f" {', '.join(family.inputs)}"
-                ) from None
+            return forward_states(self.model, arrays, device)
 
     def export(self, destination) -> None:
         """Writes the model as an export, which `load` takes: settings, weights, what places its
@@ -290,27 +296,6 @@ class LoadedModel:
         partial.rmtree(missing_ok=True)
         write_export(open_stored(self.path), partial, lambda written: None)
         partial.rename(destination)
-
-
-def check_step(path, model: Model) -> None:
-    """Raises ValueError if a folder has another checkpoint now than the one in memory."""
-    _, step = params_folder(path)
-    if step != model.step:
-        raise ValueError(
-            f"{path} was loaded at step {model.step} and is at step {step} now: load it again"
-        )
-
-
-def row_of(
-    ids: np.ndarray, starts_N1: np.ndarray | None, kind: str, grid: int
-) -> tuple[Batch, int]:
-    """A batch of one row, padded to a power of two, and room for its patches, or for slots of
-    `grid` bytes."""
-    length = power_of_two(len(ids))
-    if starts_N1 is None:
-        return one_row(ids, None, length, kind), -(-length // grid)
-    patches = min(length, power_of_two(int(starts_N1[:-1].sum())))
-    return one_row(ids, starts_N1, length), patches
 
 
 def load(path, *, mesh: str | None = None, dtype: str | None = None) -> LoadedModel:

@@ -31,6 +31,7 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 from jax import export
 
+from bltjax.families import family_of
 from bltjax.inference.decoding.loop import when
 from bltjax.inference.decoding.prefill import SHORTEST, cached_model
 from bltjax.text.alphabet import BOE, BOS, BPE, EOS, OFFSET, VOCABULARY
@@ -143,6 +144,8 @@ class ServingPrograms:
     def __init__(self, files: ModelFiles, config: ServingConfig):
         """Raises ValueError for a model that can't generate, as `Decoder` does."""
         model = files.config
+        if reason := family_of(model).verbs.get("serving"):
+            raise ValueError(reason)
         scorer = files.byte_lm and files.byte_lm.config
         self.config, self.dtype = config, serving_dtype(files)
         self.model = cached_model(model, scorer, self.dtype, implementation="xla")

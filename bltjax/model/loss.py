@@ -30,7 +30,7 @@ class Sums(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """What a model's bits are of, in words; numbers of different measures don't compare."""
+    """The meaning of a model's bits, in words; numbers of different measures don't compare."""
 
     name: str = "bits per byte"
     of_targets: bool = False  # divided by the targets instead of their bytes of text

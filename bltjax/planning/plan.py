@@ -14,10 +14,11 @@ import time
 import jax
 
 from bltjax.config.run import RunConfig
+from bltjax.configured import load_config, model_config, rows_of, training_flops
 from bltjax.data.batches import make_batch
 from bltjax.distributed.sharding import make_mesh
 from bltjax.distributed.topology import Topology, read_topology
-from bltjax.families import family_of, load_config, model_config, rows_of, training_flops
+from bltjax.families import family_of
 from bltjax.inference.decoding.request import CONTEXT
 from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.model.params import parameter_count

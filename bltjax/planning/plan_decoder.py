@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import jax
 
 from bltjax.config.run import MeshConfig, RunConfig
+from bltjax.configured import model_config, resolved
 from bltjax.distributed.sharding import make_mesh
 from bltjax.distributed.topology import Topology
-from bltjax.families import model_config, resolved
 from bltjax.inference.decoding.programs import decoder_programs
 from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.planning.aot import TooLarge, compile_ahead, described_devices, shard_bytes, used_bytes

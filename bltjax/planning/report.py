@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from bltjax.config.run import RunConfig
+from bltjax.configured import model_config
 from bltjax.distributed.topology import Topology
-from bltjax.families import model_config
 from bltjax.planning.aot import DeviceMemory
 from bltjax.planning.hlo_cost import Cost
 from bltjax.planning.roofline import Bound

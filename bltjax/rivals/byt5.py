@@ -6,9 +6,9 @@
     decoder   0  S0 p a t c h S1 g i n s       causal
     logits    S0 p  a t c h S1 g i n s E
 
-An example is one window of a document (data/spans.py); it has the same number in the encoder's row
-and in the decoder's. Nothing crosses documents, and of positions only differences count, so a
-document scores the same alone and packed.
+An example is one window of a document (data/objectives/spans.py); it has the same number in the
+encoder's row and in the decoder's. Nothing crosses documents, and of positions only differences
+count, so a document scores the same alone and packed.
 
 Attention is `dense` or `xla` (attention/biased.py). Kernels have no place for its bias, so a run
 whose `attention` names one, or auto, computes by `xla` here.
@@ -130,7 +130,9 @@ class ByT5(nn.Module):
         self.encoder = Stack(config.stack("encoder"), *parts)
         self.decoder = Stack(config.stack("decoder"), *parts)
         if not config.tied:
-            self.head_DV = self.param("head_DV", normal(1.0), (D, V))
+            # Published: variance 1, for Adafactor. With AdamW the first loss is 16 nats then, and
+            # learning slower for hundreds of steps.
+            self.head_DV = self.param("head_DV", normal(1 / D), (D, V))
 
     def embedded(self, bytes_BN):
         x_BND = embedded(gathered(self.bytes_VD, "bytes_VD", self.dtype), bytes_BN)
@@ -193,11 +195,11 @@ class ByT5(nn.Module):
 def row_sizes(config: ByT5Config, N: int) -> tuple[int, int]:
     """Positions of the encoder's and the decoder's row, for windows of up to N text bytes.
 
-    Spans: exactly those of one window of N bytes. Prefix: enough for any split, so a row holds two
-    windows of N bytes on average, and more of short ones.
+    Spans: exactly those of one window of N bytes. Prefix: of two that are split in places which
+    add up to about N, as the packer finds them; 4 are their sentinels, START and EOS.
     """
     if config.objective.kind == "prefix":
-        return N + 1, N + 2
+        return (N + N // 16 + 4,) * 2
     ids, spans = masked(N, config.objective.noise, config.objective.mean_span)
     return N - ids + spans + 1, ids + spans + 1
 
@@ -220,7 +222,7 @@ def projection_flops(config: ByT5Config, N: int) -> int:
 
 
 def forward_flops(config: ByT5Config, N: int, P: int) -> int:
-    """FLOPs of one row that stands for a window of N text bytes, forward."""
+    """FLOPs of one row of windows of N text bytes, forward: of one, or of two of prefixes."""
     head = 2 * row_sizes(config, N)[1] * config.width * config.vocabulary
     return projection_flops(config, N) + attention_flops(config, N) + head
 
@@ -238,7 +240,8 @@ def recomputed_flops(config: ByT5Config, N: int, P: int) -> int:
 
 def paper_flops(config: ByT5Config, N: int, P: int) -> float:
     """FLOPs of one text byte, forward; the paper has no formula, so this is our count."""
-    return forward_flops(config, N, P) / N
+    windows = 2 if config.objective.kind == "prefix" else 1
+    return forward_flops(config, N, P) / (windows * N)
 
 
 FORWARD_INPUTS = ("input_ids", "attention_mask", "labels")

@@ -14,17 +14,17 @@ from jax.sharding import Mesh
 from bltjax.config.fields import MAY_CHANGE, SAME_CONTENT, changes
 from bltjax.config.rows import Rows
 from bltjax.config.run import RunConfig
-from bltjax.data.tokenizer import with_positions
-from bltjax.distributed.sharding import fitting_meshes, make_mesh, tree_shardings
-from bltjax.families import (
+from bltjax.configured import (
     check_mesh,
-    family_of,
     model_config,
     model_shapes,
     rows_of,
     tokenizer_of,
     with_tokenizer,
 )
+from bltjax.data.tokenizer import with_positions
+from bltjax.distributed.sharding import fitting_meshes, make_mesh, tree_shardings
+from bltjax.families import family_of
 from bltjax.inference.entropy import EntropyModel, load_entropy_model
 from bltjax.system.paths import path_of
 from bltjax.text.tokens import load_tokens

@@ -12,8 +12,9 @@ import numpy as np
 from etils import epath
 
 from bltjax.config.run import RunConfig
+from bltjax.configured import measure_of, model_config, positions_of, rows_of
 from bltjax.distributed.processes import is_primary
-from bltjax.families import family_of, measure_of, model_config, positions_of, rows_of
+from bltjax.families import family_of
 from bltjax.model.flops import utilisation
 from bltjax.model.loss import BITS_PER_BYTE, Measure, Sums, key_of
 from bltjax.progress import duration, quantity
@@ -176,11 +177,13 @@ class Reports:
             return
         self.warned = True
         used = values["mean_patch_bytes"]
+        by_threshold = self.rows.patching is not None and self.rows.patching.mode == "entropy"
+        advice = "Calibrate the threshold, or change" if by_threshold else "Change"
         print(
             f"warning: rows are {values['byte_fill']:.0%} full of bytes and"
             f" {values['patch_fill']:.0%} of patches, because patches average {used:.2f} bytes"
-            f" and a row has {data.seq_len / data.max_patches:.2f} bytes for each. Calibrate"
-            " the threshold, or change data.max_patches."
+            f" and a row has {data.seq_len / data.max_patches:.2f} bytes for each. {advice}"
+            " data.max_patches."
         )
 
     def print(self, step: int, values: dict[str, float]) -> None:

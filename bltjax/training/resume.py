@@ -19,9 +19,9 @@ from bltjax.config.fields import (
     to_dict,
 )
 from bltjax.config.run import OptimizerConfig, RunConfig
+from bltjax.configured import from_json
 from bltjax.distributed.coordinator import process_index
 from bltjax.distributed.processes import allgather_json, broadcast_from_primary, is_primary
-from bltjax.families import from_json
 from bltjax.system.paths import check_arrays_path, check_unused
 from bltjax.system.storage import check_writable
 from bltjax.training.optimizer import learning_rate

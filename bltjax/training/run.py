@@ -7,9 +7,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from bltjax.config.run import RunConfig
+from bltjax.configured import measure_of
 from bltjax.distributed.coordinator import process_count
 from bltjax.distributed.processes import is_primary
-from bltjax.families import measure_of
 from bltjax.inference.loaded import LoadedModel, load
 from bltjax.system.compiling import keep_programs
 from bltjax.system.environment import keep_buffers

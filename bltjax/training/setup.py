@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from bltjax.config.fields import divides
 from bltjax.config.rows import Rows
 from bltjax.config.run import RunConfig
+from bltjax.configured import check_predicts, tokenizer_of, training_flops
 from bltjax.data.batches import Batch
 from bltjax.data.pipeline import held_out_batches, training_batches, training_sources
 from bltjax.distributed.coordinator import process_count
@@ -20,7 +21,7 @@ from bltjax.distributed.processes import (
 )
 from bltjax.distributed.rows import local_rows
 from bltjax.distributed.sharding import row_sharding
-from bltjax.families import check_predicts, family_of, tokenizer_of, training_flops
+from bltjax.families import family_of
 from bltjax.inference.entropy import EntropyModel, scored_source
 from bltjax.model.params import parameter_count
 from bltjax.progress import quantity

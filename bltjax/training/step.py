@@ -13,6 +13,16 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from bltjax.config.run import RunConfig
+from bltjax.configured import (
+    batch_logits,
+    check_mesh,
+    initial_params,
+    model_config,
+    module_of,
+    positions_of,
+    resolved,
+    rows_of,
+)
 from bltjax.data.batches import fills, text_bytes
 from bltjax.distributed.sharding import (
     constrained_tree,
@@ -24,16 +34,6 @@ from bltjax.distributed.sharding import (
     under,
 )
 from bltjax.evaluation.scores import jitted_scores
-from bltjax.families import (
-    batch_logits,
-    check_mesh,
-    initial_params,
-    model_config,
-    module_of,
-    positions_of,
-    resolved,
-    rows_of,
-)
 from bltjax.model.loss import Sums, target_sums
 from bltjax.model.params import part_of
 from bltjax.system.environment import random_key

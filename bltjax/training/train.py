@@ -21,6 +21,7 @@ from etils import epath
 from bltjax.config.arguments import path_argument
 from bltjax.config.fields import to_dict
 from bltjax.config.run import RunConfig
+from bltjax.configured import load_config
 from bltjax.distributed.agreement import check_agreement
 from bltjax.distributed.coordinator import process_count
 from bltjax.distributed.preemption import INTERRUPTED, TERMINATED, Notice
@@ -37,7 +38,6 @@ from bltjax.distributed.processes import add_arguments as add_process_arguments
 from bltjax.distributed.rows import make_global_batch
 from bltjax.distributed.watchdog import Watchdog
 from bltjax.evaluation.scores import held_out_sums
-from bltjax.families import load_config
 from bltjax.system.environment import check_numbers
 from bltjax.system.lock import held
 from bltjax.system.paths import path_of

@@ -14,7 +14,8 @@ from etils import epath
 from bltjax.config.fields import from_dict, to_dict, within
 from bltjax.config.rows import BYTE_ROWS
 from bltjax.config.run import RunConfig
-from bltjax.families import family_of, measure_of, model_config, model_shapes, rows_of
+from bltjax.configured import measure_of, model_config, model_shapes, rows_of
+from bltjax.families import family_of
 from bltjax.model.loss import BITS_PER_BYTE, Measure, key_of
 from bltjax.model.params import flattened, parameter_count
 from bltjax.progress import duration, quantity

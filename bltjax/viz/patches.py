@@ -10,6 +10,7 @@ import numpy as np
 
 from bltjax.config.arguments import add_workdir_argument, local_path_argument, parse_scheme
 from bltjax.config.model import Patching
+from bltjax.configured import with_tokenizer
 from bltjax.family import Model
 from bltjax.inference.entropy import score_documents
 from bltjax.inference.terminal import whole_characters_up_to
@@ -20,7 +21,8 @@ from bltjax.system.storage import write_text
 from bltjax.text.bpe import load_tokenizer
 from bltjax.viz.cuts import PNG_LIMIT, cut_summary, cut_text, terminal
 from bltjax.viz.html import page
-from bltjax.weights.export import load_params, load_scorer, read_model_config, with_tokenizer
+from bltjax.weights.export import load_params, load_scorer, read_model_config
+from bltjax.weights.workdir import TOKENIZER
 
 logger = logging.getLogger("bltjax")
 LIMIT = 4000  # bytes that are drawn
@@ -63,7 +65,7 @@ def asked_schemes(
     own, run = Patching(mode="space"), None
     if args.workdir:
         run = read_model_config(args.workdir)
-        own = with_tokenizer(run, args.workdir).patching or Patching()
+        own = with_tokenizer(run, args.workdir / TOKENIZER).patching or Patching()
     schemes = [(text, parse_scheme(text, own)) for text in args.scheme or []]
     schemes = schemes or [(own.mode, own)]
     for _, patching in schemes:

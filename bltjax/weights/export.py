@@ -20,7 +20,7 @@ from etils import epath
 
 from bltjax.config.model import ModelConfig
 from bltjax.config.run import RunConfig
-from bltjax.families import from_json, leaf_shapes, model_config, parse, with_tokenizer
+from bltjax.configured import from_json, leaf_shapes, model_config, parse, with_tokenizer
 from bltjax.family import Model
 from bltjax.model.params import flattened
 from bltjax.system.paths import check_arrays_path, is_remote, path_of
@@ -186,6 +186,15 @@ def load_scorer(path: epath.Path, config: ModelConfig) -> Model | None:
             " --byte_lm"
         )
     return load_params(path / "byte_lm")
+
+
+def check_step(path, model: Model) -> None:
+    """Raises ValueError if a folder has another checkpoint now than the one in memory."""
+    _, step = params_folder(path)
+    if step != model.step:
+        raise ValueError(
+            f"{path} was loaded at step {model.step} and is at step {step} now: load it again"
+        )
 
 
 def check_parameter_shapes(config: ModelConfig, stored: dict, folder: epath.Path) -> None:

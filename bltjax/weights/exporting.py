@@ -9,7 +9,7 @@ import tensorstore
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from bltjax.families import run_layout, tokenizer_of, with_tokenizer
+from bltjax.configured import run_layout, tokenizer_of, with_tokenizer
 from bltjax.system.storage import refuse_pointer, write_text
 from bltjax.weights import workdir as ckpt
 from bltjax.weights.export import FORMAT, MANIFEST, VERSION, place_of

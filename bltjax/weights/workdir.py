@@ -28,8 +28,8 @@ from etils import epath
 
 from bltjax.config.fields import to_dict
 from bltjax.config.run import RunConfig
+from bltjax.configured import from_json, run_layout
 from bltjax.distributed.coordinator import process_index
-from bltjax.families import from_json, run_layout
 from bltjax.family import Model
 from bltjax.model.params import is_norm
 from bltjax.system.paths import is_remote

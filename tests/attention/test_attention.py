@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 import bltjax.attention.tiled as tiled
 from bltjax.attention import IMPLEMENTATIONS, KERNELS, fastest, range_attention
 from bltjax.attention.dense import dense
+from bltjax.attention.pallas import gpu, tpu
 from bltjax.attention.pallas.tpu import TpuPlan
 from bltjax.attention.pattern import Blocks, Pooling, Reading, Sliding, Whole
 from bltjax.attention.staircase import Tiles, whole_patches
@@ -173,9 +174,6 @@ def small_tiles(monkeypatch):
         held = 0 if crosses else queries + -queries % tiles.queries
         return TpuPlan(pattern, tiles, group, shared, held)
 
-    # The package's names of these modules are taken by the functions in them.
-    modules = (sys.modules[f"bltjax.attention.{name}"] for name in ("pallas_tpu", "pallas_gpu"))
-    tpu, gpu = modules
     monkeypatch.setattr(tpu, "kernel_plan", plan_of_tpu)
     monkeypatch.setattr(gpu, "tile_sizes", lambda *_: (Tiles(32, 16), Tiles(16, 32)))
 
@@ -224,7 +222,7 @@ def random_case(random):
 @pytest.mark.parametrize("name", [name for name in CASES if "window" in name or "of doc" in name])
 def test_long_contexts_match_dense(name, monkeypatch):
     """With the kernel that holds dq of a row, which a window of 512 doesn't take."""
-    monkeypatch.setattr(sys.modules["bltjax.attention.pallas.tpu"], "LONG", 0)
+    monkeypatch.setattr(tpu, "LONG", 0)
     given, expected = case(name)
     assert_close(outcome("pallas_tpu_interpreted", *given), expected, *given[1:3])
 

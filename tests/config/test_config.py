@@ -26,8 +26,7 @@ from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.fields import OLD_NAMES, changes, differences, to_dict
 from bltjax.config.model import ModelConfig, Patching
 from bltjax.config.run import FaultsConfig, LatentInitConfig, MeshConfig, OptimizerConfig, RunConfig
-from bltjax.distributed.sharding import AXES, tree_shardings
-from bltjax.families import (
+from bltjax.configured import (
     check_mesh,
     load_config,
     model_config,
@@ -35,6 +34,7 @@ from bltjax.families import (
     parse,
     training_flops,
 )
+from bltjax.distributed.sharding import AXES, tree_shardings
 from bltjax.model import byte_cnn, byte_lm
 from bltjax.model.blt import config as config_of_blt
 from bltjax.model.blt.config import BLTConfig, LatentConfig

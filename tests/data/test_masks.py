@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bltjax.data.masks import masked, spans
+from bltjax.data.objectives.masks import masked, spans
 from bltjax.text.characters import CLS, MASK, SEP, code_points, document_characters
 
 TEXT = "In the beginning was\tthe word,\u00a0and 日本語\u3000zażółć \U0001f600!\n"

@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from bltjax.data.spans import corrupted, lengths, longest_window, parts, prefix, restored, windows
+from bltjax.data.objectives.spans import (
+    corrupted,
+    lengths,
+    longest_window,
+    parts,
+    prefix,
+    restored,
+    windows,
+)
 from bltjax.rivals.byt5 import ByT5Config, ObjectiveConfig, row_sizes
 from bltjax.text.alphabet import ALPHABETS, BLT_ALPHABET, encode
 from bltjax.text.sentinels import SENTINELS, START, masked, sentinel

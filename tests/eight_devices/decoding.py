@@ -12,8 +12,8 @@ import bltjax
 from bltjax.__main__ import main
 from bltjax.config.model import ModelConfig, Patching
 from bltjax.config.run import MeshConfig
+from bltjax.configured import initial_params, make_model
 from bltjax.distributed.sharding import make_mesh
-from bltjax.families import initial_params, make_model
 from bltjax.family import Model
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.loop import run_loop

@@ -15,10 +15,10 @@ from random_batch import random_batch
 
 from bltjax.config.data import DataConfig, SourceConfig
 from bltjax.config.run import MeshConfig, OptimizerConfig, RunConfig
+from bltjax.configured import initial_params, model_config
 from bltjax.distributed.sharding import make_mesh, row_sharding
 from bltjax.evaluation.evaluate import evaluate
 from bltjax.evaluation.scores import evaluation_mesh
-from bltjax.families import initial_params, model_config
 from bltjax.family import Model
 from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
 from bltjax.model.byte_lm import ByteLMConfig

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from bltjax.config.model import ModelConfig, Patching
+from bltjax.configured import batch_logits, initial_params, make_model
 from bltjax.data.batches import PatchBatch
-from bltjax.families import batch_logits, initial_params, make_model
 from bltjax.family import Model
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.loop import kept_indices, run_loop

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bltjax.families import initial_params
+from bltjax.configured import initial_params
 from bltjax.inference.entropy import score_documents
 from bltjax.model.byte_lm import ByteLM, ByteLMConfig, entropies_of
 from bltjax.text.alphabet import encode

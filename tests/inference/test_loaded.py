@@ -7,8 +7,8 @@ import pytest
 import bltjax
 from bltjax.__main__ import main
 from bltjax.attention.dense import dense
+from bltjax.configured import batch_logits, make_model
 from bltjax.data.batches import one_row
-from bltjax.families import batch_logits, make_model
 from bltjax.model.blt import cross_attention
 from bltjax.text.patching import patch_starts
 from bltjax.weights.export import load_params

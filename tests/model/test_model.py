@@ -10,7 +10,7 @@ import pytest
 
 from bltjax.attention.pattern import Sliding
 from bltjax.config.model import Patching
-from bltjax.families import initial_params, load_config, make_model
+from bltjax.configured import initial_params, load_config, make_model
 from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
 from bltjax.model.blt.latent_transformer import block_size
 from bltjax.model.blt.model import BLT

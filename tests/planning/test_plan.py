@@ -15,9 +15,10 @@ import pytest
 import bltjax.planning.plan as plans
 import bltjax.planning.roofline as roofline
 from bltjax.__main__ import main
+from bltjax.configured import load_config
 from bltjax.distributed.sharding import make_mesh
 from bltjax.distributed.topology import read_topology
-from bltjax.families import family_of, load_config
+from bltjax.families import family_of
 from bltjax.model.flops import cross_layers, utilisation
 from bltjax.planning import report
 from bltjax.planning.aot import DeviceMemory, described_devices, shard_bytes

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
+from bltjax.configured import load_config
 from bltjax.distributed.topology import read_topology
-from bltjax.families import load_config
 from bltjax.planning.plan_decoder import decoder_report, plan_generate
 
 SIZES = {"groups": 1, "rows": 1, "prompt_bytes": 2048, "context": 32768}

@@ -11,7 +11,7 @@ import pytest
 
 from bltjax.config.letters import suffix_axes
 from bltjax.config.model import REMAT, ModelConfig
-from bltjax.data.spans import corrupted, prefix
+from bltjax.data.objectives.spans import corrupted, prefix
 from bltjax.model.params import flattened
 from bltjax.rivals.byt5 import (
     FORWARD_INPUTS,
@@ -195,7 +195,7 @@ def test_initial_values():
     params = flattened(params_of(dataclasses.replace(SMALL, width=64, hidden=80), seed=1))
     for path, sigma in (
         ("bytes_VD", 1),
-        ("head_DV", 1),
+        ("head_DV", 64**-0.5),  # published: 1
         ("encoder/blocks/attention/q_LDHC", (64 * 4) ** -0.5),
         ("decoder/blocks/cross/k_LDHC", 64**-0.5),
         ("decoder/blocks/cross/o_LHCD", 12**-0.5),
@@ -288,7 +288,7 @@ def test_flops():
     config = ByT5Config(
         1, 1, width=2, heads=1, channels=3, hidden=5, objective=ObjectiveConfig("prefix")
     )
-    encoder, decoder = 11, 12  # positions, for windows of 10 bytes
+    encoder = decoder = 14  # positions, for two windows of 10 bytes, split in places that sum to 10
     assert row_sizes(config, 10) == (encoder, decoder)
     attention, forward_ = 2 * 3, 2 * 2 * 3 * 5
     a_layer = encoder * (4 * 2 * attention + forward_) + 2 * encoder**2 * attention
@@ -298,6 +298,7 @@ def test_flops():
     expected += 2 * attention * seen + decoder * 2 * 2 * 260
     assert queries == decoder * (6 * 2 * attention + forward_)
     assert forward_flops(config, 10, 0) == expected
+    assert paper_flops(config, 10, 0) == expected / 20
     scores = (encoder**2 + seen) * attention
     assert recomputed_flops(config, 10, 0) == scores
     full = dataclasses.replace(config, remat="full")

@@ -13,7 +13,7 @@ import pytest
 from bltjax.attention.pattern import Whole
 from bltjax.config.letters import suffix_axes
 from bltjax.config.model import ModelConfig
-from bltjax.data.masks import masked
+from bltjax.data.objectives.masks import masked
 from bltjax.model.params import flattened
 from bltjax.rivals.canine.bert_block import BertBlock
 from bltjax.rivals.canine.model import (

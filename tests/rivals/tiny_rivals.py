@@ -3,7 +3,12 @@
 from ml_collections import ConfigDict
 
 SEQ_LEN = 96
-SLOTS = {"megabyte": 36, "spacebyte": 48, "llama": 64}  # per row, where a row counts them
+SLOTS = {
+    "megabyte": 36,
+    "spacebyte": 48,
+    "llama": 64,
+    "canine": 24,
+}  # per row, where a row counts them
 MODELS = {
     "llama": dict(layers=2, width=32, heads=4, key_value_heads=2, hidden=48, vocabulary=300),
     "megabyte": dict(
@@ -15,6 +20,14 @@ MODELS = {
         local_width=16, local_heads=2, global_layers=1, global_width=32, global_heads=4,
     ),
     "mambabyte": dict(layers=2, width=24, states=4),
+    "byt5": dict(
+        encoder_layers=2, decoder_layers=1, width=16, heads=2, channels=8, hidden=32, buckets=8,
+        farthest=16, objective=dict(mean_span=4.0),
+    ),
+    "canine": dict(
+        layers=1, width=32, heads=2, hidden=48, hashes=2, buckets=96, block=16, types=2,
+        context=96, classes=256,
+    ),
 }  # fmt: skip
 
 

@@ -16,8 +16,8 @@ from test_golden import META, arrays, blt_weights, eos_documents, starts_from_le
 
 from bltjax.config.data import DataConfig
 from bltjax.config.run import OptimizerConfig, RunConfig
+from bltjax.configured import model_config, module_of
 from bltjax.data.batches import PatchBatch, target_bytes_of
-from bltjax.families import model_config, module_of
 from bltjax.model.blt.config import BLTConfig, CrossConfig, LatentConfig, LocalConfig
 from bltjax.model.loss import Sums
 from bltjax.text.alphabet import BOS, EOS

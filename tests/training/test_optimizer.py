@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bltjax.config.run import OptimizerConfig
+from bltjax.configured import initial_params, make_model
 from bltjax.data.batches import ByteBatch, target_bytes_of
-from bltjax.families import initial_params, make_model
 from bltjax.model.blt.config import BLTConfig
 from bltjax.model.loss import target_sums
 from bltjax.training.optimizer import decays, learning_rate, make_optimizer

@@ -16,7 +16,7 @@ import pytest
 from random_batch import random_batch
 
 from bltjax.__main__ import main
-from bltjax.families import initial_params, load_config, model_config, module_of, resolved
+from bltjax.configured import initial_params, load_config, model_config, module_of, resolved
 from bltjax.training.goodput import Profile
 from bltjax.training.step import TrainState, make_train_step, run_optimizer
 from bltjax.weights.export import load_params

@@ -22,7 +22,7 @@ jax.distributed.initialize(f"localhost:{port}", 2, rank)
 from bltjax.config.run import MeshConfig
 from bltjax.weights.export import load_params, read_model_config
 from bltjax.distributed.sharding import make_mesh, tree_shardings
-from bltjax.families import model_shapes
+from bltjax.configured import model_shapes
 from bltjax.model.params import flattened
 mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
 shardings = tree_shardings(model_shapes(read_model_config(export)), mesh)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bltjax.config.run import RunConfig
-from bltjax.families import initial_params, model_config
+from bltjax.configured import initial_params, model_config
 from bltjax.family import Model
 from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.training.checkpoint import make_manager, save

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bltjax.attention import fastest
-from bltjax.families import resolved, vocabulary
+from bltjax.configured import resolved, vocabulary
 from bltjax.family import Model
 from bltjax.inference.decoding.loop import (
     AT_LIMIT,

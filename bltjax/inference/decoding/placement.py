@@ -17,8 +17,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bltjax.config.arguments import mesh_config
+from bltjax.configured import model_shapes
 from bltjax.distributed.sharding import AXES, dividing, make_mesh, set_mesh_or_none, spec_of
-from bltjax.families import model_shapes
 from bltjax.family import Model
 from bltjax.weights.export import load_model, read_model_config
 

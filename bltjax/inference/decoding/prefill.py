@@ -3,8 +3,10 @@
 import functools
 
 import jax
+import numpy as np
 
 from bltjax.config.model import ModelConfig
+from bltjax.data.batches import Batch, one_row
 from bltjax.families import family_of
 from bltjax.inference.decoding.loop import State
 from bltjax.inference.decoding.placement import constrain_rows, in_groups
@@ -23,6 +25,18 @@ def padded_length(size: int) -> int:
     """The padded length, one of four per power of two: padding is a quarter at most."""
     quarter = power_of_two(size) // 8
     return max(SHORTEST, -(-size // quarter) * quarter)
+
+
+def row_of(
+    ids: np.ndarray, starts_N1: np.ndarray | None, kind: str, grid: int
+) -> tuple[Batch, int]:
+    """A batch of one row, padded to a power of two, and room for its patches, or for slots of
+    `grid` bytes."""
+    length = power_of_two(len(ids))
+    if starts_N1 is None:
+        return one_row(ids, None, length, kind), -(-length // grid)
+    patches = min(length, power_of_two(int(starts_N1[:-1].sum())))
+    return one_row(ids, starts_N1, length), patches
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bltjax.config.fields import divides
 from bltjax.config.model import ModelConfig
-from bltjax.families import family_of, traced_shapes
+from bltjax.configured import traced_shapes
+from bltjax.families import family_of
 from bltjax.inference.decoding.loop import (
     STOPS,
     Request,

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from bltjax.attention import fastest
+from bltjax.configured import batch_logits, make_model, resolved, rows_of, vocabulary
 from bltjax.data.batches import ByteBatch, one_row
-from bltjax.families import batch_logits, family_of, make_model, resolved, rows_of, vocabulary
+from bltjax.families import family_of
 from bltjax.family import Model
-from bltjax.inference.decoding.prefill import power_of_two
+from bltjax.inference.decoding.prefill import power_of_two, row_of
 from bltjax.inference.entropy import contexts
 from bltjax.model.byte_cnn import table_entropies
 from bltjax.model.byte_lm import entropies_of
+from bltjax.text.alphabet import encode
 from bltjax.text.patching import force_starts, patch_starts
 
 
@@ -56,14 +58,13 @@ class Predictor:
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
         """float32 [V]: logits of the byte after `ids`, which start with BOS."""
-        length = power_of_two(len(ids))
-        patches = -(-length // self.rows.grid)
         starts_N1 = None
         if self.patching is not None:
-            entropies_N = self.prefix_entropies(ids, length)
-            starts_N1 = force_starts(patch_starts(self.patching, ids, entropies_N))
-            patches = min(length, power_of_two(int(starts_N1[:-1].sum())))
-        batch = one_row(ids, starts_N1, length, self.rows.kind)
+            entropies_N = self.prefix_entropies(ids, power_of_two(len(ids)))
+            # The rules know our own ids.
+            ours = encode(self.vocabulary.decode(ids), eos=False)
+            starts_N1 = force_starts(patch_starts(self.patching, ours, entropies_N))
+        batch, patches = row_of(ids, starts_N1, self.rows.kind, self.rows.grid)
         return np.asarray(self.last_logits(self.params, batch, len(ids) - 1, patches=patches))
 
     def prefix_entropies(self, ids: np.ndarray, length: int) -> np.ndarray | None:

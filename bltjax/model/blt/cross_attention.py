@@ -60,7 +60,7 @@ class CrossAttention(nn.Module):
     def __call__(self, x_BQE, source_BTE, ranges: Ranges):
         q_BQGC = self.queries(x_BQE)
         k_BTGC, v_BTGC = self.source(source_BTE)
-        # Kept only on request, for inspection (bltjax/inference/attention_maps.py).
+        # Kept only on request, for inspection (bltjax/inference/states.py).
         self.sow("cross", "queries_keys", (q_BQGC, k_BTGC))
         out_BQGC = range_attention(
             q_BQGC,

@@ -97,6 +97,11 @@ class CanineConfig:
         return {"canine.heads": self.heads, "canine.hidden": self.hidden}
 
     @property
+    def longest(self) -> int:
+        """The most characters of a row."""
+        return self.context
+
+    @property
     def size(self) -> BertSize:
         return BertSize(self.width, self.heads, self.hidden, self.norm_eps)
 
@@ -236,20 +241,10 @@ def masked_logits(module: Canine, params, batch) -> jax.Array:
 
 
 def embedded_documents(module: Canine, params, batch):
-    """float32: hidden states [B, N, D], and the pooled state [B, D] of each row's first document."""
+    """float32: hidden states [B, N, D], and the pooled state [B, D] of each row's beginning."""
     given = (batch.characters_BN, batch.documents_BN)
     hidden_BND, out = module.apply({"params": params}, *given)
     return hidden_BND, out["pooled_BPD"][:, 0].astype(jnp.float32)
-
-
-def unscored(config: CanineConfig) -> str:
-    """The reason why a model predicts nothing; empty if it does."""
-    if config.predicts:
-        return ""
-    return (
-        "this CANINE has no head for masked characters (canine.predicts is False), as released"
-        " weights have none: it has no loss to be trained or evaluated by"
-    )
 
 
 def stacks(config: CanineConfig, N: int, P: int) -> tuple[tuple[int, int, int], ...]:

@@ -4,9 +4,9 @@ continuation.
     prompt    BOS t h e _ p a            encoder   t h e _ p a S0 EOS     once, in `prefill`
     text      t c h ...                  decoder   0 S0 t c h ...         an id per `advance`
 
-That is the prefix objective (data/spans.py), for which a model must have been trained; one of
-masked spans writes a span of about 20 bytes, then EOS or a sentinel. Logits are over all ids:
-a sentinel is that of its byte, 0xFF downwards.
+That is the prefix objective (data/objectives/spans.py), for which a model must have been trained;
+one of masked spans writes a span of about 20 bytes, then EOS or a sentinel. Logits are over all
+ids: a sentinel is that of its byte, 0xFF downwards.
 
 The state of a row is the decoder's keys and values, which grow with the text, and those of
 cross-attention, of the prompt alone. A buffer of `capacity` positions has one slot more: rows that

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bltjax.config.fields import nearest
 from bltjax.config.model import ModelConfig
-from bltjax.families import leaf_shapes
+from bltjax.configured import leaf_shapes
 from bltjax.weights.lazy import Tensor
 from bltjax.weights.released.leftovers import rotary_stacks, without_leftovers
 from bltjax.weights.released.mapping import PARTS, Names, TensorPart

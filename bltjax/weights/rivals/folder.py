@@ -11,7 +11,8 @@ from types import ModuleType
 
 from etils import epath
 
-from bltjax.families import family_of, leaf_shapes, tokenizer_of
+from bltjax.configured import leaf_shapes, tokenizer_of
+from bltjax.families import family_of
 from bltjax.weights.lazy import Tensor, read_object
 from bltjax.weights.released.tensors import (
     check_stacked,

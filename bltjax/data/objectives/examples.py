@@ -12,13 +12,14 @@
 A window without anything to predict is left out.
 """
 
+import zlib
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from bltjax.config.rows import Rows
-from bltjax.data import masks, spans
+from bltjax.data.objectives import masks, spans
 from bltjax.data.records import Document
 from bltjax.text.alphabet import ALPHABETS, encode
 from bltjax.text.characters import character_bytes, code_points, enclosed
@@ -117,6 +118,26 @@ def character_example(text_N: np.ndarray, rows: Rows, rng: np.random.Generator) 
     taken = max(size, -(-len(order_Q) * N // Q))
     molecules = max(1, size // setting.rate)
     return Example(taken, molecules, int(character_bytes(text_N).sum()), arrays)
+
+
+def held_out_examples(document: Document, rows: Rows) -> list[Example]:
+    """The examples of a document for evaluation: always the same, wherever it is in a source."""
+    found = windows_of(document, rows)
+    seed = zlib.crc32(document.text)
+
+    def example(window: int) -> Example:
+        return example_of(found, window, rows, np.random.default_rng((seed, window)))
+
+    return [example(window) for window in range(len(found.cuts))]
+
+
+def nothing_to_predict(name: str, row: int, count: int, most: int, rows: Rows) -> ValueError:
+    """The error for a source's `count` documents, of which the best window has `most`."""
+    least, units = needed(rows)
+    return ValueError(
+        f"data source {name!r} has nothing to predict in row {row} of a batch: of the {count}"
+        f" documents for that row none has a window of {least} {units} or more; the most is {most}"
+    )
 
 
 def lay_out_examples(examples: list[Example], row: dict[str, np.ndarray]) -> None:

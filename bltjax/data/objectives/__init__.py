@@ -1,0 +1,1 @@
+"""Examples for models that see both sides: masked spans, prefixes, masked characters."""
