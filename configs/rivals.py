@@ -35,8 +35,8 @@ parameter counts are tested, `plan` compiles the steps, the rest is arithmetic.
     spacebyte       the paper's 201M + 50M, of 1e19 FLOPs: 17 GB
     spacebyte_1b    the paper's 793M + 184M, 30 GB. Layers, widths, window and slots are those that
                     give its parameters and its 728 MFLOP per byte
-    mambabyte_353m  the paper's, 31 GB, and 972m, 149 GB: 353,628,160 and 973,387,520 parameters with
-                    the released alphabet of 256 ids, to which ours adds 4
+    mambabyte_353m  the paper's, 31 GB, and 972m, 149 GB: 353,628,160 and 973,387,520 parameters
+                    with the released alphabet of 256 ids, to which ours adds 4
     byt5_small      the released ones: 299,637,760, base 581,653,248 and large 1,228,183,552
                     parameters with 384 ids, of which ours has 260
     canine          the released 132,082,944, and a head for masked characters

@@ -27,6 +27,13 @@ plans=(
     "8b-long-64  configs/blt.py:8b v5p:4x4x4 1 mesh.data=1 mesh.fsdp=64 optimizer.grad_accum_steps=2 data.batch_size=128 data.seq_len=131072 data.max_patches=32768"
     "8b-2v5e-512 configs/blt.py:8b v5e:16x16 2 mesh.data=2 mesh.fsdp=256 optimizer.grad_accum_steps=2"
     "8b-v5p-512  configs/blt.py:8b v5p:8x8x8 1 mesh.data=8 mesh.fsdp=64 data.batch_size=8192"
+    "megabyte-v5e-16  configs/rivals.py:megabyte v5e:4x4 1"
+    "spacebyte-1b-v5e-16  configs/rivals.py:spacebyte_1b v5e:4x4 1"
+    "mambabyte-972m-v5e-16  configs/rivals.py:mambabyte_972m v5e:4x4 1"
+    "byt5-large-v5e-16  configs/rivals.py:byt5_large v5e:4x4 1"
+    "canine-v5e-16  configs/rivals.py:canine v5e:4x4 1"
+    "llama-1b-v5e-16  configs/rivals.py:llama_1b v5e:4x4 1"
+    "llama-8b-v5e-64  configs/rivals.py:llama_3_8b v5e:8x8 1"
 )
 chosen=()
 for plan in "${plans[@]}"; do
