@@ -11,19 +11,19 @@ from bltjax.system.environment import check_flags, keep_buffers, prepare_process
 
 # Help of each verb; its program has add_arguments(parser) and main(args, overrides).
 VERBS = {
-    "train": "train a byte LM or a BLT; the same command resumes it",
+    "train": "train a BLT, a byte LM or a rival; the same command resumes it",
     "entropies": "score a corpus with a byte LM and write records to train a BLT on",
     "corpus": "report on folders of records: sizes, patch lengths, rates",
     "tokenizer": "train a BPE tokenizer, and measure its bytes per token",
     "calibrate": "find the threshold that gives a mean patch length",
-    "evaluate": "bits per byte of a run on any text, beside gzip and xz",
+    "evaluate": "bits per byte of a model on any text, beside gzip and xz",
     "generate": "continue a text",
     "patches": "show the patches of a text: terminal, HTML, PNG",
     "convert": "convert released weights to an export, or a model to other layouts",
     "plan": "compile a training step for absent TPUs: whether it fits, bounds on speed",
     "page": "write a run's page: curves, config, samples and patches in one HTML file",
     "inspect": "identify a folder (run, export, records, weights) and check it",
-    "benchmark": "time a training step, beside the transformers port",
+    "benchmark": "measure steps, attention, input, generation, beside other implementations",
 }
 # Verbs that compute little or once: they return freed memory as soon as they can.
 FRUGAL = ("convert", "inspect", "plan")

@@ -29,7 +29,9 @@ THREE_BN1 = np.ones((1, 3), bool)
 NO_LATENT = "only a BLT drafts: other models have no latent transformer to spare"
 NO_SCORER = "only the entropies of a byte LM or a byte CNN place patches"
 NO_PROGRAMS = "programs for a server are written of a BLT, a byte LM or a byte CNN"
-RIVAL = {"draft": NO_LATENT, "empty_carry": NO_SCORER, "serving": NO_PROGRAMS}
+NO_SLOTS = "only a BLT has cross-attentions between bytes and slots of patches"
+BYTE_MODEL = {"draft": NO_LATENT, "cross_weights": NO_SLOTS}
+RIVAL = BYTE_MODEL | {"empty_carry": NO_SCORER, "serving": NO_PROGRAMS}
 ENCODES = (
     "a CANINE is an encoder that sees both sides of a character: it has no next byte. `embed` gives"
     " its states, `evaluate` how well it predicts masked characters"
@@ -93,7 +95,7 @@ FAMILIES = {
             flax_init(byte_lm.ByteLM, TWO_BN, TWO_BN),
             flax_logits(*BYTES),
             flops.byte_lm_forward, flops.byte_lm_recomputed, flops.byte_lm_paper,
-            cached_bytes, empty_carry=byte_lm.empty_carry, verbs={"draft": NO_LATENT},
+            cached_bytes, empty_carry=byte_lm.empty_carry, verbs=BYTE_MODEL,
             forward=flax_forward(byte_lm_module, *BYTES), inputs=BYTES,
         ),
         Family(
@@ -102,7 +104,7 @@ FAMILIES = {
             flax_init(byte_cnn.ByteCNN, TWO_BN, TWO_BN),
             flax_logits(*BYTES),
             flops.byte_cnn_forward, flops.byte_cnn_recomputed, flops.byte_cnn_paper,
-            cached_bytes, entropy_table=byte_cnn.entropy_table, verbs={"draft": NO_LATENT},
+            cached_bytes, entropy_table=byte_cnn.entropy_table, verbs=BYTE_MODEL,
             forward=flax_forward(byte_cnn_module, *BYTES), inputs=BYTES,
         ),
         Family(

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 
 from bltjax.config.model import ModelConfig, Patching
 
+# Reasons for abilities that most families lack.
+REASONS = {"embed": "only a CANINE embeds texts: other models predict what follows"}
+
 
 class Model(NamedTuple):
     """A model in memory."""
@@ -60,7 +63,8 @@ class Family(NamedTuple):
         """
         found = getattr(self, ability, None)
         if found is None or found is False or ability in self.verbs:
-            raise ValueError(self.verbs.get(ability, f"a {self.title} has no {ability}"))
+            reason = REASONS.get(ability, f"a {self.title} has no {ability}")
+            raise ValueError(self.verbs.get(ability, reason))
         return found
 
 

@@ -41,6 +41,12 @@ class ModelConfig:
                 f"a row of {self.max_bytes} bytes (data.seq_len) is longer than"
                 f" {self.model.group}.context, {longest} positions"
             )
+        most = getattr(self.model, "most_slots", None)
+        if most is not None and self.max_patches > most:
+            raise ValueError(
+                f"a row of {self.max_patches} slots (data.max_patches) has more than"
+                f" {self.model.group}.global_context, {most}: a document may fill a row"
+            )
 
     @property
     def by_entropy(self) -> bool:

@@ -58,6 +58,8 @@ def cut_document(document: Document, rows: Rows) -> CutDocument:
       ValueError: as `document_starts`, for example if it isn't scored.
     """
     text = document.text
+    if rows.kind == "tokens" and not rows.tokenizer:
+        raise ValueError("rows of tokens need a tokenizer.json, and this model has none")
     vocabulary = vocabulary_of(rows.alphabet, rows.tokenizer, rows.vocabulary)
     ids_N = vocabulary.document(text)
     if rows.kind == "tokens":

@@ -28,7 +28,14 @@ from bltjax.config.arguments import (
     source_from,
 )
 from bltjax.config.data import SourceConfig
-from bltjax.configured import check_mesh, check_predicts, measure_of, model_shapes, with_tokenizer
+from bltjax.configured import (
+    check_mesh,
+    check_predicts,
+    measure_of,
+    model_shapes,
+    vocabulary,
+    with_tokenizer,
+)
 from bltjax.data.calibrate import mean_patch_bytes
 from bltjax.data.records import RecordDocuments
 from bltjax.data.sources.by_path import Documents, open_source
@@ -75,6 +82,7 @@ def evaluate(
     """
     config = read_model_config(workdir)
     check_predicts(config)
+    words = vocabulary(with_tokenizer(config, path_of(workdir) / TOKENIZER))
     if documents is None:  # errors of a source come before a model is loaded
         documents = open_source(source, skip_bad=skip_bad)
     mesh = mesh or evaluation_mesh(config)
@@ -96,6 +104,8 @@ def evaluate(
         "parameters": parameter_count(model.params, config.model),
         "compile_seconds": compiling.seconds,
     }
+    if family_of(config).causal and (note := words.unpredicted):
+        result["not_predicted"] = note
     if patching is not None:
         every = (documents[index] for index in range(len(documents)))
         result["mean_patch_bytes"] = mean_patch_bytes(every, patching)
@@ -148,6 +158,10 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     check_predicts(config)
     mesh, measure = evaluation_mesh(config, args.mesh), measure_of(config)
     results = []
+    if args.compressors and measure_of(config) != BITS_PER_BYTE:
+        raise ValueError(
+            f"--compressors give bits per byte, which {measure_of(config).name} don't compare with"
+        )
     for source, documents in zip(sources, opened, strict=True):
         started_at = time.monotonic()
         found = evaluate(
@@ -172,6 +186,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         if measure.accuracy:
             share, targets = result[key_of(measure.accuracy)], result["targets"]
             print(f"  {measure.accuracy:28s}{share:8.4f} of {targets:,}; it has no bits per byte")
+        if note := result.get("not_predicted"):
+            print(f"  not predicted, and in no figure: {note}")
         for name, bits in result.get("compressors", {}).items():
             print(f"  {name.replace('_', ' '):28s}{bits:8.4f} bits per byte")
         seconds, compiled = result["seconds"], result["compile_seconds"]

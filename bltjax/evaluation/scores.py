@@ -185,6 +185,11 @@ def evaluate_documents(
         total = added(total, sums)
         progress.started_at += compiling.seconds - before  # the rate counts all that ran
         progress.advance(1)
+    if not total.weight:
+        raise ValueError(
+            f"{name}: nothing to predict in its {len(documents)} documents: the {measure.name} of"
+            " 0 targets are none"
+        )
     bits, counts = float(measure.bits(total)), (int(total.text_bytes), len(documents), cuts)
     if measure == BITS_PER_BYTE:
         return Evaluation(bits, *counts, bits=bits)
@@ -227,6 +232,7 @@ def evaluate_model(
       FloatingPointError: for a result that is not finite, naming the parameter or the text.
     """
     check_predicts(model.config)
+    vocabulary(model.config)
     source = source if isinstance(source, SourceConfig) else SourceConfig(str(source))
     documents = scored_source(source, model.config.patching, scorer_of(model))
     devices = [device_of(model.params)] if devices is None else list(devices)

@@ -34,7 +34,7 @@ from bltjax.inference.states import (
 from bltjax.model.byte_lm import entropies_of
 from bltjax.system.environment import check_numbers, check_platform
 from bltjax.system.paths import hidden_beside, path_of
-from bltjax.text.alphabet import as_bytes, encode
+from bltjax.text.alphabet import NO_BYTE, as_bytes, encode
 from bltjax.text.patching import force_starts, patch_starts
 from bltjax.text.segments import split_at
 from bltjax.text.vocabulary import Vocabulary
@@ -97,6 +97,12 @@ class LoadedModel:
     def logits_with(self, ids: np.ndarray, starts_N1: np.ndarray | None) -> np.ndarray:
         """The same for ids that begin with BOS and, of a BLT, given patch starts [len + 1]."""
         self.family.require("causal")
+        longest = getattr(self.config.model, "longest", len(ids))
+        if len(ids) > longest:
+            raise ValueError(
+                f"a text of {len(ids)} positions, BOS included, is longer than"
+                f" {self.config.model.group}.context, {longest}"
+            )
         batch, patches = row_of(ids, starts_N1, self.rows.kind, self.rows.grid)
         with on_mesh(self.mesh):
             logits_NV = np.asarray(self.all_logits(self.params, batch, patches=patches))[: len(ids)]
@@ -127,6 +133,8 @@ class LoadedModel:
         Raises:
           ValueError: for a byte LM.
         """
+        if reason := self.family.verbs.get("cross_weights"):
+            raise ValueError(reason)
         ids = encode(text, eos=False)
         batch, patches = row_of(ids, self.starts(text), "patches", 1)
         model = self.model_of(patches)
@@ -182,12 +190,14 @@ class LoadedModel:
         """
         self.family.require("causal")
         ids = self.vocabulary.prompt(text)
-        text_bytes = int(self.vocabulary.text_bytes(ids)[1:].sum(dtype=np.int64))
+        counts = self.vocabulary.text_bytes(ids)[1:]
+        text_bytes = int(counts[counts < NO_BYTE].sum(dtype=np.int64))
         if not text_bytes:
-            raise ValueError("an empty text has no bits per byte")
+            raise ValueError("a text of which nothing is predicted has no bits per byte")
         log_probs = jax.nn.log_softmax(self.logits(text)[:-1], axis=-1)
         chosen = np.take_along_axis(np.asarray(log_probs), ids[1:, None], axis=1)
-        return float(-chosen.sum(dtype=np.float64) / np.log(2.0) / text_bytes)
+        nats = -chosen[counts > 0].sum(dtype=np.float64)
+        return float(nats / np.log(2.0) / text_bytes)
 
     def embed(self, text: str | bytes | Sequence[str | bytes]) -> Embedding | list[Embedding]:
         """The states of a text's characters, and one for all of it; a list of them for a list.

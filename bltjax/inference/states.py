@@ -18,7 +18,7 @@ from bltjax.family import Model
 from bltjax.inference.decoding.prefill import power_of_two
 from bltjax.inference.finite import first_not_finite, not_finite
 from bltjax.model.blt.config import BLTConfig
-from bltjax.text.alphabet import as_bytes
+from bltjax.text.alphabet import VOCABULARY, as_bytes
 from bltjax.text.characters import document_characters
 
 
@@ -121,6 +121,7 @@ def forward_states(model: Model, arrays: dict, device) -> dict[str, np.ndarray]:
     if unknown := sorted(arrays.keys() - set(family.inputs)):
         raise ValueError(f"forward of a {family.title} takes {known}; not {unknown[0]}")
     settings = resolved(config, device)
+    given = {name: checked_input(config.model, name, array) for name, array in arrays.items()}
 
     @jax.jit
     def states(params, arrays):
@@ -129,7 +130,34 @@ def forward_states(model: Model, arrays: dict, device) -> dict[str, np.ndarray]:
             return run(config, params, arrays, dtype, settings.attention)
 
     try:
-        given = {name: np.asarray(array) for name, array in arrays.items()}
         return jax.device_get(states(model.params, given))
     except KeyError as error:
         raise ValueError(f"forward of a {family.title} needs {error}: it takes {known}") from None
+
+
+OF_ROWS = ("next_token", "token_counts", "text0", "text1")  # inputs with one axis
+OF_IDS = ("bytes_BN", "input_ids", "labels", "next_token", "targets", "tokens")
+
+
+def checked_input(model, name: str, array) -> np.ndarray:
+    """An input of `forward_states`, if it has the rank and the ids that it can have.
+
+    Raises:
+      ValueError: naming the array, with both numbers.
+    """
+    array, axes = np.asarray(array), 1 if name in OF_ROWS else 2
+    if array.dtype.kind not in "biu" or array.ndim != axes:
+        raise ValueError(
+            f"{name} is {array.dtype} {list(array.shape)}, not whole numbers of {axes} axes"
+        )
+    size = getattr(model, "vocabulary", VOCABULARY)
+    if name not in OF_IDS or not array.size or not isinstance(size, int):
+        return array
+    # Labels and targets that are left out are negative.
+    least = -100 if name in ("labels", "targets") else 0
+    if array.min() < least or (model.group != "canine" and array.max() >= size):
+        raise ValueError(
+            f"{name} has ids from {array.min()} to {array.max()}; a model of {size} ids takes"
+            f" {least} to {size - 1}"
+        )
+    return array

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bltjax.text.alphabet import NO_BYTE
+
 
 class Sums(NamedTuple):
     """Sums over targets; added across micro-batches, batches and devices, then divided."""
@@ -86,6 +88,6 @@ def target_sums(logits_BNV, batch, accuracy: bool = False) -> Sums:
         (nats_BN * weights_BN).sum(),
         weights_BN.sum(),
         jnp.where(text_BN, nats_BN, 0.0).sum(),
-        batch.target_bytes.sum(dtype=jnp.float32),
+        jnp.where(batch.target_bytes < NO_BYTE, batch.target_bytes, 0).sum(dtype=jnp.float32),
         correct,
     )

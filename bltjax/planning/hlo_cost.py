@@ -109,7 +109,7 @@ def is_kernel(instruction: Instruction) -> bool:
 
 def kernel_flops(computation: Computation, instruction: Instruction) -> tuple[float, float]:
     """A kernel's own estimate, and the share of its steps that see something in a full row."""
-    flops = instruction.noted(r'"cost_estimate":\{"flops":"(\d+)"')
+    flops = instruction.noted(r'"cost_estimate":\s*\{[^}]*?"flops":\s*"?(\d+)')
     if not flops:
         raise ValueError(f"kernel {instruction.name} has no cost estimate")
     # The pattern and tiles that a range attention kernel recorded when it was compiled.

@@ -15,6 +15,7 @@ from bltjax.config.run import MeshConfig, RunConfig
 from bltjax.configured import model_config, resolved
 from bltjax.distributed.sharding import make_mesh
 from bltjax.distributed.topology import Topology
+from bltjax.families import family_of
 from bltjax.inference.decoding.programs import decoder_programs
 from bltjax.model.byte_lm import ByteLMConfig
 from bltjax.planning.aot import TooLarge, compile_ahead, described_devices, shard_bytes, used_bytes
@@ -98,8 +99,11 @@ def plan_generate(
         rows that groups of devices don't divide.
     """
     model = model_config(config)
-    if model.patching is None:
-        raise ValueError("--generate plans a BLT: this config trains a byte model")
+    family = family_of(model)
+    if model.patching is None or family.own_patching:
+        raise ValueError(
+            f"--generate plans the decoder of a BLT: this config trains a {family.title}"
+        )
     if topology.slices > 1:
         raise ValueError(f"--generate plans one slice, not {topology.slices}: a decoder is one job")
     if rows < 1:

@@ -86,6 +86,11 @@ class SpaceByteConfig:
         return self.context
 
     @property
+    def most_slots(self) -> int:
+        """The most slots of a document; later ones would have no embedding."""
+        return self.global_context
+
+    @property
     def vocabulary(self) -> int:
         """V."""
         return ALPHABETS[self.alphabet].size

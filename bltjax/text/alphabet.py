@@ -28,6 +28,7 @@ class Alphabet(NamedTuple):
     bos: int | None
     eos: int | None
     texts: int = 256
+    silent: tuple[int, ...] = ()  # ids among them that stand for no text: of arrays of numpy alone
 
     def is_text(self, ids):
         """Whether each id is of text; for numpy and for jax arrays."""
@@ -35,9 +36,13 @@ class Alphabet(NamedTuple):
         for special in (self.bos, self.eos):
             if special is not None:
                 found &= ids != special
+        if self.silent:
+            found &= ~np.isin(ids, self.silent)
         return found
 
 
+# The text bytes of a target that is text, and stands for no byte of it.
+NO_BYTE = 255
 BLT_ALPHABET = Alphabet(VOCABULARY, OFFSET, BOS, EOS)
 # By the name that a model's settings have (`alphabet`). 255 is no byte of UTF-8 text.
 ALPHABETS = {

@@ -21,6 +21,7 @@ import numpy as np
 
 from bltjax.system.paths import path_of
 from bltjax.system.storage import read_json, refuse_pointer
+from bltjax.text.alphabet import NO_BYTE
 from bltjax.text.bpe import NOT_UTF8
 from bltjax.text.tokenizer_file import (
     SPACE,
@@ -42,7 +43,7 @@ STAND_INS |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b n
 # Names of the tokens that open and close a document, unless the file has a template with them.
 BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|endoftext|>")
 EOS = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>")
-LONGEST = 255  # bytes of a token, whose number is a uint8
+LONGEST = NO_BYTE - 1  # bytes of a token, whose number is a uint8
 STEP = 64  # positions of a row are a multiple of it
 PROBE = "A  probe: ▁ é日\t\r\n 1234's\0<s>".encode() + b"\xff"
 
@@ -172,12 +173,13 @@ class Tokenizer:
     def text_bytes(self, ids_N: np.ndarray) -> np.ndarray:
         """uint8 [N], the text bytes of each token of a document, which add up to the text's.
 
-        The added space is taken from the first token of two bytes or more, so that every token of
-        the text still counts as such; from the first of all if none has two.
+        The added space is taken from the first token; NO_BYTE stands for none, of a token that is
+        the space alone: its nats count, and no byte.
         """
         lengths_N = self.lengths_V[ids_N]
         if self.added and lengths_N.any():
-            lengths_N[np.argmax(lengths_N > 1) or np.argmax(lengths_N > 0)] -= 1
+            first = np.argmax(lengths_N > 0)
+            lengths_N[first] = lengths_N[first] - 1 or NO_BYTE
         return lengths_N
 
     def token_bytes(self, number: int) -> bytes:

@@ -24,6 +24,8 @@ class Vocabulary:
     alphabet: the ids as a decoder knows them.
     """
 
+    added = 0  # bytes that are put before a text
+
     def __init__(self, alphabet: Alphabet):
         self.alphabet = alphabet
 
@@ -41,6 +43,13 @@ class Vocabulary:
         if not data and self.alphabet.bos is None:
             raise ValueError("this model has no BOS, so it can't begin a text: give a prompt")
         return encode(data, eos=False, alphabet=self.alphabet)
+
+    @property
+    def unpredicted(self) -> str:
+        """The part of each document that no figure counts, in words; "" for none."""
+        return (
+            "" if self.alphabet.bos is not None else "each document's first byte (no BOS is read)"
+        )
 
     def decode(self, ids) -> bytes:
         """The text of ids; specials have none."""
@@ -68,7 +77,12 @@ class TokenVocabulary(Vocabulary):
         self.tokenizer = load_tokens(path)
         self.tokenizer.check_model(size)
         self.tokenizer.document(b"")  # its errors come now
-        super().__init__(Alphabet(size, 0, self.tokenizer.bos, self.tokenizer.eos, size))
+        self.added = self.tokenizer.added
+        # Specials, and rows of the embedding beyond the tokenizer's ids.
+        lengths_V = np.zeros(size, np.uint8)
+        lengths_V[: self.tokenizer.vocabulary] = self.tokenizer.lengths_V
+        silent = tuple(np.flatnonzero(lengths_V == 0).tolist())
+        super().__init__(Alphabet(size, 0, self.tokenizer.bos, self.tokenizer.eos, size, silent))
 
     def document(self, text: np.ndarray) -> np.ndarray:
         return self.tokenizer.document(text.tobytes())

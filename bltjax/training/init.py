@@ -68,12 +68,22 @@ def check_start(config: RunConfig, workdir: Path, resumes: bool) -> None:
     if config.init_from:
         found = changes(open_stored(config.init_from).config.model, config.model)
         # Settings that may change on resume, such as remat, don't affect weights either.
-        lines = [str(change) for change in found if change.rule != MAY_CHANGE]
+        lines = [
+            str(change) for change in found if change.rule != MAY_CHANGE and not same_file(change)
+        ]
         if lines:
             raise ValueError(
                 f"{config.init_from} holds a model with other settings (its value -> yours):\n  "
                 + "\n  ".join(lines)
             )
+
+
+def same_file(change) -> bool:
+    """Whether a setting names another file with the same contents."""
+    if change.rule != SAME_CONTENT:
+        return False
+    paths = [path_of(str(path)) for path in (change.old, change.new)]
+    return all(path.is_file() for path in paths) and len({checksum(path) for path in paths}) == 1
 
 
 def mesh_and_parts(config: RunConfig) -> tuple[Mesh, StepParts]:

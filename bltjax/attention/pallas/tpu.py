@@ -18,8 +18,7 @@ scores and the weights' gradients are computed twice: seven products per pair of
 context, where products dominate, the second kernel accumulates dq of a whole row in VMEM: five
 products, and no other kernel.
 
-Softmax weights are powers of two, which saves a multiplication per score; the logarithms that the
-forward pass saves for the backward pass are to base 2.
+Softmax weights are powers of two, which saves a multiplication; saved logarithms are to base 2.
 
 Self-attention uses these kernels too, not jax's own (`splash_attention`, 512 x 512 tiles). Compiled
 for a v5e, bf16, one row, forward and backward; cycles are those of the static schedules, for

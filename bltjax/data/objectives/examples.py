@@ -65,7 +65,7 @@ def windows_of(document: Document, rows: Rows) -> Windows:
 def needed(rows: Rows) -> tuple[int, str]:
     """The least that a window must have, for something to predict, and what of."""
     if rows.kind == "characters":
-        return 1, "characters that are not whitespace"
+        return 1, "non-blank characters"
     return (2 if rows.pairs.objective == "spans" else 1), "bytes"
 
 

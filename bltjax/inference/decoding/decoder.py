@@ -151,6 +151,7 @@ class Decoder:
             stop=stop,
             truncate=truncate,
             names=names,
+            vocabulary=self.vocabulary,
         )
         stops = [as_bytes(text) for text in stop]
         called = prompt_names(len(texts), names)
@@ -179,15 +180,13 @@ class Decoder:
                 (out, state.finish_B, full_BG, state.costs)
             )
             broken = np.flatnonzero((finish_B == NOT_FINITE) & (rows >= 0))
-            written += sum(
-                int(self.alphabet.is_text(ids[:count]).sum())
-                for ids, count in zip(out.ids_BN, out.count_B, strict=True)
-            )
-            self.counts = Counts(written, *(int(x.sum()) for x in costs))
             for slot, row in enumerate(rows):
                 ids, *values = (x_BN[slot, : out.count_B[slot]] for x_BN in out[1:])
                 if row >= 0 and (ids.size or finish_B[slot]):
-                    yield rest[row].piece(int(row), ids, values, FINISH_REASONS[finish_B[slot]])
+                    made = rest[row].piece(int(row), ids, values, FINISH_REASONS[finish_B[slot]])
+                    written += len(made.text)
+                    self.counts = Counts(written, *(int(x.sum()) for x in costs))
+                    yield made
             ended_B = np.array([row >= 0 and rest[row].ended for row in rows])
             if (ended_B & (finish_B == RUNNING)).any():
                 finish_B = np.where(ended_B, AT_STOP, finish_B)
@@ -216,7 +215,8 @@ class Decoder:
         prompts += [self.vocabulary.prompt(b" ")] * (-len(texts) % self.groups)
         memory = self.memory(prompts, max_bytes, names)
         rows = len(prompts)
-        limit_B = np.where(np.arange(rows) < len(texts), max_bytes, 0)
+        most = max_bytes + self.vocabulary.added  # ids: a token is a byte or more of text
+        limit_B = np.where(np.arange(rows) < len(texts), most, 0)
         most = power_of_two(len(stops), STOPS[0])
         longest = power_of_two(max(map(len, stops), default=0), STOPS[1])
         stops_ZT = np.full((most, longest), -1, np.int32)

@@ -77,17 +77,21 @@ class TokenRest(Rest):
         self.drops_space = begins and vocabulary.tokenizer.added
 
     def add(self, ids, rest: list) -> None:
-        ids = ids[self.vocabulary.alphabet.is_text(ids)] if ids.size else ids
+        written = self.vocabulary.alphabet.is_text(ids)
+        ids = ids[written]
         lengths = self.vocabulary.tokenizer.lengths_V[ids]
         text, places = self.vocabulary.decode(ids), first_bytes(lengths)
-        log_probs, entropies, _ = (x[: len(ids)][lengths > 0] for x in rest)
-        spread = [np.zeros(len(text), np.float32), np.zeros(len(text), np.float32)]
-        opens = np.zeros(len(text), bool)
-        spread[0][places], spread[1][places], opens[places] = log_probs, entropies, True
-        new = [*spread, opens]
+        log_probs, entropies, _ = (x[: len(written)][written] for x in rest)
+        new = [np.zeros(len(text), np.float32), np.zeros(len(text), np.float32)]
+        new.append(np.zeros(len(text), bool))
+        for x, values in zip(new, (log_probs, entropies, True), strict=True):
+            x[places] = values
         if self.drops_space and text:
-            dropped = text.startswith(b" ")
-            text, new, self.drops_space = text[dropped:], [x[dropped:] for x in new], False
+            dropped, self.drops_space = text.startswith(b" "), False
+            if dropped and lengths[0] > 1:  # the token's next byte is its first, then
+                for x in new:
+                    x[1] = x[0]
+            text, new = text[dropped:], [x[dropped:] for x in new]
         self.text += text
         self.rest = [np.concatenate(pair) for pair in zip(self.rest, new, strict=True)]
 

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 from bltjax.config.model import ModelConfig
 from bltjax.families import family_of
-from bltjax.inference.decoding.sampling import GREEDY, Sampling
+from bltjax.inference.decoding.sampling import BYTES, GREEDY, Sampling
 from bltjax.text.alphabet import as_bytes
+from bltjax.text.vocabulary import Vocabulary, vocabulary_of
 
 CONTEXT = 32768  # bytes, prompt and text together
+BLT_VOCABULARY = vocabulary_of("blt")
 MOST_SEED = 2**31  # seeds of rows are int32
 
 
@@ -61,10 +63,11 @@ def fitting_prompts(
     stop: Sequence[str | bytes] = (),
     truncate: bool = False,
     names: Sequence[str] = (),
+    vocabulary: Vocabulary = BLT_VOCABULARY,
 ) -> list[bytes]:
     """The bytes of prompts, truncated if requested; arguments are those of `Decoder.generate`.
 
-    names: of the prompts in errors, such as the file and line.
+    names: of the prompts in errors, such as the file and line. vocabulary: the model's.
 
     Raises:
       ValueError: for a number out of range, or a prompt that is too long for the context.
@@ -78,6 +81,15 @@ def fitting_prompts(
             "drafts are verified greedily: sampling, a penalty or a constraint would need the"
             " draft's distribution at every byte. Use draft 0, or temperature 0 alone"
         )
+    alphabet = vocabulary.alphabet
+    if sampling.valid_utf8 and (alphabet.eos is None or alphabet.texts != BYTES):
+        raise ValueError(
+            "valid_utf8 is for models of bytes with an EOS, which ends a text that has no room for"
+            " a whole character"
+        )
+    for prompt, name in zip(prompts, prompt_names(len(prompts), names), strict=True):
+        if not as_bytes(prompt) and alphabet.bos is None:
+            raise ValueError(f"{name} is empty, and this model has no BOS to begin a text with")
     stops = [as_bytes(text) for text in stop]
     if not all(stops):
         raise ValueError("a stop string is empty: it would stop every text before its first byte")
@@ -95,7 +107,8 @@ def fitting_prompts(
             if not truncate or room < 0:
                 raise ValueError(
                     f"{name}: {len(text)} bytes and {max_bytes} to write exceed the context of"
-                    f" {context} bytes: drop the prompt's beginning (truncate) or take a larger one"
+                    f" {context} bytes: drop the prompt's beginning (truncate) or take a larger"
+                    " one, if the model has positions for it"
                 )
             text = text[len(text) - room :]
         texts.append(text)

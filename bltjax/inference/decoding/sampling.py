@@ -136,11 +136,6 @@ def permitted(steps: Steps, utf8_B, left_B):
     allowed_BV = jnp.broadcast_to(jnp.asarray(allowed_V)[None], (utf8_B.shape[0], len(ids_V)))
     if not steps.valid_utf8:
         return allowed_BV
-    if eos is None or alphabet.texts != BYTES:
-        raise ValueError(
-            "valid_utf8 is for models of bytes with an EOS, which ends a text that has no room for"
-            " a whole character"
-        )
     next_B256 = jnp.asarray(UTF8_NEXT)[utf8_B]
     needs_B256 = 1 + jnp.asarray(UTF8_LACKS)[next_B256]
     fits_B256 = (next_B256 >= 0) & (needs_B256 <= left_B[:, None])

@@ -168,7 +168,7 @@ def written_settings(config: ModelConfig, dtype: str) -> dict:
       ValueError: for ids that are not ByT5's.
     """
     model: ByT5Config = config.model
-    refuse({"byt5.alphabet, unless it is byt5,": model.alphabet != "byt5"}, "T5's config files")
+    refuse({"byt5.alphabet, unless it is byt5": model.alphabet != "byt5"}, "T5's config files")
     return {
         "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "dtype": dtype,
         "tokenizer_class": "ByT5Tokenizer", "vocab_size": model.vocabulary,

@@ -13,6 +13,7 @@ from etils import epath
 
 from bltjax.configured import leaf_shapes, tokenizer_of
 from bltjax.families import family_of
+from bltjax.text.tokens import load_tokens
 from bltjax.weights.lazy import Tensor, read_object
 from bltjax.weights.released.tensors import (
     check_stacked,
@@ -62,7 +63,9 @@ def read_public(folder: epath.Path, window_keys: int | None = None) -> ModelFile
     more_settings = {} if window_keys is None else {"window_keys": window_keys}
     config, tensors, more = layout.read_settings(settings, tensors, where, **more_settings)
     if family_of(config).rows == "tokens" and (folder / TOKENIZER).exists():
-        model = dataclasses.replace(config.model, tokenizer=str(folder / TOKENIZER))
+        tokenizer = folder / TOKENIZER
+        load_tokens(str(tokenizer)).check_model(config.model.vocabulary)
+        model = dataclasses.replace(config.model, tokenizer=str(tokenizer))
         config = dataclasses.replace(config, model=model)
     parts, shapes = layout.parts(config.model), leaf_shapes(config)
     check_stacked(shapes, parts)
@@ -98,10 +101,13 @@ def write_public(files: ModelFiles, folder: Path, written) -> None:
     from_public = files.origin.get("layout") == "public"
     dtypes = files.origin.get("dtypes", {}) if from_public else {}
     settings = layout.written_settings(config, next(iter(files.leaves.values())).dtype.name)
+    if tokenizer := tokenizer_of(config):
+        tokens = load_tokens(tokenizer)
+        settings |= {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos}
     if from_public:
         settings = files.origin["json"]["config.json"]
     tensors = tensors_of(files.leaves, layout.parts(config.model), dtypes)
     write_folder(epath.Path(folder), tensors, written)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if tokenizer := tokenizer_of(config):
+    if tokenizer:
         (folder / TOKENIZER).write_bytes(epath.Path(tokenizer).read_bytes())
