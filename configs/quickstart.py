@@ -62,8 +62,8 @@ text:
     canine     3,512,064    90.0   3.66   181    0.001
 
 GFLOP: of a step; MFLOP: forward, per byte of a row (CANINE: per character; Llama: rows of 512
-tokens, as the Bible's 4.24 bytes per token give). No rate was tuned. MegaByte's is the better of two
-that were tried, for 40 steps each: 3.80 bits per byte in training at the last, 3.85 with 0.004.
+tokens, as the Bible's 4.24 bytes per token give). No rate was tuned. MegaByte's is the better of
+two that were tried, for 40 steps each: 3.80 bits per byte in training at the last, 3.85 with 0.004.
 The others are reasoned: SpaceByte's is that of its code for a width of 256, MambaByte's is
 published at a width of 1024 and grows as the width falls, Llama's is BLT's, whose latent block it
 has, ByT5's and CANINE's are careful ones. Sweep a rate before you compare.
