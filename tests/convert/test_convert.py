@@ -162,7 +162,7 @@ def test_nothing_is_left_behind(runs, tmp_path, capsys, monkeypatch):
     )
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
-    assert "--init_latent_from" in error_of(capsys, "convert", tmp_path / "llama", out)
+    assert "neither safetensors nor a .bin" in error_of(capsys, "convert", tmp_path / "llama", out)
     written(tmp_path / "cut", "projected")
     said = error_of(capsys, "generate", f"--workdir={tmp_path / 'cut'}")
     assert "holds released weights: `convert` makes an export of them first" in said

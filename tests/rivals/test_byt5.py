@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jacobian import jacobian
 
 from bltjax.config.letters import suffix_axes
 from bltjax.config.model import REMAT, ModelConfig
@@ -171,7 +172,7 @@ def test_what_a_logit_depends_on():
             logits = ByT5(SMALL).apply({"params": params}, *given)[0][0]
             return (logits * mix_NV).sum(-1)
 
-        return (jax.jacrev(mixed)(bytes_VD) ** 2).sum(-1)
+        return (jacobian(mixed, bytes_VD) ** 2).sum(-1)
 
     found = np.asarray(influence(params_of(SMALL)["bytes_VD"]))[:, : T + N] > 0
     same = documents[:, None] == np.concatenate([encoder_documents, documents])[None]
