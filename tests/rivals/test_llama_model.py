@@ -125,10 +125,10 @@ def test_nothing_leaks():
         given = {"params": params | {"tokens_VD": table_VD}}
         return Llama(config).apply(given, ids_BN, documents_BN)[0] @ mix_V
 
-    def jacobian(table_VD):
+    def influence(table_VD):
         return (jacobian(lambda x: mixed(x, ids_BN), table_VD) ** 2).sum(-1)
 
-    grid = np.asarray(jax.jit(jacobian)(params["tokens_VD"])).reshape(2 * length, 2 * length)
+    grid = np.asarray(jax.jit(influence)(params["tokens_VD"])).reshape(2 * length, 2 * length)
     numbers = np.concatenate([numbers_N, np.full(length, 7)])
     allowed = np.tril(numbers[:, None] == numbers[None])
     real = numbers > 0
