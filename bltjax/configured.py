@@ -232,3 +232,13 @@ def leaf_shapes(config) -> dict[str, tuple[int, ...]]:
 def training_flops(config, rows: int, row_bytes: int, row_patches: int) -> int:
     """FLOPs of one optimizer step over `rows` rows, of a family's settings."""
     return 3 * rows * family_of(config).forward_flops(config, row_bytes, row_patches)
+
+
+def check_length(config: ModelConfig, positions: int) -> None:
+    """Raises ValueError for a text longer than a model's table of positions, if it has one."""
+    longest = getattr(config.model, "longest", positions)
+    if positions > longest:
+        raise ValueError(
+            f"a text of {positions} positions, BOS included, is longer than"
+            f" {config.model.group}.context, {longest}"
+        )

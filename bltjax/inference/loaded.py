@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 
 from bltjax.attention import fastest
 from bltjax.config.data import SourceConfig
-from bltjax.configured import batch_logits, make_model, resolved, rows_of, vocabulary
+from bltjax.configured import batch_logits, check_length, make_model, resolved, rows_of, vocabulary
 from bltjax.families import family_of
 from bltjax.family import Model
+from bltjax.inference import states
 from bltjax.inference.decoding.decoder import Decoder
 from bltjax.inference.decoding.placement import load_onto, on_mesh, read_mesh
 from bltjax.inference.decoding.prefill import row_of
@@ -24,13 +25,7 @@ from bltjax.inference.decoding.sampling import Sampling
 from bltjax.inference.entropies import write_entropies
 from bltjax.inference.entropy import score_documents
 from bltjax.inference.finite import first_not_finite, not_finite
-from bltjax.inference.states import (
-    CrossWeights,
-    Embedding,
-    cross_weights,
-    embedding,
-    forward_states,
-)
+from bltjax.inference.states import CrossWeights, Embedding
 from bltjax.model.byte_lm import entropies_of
 from bltjax.system.environment import check_numbers, check_platform
 from bltjax.system.paths import hidden_beside, path_of
@@ -59,7 +54,6 @@ class LoadedModel:
 
         device = mesh.devices.flat[0] if mesh else jax.devices()[0]
         computed = jax.numpy.dtype(resolved(self.config, device).compute_dtype)
-
         self.computed, self.attention = computed, fastest(device)
 
         def model_of(patches: int):
@@ -97,12 +91,7 @@ class LoadedModel:
     def logits_with(self, ids: np.ndarray, starts_N1: np.ndarray | None) -> np.ndarray:
         """The same for ids that begin with BOS and, of a BLT, given patch starts [len + 1]."""
         self.family.require("causal")
-        longest = getattr(self.config.model, "longest", len(ids))
-        if len(ids) > longest:
-            raise ValueError(
-                f"a text of {len(ids)} positions, BOS included, is longer than"
-                f" {self.config.model.group}.context, {longest}"
-            )
+        check_length(self.config, len(ids))
         batch, patches = row_of(ids, starts_N1, self.rows.kind, self.rows.grid)
         with on_mesh(self.mesh):
             logits_NV = np.asarray(self.all_logits(self.params, batch, patches=patches))[: len(ids)]
@@ -133,13 +122,13 @@ class LoadedModel:
         Raises:
           ValueError: for a byte LM.
         """
+        ids, starts_N1 = encode(text, eos=False), self.starts(text)
         if reason := self.family.verbs.get("cross_weights"):
             raise ValueError(reason)
-        ids = encode(text, eos=False)
-        batch, patches = row_of(ids, self.starts(text), "patches", 1)
+        batch, patches = row_of(ids, starts_N1, "patches", 1)
         model = self.model_of(patches)
         with on_mesh(self.mesh):
-            return cross_weights(self.config.model, model, self.params, batch, len(ids))
+            return states.cross_weights(self.config.model, model, self.params, batch, len(ids))
 
     def entropies(self, text: str | bytes) -> np.ndarray:
         """float32 [len + 1], nats, indexed as logits: how unsure the byte LM is of each next byte.
@@ -193,7 +182,8 @@ class LoadedModel:
         counts = self.vocabulary.text_bytes(ids)[1:]
         text_bytes = int(counts[counts < NO_BYTE].sum(dtype=np.int64))
         if not text_bytes:
-            raise ValueError("a text of which nothing is predicted has no bits per byte")
+            what = "a text of which nothing is predicted" if as_bytes(text) else "an empty text"
+            raise ValueError(f"{what} has no bits per byte")
         log_probs = jax.nn.log_softmax(self.logits(text)[:-1], axis=-1)
         chosen = np.take_along_axis(np.asarray(log_probs), ids[1:, None], axis=1)
         nats = -chosen[counts > 0].sum(dtype=np.float64)
@@ -211,7 +201,7 @@ class LoadedModel:
             return [self.embed(one) for one in text]
         states = self.family.require("embed")
         with on_mesh(self.mesh):
-            return embedding(states, self.model, text, self.computed, self.attention)
+            return states.embedding(states, self.model, text, self.computed, self.attention)
 
     def generate(
         self,
@@ -287,7 +277,7 @@ class LoadedModel:
         """
         device = self.mesh.devices.flat[0] if self.mesh else jax.devices()[0]
         with on_mesh(self.mesh):
-            return forward_states(self.model, arrays, device)
+            return states.forward_states(self.model, arrays, device)
 
     def export(self, destination) -> None:
         """Writes the model as an export, which `load` takes: settings, weights, what places its

@@ -101,9 +101,7 @@ def plan_generate(
     model = model_config(config)
     family = family_of(model)
     if model.patching is None or family.own_patching:
-        raise ValueError(
-            f"--generate plans the decoder of a BLT: this config trains a {family.title}"
-        )
+        raise ValueError(f"--generate plans a BLT's decoder: this config trains a {family.title}")
     if topology.slices > 1:
         raise ValueError(f"--generate plans one slice, not {topology.slices}: a decoder is one job")
     if rows < 1:

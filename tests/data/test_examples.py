@@ -218,6 +218,6 @@ def test_a_corpus_without_anything_to_predict_is_refused(rows, tmp_path):
         return
     least = "2 bytes or more; the most is 1"
     if rows.kind == "characters":
-        least = "1 characters that are not whitespace or more; the most is 0"
+        least = "1 non-blank characters or more; the most is 0"
     with pytest.raises(ValueError, match=f"of the 2 documents for that row .* {least}"):
         batches_of(data, rows, streams=(0,))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jacobian import jacobian
 
 from bltjax.attention.rope import RopeScalingConfig
 from bltjax.config.letters import suffix_axes

@@ -223,7 +223,7 @@ def test_what_makes_no_sense_is_refused_with_the_reason(trained, config_of, tmp_
             model.patches(TEXT)
     with pytest.raises(ValueError, match="an encoder: it writes no text"):
         trained("canine").model.generate("the ")
-    with pytest.raises(ValueError, match="a ByT5 has no embed"):
+    with pytest.raises(ValueError, match="only a CANINE embeds texts"):
         trained("byt5").model.embed(TEXT)
     mute = config_of("canine", "canine.predicts=False")
     for ask in (

@@ -260,7 +260,9 @@ def test_names_give_ranks():
 def test_cached_logits_equal_the_full_pass():
     """Rows of different lengths, some of which pause, past doublings of the global caches and, in
     one row, past the slots that have an embedding."""
-    model = cached_spacebyte(ModelConfig(CONFIG, SPACE, N, P), None, jnp.float32)
+    model = cached_spacebyte(
+        ModelConfig(CONFIG, SPACE, N, CONFIG.global_context), None, jnp.float32
+    )
     texts = ("a plain sentence, in which words are as long as ever", "a " * 30, "y = f(x); " * 6)
     texts = np.stack([encode(text, eos=False)[:51] for text in texts])  # one more than is run
     rows = stacked([row([text]) for text in texts])
@@ -350,7 +352,7 @@ def test_defaults_and_what_their_config_cannot_say():
     with pytest.raises(ValueError, match="2 keys at least"):
         weights.written_settings(dataclasses.replace(config, model=model), "float32")
     with pytest.raises(ValueError, match="alphabet 'blt'"):
-        weights.written_settings(ModelConfig(CONFIG, SPACE, N, P), "float32")
+        weights.written_settings(ModelConfig(CONFIG, SPACE, N, CONFIG.global_context), "float32")
     with pytest.raises(ValueError, match="tokens have 161 positions"):
         tokens = jnp.zeros((1, 161), jnp.int32)
         spacebyte.forward(config, {}, {"tokens": tokens}, jnp.float32, None)
