@@ -199,9 +199,9 @@ class LoadedModel:
         """
         if not isinstance(text, str | bytes):
             return [self.embed(one) for one in text]
-        states = self.family.require("embed")
+        run = self.family.require("embed")
         with on_mesh(self.mesh):
-            return states.embedding(states, self.model, text, self.computed, self.attention)
+            return states.embedding(run, self.model, text, self.computed, self.attention)
 
     def generate(
         self,

@@ -127,7 +127,7 @@ def test_nothing_leaks():
         return Llama(config).apply(given, ids_BN, documents_BN)[0] @ mix_V
 
     def influence(table_VD):
-        return (jacobian(lambda x: mixed(x, ids_BN), table_VD) ** 2).sum(-1)
+        return (jacobian(lambda x: mixed(x, ids_BN).reshape(-1), table_VD) ** 2).sum(-1)
 
     grid = np.asarray(jax.jit(influence)(params["tokens_VD"])).reshape(2 * length, 2 * length)
     numbers = np.concatenate([numbers_N, np.full(length, 7)])
