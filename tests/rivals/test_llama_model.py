@@ -46,8 +46,12 @@ def shapes_of(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 @functools.cache
 def params_of(config: LlamaConfig) -> dict:
     """Parameters whose norms are not all 1."""
-    params = jax.jit(functools.partial(initial, config))()
-    return jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
+
+    def moved(x):
+        return x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape))
+
+    with jax.ensure_compile_time_eval():  # the first caller may be traced
+        return jax.tree.map(moved, jax.jit(functools.partial(initial, config))())
 
 
 def drawn(rows: int, length: int, seed: int = 1) -> jax.Array:
