@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jacobian import jacobian
+from made_once import made_once
 
 from bltjax.config.letters import suffix_axes
 from bltjax.config.model import REMAT, ModelConfig
 from bltjax.data.objectives.spans import corrupted, prefix
+from bltjax.model.blt.latent_transformer import unscanned
 from bltjax.model.params import flattened
 from bltjax.rivals.byt5 import (
     FORWARD_INPUTS,
@@ -25,7 +27,6 @@ from bltjax.rivals.byt5 import (
     recomputed_flops,
     row_sizes,
 )
-from bltjax.rivals.byt5_stack import unscanned
 from bltjax.rivals.decoding.byt5 import cached_byt5
 from bltjax.text.alphabet import ALPHABETS, encode
 from bltjax.text.sentinels import START, sentinel
@@ -56,7 +57,7 @@ def shapes_of(config):
     return {path: leaf.shape for path, leaf in flattened(made["params"]).items()}
 
 
-@functools.cache
+@made_once
 def params_of(config, seed=0):
     x = jnp.ones((1, 2), jnp.int32)
     made = jax.jit(ByT5(config).init, compiler_options=FAST)(jax.random.key(seed), x, x, x, x)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jacobian import jacobian
+from made_once import made_once
 
 from bltjax.attention.pattern import Whole
 from bltjax.config.letters import suffix_axes
@@ -48,12 +49,12 @@ def shapes_of(config: CanineConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flattened(tree).items()}
 
 
-@functools.cache
+@made_once
 def initial():
     return jax.jit(lambda key: fresh(CONFIG, key), compiler_options=FAST)(jax.random.key(0))
 
 
-@functools.cache
+@made_once
 def params():
     """Random parameters, also of norms and biases, which begin at 1 and 0."""
     tree = initial()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jacobian import jacobian
+from made_once import made_once
 
 from bltjax.attention.rope import RopeScalingConfig
 from bltjax.config.letters import suffix_axes
@@ -43,15 +44,14 @@ def shapes_of(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flattened(tree).items()}
 
 
-@functools.cache
+@made_once
 def params_of(config: LlamaConfig) -> dict:
     """Parameters whose norms are not all 1."""
 
     def moved(x):
         return x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape))
 
-    with jax.ensure_compile_time_eval():  # the first caller may be traced
-        return jax.tree.map(moved, jax.jit(functools.partial(initial, config))())
+    return jax.tree.map(moved, jax.jit(functools.partial(initial, config))())
 
 
 def drawn(rows: int, length: int, seed: int = 1) -> jax.Array:

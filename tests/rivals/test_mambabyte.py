@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_once import made_once
 
 from bltjax.config.letters import suffix_axes
 from bltjax.config.model import ModelConfig
@@ -45,7 +46,7 @@ def shapes_of(config: MambaByteConfig) -> dict:
     return {path: leaf.shape for path, leaf in flattened(tree).items()}
 
 
-@functools.cache
+@made_once
 def params_of(config: MambaByteConfig, seed: int = 0):
     """Initial parameters, moved off 0 and 1."""
     inputs = jnp.ones((1, 2), jnp.int32)

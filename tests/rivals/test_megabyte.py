@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jacobian import jacobian
+from made_once import made_once
 
 from bltjax.config.letters import suffix_axes
 from bltjax.config.model import REMAT, ModelConfig
@@ -42,7 +43,7 @@ def perturbed(params):
     return jax.tree.unflatten(tree, noisy)
 
 
-@functools.cache
+@made_once
 def params():
     return jax.jit(lambda: perturbed(initial(CONFIG)))()
 

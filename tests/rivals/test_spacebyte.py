@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jacobian import jacobian
+from made_once import made_once
 
 from bltjax.config.letters import suffix_axes
 from bltjax.config.model import REMAT, ModelConfig, Patching
@@ -38,7 +39,7 @@ def initial(config):
     return SpaceByte(config, 2).init(jax.random.key(0), *arrays)["params"]
 
 
-@functools.cache
+@made_once
 def params():
     """Parameters away from their initial values, as scales of 1 are."""
 
