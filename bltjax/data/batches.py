@@ -34,6 +34,20 @@ DTYPES = {
 }
 
 
+# The fields that all kinds have, with whatever letters.
+COMMON = ("documents", "targets", "weights", "target_bytes")
+
+
+def by_noun(kind: type) -> type:
+    """A kind of batch whose common fields are also had without their letters: `batch.targets`."""
+    for field in kind._fields:
+        noun = field.rpartition("_")[0]
+        if noun in COMMON:
+            setattr(kind, noun, property(attrgetter(field)))
+    return kind
+
+
+@by_noun
 class ByteBatch(NamedTuple):
     """Rows of bytes."""
 
@@ -43,12 +57,8 @@ class ByteBatch(NamedTuple):
     weights_BN: Any = None
     target_bytes_BN: Any = None
 
-    documents = property(attrgetter("documents_BN"))
-    targets = property(attrgetter("targets_BN"))
-    weights = property(attrgetter("weights_BN"))
-    target_bytes = property(attrgetter("target_bytes_BN"))
 
-
+@by_noun
 class TokenBatch(NamedTuple):
     """Rows of tokens."""
 
@@ -58,12 +68,8 @@ class TokenBatch(NamedTuple):
     weights_BN: Any = None
     target_bytes_BN: Any = None
 
-    documents = property(attrgetter("documents_BN"))
-    targets = property(attrgetter("targets_BN"))
-    weights = property(attrgetter("weights_BN"))
-    target_bytes = property(attrgetter("target_bytes_BN"))
 
-
+@by_noun
 class PatchBatch(NamedTuple):
     """Rows of bytes, and their patch starts."""
 
@@ -74,12 +80,8 @@ class PatchBatch(NamedTuple):
     weights_BN: Any = None
     target_bytes_BN: Any = None
 
-    documents = property(attrgetter("documents_BN"))
-    targets = property(attrgetter("targets_BN"))
-    weights = property(attrgetter("weights_BN"))
-    target_bytes = property(attrgetter("target_bytes_BN"))
 
-
+@by_noun
 class PairBatch(NamedTuple):
     """Rows of an encoder, and of the decoder that reads them."""
 
@@ -91,12 +93,8 @@ class PairBatch(NamedTuple):
     weights_BN: Any = None
     target_bytes_BN: Any = None
 
-    documents = property(attrgetter("documents_BN"))
-    targets = property(attrgetter("targets_BN"))
-    weights = property(attrgetter("weights_BN"))
-    target_bytes = property(attrgetter("target_bytes_BN"))
 
-
+@by_noun
 class CharacterBatch(NamedTuple):
     """Rows of characters, some masked, and the classes of those that are to be predicted."""
 
@@ -106,11 +104,6 @@ class CharacterBatch(NamedTuple):
     targets_BQ: Any = None
     weights_BQ: Any = None
     target_bytes_BQ: Any = None
-
-    documents = property(attrgetter("documents_BN"))
-    targets = property(attrgetter("targets_BQ"))
-    weights = property(attrgetter("weights_BQ"))
-    target_bytes = property(attrgetter("target_bytes_BQ"))
 
 
 BATCHES = {
