@@ -108,11 +108,7 @@ class LoadedModel:
           ValueError, FloatingPointError: as `logits`.
         """
         chances_V = np.asarray(jax.nn.softmax(self.logits(text)[-1]))
-        alphabet = self.vocabulary.alphabet
-        every = np.arange(alphabet.size)
-        ids = every[alphabet.is_text(every)]
-        if alphabet.eos is not None:
-            ids = np.insert(ids, 0, alphabet.eos)
+        ids = np.flatnonzero(self.vocabulary.alphabet.writable())
         likeliest = ids[np.argsort(-chances_V[ids], kind="stable")][:count]
         return [(self.vocabulary.decode([id]), float(chances_V[id])) for id in likeliest]
 

@@ -40,6 +40,13 @@ class Alphabet(NamedTuple):
             found &= ~np.isin(ids, self.silent)
         return found
 
+    def writable(self) -> np.ndarray:
+        """bool [size]: the ids that may be generated: text, and EOS."""
+        allowed_V = self.is_text(np.arange(self.size))
+        if self.eos is not None:
+            allowed_V[self.eos] = True
+        return allowed_V
+
 
 # The text bytes of a target that is text, and stands for no byte of it.
 NO_BYTE = 255

@@ -130,10 +130,10 @@ def utf8_state(text: bytes) -> int:
 
 def permitted(steps: Steps, utf8_B, left_B):
     """bool [B, V]: the mask of ids that may be generated, with `left` bytes to go."""
-    alphabet, ids_V = steps.alphabet, np.arange(steps.alphabet.size)
+    alphabet = steps.alphabet
     eos, after = alphabet.eos, alphabet.size - alphabet.offset - BYTES
-    allowed_V = alphabet.is_text(ids_V) | (ids_V == (-1 if eos is None else eos))
-    allowed_BV = jnp.broadcast_to(jnp.asarray(allowed_V)[None], (utf8_B.shape[0], len(ids_V)))
+    allowed_1V = jnp.asarray(alphabet.writable())[None]
+    allowed_BV = jnp.broadcast_to(allowed_1V, (utf8_B.shape[0], alphabet.size))
     if not steps.valid_utf8:
         return allowed_BV
     next_B256 = jnp.asarray(UTF8_NEXT)[utf8_B]

@@ -83,8 +83,7 @@ class Predictor:
     def greedy(self, prompt: str | bytes, max_bytes: int) -> tuple[bytes, list[float]]:
         """The greedy continuation of a prompt, and the margin of each byte over the runner-up."""
         ids, margins, alphabet = self.vocabulary.prompt(prompt), [], self.vocabulary.alphabet
-        every = np.arange(alphabet.size)
-        allowed = alphabet.is_text(every) | (every == alphabet.eos)
+        allowed = alphabet.writable()
         prompt_size = len(ids)
         for _ in range(max_bytes):
             logits_V = np.array(self(ids))
