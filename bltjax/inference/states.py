@@ -114,6 +114,12 @@ def embedding(states, model: Model, text: str | bytes, dtype, attention: str) ->
     return found
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def public_states(run, config, dtype, attention, params, arrays):
+    with jax.default_matmul_precision("highest"):
+        return run(config, params, arrays, dtype, attention)
+
+
 def forward_states(model: Model, arrays: dict, device) -> dict[str, np.ndarray]:
     """As `LoadedModel.forward`, on a device's platform."""
     config, family = model.config, family_of(model.config)
@@ -122,15 +128,10 @@ def forward_states(model: Model, arrays: dict, device) -> dict[str, np.ndarray]:
         raise ValueError(f"forward of a {family.title} takes {known}; not {unknown[0]}")
     settings = resolved(config, device)
     given = {name: checked_input(config.model, name, array) for name, array in arrays.items()}
-
-    @jax.jit
-    def states(params, arrays):
-        with jax.default_matmul_precision("highest"):
-            dtype = jax.numpy.dtype(settings.compute_dtype)
-            return run(config, params, arrays, dtype, settings.attention)
-
+    dtype = jax.numpy.dtype(settings.compute_dtype)
     try:
-        return jax.device_get(states(model.params, given))
+        found = public_states(run, config, dtype, settings.attention, model.params, given)
+        return jax.device_get(found)
     except KeyError as error:
         raise ValueError(f"forward of a {family.title} needs {error}: it takes {known}") from None
 
