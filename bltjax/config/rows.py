@@ -55,8 +55,8 @@ class Rows:
     """The way from documents to rows, by the kind of a family's batches (data/batches.py).
 
     bytes and patches  a document is BOS, its bytes, EOS, as far as the alphabet has them. Patches
-                       have starts; bytes lie on a grid of slots of equal length, which begins anew
-                       with each document (and after a cut)
+                       have starts; bytes lie on a grid of slots of equal length, which restarts
+                       at each document (and after a cut)
     tokens             a document is BOS, its tokens, EOS; a row has `max_patches` positions
     pairs              examples of windows of a document: what an encoder reads, and a decoder
     characters         windows of a document's characters between CLS and SEP, with masks

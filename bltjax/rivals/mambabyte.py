@@ -2,7 +2,7 @@
 
     bytes --embedding--> x --layers (mamba_block.py)--> x --norm, head--> logits
 
-Its state is of constant size, whatever the length of the text, and begins anew at every document.
+Its state is of constant size, whatever the length of the text, and restarts at every document.
 """
 
 import dataclasses
