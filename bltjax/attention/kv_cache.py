@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bltjax.attention.dense import masked_softmax
-from bltjax.attention.rope import endless_angles, rotate
+from bltjax.attention.rope import RopeScalingConfig, endless_angles, rotary_angles, rotate
 
 
 class Cache(NamedTuple):
@@ -69,6 +69,44 @@ def ring_cache_positions(
     return CachePositions(
         position_BQ % slots, mask_BQT, endless_angles(position_BQ, channels, theta)
     )
+
+
+def list_cache_positions(
+    index_BQ, slots: int, channels: int, theta: float, scaling: RopeScalingConfig | None = None
+) -> CachePositions:
+    """`CachePositions` of consecutive positions in caches that are lists: position i in slot i.
+
+    Each sees those before the first of these, and these up to itself: the text is one document.
+    """
+    before_B1T = jnp.arange(slots)[None, None] < index_BQ[:, :1, None]
+    before_BQT = jnp.broadcast_to(before_B1T, (*index_BQ.shape, slots))
+    own_BQQ = index_BQ[:, None] <= index_BQ[..., None]
+    return CachePositions(
+        jnp.minimum(index_BQ, slots - 1),
+        jnp.concatenate([before_BQT, own_BQQ], axis=2),
+        rotary_angles(index_BQ, channels, theta, scaling),
+    )
+
+
+def list_of(
+    new_kv, position_BT, theta: float, scaling: RopeScalingConfig | None = None
+) -> tuple[Cache, ...]:
+    """Lists of the keys and values of whole rows, position i in slot i; keys come unrotated."""
+
+    def cache_of(k_BTJC, v_BTJC):
+        angles = rotary_angles(position_BT, k_BTJC.shape[-1], theta, scaling)
+        return Cache(rotate(k_BTJC, angles).swapaxes(1, 2), v_BTJC.swapaxes(1, 2))
+
+    return tuple(cache_of(*kv) for kv in new_kv)
+
+
+def longer(caches, slots: int) -> tuple[Cache, ...]:
+    """The caches, padded to `slots` slots if they have fewer."""
+
+    def padded(x_BJTC):
+        return jnp.pad(x_BJTC, ((0, 0), (0, 0), (0, max(0, slots - x_BJTC.shape[2])), (0, 0)))
+
+    return jax.tree.map(padded, tuple(caches))
 
 
 def with_new_kv(caches, new_kv, slot_BQ) -> tuple[Cache, ...]:

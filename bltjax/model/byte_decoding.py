@@ -27,6 +27,16 @@ def newest(bytes_BN, length_B, size: int):
     return slice_rows(jnp.pad(bytes_BN, ((0, 0), (size, 0))), length_B, size)
 
 
+def when(condition, change, state):
+    """change(state) if a condition holds; unlike `lax.cond` it updates the state in place."""
+    _, state = jax.lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.bool_(False), change(carry[1])),
+        (condition, state),
+    )
+    return state
+
+
 class ByteMemory(NamedTuple):
     """Decoding state of the rows of a batch after `count` positions."""
 

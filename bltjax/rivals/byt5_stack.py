@@ -229,18 +229,3 @@ def cross_ranges(encoder_documents_BT, documents_BN) -> Ranges:
 
     start_BN, end_BN = jax.vmap(of_row)(encoder_documents_BT, documents_BN)
     return Ranges(start_BN.astype(jnp.int32), end_BN.astype(jnp.int32))
-
-
-def unscanned(params) -> dict:
-    """Parameters of a scanned stack as those of a loop: `blocks/cross/q_LDHC` ->
-    `block_0/cross/q_DHC`, ..."""
-
-    def layer(tree: dict, number: int) -> dict:
-        return {
-            name.replace("_L", "_"): layer(x, number) if isinstance(x, dict) else x[number]
-            for name, x in tree.items()
-        }
-
-    count = jax.tree.leaves(params["blocks"])[0].shape[0]
-    apart = {f"block_{number}": layer(params["blocks"], number) for number in range(count)}
-    return {name: x for name, x in params.items() if name != "blocks"} | apart

@@ -159,34 +159,6 @@ class ReluStack(nn.Module):
         return states[-1], stored(caches, new_kv, positions.slot_BQ, states[-1])
 
 
-def listed_positions(index_B, slots: int, size: BlockSize) -> CachePositions:
-    """The next position of each row, in caches that are lists: position i lies in slot i."""
-    index_B1 = index_B[:, None]
-    before_BT = jnp.arange(slots)[None] < index_B1
-    mask_BT = jnp.concatenate([before_BT, jnp.ones_like(index_B1, bool)], axis=1)
-    return CachePositions(
-        jnp.minimum(index_B1, slots - 1),
-        mask_BT[:, None],
-        rotary_angles(index_B1, size.channels, size.rope_theta),
-    )
-
-
-def listed(new_kv, position_BT, size: BlockSize, slots: int) -> tuple[Cache, ...]:
-    """Caches of `slots` slots from the keys and values of whole rows, position i in slot i."""
-    angles = rotary_angles(position_BT, size.channels, size.rope_theta)
-    caches = [Cache(rotate(k, angles).swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in new_kv]
-    return longer(caches, slots)
-
-
-def longer(caches, slots: int) -> tuple[Cache, ...]:
-    """The caches, padded to `slots` slots if they have fewer."""
-
-    def padded(x_BJTC):
-        return jnp.pad(x_BJTC, ((0, 0), (0, 0), (0, max(0, slots - x_BJTC.shape[2])), (0, 0)))
-
-    return jax.tree.map(padded, tuple(caches))
-
-
 @jax.custom_vjp
 def moved(x_BTE, at_BQ, back_BT):
     """x[at], [B, Q, E], and zeros where `at` is negative; no place of x is read twice.

@@ -24,6 +24,7 @@ import numpy as np
 from bltjax.inference.decoding.placement import in_groups
 from bltjax.inference.decoding.sampling import BYTES, UTF8_NEXT, Numbers, Steps, candidates, chosen
 from bltjax.model.blt.decoding import CachedBLT
+from bltjax.model.byte_decoding import when
 from bltjax.model.byte_lm import entropies_of
 from bltjax.system.environment import random_key
 from bltjax.text.alphabet import BLT_ALPHABET, Alphabet
@@ -141,16 +142,6 @@ def endings(request: Request, state: State, ids_BQ, alphabet: Alphabet = BLT_ALP
     return (
         finish_BQ if alphabet.eos is None else jnp.where(ids_BQ == alphabet.eos, AT_EOS, finish_BQ)
     )
-
-
-def when(condition, change, state):
-    """change(state) if a condition holds; unlike `lax.cond` it updates the state in place."""
-    _, state = jax.lax.while_loop(
-        lambda carry: carry[0],
-        lambda carry: (jnp.bool_(False), change(carry[1])),
-        (condition, state),
-    )
-    return state
 
 
 def close_patches(model: CachedBLT, params, state: State) -> State:

@@ -25,11 +25,12 @@ import jax.numpy as jnp
 from bltjax.attention.kv_cache import (
     Cache,
     CachePositions,
+    list_of,
+    longer,
     ring_cache_positions,
     ring_of,
     with_new_kv,
 )
-from bltjax.attention.rope import rotary_angles, rotate
 from bltjax.config.model import ModelConfig, Patching
 from bltjax.distributed.sharding import constrained_tree
 from bltjax.model.blt.config import BLTConfig
@@ -179,12 +180,8 @@ class CachedBLT:
         )
 
         # The latent caches hold every complete patch; later ones are masked until then.
-        angles = rotary_angles(
-            jnp.broadcast_to(jnp.arange(patches)[None], (rows, patches)),
-            latent.width // latent.heads,
-            latent.rope_theta,
-            latent.rope_scaling,
-        )
+        index_BP = jnp.broadcast_to(jnp.arange(patches)[None], (rows, patches))
+        rotary = latent.rope_theta, latent.rope_scaling
         last_B1D = slice_rows(out["latent_BPD"], scored.closed_B - 1, 1)
         return Memory(
             past_BT=newest(bytes_BN, length_B, HISTORY),
@@ -199,10 +196,7 @@ class CachedBLT:
             pooled=pooled,
             open_kv=tuple(Cache(k.swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in byte_kv),
             closes_B=jnp.zeros(rows, bool),
-            latent=tuple(
-                Cache(rotate(k, angles).swapaxes(1, 2), v.swapaxes(1, 2))
-                for k, v in new_kv["latent"]
-            ),
+            latent=list_of(new_kv["latent"], index_BP, *rotary),
             patches_B=scored.closed_B,
             reads=self.decoder(params).decoder_kv(last_B1D),
             decoder=tuple(ring_of(k, v, length_B, *rings) for k, v in new_kv["decoder"]),
@@ -215,13 +209,8 @@ class CachedBLT:
 
     def grown(self, memory: Memory, patches: int, open_slots: int) -> Memory:
         """The memory, enlarged to `patches` patches and `open_slots` bytes in an open patch."""
-
-        def widen(caches, slots):
-            extra = slots - caches[0].k_BJTC.shape[2] if caches else 0
-            return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), caches)
-
         return memory._replace(
-            latent=widen(memory.latent, patches), open_kv=widen(memory.open_kv, open_slots)
+            latent=longer(memory.latent, patches), open_kv=longer(memory.open_kv, open_slots)
         )
 
     # Byte by byte.

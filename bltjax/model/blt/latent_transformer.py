@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bltjax.attention.kv_cache import CachePositions, stored
+from bltjax.attention.kv_cache import list_cache_positions, stored
 from bltjax.attention.pattern import Sliding
-from bltjax.attention.rope import rotary_angles
 from bltjax.distributed.sharding import constrained, gathered
 from bltjax.model.blt.config import BLTConfig
 from bltjax.model.layers import (
@@ -88,25 +87,24 @@ class LatentTransformer(nn.Module):
         Patches lie in the caches in order, each row's from slot 0 on; the text is one document.
         """
         size, slots = block_size(self.config.latent), caches[0].k_BJTC.shape[2]
-        # The patches before the first of these, then these, each with those before it.
-        before_B1T = jnp.arange(slots)[None, None] < index_BP[:, :1, None]
-        before_BPT = jnp.broadcast_to(before_B1T, (*index_BP.shape, slots))
-        mask_BPT = jnp.concatenate([before_BPT, index_BP[:, None] <= index_BP[..., None]], axis=2)
-        positions = CachePositions(
-            jnp.minimum(index_BP, slots - 1),
-            mask_BPT,
-            rotary_angles(index_BP, size.channels, size.rope_theta, size.rope_scaling),
+        positions = list_cache_positions(
+            index_BP, slots, size.channels, size.rope_theta, size.rope_scaling
         )
         states, new_kv = through(self.blocks, self.widened(slots_BSE), positions, caches)
         return states[-1], stored(caches, new_kv, positions.slot_BQ, states[-1])
 
 
-def unscanned(latent_params) -> dict:
-    """Parameters of a scanned stack as those of a loop: `blocks/q_LDHC` -> `block_0/q_DHC`, ..."""
-    stacked = latent_params["blocks"]
+def unscanned(params) -> dict:
+    """Parameters of a scanned stack as those of a loop: `blocks/q_LDHC` -> `block_0/q_DHC`, ...,
+    at any depth."""
+
+    def layer(tree: dict, number: int) -> dict:
+        return {
+            name.replace("_L", "_"): layer(x, number) if isinstance(x, dict) else x[number]
+            for name, x in tree.items()
+        }
+
+    stacked = params["blocks"]
     count = jax.tree.leaves(stacked)[0].shape[0]
-    layers = {
-        f"block_{i}": {name.replace("_L", "_"): x[i] for name, x in stacked.items()}
-        for i in range(count)
-    }
-    return {name: x for name, x in latent_params.items() if name != "blocks"} | layers
+    layers = {f"block_{number}": layer(stacked, number) for number in range(count)}
+    return {name: x for name, x in params.items() if name != "blocks"} | layers

@@ -19,10 +19,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bltjax.attention.kv_cache import Cache
+from bltjax.attention.kv_cache import Cache, longer
 from bltjax.config.model import ModelConfig
+from bltjax.model.blt.latent_transformer import unscanned
 from bltjax.rivals.byt5 import ByT5, ByT5Config
-from bltjax.rivals.byt5_stack import cross_ranges, unscanned, whole_ranges
+from bltjax.rivals.byt5_stack import cross_ranges, whole_ranges
 from bltjax.text.alphabet import ALPHABETS
 from bltjax.text.segments import window_ranges
 from bltjax.text.sentinels import START, sentinel
@@ -41,14 +42,9 @@ class ByT5Memory(NamedTuple):
     logits_BV: jax.Array  # of the next id
 
 
-def cache_of(k_BTHC, v_BTHC, slots: int) -> Cache:
-    """Keys and values as a cache of so many slots."""
-
-    def laid_out(x_BTHC):
-        x_BHTC = jnp.swapaxes(x_BTHC, 1, 2)
-        return jnp.pad(x_BHTC, ((0, 0), (0, 0), (0, slots - x_BHTC.shape[2]), (0, 0)))
-
-    return Cache(laid_out(k_BTHC), laid_out(v_BTHC))
+def cache_of(k_BTHC, v_BTHC) -> Cache:
+    """Keys, which have no rotation here, and values as a cache."""
+    return Cache(k_BTHC.swapaxes(1, 2), v_BTHC.swapaxes(1, 2))
 
 
 @dataclass(frozen=True)
@@ -89,11 +85,7 @@ class CachedByT5:
 
     def grown(self, memory: ByT5Memory, positions: int) -> ByT5Memory:
         """The memory with room for `positions`."""
-        more = positions - self.capacity(memory)[0]
-        pad = ((0, 0), (0, 0), (0, more), (0, 0))
-        return memory._replace(
-            caches=tuple(Cache(*(jnp.pad(x, pad) for x in cache)) for cache in memory.caches)
-        )
+        return memory._replace(caches=longer(memory.caches, positions + 1))
 
     def prefill(self, params, bytes_BN, length_B) -> ByT5Memory:
         """The state after a prompt: the encoder has read it, the decoder START and sentinel 0."""
@@ -122,8 +114,8 @@ class CachedByT5:
         return ByT5Memory(
             length_B,
             jnp.full_like(length_B, OPENING),
-            tuple(cache_of(*own, slots) for own, _ in new_kv),
-            tuple(cache_of(*crossed, bytes_BT.shape[1]) for _, crossed in new_kv),
+            longer([cache_of(*own) for own, _ in new_kv], slots),
+            tuple(cache_of(*crossed) for _, crossed in new_kv),
             documents_BT > 0,
             logits_BV,
         )

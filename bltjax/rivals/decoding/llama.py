@@ -13,8 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bltjax.attention.kv_cache import Cache, CachePositions, stored
-from bltjax.attention.rope import rotary_angles, rotate
+from bltjax.attention.kv_cache import Cache, list_cache_positions, list_of, longer, stored
 from bltjax.config.model import ModelConfig
 from bltjax.distributed.sharding import constrained_tree
 from bltjax.model.blt.latent_transformer import unscanned
@@ -47,10 +46,6 @@ class CachedLlama:
         module = Llama(self.config, self.dtype, self.implementation, scanned=False)
         return module.bind({"params": params["model"]})
 
-    def angles(self, index_BT):
-        size = self.config.block_size
-        return rotary_angles(index_BT, size.channels, size.rope_theta, size.rope_scaling)
-
     def prepared(self, params, scorer_params) -> dict:
         """Parameters for decoding: layers unstacked, all but norms cast."""
         return {"model": constrained_tree(cast_weights(unscanned(params), self.dtype))}
@@ -67,9 +62,7 @@ class CachedLlama:
 
     def grown(self, memory: LlamaMemory, slots: int) -> LlamaMemory:
         """The memory, enlarged to `slots` tokens."""
-        (present,) = self.capacity(memory)
-        pad = ((0, 0), (0, 0), (0, max(0, slots - present)), (0, 0))
-        return memory._replace(caches=jax.tree.map(lambda x: jnp.pad(x, pad), memory.caches))
+        return memory._replace(caches=longer(memory.caches, slots))
 
     def full(self, memory: LlamaMemory, ahead: int = 1):
         """bool [B, 1]: rows without room for `ahead` more tokens."""
@@ -83,10 +76,8 @@ class CachedLlama:
         model, index_BN = self.model(params), index_like(tokens_BN)
         documents_BN = (index_BN < length_B[:, None]).astype(jnp.int32)
         x_BND, out = model.prompt(tokens_BN, documents_BN)
-        angles = self.angles(index_BN)
-        caches = tuple(
-            Cache(rotate(k, angles).swapaxes(1, 2), v.swapaxes(1, 2)) for k, v in out["new_kv"]
-        )
+        llama = self.config
+        caches = list_of(out["new_kv"], index_BN, llama.rope_theta, llama.rope_scaling)
         logits_B1V = model.logits(slice_rows(x_BND, length_B - 1, 1))  # V is large: of one only
         return LlamaMemory(length_B, caches, logits_B1V[:, 0])
 
@@ -98,13 +89,11 @@ class CachedLlama:
         unchanged."""
         model, caches = self.model(params), memory.caches
         (slots,) = self.capacity(memory)
-        index_B1 = memory.count_B[:, None]
-        slot_B1 = jnp.minimum(index_B1, slots - 1)
-        before_B1T = jnp.arange(slots)[None, None] < index_B1[..., None]
-        itself_B11 = jnp.ones_like(before_B1T[..., :1])
-        positions = CachePositions(
-            slot_B1, jnp.concatenate([before_B1T, itself_B11], axis=2), self.angles(index_B1)
+        size = self.config.block_size
+        positions = list_cache_positions(
+            memory.count_B[:, None], slots, size.channels, size.rope_theta, size.rope_scaling
         )
+        slot_B1 = positions.slot_BQ
         x_B1D, out = model.stack(id_B[:, None], positions, caches)
         new_kv = [
             tuple(going(go_B, new, old, slot_B1) for new, old in zip(kv, cache, strict=True))

@@ -13,15 +13,21 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bltjax.attention.kv_cache import Cache
+from bltjax.attention.kv_cache import (
+    Cache,
+    CachePositions,
+    list_cache_positions,
+    list_of,
+    longer,
+)
 from bltjax.config.model import ModelConfig
 from bltjax.distributed.sharding import constrained_tree
 from bltjax.model.blt.latent_transformer import unscanned
-from bltjax.model.byte_decoding import newest, slice_rows
+from bltjax.model.byte_decoding import newest, slice_rows, when
 from bltjax.model.layers import BlockSize
 from bltjax.model.params import cast_weights
 from bltjax.rivals.megabyte import MegaByte, MegaByteConfig
-from bltjax.rivals.relu_block import STACKS, listed, listed_positions, longer, relu_size
+from bltjax.rivals.relu_block import STACKS, relu_size
 from bltjax.text.segments import index_like
 
 
@@ -34,16 +40,6 @@ class Memory(NamedTuple):
     slots: tuple[Cache, ...]  # of each global layer
     places: tuple[Cache, ...]  # of each local layer
     logits_BV: jax.Array  # of the next byte
-
-
-def when(condition, change, state):
-    """change(state) if a condition holds; unlike `lax.cond` it updates the state in place."""
-    _, state = jax.lax.while_loop(
-        lambda carry: carry[0],
-        lambda carry: (jnp.bool_(False), change(carry[1])),
-        (condition, state),
-    )
-    return state
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class CachedMegaByte:
         documents_BN = (index_like(bytes_BN) < length_B[:, None]).astype(jnp.int32)
         model = self.model(-(-length // A))
         logits_BNV, out = model.apply({"params": params["model"]}, bytes_BN, documents_BN)
-        last_B = (length_B - 1) // A
+        last_B, theta = (length_B - 1) // A, self.config.rope_theta
 
         def of_last(x_SAGC):
             return slice_rows(x_SAGC.reshape(rows, -1, *x_SAGC.shape[1:]), last_B, 1)[:, 0]
@@ -89,10 +85,15 @@ class CachedMegaByte:
             newest(bytes_BN, length_B, A),
             length_B,
             slice_rows(pieces_BPAE, last_B, 1)[:, 0],
-            listed(out["global_kv"], number_BP, self.sizes["global"], *self.needs(length)),
-            listed(places, place_BA, self.sizes["local"], A),
+            longer(list_of(out["global_kv"], number_BP, theta), *self.needs(length)),
+            list_of(places, place_BA, theta),
             slice_rows(logits_BNV, length_B - 1, 1)[:, 0],
         )
+
+    def positions(self, stack: str, index_B, slots: int) -> CachePositions:
+        """The next position of each row in the caches of a stack."""
+        size = self.sizes[stack]
+        return list_cache_positions(index_B[:, None], slots, size.channels, size.rope_theta)
 
     def predict(self, params, memory: Memory):
         return memory.logits_BV, memory
@@ -109,13 +110,13 @@ class CachedMegaByte:
         def open_slots(state):
             pieces_BAE, caches = state
             number_B = -(-count_B // A)
-            positions = listed_positions(number_B, *self.capacity(memory), self.sizes["global"])
+            positions = self.positions("global", number_B, *self.capacity(memory))
             opened_BAE, caches = model.open_slot(past_BT, number_B, positions, caches)
             return jnp.where(opens_B[:, None, None], opened_BAE, pieces_BAE), caches
 
         pieces_BAE, slots = when(opens_B.any(), open_slots, (memory.pieces_BAE, memory.slots))
         piece_BE = slice_rows(pieces_BAE, place_B, 1)[:, 0]
-        positions = listed_positions(place_B, A, self.sizes["local"])
+        positions = self.positions("local", place_B, A)
         logits_BV, places = model.step(id_B, place_B, piece_BE, positions, memory.places)
         go_B1 = go_B[:, None]
         return Memory(

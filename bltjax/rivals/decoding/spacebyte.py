@@ -11,14 +11,20 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bltjax.attention.kv_cache import Cache, ring_cache_positions, ring_of
+from bltjax.attention.kv_cache import (
+    Cache,
+    list_cache_positions,
+    list_of,
+    longer,
+    ring_cache_positions,
+    ring_of,
+)
 from bltjax.config.model import ModelConfig
 from bltjax.distributed.sharding import constrained_tree
 from bltjax.model.blt.latent_transformer import unscanned
-from bltjax.model.byte_decoding import slice_rows
+from bltjax.model.byte_decoding import slice_rows, when
 from bltjax.model.params import cast_weights
-from bltjax.rivals.decoding.megabyte import when
-from bltjax.rivals.relu_block import listed, listed_positions, longer, relu_size
+from bltjax.rivals.relu_block import relu_size
 from bltjax.rivals.spacebyte import SpaceByte, SpaceByteConfig, opens_slot
 from bltjax.text.segments import index_like
 
@@ -76,7 +82,7 @@ class CachedSpaceByte:
             length_B,
             out["has_slot_BN"].sum(axis=1, dtype=jnp.int32),
             rings(kv["initial"]),
-            listed(kv["global"], number_BP, relu_size(config, "global"), slots + 1),
+            longer(list_of(kv["global"], number_BP, config.rope_theta), slots + 1),
             rings(kv["final"]),
             slice_rows(logits_BNV, length_B - 1, 1)[:, 0],
         )
@@ -101,8 +107,9 @@ class CachedSpaceByte:
 
         def visit_slots(state):
             _, caches = state
-            positions = listed_positions(
-                slots_B, *self.capacity(memory), relu_size(config, "global")
+            channels = relu_size(config, "global").channels
+            positions = list_cache_positions(
+                slots_B[:, None], *self.capacity(memory), channels, config.rope_theta
             )
             y_B1E, caches = model.visit(x_B1E, slots_B, positions, caches)
             return jnp.where(opens_B[:, None, None], y_B1E, 0), caches
